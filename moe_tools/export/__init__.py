@@ -1,0 +1,1 @@
+"""Where a model can go from here: one file a format."""

@@ -1,0 +1,1 @@
+"""What we can say about a model: quality, sparsity, cost, speed."""

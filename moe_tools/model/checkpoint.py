@@ -1,0 +1,209 @@
+"""A model folder in, a model out, and back. Safetensors and JSON only: no pickle, no remote code.
+
+A converted folder is a dense Hugging Face folder (the stock class loads it) with `router.*`
+tensors beside the host's and a `moe_tools` block in `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from moe_tools.model.conversion import attach_experts, read_conversion
+from moe_tools.model.experts import expert_ffns
+from moe_tools.model.ffn import host_state_dict
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def load(
+    source: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> transformers.PreTrainedModel:
+    """Loads a dense or converted model: a folder, a hub id or a GGUF file.
+
+    Args:
+        source: where the model is.
+        dtype: of the host's weights; None keeps the dtype they were saved in. Routers stay fp32.
+        device: where to put it.
+
+    Raises:
+        ValueError: nothing there, a missing or truncated shard, a tensor that is missing (a
+            router too: it is never replaced by a random one), or an unknown format.
+    """
+    path = Path(source)
+    with _quiet_transformers():
+        if path.suffix == ".gguf":
+            model = _load_gguf(path, dtype)
+        else:
+            model = _load_folder(str(source), dtype)
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model source.
+
+    Raises:
+        ValueError: the source has none.
+    """
+    path = Path(source)
+    try:
+        with _quiet_transformers():
+            if path.suffix == ".gguf":
+                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{source} has no tokenizer: {_first_line(error)}") from error
+
+
+def save(
+    model: transformers.PreTrainedModel,
+    folder: str | Path,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Writes a model folder: complete or not at all.
+
+    Raises:
+        ValueError: `folder` exists and is not empty.
+    """
+    with new_folder(folder) as partial:
+        renames = {ours: host for ffn in expert_ffns(model) for ours, host in ffn.renames.items()}
+        state = host_state_dict(model, renames)
+        with _quiet_transformers():
+            model.save_pretrained(partial, state_dict=state, save_original_format=False)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder`, renamed to it when the block succeeds.
+
+    Raises:
+        ValueError: `folder` exists and is not empty.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty: choose another folder")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a GGUF file, a model folder or a hub id")
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=dtype or torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+
+
+def _load_folder(source: str, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+    stored = _stored_tensors(Path(source)) if Path(source).is_dir() else None
+    try:
+        config = AutoConfig.from_pretrained(source)
+        model, report = _host_class(config).from_pretrained(
+            source, config=config, dtype=dtype or "auto", output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load {source}: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{source} lacks the tensors {_some(report['missing_keys'])}")
+    conversion = read_conversion(model)
+    if conversion is not None and conversion.router is not None:
+        attach_experts(model, conversion)
+        _load_routers(model, source, stored or {})
+    return model
+
+
+def _load_routers(model: nn.Module, source: str, stored: dict[str, Path]) -> None:
+    """Fills what moe-tools added to the host: every tensor must be there, with its shape."""
+    ours = {
+        f"{ffn.name}.{key}": tensor
+        for ffn in expert_ffns(model)
+        for key, tensor in ffn.state_dict(keep_vars=True).items()
+        if key.startswith("router.") or key == "off_F"
+    }
+    missing = sorted(set(ours) - set(stored))
+    if missing:
+        raise ValueError(f"{source} lacks the router tensors {_some(missing)}")
+    for key, tensor in ours.items():
+        with safe_open(stored[key], framework="pt") as file:
+            value = file.get_tensor(key)
+        if value.shape != tensor.shape:
+            raise ValueError(
+                f"{source}: {key} is {tuple(value.shape)}, expected {tuple(tensor.shape)}"
+            )
+        with torch.no_grad():
+            tensor.copy_(value)
+
+
+def _stored_tensors(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it. Opens every shard, so a truncated one is named."""
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [SINGLE]
+    stored: dict[str, Path] = {}
+    for name in names:
+        shard = folder / name
+        if not shard.is_file():
+            raise ValueError(f"{folder} lacks {name}: the folder is incomplete")
+        try:
+            with safe_open(shard, framework="pt") as file:
+                stored.update(dict.fromkeys(file.keys(), shard))
+        except SafetensorError as error:
+            raise ValueError(f"{shard} is truncated or no safetensors file: {error}") from error
+    return stored
+
+
+def _host_class(config: Any) -> type[transformers.PreTrainedModel]:
+    """The stock class that the folder was saved from."""
+    names = getattr(config, "architectures", None) or []
+    if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):
+        return getattr(transformers, names[0])  # type: ignore[no-any-return]
+    return AutoModelForCausalLM  # type: ignore[return-value]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without progress bars, and without the report that calls our routers unexpected."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _some(names: Any) -> str:
+    """The first three names and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,76 @@
+"""MoE hosts (Mixtral): their fused experts taken apart, so that each is an ordinary FFN.
+
+transformers 5 keeps all experts of a layer in two 3-D parameters. `unfuse_experts` replaces that
+module by `HostExperts`, whose children are views of the same storage; `fuse_into` is its inverse.
+
+Letters: T tokens, D model width, F neurons of one expert, X experts of the host, K experts that
+the host chooses for a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+FUSED_EXPERTS = ("MixtralExperts",)
+"""Host classes with gate_up_proj (X, 2F, D), down_proj (X, D, F) and act_fn."""
+
+
+class HostExpert(nn.Module):
+    """One expert of the host: a gated FFN with a fused gate and up projection."""
+
+    def __init__(self, gate_up_proj: nn.Linear, down_proj: nn.Linear, act: nn.Module) -> None:
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.activation_fn = act
+        self.down_proj = down_proj
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD of this expert."""
+        gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, dim=-1)
+        return self.down_proj(self.activation_fn(gate_TF) * up_TF)  # type: ignore[no-any-return]
+
+
+class HostExperts(nn.ModuleList):
+    """The experts of one layer; the host's own router still chooses among them."""
+
+    def forward(self, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Sum of the chosen experts' outputs, weighted by the host's router."""
+        y_TD = torch.zeros_like(x_TD)
+        for index, expert in enumerate(self):
+            token, place = torch.where(chosen_TK == index)
+            if len(token):
+                out_TD = expert(x_TD[token]) * weight_TK[token, place, None]
+                y_TD = y_TD.index_add(0, token, out_TD.to(y_TD.dtype))
+        return y_TD
+
+    def fuse_into(self, state: dict[str, Tensor], path: str) -> None:
+        """Replaces the per-expert tensors of `state` by the host's fused ones."""
+        for name in ("gate_up_proj", "down_proj"):
+            rows = [state.pop(f"{path}.{index}.{name}.weight") for index in range(len(self))]
+            state[f"{path}.{name}"] = torch.stack(rows)
+
+
+def unfuse_experts(model: nn.Module) -> None:
+    """Takes every fused experts module of `model` apart in place; no weight is copied."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ in FUSED_EXPERTS:
+            model.set_submodule(path, _unfuse(module))
+
+
+def _unfuse(fused: nn.Module) -> HostExperts:
+    gate_up_XFD = fused.get_parameter("gate_up_proj")
+    down_XDF = fused.get_parameter("down_proj")
+    act = fused.get_submodule("act_fn")
+    return HostExperts(
+        HostExpert(_linear(gate_up), _linear(down), act)
+        for gate_up, down in zip(gate_up_XFD, down_XDF, strict=True)
+    )
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A linear around an existing weight."""
+    outputs, inputs = weight.shape
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    return linear

@@ -1,0 +1,34 @@
+"""A name finds a thing; a wrong name gets a suggestion."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name nobody registered: what it is, what is close, what there is."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
+
+
+class Registry(Mapping[str, T]):
+    """A read-only mapping whose missing key is a ValueError with a suggestion."""
+
+    def __init__(self, kind: str, things: Mapping[str, T]) -> None:
+        self.kind = kind
+        self._things = dict(things)
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._things:
+            raise unknown(self.kind, name, self._things)
+        return self._things[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._things)
+
+    def __len__(self) -> int:
+        return len(self._things)
