@@ -38,13 +38,16 @@ def sparse_ffn(
 def _check_shapes(
     x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, mask_TE: Tensor, gate_FD: Tensor | None
 ) -> None:
+    if up_FD.ndim != 2:
+        raise ValueError(f"up_FD is {tuple(up_FD.shape)}; weights are (neurons, width)")
     neurons, width = up_FD.shape
     for name, weight in (("down_FD", down_FD), ("gate_FD", gate_FD)):
         if weight is not None and weight.shape != up_FD.shape:
             raise ValueError(f"{name} is {tuple(weight.shape)}; up_FD is {tuple(up_FD.shape)}")
-    if x_TD.shape[-1] != width:
-        raise ValueError(f"x_TD has width {x_TD.shape[-1]}; the weights have {width}")
-    if mask_TE.shape[:-1] != x_TD.shape[:-1]:
+    if x_TD.shape[-1:] != (width,):
+        raise ValueError(f"x_TD is {tuple(x_TD.shape)}; the weights have width {width}")
+    if mask_TE.ndim != x_TD.ndim or mask_TE.shape[:-1] != x_TD.shape[:-1]:
         raise ValueError(f"mask_TE is {tuple(mask_TE.shape)}; x_TD is {tuple(x_TD.shape)}")
-    if neurons % mask_TE.shape[-1]:
-        raise ValueError(f"{mask_TE.shape[-1]} experts do not divide {neurons} neurons")
+    experts = mask_TE.shape[-1]
+    if experts == 0 or neurons % experts:
+        raise ValueError(f"{experts} experts do not divide {neurons} neurons")

@@ -1,3 +1,33 @@
-"""Turn a dense language model into one that computes only what a token needs, and prove it."""
+"""moe-tools: dense language models into models that compute only what a token needs.
+
+The public names, whole; each is imported on first use, so `import moe_tools` does no work.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_tools.measure.evaluate import evaluate
+    from moe_tools.model.checkpoint import load, save
+    from moe_tools.model.routing import record_routing
+    from moe_tools.pipeline import run
+    from moe_tools.recipe import Recipe, read_recipe
 
 __version__ = "0.1.0"
+__all__ = ["Recipe", "evaluate", "load", "read_recipe", "record_routing", "run", "save"]
+
+_HOME = {
+    "Recipe": "moe_tools.recipe",
+    "evaluate": "moe_tools.measure.evaluate",
+    "load": "moe_tools.model.checkpoint",
+    "read_recipe": "moe_tools.recipe",
+    "record_routing": "moe_tools.model.routing",
+    "run": "moe_tools.pipeline",
+    "save": "moe_tools.model.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moe_tools' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

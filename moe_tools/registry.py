@@ -27,6 +27,9 @@ class Registry(Mapping[str, T]):
             raise unknown(self.kind, name, self._things)
         return self._things[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._things
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._things)
 

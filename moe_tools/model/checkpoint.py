@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -39,7 +40,8 @@ def load(
 
     Raises:
         ValueError: nothing there, a missing or truncated shard, a tensor that is missing (a
-            router too: it is never replaced by a random one), or an unknown format.
+            router too: it is never replaced by a random one) or of another shape than
+            `config.json` says, or an unknown format.
     """
     path = Path(source)
     with _quiet_transformers():
@@ -87,7 +89,7 @@ def save(
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `folder`, renamed to it when the block succeeds.
+    """Yields a temporary folder beside `folder`: renamed to it on success, removed on an error.
 
     Raises:
         ValueError: `folder` exists and is not empty.
@@ -98,10 +100,13 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
@@ -120,16 +125,27 @@ def _load_folder(source: str, dtype: torch.dtype | None) -> transformers.PreTrai
     try:
         config = AutoConfig.from_pretrained(source)
         model, report = _host_class(config).from_pretrained(
-            source, config=config, dtype=dtype or "auto", output_loading_info=True
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot load {source}: {_first_line(error)}") from error
+        place = "" if stored is not None else "no such folder, and as a hub id: "
+        raise ValueError(f"cannot load {source}: {place}{_first_line(error)}") from error
+    if report["mismatched_keys"]:
+        key, shape, expected = min(report["mismatched_keys"])
+        raise ValueError(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks the tensors {_some(report['missing_keys'])}")
     conversion = read_conversion(model)
     if conversion is not None and conversion.router is not None:
         attach_experts(model, conversion)
-        _load_routers(model, source, stored or {})
+        if stored is None:  # from the hub: by now in its cache
+            stored = _stored_tensors(Path(snapshot_download(source, local_files_only=True)))
+        _load_routers(model, source, stored)
     return model
 
 
@@ -157,13 +173,8 @@ def _load_routers(model: nn.Module, source: str, stored: dict[str, Path]) -> Non
 
 def _stored_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it. Opens every shard, so a truncated one is named."""
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [SINGLE]
     stored: dict[str, Path] = {}
-    for name in names:
+    for name in _shards(folder):
         shard = folder / name
         if not shard.is_file():
             raise ValueError(f"{folder} lacks {name}: the folder is incomplete")
@@ -173,6 +184,17 @@ def _stored_tensors(folder: Path) -> dict[str, Path]:
         except SafetensorError as error:
             raise ValueError(f"{shard} is truncated or no safetensors file: {error}") from error
     return stored
+
+
+def _shards(folder: Path) -> list[str]:
+    """The weight files, chosen as transformers does: one file before an index of many."""
+    index = folder / INDEX
+    if (folder / SINGLE).is_file() or not index.is_file():
+        return [SINGLE]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is truncated or no index of shards: {error!r}") from error
 
 
 def _host_class(config: Any) -> type[transformers.PreTrainedModel]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -15,6 +15,9 @@ from moe_tools.model.selectors import build_selector
 from moe_tools.registry import unknown
 
 FORMAT = 1
+
+Off = Literal["zero", "mean"]
+"""What an expert that is off contributes to the hidden activations."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +32,43 @@ class Conversion:
     """Kind of router; None: the neurons are reordered, and the model is still dense."""
     selector: dict[str, Any] | None = None
     mode: Mode = "hard"
-    off: Literal["zero", "mean"] = "zero"
-    """What an expert that is off contributes to the hidden activations."""
+    off: Off = "zero"
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.expert_size, int):
+            raise ValueError(f"expert_size is a number of neurons, not {self.expert_size!r}")
+        for kind, value, known in (("mode", self.mode, Mode), ("off", self.off, Off)):
+            if value not in get_args(known):
+                raise unknown(kind, str(value), get_args(known))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON block."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, block: dict[str, Any]) -> Conversion:
+    def from_dict(cls, block: Any) -> Conversion:
         """Reads the JSON block.
 
         Raises:
-            ValueError: an unknown key, or a format newer than this code.
+            ValueError: no mapping, an unknown or a missing key, a value that no field allows, or a
+                format newer than this code.
         """
+        if not isinstance(block, dict):
+            raise ValueError(f"the moe_tools block of config.json is no mapping: {block!r}")
+        if block.get("format") != FORMAT:  # first: a newer format may have new keys
+            raise ValueError(
+                f"config.json has moe_tools format {block.get('format')!r}; this version reads "
+                f"{FORMAT}: install the moe-tools that wrote it"
+            )
         known = {field.name for field in fields(cls)}
         for key in block:
             if key not in known:
                 raise unknown("key in the moe_tools block of config.json", key, known)
-        if block.get("format") != FORMAT:
+        missing = {"donor", "expert_size"} - set(block)
+        if missing:
             raise ValueError(
-                f"config.json has moe_tools format {block.get('format')!r}; this version reads "
-                f"{FORMAT}: install the moe-tools that wrote it"
+                f"the moe_tools block of config.json lacks {', '.join(sorted(missing))}"
             )
         return cls(**block)
 
@@ -72,16 +89,17 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     conversion = read_conversion(model)
     if conversion is None:
         raise ValueError(f"{type(model).__name__} is dense: it has no routing mode to set")
+    write_conversion(model, replace(conversion, mode=mode))
     for ffn in expert_ffns(model):
         ffn.mode = mode
-    write_conversion(model, replace(conversion, mode=mode))
 
 
 def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     """Grafts an `ExpertFFN` with a fresh router onto every FFN of a dense model.
 
     Raises:
-        ValueError: no router is named, or the experts do not divide the neurons.
+        ValueError: no router is named, the experts do not divide the neurons, or the model is
+            routed already.
     """
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")

@@ -18,8 +18,13 @@ from moe_tools.model.routers import Router
 from moe_tools.model.routing import Routing
 from moe_tools.model.selectors import Selector
 
-Mode = Literal["soft", "hard"]
-"""soft: y = sum G_e E_e(x), LTE stage 1. hard: y = sum of the selected experts, stage 2."""
+Mode = Literal["soft", "straight", "hard"]
+"""How scores G switch experts.
+
+soft: y = sum G_e E_e(x), LTE stage 1. hard: y = sum of the selected experts, LTE stage 2; the
+router gets no gradient. straight: hard in the forward pass, soft in the backward pass (the
+straight-through estimator, arXiv 1308.3432): routers learn without a gap to close afterwards.
+"""
 
 
 class ExpertFFN(nn.Module):
@@ -75,15 +80,19 @@ class ExpertFFN(nn.Module):
     def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
         """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
         h_TEN = h_TF.unflatten(-1, (self.num_experts, -1))
-        off_EN = None if self.off_F is None else self.off_F.to(h_TF.dtype).view(-1, h_TEN.shape[-1])
+        weight_TE1 = self._weight_TE(routing)[..., None].to(h_TF.dtype)
+        if self.off_F is None:
+            return (h_TEN * weight_TE1).flatten(-2)
+        off_EN = self.off_F.to(h_TF.dtype).view(self.num_experts, -1)
+        if self.mode == "hard":  # lerp would round what is on
+            return torch.where(routing.mask_TE[..., None], h_TEN, off_EN).flatten(-2)
+        return off_EN.lerp(h_TEN, weight_TE1).flatten(-2)
+
+    def _weight_TE(self, routing: Routing) -> Tensor:
+        scores_TE, mask_TE = routing.scores_TE, routing.mask_TE.to(routing.scores_TE.dtype)
         if self.mode == "soft":
-            weight_TE1 = routing.scores_TE[..., None].to(h_TF.dtype)
-            h_TEN = h_TEN * weight_TE1 if off_EN is None else off_EN.lerp(h_TEN, weight_TE1)
-        elif off_EN is None:
-            h_TEN = h_TEN * routing.mask_TE[..., None].to(h_TF.dtype)
-        else:
-            h_TEN = torch.where(routing.mask_TE[..., None], h_TEN, off_EN)
-        return h_TEN.flatten(-2)
+            return scores_TE
+        return mask_TE if self.mode == "hard" else scores_TE + (mask_TE - scores_TE).detach()
 
     def project(self, h_TF: Tensor) -> Tensor:
         """y_TD from h_TF, with the host's own dropouts."""

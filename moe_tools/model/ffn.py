@@ -174,8 +174,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     The fused experts of an MoE host are first taken apart in place (`unfuse_experts`).
 
     Raises:
-        ValueError: the model has no FFN of a known family.
+        ValueError: the model has no FFN of a known family, or its FFNs are routed already.
     """
+    from moe_tools.model.experts import expert_ffns
+
+    if expert_ffns(model):
+        raise ValueError(f"{type(model).__name__} is routed already: start from the dense model")
     unfuse_experts(model)
     found = []
     for path, module in model.named_modules():

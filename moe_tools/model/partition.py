@@ -75,7 +75,7 @@ def kmeans_partition(features_FX: Tensor, num_experts: int, seed: int) -> Partit
     """Balanced k-means: every expert gets exactly N neurons.
 
     faiss finds starting centroids; then Lloyd's rounds alternate a balanced assignment and new
-    centroids (MoEfication, arXiv 2110.01786, §3.1, uses a balanced k-means too).
+    centroids (as in MoEfication, arXiv 2110.01786).
     """
     check_division(len(features_FX), num_experts)
     features = features_FX.detach().float().cpu().contiguous()

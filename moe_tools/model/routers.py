@@ -30,7 +30,7 @@ class Router(nn.Module, ABC):
 
 
 class SigmoidRouter(Router):
-    """LTE's router: G = sigmoid(W x + b), one independent score an expert (arXiv 2402.06126, §4.1).
+    """LTE's router: G = sigmoid(W x + b), one independent score an expert (arXiv 2402.06126).
 
     The bias is ours: with it training starts from "every expert on" (G near 1).
     """

@@ -56,9 +56,17 @@ SELECTORS: Registry[type[Threshold] | type[TopK]] = Registry(
 
 
 def build_selector(spec: dict[str, Any]) -> Selector:
-    """A selector from its config entry, e.g. {"kind": "threshold", "tau": 0.5}."""
+    """A selector from its config entry, e.g. {"kind": "threshold", "tau": 0.5}.
+
+    Raises:
+        ValueError: no or an unknown kind, or arguments that this kind does not take.
+    """
     arguments = {key: value for key, value in spec.items() if key != "kind"}
-    return SELECTORS[spec["kind"]](**arguments)
+    kind = SELECTORS[spec.get("kind", "")]
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"selector {spec}: {error}") from error
 
 
 def describe_selector(selector: Threshold | TopK) -> dict[str, Any]:

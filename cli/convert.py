@@ -1,0 +1,64 @@
+"""`moe-tools convert`: a dense model in, a converted one out."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "turn a dense model into one that computes only what a token needs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--method", help="a published method, e.g. lte (see `moe-tools recipes`)")
+    what.add_argument("--recipe", help="a recipe file of your own")
+    parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
+    parser.add_argument("--output", required=True, help="new folder; the same command resumes it")
+    parser.add_argument("--target-sparsity", type=float, help="share of FFN neurons off, in (0, 1)")
+    parser.add_argument("--expert-size", type=int, help="neurons of one expert")
+    parser.add_argument("--tokens", type=int, help="training tokens over all steps")
+    parser.add_argument("--data", help="docs, a file or folder, a hub dataset, or self")
+    parser.add_argument("--block-length", type=int, help="tokens of one training block")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--control", action="store_true", help="also train the dense control")
+    parser.add_argument("--keep-steps", action="store_true", help="keep the folder of every step")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
+    parser.add_argument("--eval-tokens", type=int, default=32768, help="0 skips the closing table")
+    parser.add_argument("--json", metavar="FILE", help="write the table; - is standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the recipe, then shows the table that `moe-tools evaluate` makes."""
+    from moe_tools.cli.common import DTYPES, pick_device, recipe_path
+    from moe_tools.recipe import read_recipe, with_options
+
+    recipe = with_options(
+        read_recipe(args.recipe or recipe_path(args.method)),
+        target_sparsity=args.target_sparsity,
+        expert_size=args.expert_size,
+        tokens=args.tokens,
+        data=args.data,
+        block_length=args.block_length,
+        seed=args.seed,
+    )
+    from moe_tools.pipeline import run as run_recipe
+
+    device = pick_device(args.device)
+    run_recipe(
+        recipe,
+        args.model,
+        args.output,
+        dtype=DTYPES[args.dtype],
+        device=device,
+        control=args.control,
+        keep_steps=args.keep_steps,
+    )
+    if not args.eval_tokens:
+        return 0
+    from moe_tools.cli.main import main
+
+    data = [] if recipe.data == "self" else ["--data", recipe.data]
+    json = ["--json", args.json] if args.json else []
+    tokens = ["--tokens", str(args.eval_tokens), "--device", device]
+    return main(["evaluate", args.output, *data, *tokens, *json])

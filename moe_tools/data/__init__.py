@@ -1,0 +1,18 @@
+"""Text, a hub data set or the donor's own samples -> blocks of tokens.
+
+    texts(source, split=...)              documents, strings
+    blocks(source, tokenizer, ...)        blocks_BT: documents joined by EOS, cut into equal rows
+    generate_blocks(model, ...)           blocks_BT: what the donor itself says, from BOS on
+    fingerprint(blocks_BT)                shows that two runs saw the same tokens
+
+A source is "docs" (docstrings of installed packages: no download), a .txt, .md, .jsonl or .parquet
+file, a folder of them, "hub:NAME[:CONFIG]" or "owner/name". The same source, split, seed, length
+and tokenizer give the same tensor on every run, and a larger budget of tokens only appends rows.
+"""
+
+from moe_tools.data.generate import generate_blocks
+from moe_tools.data.holdout import Split
+from moe_tools.data.packing import blocks, fingerprint
+from moe_tools.data.sources import texts
+
+__all__ = ["Split", "blocks", "fingerprint", "generate_blocks", "texts"]

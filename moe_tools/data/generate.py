@@ -1,0 +1,142 @@
+"""The donor's own samples as training text: data-free distillation.
+
+Shapes: B blocks, T tokens a block (`length`), V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.data.holdout import digest
+from moe_tools.data.packing import blocks_for, check_size
+from moe_tools.data.progress import progress
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+    from transformers import PreTrainedModel
+
+
+def generate_blocks(
+    model: "PreTrainedModel",
+    *,
+    length: int,
+    tokens: int,
+    seed: int,
+    batch_size: int = 16,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Blocks that the model samples itself, each from BOS on, past any EOS to the full length.
+
+    The plain distribution is sampled: no top-k, top-p or penalty of the model's generation config,
+    since a student should learn what the donor says, not a polished version of it.
+
+    Args:
+        model: a causal language model; its BOS (else EOS) token is the first of every block.
+        length: tokens a block, BOS included.
+        tokens: how many are wanted, rounded up to whole blocks.
+        seed: block i depends on the seed and i alone, so a larger budget appends blocks (up to
+            the rounding of matmuls at another batch size).
+        batch_size: blocks sampled together.
+        temperature: divides the logits.
+
+    Returns:
+        blocks_BT, int64, on the CPU.
+
+    Raises:
+        ValueError: the model is no causal language model or has neither BOS nor EOS, the length
+            exceeds its context, or a size or the temperature is not positive.
+    """
+    count = blocks_for(tokens, length)
+    check_size("batch_size", batch_size)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, but must be positive: use 1.0")
+    _check_model(model, length)
+    first = _first_token(model)
+    rows: list[Tensor] = []
+    with _evaluating(model), progress("sampling", count * length, "token") as bar:
+        for start in range(0, count, batch_size):
+            numbers = range(start, min(start + batch_size, count))
+            uniform_BT = torch.stack([_uniform_T(seed, number, length) for number in numbers])
+            rows.append(_sample(model, first, uniform_BT, temperature, bar))
+    return torch.cat(rows)
+
+
+def _check_model(model: "PreTrainedModel", length: int) -> None:
+    """Refuse what cannot continue a text, and more tokens than it has positions for."""
+    kind = type(model).__name__
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{kind} is no causal language model and cannot sample its own data: use 'docs'"
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(
+            f"a block of {length} tokens exceeds the context of {kind}, {context} tokens: "
+            f"use --block-length {context} or less"
+        )
+
+
+def _first_token(model: "PreTrainedModel") -> int:
+    """BOS; models without one saw EOS before every document."""
+    config = model.config.get_text_config()
+    for token in (config.bos_token_id, config.eos_token_id):
+        if isinstance(token, list) and token:
+            token = token[0]
+        if isinstance(token, int):
+            return token
+    raise ValueError(
+        f"{type(model).__name__} has neither a BOS nor an EOS token to start from: "
+        "set model.config.bos_token_id"
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and afterwards every module as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _uniform_T(seed: int, number: int, length: int) -> Tensor:
+    """The random numbers of one block, the same whatever batch it is in."""
+    # Hashed, since seed + number would give seed 1 the second block of seed 0.
+    generator = torch.Generator().manual_seed(digest(f"{seed}:{number}"))
+    return torch.rand(length, dtype=torch.float64, generator=generator)
+
+
+# Not inference_mode: its tensors could not be used in training.
+@torch.no_grad()
+def _sample(
+    model: "PreTrainedModel", first: int, uniform_BT: Tensor, temperature: float, bar: "tqdm"
+) -> Tensor:
+    """One batch of blocks_BT, token by token with the model's own cache."""
+    batch, length = uniform_BT.shape
+    token_B = torch.full((batch,), first)
+    columns, cache = [token_B], None
+    bar.update(batch)
+    for position in range(1, length):
+        ids_B1 = token_B[:, None].to(model.device)
+        output = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        token_B = _draw(output.logits[:, -1].cpu() / temperature, uniform_BT[:, position])
+        columns.append(token_B)
+        bar.update(batch)
+    return torch.stack(columns, dim=1)
+
+
+def _draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Invert the cumulative distribution: one uniform number, one token."""
+    # In float64: float32 loses the tail of a large vocabulary in the running sum. On the CPU: not
+    # every accelerator has float64.
+    cumulative_BV = torch.softmax(logits_BV.double(), dim=-1).cumsum(dim=-1)
+    point_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
+    token_B1 = torch.searchsorted(cumulative_BV, point_B1, right=True)
+    return token_B1.clamp(max=logits_BV.shape[-1] - 1).squeeze(1)

@@ -1,0 +1,178 @@
+"""Documents -> blocks of tokens.
+
+Shapes: B blocks, T tokens a block (`length`).
+"""
+
+import hashlib
+import itertools
+import logging
+from array import array
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe_tools.data.holdout import Split, boundary, digest
+from moe_tools.data.progress import progress
+from moe_tools.data.sources import is_hub, texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PASSAGE = 8192
+"""Characters; longer documents are cut, or one long book could not be shuffled."""
+
+BATCH = 32
+"""Passages a call of the tokenizer: enough for its threads, little to throw away."""
+
+HUB_WINDOW = 1000
+"""Rows of a hub data set that are shuffled together: a stream is never there as a whole."""
+
+
+def blocks(
+    source: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    split: Split,
+    length: int,
+    tokens: int | None,
+    seed: int = 0,
+) -> Tensor:
+    """The tokens of a source, packed: passages, each followed by EOS, cut into equal blocks.
+
+    Passages (documents, cut at about 8,192 characters) are shuffled before they are packed, so
+    every budget samples the whole corpus, and a larger one only appends blocks. Held-out passages
+    stand in the order of a hash, whatever the seed. No other special tokens are added.
+
+    Args:
+        source: as for `texts`.
+        tokenizer: its EOS, else SEP, else PAD token ends a passage.
+        split: "train" or "heldout".
+        length: tokens a block.
+        tokens: how many are wanted, rounded up to whole blocks; None is all of them. If there are
+            fewer, a warning is logged and all blocks are returned.
+        seed: orders the training passages.
+
+    Returns:
+        blocks_BT, int64.
+
+    Raises:
+        ValueError: a size is not positive, the source cannot be read or its text does not fill one
+            block, or the tokenizer has no token to end a passage.
+    """
+    check_size("length", length)
+    wanted = None if tokens is None else blocks_for(tokens, length)
+    end = _end_token(tokenizer)
+    passages = _ordered(source, split, seed)
+    ids = _tokenise(passages, tokenizer, end, None if wanted is None else wanted * length)
+    where = f"{source!r} ({split})"
+    if len(ids) < length:
+        raise ValueError(_too_short(where, len(ids), length))
+    have = len(ids) // length
+    if wanted is not None and have < wanted:
+        logger.warning(
+            "%s has %s tokens, fewer than the %s asked for: using %s blocks of %s = %s tokens",
+            *(where, len(ids), tokens, have, length, have * length),
+        )
+    count = have if wanted is None else min(have, wanted)
+    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def fingerprint(blocks_BT: Tensor) -> str:
+    """16 hex digits of the SHA-256 of the shape and the tokens: equal means the same blocks."""
+    rows_BT = blocks_BT.detach().cpu().to(torch.int64).contiguous()
+    shape = str(tuple(rows_BT.shape)).encode()
+    return hashlib.sha256(shape + rows_BT.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def blocks_for(tokens: int, length: int) -> int:
+    """Blocks of `length` that hold at least this many tokens.
+
+    Raises:
+        ValueError: one of the two is not positive.
+    """
+    check_size("tokens", tokens)
+    check_size("length", length)
+    return -(-tokens // length)
+
+
+def check_size(name: str, value: int) -> None:
+    """Refuse a size below 1 with a ValueError."""
+    if value < 1:
+        raise ValueError(f"{name} is {value}, but must be at least 1: use a positive number")
+
+
+def _end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """What stands between passages. Encoders have no EOS: SEP is what they know as an end."""
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
+        if isinstance(token, int):
+            return token
+    raise ValueError(
+        f"tokenizer {tokenizer.name_or_path!r} has no EOS, SEP or PAD token, and one must stand "
+        "between documents: set tokenizer.eos_token"
+    )
+
+
+def _ordered(source: str, split: Split, seed: int) -> Iterator[str]:
+    """The passages of a source in the order of packing, which never depends on the budget."""
+    documents = texts(source, split=split)
+    generator = torch.Generator().manual_seed(seed)
+    for window in _batches(documents, HUB_WINDOW if is_hub(source) else None):
+        passages = [passage for text in window for passage in _passages(text)]
+        if split == "heldout":
+            yield from sorted(passages, key=digest)
+        else:
+            order = torch.randperm(len(passages), generator=generator).tolist()
+            yield from (passages[index] for index in order)
+
+
+def _batches(items: Iterable[str], size: int | None) -> Iterator[list[str]]:
+    """Lists of up to `size` items; None is one list of all."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _passages(text: str) -> Iterator[str]:
+    """Cut a long document, between paragraphs if it has some."""
+    start = 0
+    while start < len(text):
+        end = start + PASSAGE
+        if end < len(text):
+            end = boundary(text, start + PASSAGE // 2, end)
+        passage = text[start:end].strip()
+        if passage:
+            yield passage
+        start = end
+
+
+def _tokenise(
+    passages: Iterable[str], tokenizer: "PreTrainedTokenizerBase", end: int, enough: int | None
+) -> "array[int]":
+    """The ids of all passages, each followed by `end`; stops after `enough` of them."""
+    ids = array("q")
+    with progress("tokenising", enough, "token") as bar:
+        for batch in _batches(passages, BATCH):
+            before = len(ids)
+            # verbose=False: that a passage exceeds the model's context is nothing to warn about.
+            encoded = tokenizer(batch, add_special_tokens=False, verbose=False)
+            for row in encoded["input_ids"]:
+                ids.extend(row)
+                ids.append(end)
+            bar.update(len(ids) - before)
+            if enough is not None and len(ids) >= enough:
+                break
+    return ids
+
+
+def _too_short(where: str, have: int, length: int) -> str:
+    if have == 0:
+        return f"{where} has no text: use another source"
+    fits = 1 << (have.bit_length() - 1)
+    return (
+        f"{where} has {have} tokens, one block needs {length}: "
+        f"use --block-length {fits} or more text"
+    )

@@ -1,0 +1,172 @@
+"""Perplexity, FFN sparsity and FLOPs of a model on held-out blocks.
+
+Letters: B blocks, T tokens of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_tools.data.progress import progress
+from moe_tools.measure.flops import Flops, count_flops
+from moe_tools.measure.neurons import count_neurons, sparsity
+
+IGNORE = -100
+ROWS = 256
+"""Tokens whose logits are in fp32 at once."""
+MASKED = 0.15
+"""Share of an encoder's tokens that are masked and predicted (BERT, arXiv 1810.04805)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one text."""
+
+    perplexity: float
+    """exp(nats_per_token)."""
+    nats_per_token: float
+    """Mean negative log-likelihood of the predicted tokens."""
+    tokens: int
+    """Predicted tokens: all but the first of each block; of an encoder, the masked ones."""
+    ffn_sparsity: float
+    """Share of neurons off, over tokens and FFNs; 0 for a dense model."""
+    layer_sparsity: dict[str, float]
+    """FFN name -> share of its neurons off, over the tokens it saw; empty for a dense model."""
+    flops: Flops
+    """Per token of the text."""
+    seconds: float
+
+
+def evaluate(
+    model: PreTrainedModel,
+    blocks_BT: Tensor,
+    *,
+    batch_size: int = 4,
+    title: str = "",
+    mask_token: int | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluates a dense or routed model as it stands, in its own dtype and mode.
+
+    A causal model predicts every token from those before it. An encoder (BERT) predicts 15 % of
+    the tokens of every block, replaced by its mask token: a pseudo-perplexity, comparable between
+    encoders of one tokenizer only. An encoder-decoder (T5) gets the same block on both sides,
+    teacher-forced: a figure that shows whether a conversion kept the model's output, and no more.
+    The model's parameters and mode stay as they are; the fused experts of a dense MoE host are
+    taken apart, as `find_ffns` does.
+
+    Args:
+        model: what is evaluated.
+        blocks_BT: token blocks, B x T.
+        batch_size: blocks of one forward pass.
+        title: of the progress bar.
+        mask_token: the tokenizer's; only encoders need it.
+        seed: which tokens of an encoder's blocks are masked.
+
+    Raises:
+        ValueError: blocks that the model cannot take, no mask token for an encoder, or no FFN of
+            a known family.
+        FloatingPointError: the loss is not finite.
+    """
+    _check(model, blocks_BT, batch_size, mask_token)
+    inputs_BT, labels_BT = _task(model, blocks_BT.cpu(), mask_token, seed)
+    began, nats = time.perf_counter(), 0.0
+    with (
+        count_neurons(model) as counts,
+        count_flops(model) as others,
+        _evaluating(model),
+        progress(title or "evaluate", len(blocks_BT), "block") as bar,
+    ):
+        pairs = zip(inputs_BT.split(batch_size), labels_BT.split(batch_size), strict=True)
+        for batch_BT, batch_labels_BT in pairs:
+            nats += _nats(model, batch_BT.to(model.device), batch_labels_BT.to(model.device))
+            bar.update(len(batch_BT))
+    tokens = int((labels_BT != IGNORE).sum())
+    mean = nats / tokens
+    if not mean < 700:  # NaN too; exp(710) is no float any more
+        raise FloatingPointError(f"{type(model).__name__} has a loss of {mean} nats per token")
+    return Evaluation(
+        perplexity=math.exp(mean),
+        nats_per_token=mean,
+        tokens=tokens,
+        ffn_sparsity=sparsity(counts),
+        layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
+        flops=others.flops(model, counts, blocks_BT.numel(), blocks_BT.shape[1]),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _check(
+    model: PreTrainedModel, blocks_BT: Tensor, batch_size: int, mask_token: int | None
+) -> None:
+    if blocks_BT.ndim != 2 or blocks_BT.shape[0] < 1 or blocks_BT.shape[1] < 2:
+        raise ValueError(
+            f"blocks are {tuple(blocks_BT.shape)}; evaluation needs (blocks, tokens), at least "
+            "one block of two tokens"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+    length, context = blocks_BT.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(
+            f"a block of {length} tokens exceeds the context of {type(model).__name__}, "
+            f"{context} tokens: use --block-length {context} or less"
+        )
+    if not model.can_generate() and mask_token is None:
+        raise ValueError(
+            f"{type(model).__name__} predicts masked tokens: evaluation needs the mask token of "
+            "its tokenizer"
+        )
+
+
+def _task(
+    model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """What the model sees, and what it has to say at each position (`IGNORE`: nothing)."""
+    if model.can_generate():
+        return blocks_BT, nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)
+    assert mask_token is not None
+    generator = torch.Generator().manual_seed(seed)
+    count = max(1, round(MASKED * blocks_BT.shape[1]))
+    chosen_BK = torch.rand(blocks_BT.shape, generator=generator).topk(count, dim=1).indices
+    mask_BT = torch.zeros_like(blocks_BT, dtype=torch.bool).scatter(1, chosen_BK, True)
+    return blocks_BT.masked_fill(mask_BT, mask_token), blocks_BT.masked_fill(~mask_BT, IGNORE)
+
+
+@torch.no_grad()
+def _nats(model: PreTrainedModel, inputs_BT: Tensor, labels_BT: Tensor) -> float:
+    """Negative log-likelihood of the labelled tokens, summed; fp32 for `ROWS` tokens at a time."""
+    arguments: dict[str, Any] = {"input_ids": inputs_BT}
+    if model.can_generate():
+        arguments["use_cache"] = False
+    if model.config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = inputs_BT
+    logits_TV = model(**arguments).logits.flatten(0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
+    rows = zip(logits_TV.split(ROWS), labels_BT.flatten().split(ROWS), strict=True)
+    for logits, labels in rows:
+        total += nn.functional.cross_entropy(
+            logits.float(), labels, ignore_index=IGNORE, reduction="sum"
+        )
+    return total.item()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and afterwards every module as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,137 @@
+"""Matrix FLOPs of one token, counted where they happen.
+
+A multiply and an add are two FLOPs. Counted: every weight matrix times the rows it is applied to
+(the head of the vocabulary included, embedding lookups not), our routers, and the two products of
+attention. Not counted: norms, softmax, activations, biases.
+
+An FFN is charged for the neurons that are on. A constant in place of a neuron that is off
+(`off: mean`) costs no matrix FLOPs: y = W (h - off) + W off, whose last term is a constant.
+
+Letters: T tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_tools.measure.neurons import NeuronCount
+from moe_tools.model.experts import expert_ffns
+from moe_tools.model.ffn import find_ffns
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Matrix FLOPs per token of the text, averaged over the tokens of a run."""
+
+    ffn_dense: float
+    """FFNs, with every neuron on."""
+    ffn: float
+    """FFNs, the neurons that were on."""
+    router: float
+    """Our routers; an MoE host's own router counts as the rest."""
+    attention_and_rest: float
+    total: float = field(init=False)
+    """ffn + router + attention_and_rest."""
+    total_dense: float = field(init=False)
+    """ffn_dense + attention_and_rest."""
+
+    def __post_init__(self) -> None:
+        rest = self.attention_and_rest
+        object.__setattr__(self, "total", self.ffn + self.router + rest)
+        object.__setattr__(self, "total_dense", self.ffn_dense + rest)
+
+
+@dataclass
+class FlopCounter:
+    """FLOPs outside the FFNs since the count began."""
+
+    others: float = 0.0
+
+    def flops(
+        self, model: PreTrainedModel, counts: list[NeuronCount], tokens: int, length: int
+    ) -> Flops:
+        """FLOPs per token of a run over `tokens` tokens in blocks of `length`."""
+        dense = sum(2 * count.weights * count.tokens for count in counts)
+        on = sum(2 * count.weights * count.on / count.neurons for count in counts)
+        router = sum(count.router_flops * count.tokens for count in counts)
+        rest = self.others / tokens + attention_flops(model, length)
+        return Flops(dense / tokens, on / tokens, router / tokens, rest)
+
+
+@contextmanager
+def count_flops(model: PreTrainedModel) -> Iterator[FlopCounter]:
+    """Counts the rows that pass every weight matrix outside the FFNs and our routers."""
+    counter = FlopCounter()
+
+    def hook(weights: int) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            counter.others += 2 * weights * (x.numel() // x.shape[-1])
+
+        return see
+
+    handles = [
+        module.register_forward_hook(hook(module.get_parameter("weight").numel()), with_kwargs=True)
+        for module in _other_matrices(model)
+    ]
+    try:
+        yield counter
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _other_matrices(model: nn.Module) -> list[nn.Module]:
+    """Modules that multiply by a matrix: linears, Conv1D, the router of an MoE host."""
+    routed = expert_ffns(model)
+    found = [] if routed else find_ffns(model)
+    parts = [ffn.part(path) for ffn in found for path in ffn.layout.parts()]
+    inside = {id(module) for part in [*routed, *parts] for module in part.modules()}
+    return [
+        module
+        for module in model.modules()
+        if id(module) not in inside
+        and not isinstance(module, nn.Embedding)
+        and any(
+            name == "weight" and parameter.ndim == 2
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        )
+    ]
+
+
+def attention_flops(model: PreTrainedModel, length: int) -> float:
+    """q k^T and its product with v, per token, averaged over the positions of a block.
+
+    Each costs 2 x width of q x context. A causal token sees (T + 1) / 2 tokens on average, fewer
+    under a sliding window; an encoder's token sees T; a decoder beside an encoder sees both.
+    """
+    config = model.config
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 4 * heads * head_dim * sum(_contexts(model, length))
+
+
+def _contexts(model: PreTrainedModel, length: int) -> list[float]:
+    """Tokens that a token sees on average, an entry for every attention."""
+    config, layers = model.config, model.config.num_hidden_layers
+    if config.is_encoder_decoder:
+        return [length] * layers + [causal_context(length) + length] * config.num_decoder_layers
+    if not model.can_generate():
+        return [length] * layers
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [
+        causal_context(length, window if kind == "sliding_attention" else None) for kind in kinds
+    ]
+
+
+def causal_context(length: int, window: int | None = None) -> float:
+    """mean over the positions t = 1 ... T of min(t, window)."""
+    window = length if window is None else min(window, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length

@@ -1,0 +1,117 @@
+"""Which neurons run: counted while a model runs, with a few integers an FFN and no stored mask.
+
+Letters: T tokens, D model width, F neurons of one FFN, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moe_tools.model.experts import ExpertFFN, expert_ffns
+from moe_tools.model.ffn import FFN, Weights, find_ffns
+from moe_tools.model.routing import Routing
+
+
+@dataclass
+class NeuronCount:
+    """What one FFN has done since the count began."""
+
+    name: str
+    neurons: int
+    weights: int
+    """Matrix weights of all its neurons: gate, up and down."""
+    routed: bool = False
+    router_flops: int = 0
+    """Matrix FLOPs of routing one token."""
+    tokens: int = 0
+    """Tokens the FFN saw: an expert of an MoE host sees only those routed to it."""
+    on: int = 0
+    """Neurons that ran, summed over those tokens."""
+
+    @property
+    def seen(self) -> int:
+        """Neurons that could have run."""
+        return self.tokens * self.neurons
+
+    @property
+    def sparsity(self) -> float:
+        """Share of neurons off; 0 before the first token."""
+        return 1 - self.on / self.seen if self.tokens else 0.0
+
+    def add(self, tokens: int, on: int) -> None:
+        """Counts one batch."""
+        self.tokens += tokens
+        self.on += on
+
+
+def sparsity(counts: list[NeuronCount]) -> float:
+    """Share of neurons off over tokens and FFNs, each FFN weighed by the tokens it saw."""
+    seen = sum(count.seen for count in counts)
+    return 1 - sum(count.on for count in counts) / seen if seen else 0.0
+
+
+@contextmanager
+def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
+    """Yields a count for every FFN, in forward order; counts grow with each forward pass.
+
+    Works for routed and for dense models, where every neuron is on. Changes no output. The fused
+    experts of a dense MoE host are taken apart in place, as `find_ffns` does.
+
+    Raises:
+        ValueError: the model has no FFN of a known family.
+    """
+    routed = expert_ffns(model)
+    dense = [] if routed else find_ffns(model)
+    counts = [_count(ffn.name, ffn.weights()) for ffn in [*routed, *dense]]
+    with _observe(routed, counts) if routed else _hook(dense, counts):
+        yield counts
+
+
+def _count(name: str, weights: Weights) -> NeuronCount:
+    matrices = (weights.gate_FD, weights.up_FD, weights.down_FD)
+    numbers = sum(matrix.numel() for matrix in matrices if matrix is not None)
+    return NeuronCount(name, len(weights.up_FD), numbers)
+
+
+@contextmanager
+def _observe(ffns: list[ExpertFFN], counts: list[NeuronCount]) -> Iterator[None]:
+    def observer(ffn: ExpertFFN, count: NeuronCount) -> Callable[[Routing], None]:
+        def observe(routing: Routing) -> None:
+            tokens = routing.mask_TE[..., 0].numel()
+            count.add(tokens, int(routing.mask_TE.sum()) * ffn.expert_size)
+
+        return observe
+
+    observers = [observer(ffn, count) for ffn, count in zip(ffns, counts, strict=True)]
+    for ffn, count, observe in zip(ffns, counts, observers, strict=True):
+        count.routed, count.router_flops = True, ffn.router.flops()
+        ffn.observers.append(observe)
+    try:
+        yield
+    finally:
+        for ffn, observe in zip(ffns, observers, strict=True):
+            ffn.observers.remove(observe)
+
+
+@contextmanager
+def _hook(ffns: list[FFN], counts: list[NeuronCount]) -> Iterator[None]:
+    def hook(count: NeuronCount) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tokens = args[0][..., 0].numel()
+            count.add(tokens, tokens * count.neurons)
+
+        return see
+
+    handles = [
+        ffn.down.register_forward_pre_hook(hook(count))
+        for ffn, count in zip(ffns, counts, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,117 @@
+"""Models side by side: one `Row` each, as a table for people and as JSON for machines. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+Role = Literal["donor", "control", "model"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one text: what JSON holds, and what a line of the table is made of."""
+
+    model: str
+    role: Role
+    """control: the donor trained on the same tokens without routers."""
+    perplexity: float
+    nats_per_token: float
+    ratio_to_control: float | None
+    """Perplexity over the control's; None where there is no control."""
+    ratio_to_donor: float | None
+    """Perplexity over the donor's."""
+    ffn_sparsity: float
+    """Share of neurons off, over tokens and FFNs."""
+    ffn_dense_flops: float
+    """Per token, every neuron on; like every count here: matrix FLOPs per token of the text."""
+    ffn_flops: float
+    router_flops: float
+    total_flops: float
+    total_dense_flops: float
+    train_tokens: int | None
+    """Tokens it was trained on by its recipe; None when no recipe says so."""
+    tokens: int
+    """Predicted tokens of this evaluation."""
+    seconds: float
+    data: str
+    block_length: int
+    dtype: str
+    device: str
+    layer_sparsity: dict[str, float] = field(default_factory=dict)
+    """FFN name -> share of its neurons off."""
+
+    @property
+    def ffn_share(self) -> float:
+        """FFN FLOPs, router included, over those of the dense FFNs."""
+        return (self.ffn_flops + self.router_flops) / self.ffn_dense_flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with `ffn_share` beside the fields."""
+        return {**asdict(self), "ffn_share": self.ffn_share}
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """A list with one object a row.
+
+    Raises:
+        ValueError: a number that JSON does not have (NaN, infinity).
+    """
+    return json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows as a table; the caption names the text, the dtype and the device."""
+    first = rows[0]
+    made = Table(
+        caption=f"{first.tokens} tokens of held-out {first.data}, blocks of {first.block_length}, "
+        f"{first.dtype} on {first.device}; FFN FLOPs include the router, x is relative to dense"
+    )
+    made.add_column("model", overflow="fold")
+    for heading in (
+        "perplexity",
+        "/ control",
+        "/ donor",
+        "FFN sparsity",
+        "FFN MFLOPs/token",
+        "total MFLOPs/token",
+        "trained on",
+    ):
+        made.add_column(heading, justify="right")
+    for row in rows:
+        made.add_row(*_cells(row))
+    return made
+
+
+def print_table(rows: Sequence[Row], file: IO[str]) -> None:
+    """Writes the table; a pipe gets 120 columns."""
+    wide = None if file.isatty() else 120
+    Console(file=file, width=wide, highlight=False).print(table(rows))
+
+
+def _cells(row: Row) -> list[str]:
+    name = row.model if row.role == "model" else f"{row.model} ({row.role})"
+    ffn = (row.ffn_flops + row.router_flops) / 1e6
+    return [
+        name,
+        f"{row.perplexity:.2f}",
+        _ratio(row.ratio_to_control),
+        _ratio(row.ratio_to_donor),
+        f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense",
+        f"{_short(ffn)} ({row.ffn_share:.2f}x)",
+        f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
+        "-" if row.train_tokens is None else f"{row.train_tokens:,}",
+    ]
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _short(mega: float) -> str:
+    return f"{mega:.1f}" if mega >= 1 else f"{mega:.3g}"

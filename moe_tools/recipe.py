@@ -1,0 +1,292 @@
+"""A recipe is a list of steps: what a method does to a model, as strict YAML. Imports no torch.
+
+    name: lte-smollm2
+    paper: arXiv 2402.06126
+    steps:
+      - split: {expert_size: 8}
+      - attach: {router: sigmoid}
+      - train: {mode: soft, tokens: 500_000, target_sparsity: 0.5}
+      - train: {mode: hard, tokens: 500_000}
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from moe_tools.registry import unknown
+
+T = TypeVar("T")
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which neurons share an expert; reorders them, changes no output."""
+
+    expert_size: int = 8
+    """Neurons of one expert."""
+    method: Literal["kmeans", "random", "contiguous"] = "kmeans"
+    on: Literal["activations", "weights"] = "activations"
+    """What k-means sees of a neuron: |h| ||w_down|| on calibration text, or its gate row."""
+    tokens: int = 4096
+    """Calibration tokens."""
+
+
+@dataclass(frozen=True)
+class Attach:
+    """A router on every FFN."""
+
+    router: str = "sigmoid"
+    selector: dict[str, Any] = field(default_factory=lambda: {"kind": "threshold", "tau": 0.5})
+    start: Literal["regression", "open"] = "regression"
+    """regression: ridge regression on the donor's own activations; open: every expert on."""
+    start_sparsity: float = 0.02
+    """Share of experts off after the regression, in every layer."""
+    off: Literal["zero", "mean"] = "zero"
+    """What an expert that is off contributes: nothing, or its neurons' calibrated mean."""
+    tokens: int = 16384
+    """Calibration tokens."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Gradient steps on token blocks."""
+
+    tokens: int
+    """Training tokens of this step; every step goes on where the last one stopped."""
+    mode: Literal["dense", "soft", "straight", "hard"] = "dense"
+    """How scores switch experts; see `moe_tools.model.experts.Mode`."""
+    losses: dict[str, float] = field(default_factory=lambda: {"lm": 1.0})
+    """Name of a loss -> its weight. `efficiency` is driven by the controller under a target."""
+    target_sparsity: float | None = None
+    """Share of neurons off, over tokens and FFNs, that this step has to reach."""
+    drive: Literal["shift", "eta"] = "shift"
+    """What brings the sparsity there; see `moe_tools.steps.controller`."""
+    ramp: float = 0.6
+    """Share of the steps in which the target is reached; 0: at once."""
+    parts: Literal["all", "ffn", "routers"] = "all"
+    """What is trained; `all` and `ffn` include routers, except in hard mode."""
+    lr: float = 1e-4
+    """Peak learning rate of the host's weights."""
+    router_lr: float = 1e-3
+    """Peak learning rate of the routers."""
+    batch_size: int = 4
+    """Blocks of one forward pass on one device."""
+    accumulate: int = 1
+    """Forward passes of one optimizer step."""
+    warmup: float = 0.06
+    """Share of the optimizer steps."""
+    checkpoint_every: int = 100
+    """Optimizer steps, not micro-batches."""
+
+
+Step = Split | Attach | Train
+STEPS: dict[str, type[Step]] = {"split": Split, "attach": Attach, "train": Train}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in order, and the text they share."""
+
+    name: str
+    steps: tuple[Step, ...]
+    model: str | None = None
+    """The donor it was tuned on; any model of a supported family can be given instead."""
+    paper: str = ""
+    data: str = "docs"
+    """Training text: `docs`, a file or folder, a hub dataset, or `self`."""
+    block_length: int = 512
+    """Tokens."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError(f"recipe {self.name}: no steps")
+        for step in self.steps:
+            check_step(step)
+
+    def train_tokens(self) -> int:
+        """Tokens of all train steps together."""
+        return sum(step.tokens for step in self.steps if isinstance(step, Train))
+
+    def to_yaml(self) -> str:
+        """The recipe as it can be read again: every default spelled out."""
+        block = {key: value for key, value in asdict(self).items() if key != "steps"}
+        block["steps"] = [{step_name(step): asdict(step)} for step in self.steps]
+        return yaml.safe_dump(block, sort_keys=False)
+
+
+def step_name(step: Step) -> str:
+    """The verb of a step."""
+    return next(name for name, kind in STEPS.items() if kind is type(step))
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        ValueError: no such file, no YAML, an unknown key, a wrong type or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; `moe-tools recipes` lists the recipes there are")
+    try:
+        block = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return parse_recipe(block, str(path))
+
+
+def parse_recipe(block: Any, where: str = "recipe") -> Recipe:
+    """A recipe from plain data; every key must be known and of its type.
+
+    Raises:
+        ValueError: as `read_recipe`.
+    """
+    if not isinstance(block, dict):
+        raise ValueError(f"{where}: expected keys and values, not {type(block).__name__}")
+    steps = block.get("steps")
+    if not isinstance(steps, list):
+        raise ValueError(f"{where}: `steps` must be a list")
+    parsed = tuple(_parse_step(step, f"{where}: step {i}") for i, step in enumerate(steps))
+    return _build(Recipe, {**block, "steps": parsed}, where)
+
+
+def _parse_step(block: Any, where: str) -> Step:
+    if not isinstance(block, dict) or len(block) != 1:
+        raise ValueError(f"{where}: expected one `verb: {{...}}`")
+    ((verb, options),) = block.items()
+    if verb not in STEPS:
+        raise ValueError(f"{where}: {unknown('step', str(verb), STEPS)}")
+    return _build(STEPS[verb], options or {}, f"{where} ({verb})")
+
+
+def _build(kind: type[T], options: Any, where: str) -> T:
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}: expected keys and values, not {options!r}")
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{where}: {unknown('key', str(key), known)}")
+        if key != "steps":
+            options = {**options, key: _convert(value, hints[key], f"{where}: {key}")}
+    for item in known.values():
+        required = item.default is MISSING and item.default_factory is MISSING
+        if required and item.name not in options:
+            raise ValueError(f"{where}: `{item.name}` is required")
+    return kind(**options)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """The value, if it is of the annotated type; an int or a YAML 1e-4 may stand for a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _convert(value, arguments[0], where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: {unknown('value', str(value), map(str, arguments))}")
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    expected = origin or hint
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: expected {expected.__name__}, not {value!r}")
+    return value
+
+
+def check_step(step: Step) -> None:
+    """Ranges that a type cannot express.
+
+    Raises:
+        ValueError: the key, its value and the rule.
+    """
+    for item in fields(step):
+        value = getattr(step, item.name)
+        if item.name in ("tokens", "expert_size", "batch_size", "accumulate", "checkpoint_every"):
+            _require(value >= 1, step, item.name, value, "at least 1")
+        if item.name in ("lr", "router_lr"):
+            _require(value >= 0, step, item.name, value, "0 or more")
+        if item.name in ("warmup", "ramp"):
+            _require(0 <= value <= 1, step, item.name, value, "in [0, 1]")
+        if item.name in ("target_sparsity", "start_sparsity") and value is not None:
+            _require(0 < value < 1, step, item.name, value, "strictly between 0 and 1")
+
+
+def _require(holds: bool, step: Step, key: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{step_name(step)}: {key} is {value}, but must be {rule}")
+
+
+def with_options(
+    recipe: Recipe,
+    *,
+    target_sparsity: float | None = None,
+    expert_size: int | None = None,
+    tokens: int | None = None,
+    data: str | None = None,
+    block_length: int | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """The recipe under the command line's options; None leaves a value as it is.
+
+    `tokens` is the sum over the train steps, which keep their shares of it.
+
+    Raises:
+        ValueError: a value out of range, or an option that no step of the recipe can take.
+    """
+    shrink = 1.0 if tokens is None else tokens / max(recipe.train_tokens(), 1)
+    takers = [s for s in recipe.steps if isinstance(s, Train) and s.target_sparsity is not None]
+    if target_sparsity is not None and not takers:
+        raise ValueError(f"recipe {recipe.name} has no train step with a target_sparsity")
+
+    def change(step: Step) -> Step:
+        if isinstance(step, Split) and expert_size is not None:
+            return replace(step, expert_size=expert_size)
+        if isinstance(step, Train):
+            step = replace(step, tokens=max(1, round(step.tokens * shrink)))
+            if target_sparsity is not None and step.target_sparsity is not None:
+                step = replace(step, target_sparsity=target_sparsity)
+        return step
+
+    return replace(
+        recipe,
+        steps=tuple(change(step) for step in recipe.steps),
+        data=recipe.data if data is None else data,
+        block_length=recipe.block_length if block_length is None else block_length,
+        seed=recipe.seed if seed is None else seed,
+    )
+
+
+def control_recipe(recipe: Recipe) -> Recipe:
+    """The dense control: the same tokens in the same order, no router, the language loss alone.
+
+    Raises:
+        ValueError: the recipe trains nothing.
+    """
+    trains = [step for step in recipe.steps if isinstance(step, Train)]
+    if not trains:
+        raise ValueError(f"recipe {recipe.name} trains nothing: its dense control is the donor")
+    dense = replace(
+        trains[0],
+        tokens=recipe.train_tokens(),
+        mode="dense",
+        losses={"lm": 1.0},
+        target_sparsity=None,
+        parts="all",
+        lr=max(step.lr for step in trains),
+    )
+    return replace(recipe, name=f"{recipe.name}-control", steps=(dense,))

@@ -1,0 +1,68 @@
+"""What the donor's FFNs see and do on calibration text.
+
+Letters: B blocks, T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moe_tools.model.ffn import FFN, find_ffns
+
+Visit = Callable[[int, Tensor, Tensor], None]
+"""(index of the FFN, x_TD, h_TF): input and hidden activations of one batch."""
+
+
+@torch.no_grad()
+def visit_activations(
+    model: nn.Module, blocks_BT: Tensor, visit: Visit, *, batch_size: int = 4, title: str = ""
+) -> None:
+    """Runs a dense model over blocks and shows every FFN's input and hidden activations.
+
+    Nothing is kept here: memory is what `visit` keeps. x and h come with their tokens in one
+    dimension. An expert of an MoE host sees only the tokens routed to it.
+    """
+    ffns = find_ffns(model)
+    device = next(model.parameters()).device
+    with _hooks(ffns, visit):
+        for batch in tqdm(blocks_BT.split(batch_size), desc=title, disable=None):
+            model(**model_inputs(model, batch.to(device)))
+
+
+def model_inputs(model: nn.Module, block_BT: Tensor) -> dict[str, Tensor]:
+    """A model's arguments for a batch of token blocks; an encoder-decoder gets it on both sides."""
+    inputs = {"input_ids": block_BT}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = block_BT
+    return inputs
+
+
+@contextmanager
+def _hooks(ffns: list[FFN], visit: Visit) -> Iterator[None]:
+    handles = []
+    for index, ffn in enumerate(ffns):
+        inputs: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], inputs: list[Tensor] = inputs) -> None:
+            inputs[:] = [args[0].flatten(0, -2)]
+
+        def show(
+            _: nn.Module,
+            args: tuple[Tensor, ...],
+            index: int = index,
+            inputs: list[Tensor] = inputs,
+        ) -> None:
+            visit(index, inputs[0], args[0].flatten(0, -2))
+
+        handles.append(ffn.part(ffn.layout.up).register_forward_pre_hook(keep))
+        handles.append(ffn.down.register_forward_pre_hook(show))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,74 @@
+"""Trim: shift all routers by one constant so that a stated share of the experts is off.
+
+The order of the scores is what a router learned; the constant only says where the line falls.
+Letters: B blocks, T tokens, E experts, S sampled scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.model.experts import expert_ffns
+from moe_tools.model.routers import SigmoidRouter
+from moe_tools.model.routing import Routing, record_routing
+from moe_tools.model.selectors import Threshold
+from moe_tools.steps.calibrate import model_inputs
+
+ROUNDS = 3
+"""An FFN's mask moves the inputs of those above it, so one shift alone misses."""
+STRIDE = 7
+"""Every 7th score is a sample large enough: 170,000 of a batch of 2,048 tokens at 8 neurons."""
+
+
+def check_trimmable(model: nn.Module) -> None:
+    """Only a bias under a threshold can be shifted.
+
+    Raises:
+        ValueError: another kind of router or selector.
+    """
+    for ffn in expert_ffns(model):
+        if not isinstance(ffn.router, SigmoidRouter) or not isinstance(ffn.selector, Threshold):
+            raise ValueError(
+                f"{ffn.name}: a target sparsity needs sigmoid routers under a threshold; "
+                "with top-k, k sets the sparsity"
+            )
+
+
+@torch.no_grad()
+def sample_logits(model: nn.Module, routings: Iterable[Routing]) -> Tensor:
+    """logits_S: how far a sample of scores lies above the threshold, on the logit scale."""
+    tau = torch.tensor(expert_ffns(model)[0].selector.tau)
+    scores = torch.cat([routing.scores_TE.flatten()[::STRIDE] for routing in routings])
+    return scores.logit(eps=1e-6) - tau.to(scores).logit()
+
+
+@torch.no_grad()
+def shift_routers(
+    model: nn.Module, logits_S: Tensor, sparsity: float, damping: float = 1.0
+) -> None:
+    """Moves every bias by `damping` times what brings the share of `logits_S` below 0 there."""
+    place = min(len(logits_S), max(1, round(sparsity * len(logits_S))))
+    shift = -damping * logits_S.kthvalue(place).values
+    for ffn in expert_ffns(model):
+        ffn.router.bias += shift
+
+
+@torch.no_grad()
+def trim(model: nn.Module, sparsity: float, blocks_BT: Tensor) -> None:
+    """Shifts the routers until `sparsity` of the experts are off on the given text.
+
+    Raises:
+        ValueError: as `check_trimmable`.
+    """
+    check_trimmable(model)
+    model.eval()
+    for _ in range(ROUNDS):
+        found = []
+        for block_BT in blocks_BT.split(1):
+            with record_routing(model) as routings:
+                model(**model_inputs(model, block_BT.to(model.device)))
+            found.append(sample_logits(model, routings))
+        shift_routers(model, torch.cat(found), sparsity)

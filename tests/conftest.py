@@ -1,0 +1,16 @@
+"""What every test shares: no hub, no tokenizer threads, one seed."""
+
+import os
+
+import pytest
+import torch
+
+# transformers and huggingface_hub read these once, when a test module first imports them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """A test draws the same numbers whether it runs alone or after a thousand others."""
+    torch.manual_seed(0)

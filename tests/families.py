@@ -1,0 +1,204 @@
+"""A tiny random model of every family, and the few things each family test does with one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from moe_tools.model.conversion import Conversion, attach_experts
+from moe_tools.model.experts import ExpertFFN, expert_ffns
+from moe_tools.model.ffn import host_state_dict
+
+NEURONS = 48
+EXPERT_SIZE = 8
+EXPERTS = NEURONS // EXPERT_SIZE
+THRESHOLD = Conversion("donor", EXPERT_SIZE, "sigmoid", {"kind": "threshold", "tau": 0.5})
+ALWAYS = 100.0
+"""A router bias whose score is exactly 1 in fp32."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A stock class, its configuration and the arguments that are not in the configuration."""
+
+    model: type[PreTrainedModel]
+    config: type[PreTrainedConfig]
+    sizes: dict[str, Any]
+    stock: dict[str, Any] = field(default_factory=dict)
+    """How the stock class is built, where its default is not the plain computation."""
+
+
+_BODY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": NEURONS,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+_GROUPED = _BODY | {"num_key_value_heads": 1}
+_GEMMA = _GROUPED | {"head_dim": 8}
+_GPT2 = {"vocab_size": 64, "n_embd": 16, "n_inner": NEURONS, "n_layer": 2, "n_head": 2}
+_OPT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "word_embed_proj_dim": 16,
+    "ffn_dim": NEURONS,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+_T5 = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": NEURONS,
+    "num_layers": 2,
+    "num_heads": 2,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LlamaForCausalLM, LlamaConfig, _BODY | {"mlp_bias": True}),
+    "mistral": Family(MistralForCausalLM, MistralConfig, _GROUPED),
+    "qwen2": Family(Qwen2ForCausalLM, Qwen2Config, _GROUPED),
+    "qwen3": Family(Qwen3ForCausalLM, Qwen3Config, _GEMMA),
+    "gemma": Family(GemmaForCausalLM, GemmaConfig, _GEMMA),
+    "gemma2": Family(Gemma2ForCausalLM, Gemma2Config, _GEMMA),
+    "gemma3": Family(Gemma3ForCausalLM, Gemma3TextConfig, _GEMMA),
+    "phi3": Family(Phi3ForCausalLM, Phi3Config, _GROUPED | {"pad_token_id": 0}),
+    "gpt2": Family(GPT2LMHeadModel, GPT2Config, _GPT2),
+    "opt": Family(OPTForCausalLM, OPTConfig, _OPT),
+    "gpt_neox": Family(GPTNeoXForCausalLM, GPTNeoXConfig, _BODY),
+    "bert": Family(BertForMaskedLM, BertConfig, _BODY),
+    "roberta": Family(RobertaForMaskedLM, RobertaConfig, _BODY | {"max_position_embeddings": 80}),
+    "t5-relu": Family(T5ForConditionalGeneration, T5Config, _T5 | {"feed_forward_proj": "relu"}),
+    "t5-gated": Family(
+        T5ForConditionalGeneration, T5Config, _T5 | {"feed_forward_proj": "gated-gelu"}
+    ),
+    "mixtral": Family(
+        MixtralForCausalLM,
+        MixtralConfig,
+        _GROUPED | {"num_local_experts": 4},
+        stock={"experts_implementation": "eager"},
+    ),
+}
+
+
+def build(name: str, *, dropout: float = 0.0, **config: Any) -> PreTrainedModel:
+    """A dense model in eval mode with noise on every parameter: no bias stays zero."""
+    family = FAMILIES[name]
+    settings = family.config(**family.sizes | config)
+    for key, value in settings.to_dict().items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+            setattr(settings, key, dropout)
+    model = family.model._from_config(settings, **family.stock).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def model_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two rows of nine tokens, the same for every model; an encoder-decoder gets them twice."""
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids}
+    return inputs | {"decoder_input_ids": ids} if model.config.is_encoder_decoder else inputs
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    return model(**model_inputs(model)).logits
+
+
+def routed(
+    donor: PreTrainedModel, conversion: Conversion = THRESHOLD
+) -> tuple[PreTrainedModel, list[ExpertFFN]]:
+    """A converted copy of `donor`, every expert on, and its FFNs."""
+    model = copy.deepcopy(donor)
+    ffns = attach_experts(model, conversion)
+    force_on(model)
+    return model, ffns
+
+
+@torch.no_grad()
+def force_on(model: nn.Module) -> None:
+    """Every score exactly 1, for every token."""
+    for ffn in expert_ffns(model):
+        ffn.router.weight.zero_()
+        ffn.router.bias.fill_(ALWAYS)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> None:
+    """Routers that turn about half of the experts off, another half for every token."""
+    for ffn in expert_ffns(model):
+        ffn.router.weight.normal_()
+        ffn.router.bias.normal_(std=0.1)
+
+
+def host_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors under the host's names, without the routers'."""
+    renames = {ours: host for ffn in expert_ffns(model) for ours, host in ffn.renames.items()}
+    state = host_state_dict(model, renames)
+    return {key: value for key, value in state.items() if not is_router(key)}
+
+
+def host_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gradients after a backward pass, under the host's names; zero where none arrived."""
+    shadow = copy.deepcopy(model)
+    for mine, original in zip(shadow.parameters(), model.parameters(), strict=True):
+        mine.data = torch.zeros_like(mine) if original.grad is None else original.grad
+    return host_tensors(shadow)
+
+
+def is_router(key: str) -> bool:
+    """Whether a tensor is one that moe-tools adds to the host's."""
+    return ".router." in key or key.endswith("off_F")
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a model folder, sharded or not."""
+    shapes = {}
+    for shard in folder.glob("*.safetensors"):
+        with safe_open(shard, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes

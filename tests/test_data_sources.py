@@ -1,0 +1,264 @@
+import json
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_tools.data import texts
+from moe_tools.data.holdout import boundary, divide, normalise
+from moe_tools.data.sources import is_hub
+
+
+def read(source, split="train"):
+    return list(texts(str(source), split=split))
+
+
+def everything(source):
+    return read(source) + read(source, "heldout")
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+# --- files
+
+
+def test_text_files_hold_out_their_end(tmp_path):
+    paragraphs = [f"Paragraph {i} " + "word " * 10 + "end." for i in range(100)]
+    for name in ("a.txt", "b.md", "C.TXT"):
+        path = tmp_path / name
+        path.write_text("\ufeff" + "\n\n".join(paragraphs), encoding="utf-8")
+        (train,), (held,) = read(path), read(path, "heldout")
+        assert [*train.split("\n\n"), *held.split("\n\n")] == paragraphs
+        assert 0.05 <= len(held) / len(train + held) <= 0.1
+
+
+def test_json_lines(tmp_path):
+    rows = [{"text": f"document {i} \u2028 with a line end of Unicode"} for i in range(40)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    path.write_text(path.read_text() + '\n{"text": "  "}\n\n')
+    assert sorted(everything(path)) == sorted(row["text"] for row in rows)
+    assert len(read(path, "heldout")) == 2
+
+
+@pytest.mark.parametrize("columns", [{"text": 0, "other": 1}, {"only": 0}])
+def test_parquet(tmp_path, columns):
+    rows = {name: [f"row {i} {column}" for i in range(40)] for name, column in columns.items()}
+    path = tmp_path / "a [1].parquet"
+    datasets.Dataset.from_dict({**rows, "number": list(range(40))}).to_parquet(path)
+    assert sorted(everything(path)) == sorted(f"row {i} 0" for i in range(40))
+
+
+def test_a_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(tmp_path):
+    for name in ("b/2.txt", "a/1.md", "b/1.txt", ".git/x.txt", "b/.x.txt", "b/x.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    write_lines(tmp_path / "z.jsonl", [{"text": "text of z, a last document that may be cut"}])
+    names = ["a/1.md", "b/1.txt", "b/2.txt"]
+    assert everything(tmp_path)[:3] == [f"text of {name}" for name in names]
+    assert " ".join(everything(tmp_path)[3:]).startswith("text of z")
+
+
+def test_a_path_may_start_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("some words in a file")
+    assert " ".join(everything("~/a.txt")) == "some words in a file"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"has no text: use a file with some"),
+        ('{"text": ""}', r"has no text: use a file with some"),
+        ('{"text": "a"}\n\n{"txt": "b"}', r'line 3 has no string "text": every line must be'),
+        ('{"text": 5}', r'line 1 has no string "text"'),
+        ('["text"]', r'line 1 has no string "text"'),
+        ('{"text": "a"}\n{"text": ', r"line 2 is not JSON \(.*\): one object a line is needed"),
+        ('{"text": "\\ud800"}', r"line 1 has half of a surrogate pair"),
+        ('{"text": "a"}', r"has 1 characters, too few to hold some out: use more text"),
+    ],
+)
+def test_bad_json_lines(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    binary, csv, parquet = (tmp_path / name for name in ("a.txt", "a.csv", "a.parquet"))
+    binary.write_bytes(b"\xff\xfe\x00")
+    csv.write_text("text")
+    parquet.write_text("not parquet")
+    (tmp_path / "empty").mkdir()
+    for path, message in [
+        (binary, "is not readable UTF-8 text"),
+        (csv, r"is not a .txt, .md, .jsonl or .parquet file: convert it"),
+        (parquet, "cannot be read"),
+        (tmp_path / "empty", "has no .txt, .md, .jsonl or .parquet file: use a folder with text"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "source", ["", "doc", "missing.txt", "no/such.jsonl", "./a", "~/x", "hub:"]
+)
+def test_unknown_sources(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is not there: use 'docs', 'self', an existing .txt,"):
+        read(source)
+
+
+def test_self_has_no_texts():
+    with pytest.raises(ValueError, match=r"'self' is sampled.*call generate_blocks.*use 'docs'"):
+        texts("self", split="train")
+
+
+def test_splits_are_two(tmp_path):
+    with pytest.raises(ValueError, match="split 'test' is unknown: use 'train' or 'heldout'"):
+        texts("docs", split="test")
+
+
+# --- holding out
+
+
+@given(st.lists(st.text("abc ", min_size=3).map(str.strip).filter(bool), min_size=1, max_size=80))
+def test_divide_is_a_division(documents):
+    try:
+        train, held = (divide(documents, split, "x") for split in ("train", "heldout"))
+    except ValueError:
+        assert len("".join(documents)) < 2
+        return
+    assert train and held and all(train) and all(held)
+    if len(set(map(normalise, documents))) >= 20:
+        assert sorted(train + held) == sorted(documents)
+        assert not set(map(normalise, train)) & set(map(normalise, held))
+        distinct = len(set(map(normalise, documents)))
+        assert len(set(map(normalise, held))) == distinct // 20
+    else:
+        assert "".join("".join(train + held).split()) == "".join("".join(documents).split())
+
+
+def test_a_tail_takes_whole_documents_and_cuts_a_long_one():
+    assert divide(["long " * 30, "document"], "heldout", "x") == ["document"]
+    (held,) = divide(["long " * 400], "heldout", "x")
+    assert 95 <= len(held) <= 200 and set(held.split()) == {"long"}
+    assert len(divide(["long " * 200, "end"], "heldout", "x")) == 2
+
+
+def test_a_boundary_is_the_last_good_one():
+    assert boundary("a b\n\nc\nd e", 0, 10) == 3
+    assert boundary("a b\n\nc\nd e", 4, 10) == 6
+    assert boundary("abcdef", 0, 4) == 4
+
+
+# --- the hub
+
+
+def stream(texts_, **more):
+    return datasets.Dataset.from_dict({"text": texts_, **more}).to_iterable_dataset()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    calls = []
+
+    def serve(parts):
+        def load(*names, streaming):
+            assert streaming
+            calls.append(names)
+            if isinstance(parts, Exception):
+                raise parts
+            return parts
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        return calls
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("hub:name", ("name", None)),
+        ("hub:name:config", ("name", "config")),
+        ("hub:owner/name:config", ("owner/name", "config")),
+        ("owner/name", ("owner/name", None)),
+    ],
+)
+def test_hub_names(hub, source, names):
+    calls = hub({"train": stream(["a", None, " ", "b"]), "test": stream(["c"])})
+    assert read(source) == ["a", "b"]
+    assert read(source, "heldout") == ["c"]
+    assert set(calls) == {names}
+
+
+def test_validation_is_held_out_before_test(hub):
+    hub({"train": stream(["a"]), "test": stream(["b"]), "validation": stream(["c"])})
+    assert read("hub:x", "heldout") == ["c"]
+
+
+def test_without_a_held_out_split_rows_are_held_out_by_hash(hub):
+    rows = [f"row {i}" for i in range(2000)]
+    hub({"train": stream(rows)})
+    train, held = read("hub:x"), read("hub:x", "heldout")
+    assert sorted(train + held) == sorted(rows)
+    assert 60 < len(held) < 140
+
+
+def test_the_only_string_column_is_the_text(hub):
+    hub({"train": datasets.Dataset.from_dict({"n": [1], "body": ["a"]}).to_iterable_dataset()})
+    assert [*read("hub:x"), *read("hub:x", "heldout")] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            ConnectionError("Couldn't reach it\nlong tale"),
+            r"cannot be read: Couldn't reach it \(ch",
+        ),
+        (RuntimeError(), r"cannot be read: RuntimeError \(check its name and the network, or use"),
+        ({"dev": None, "all": None}, r"has no split 'train', only dev, all"),
+        ({"train": [{"a": "x", "b": "y"}]}, r"no column 'text' and 2 other .*\(columns: a, b\)"),
+        ({"train": [{"a": 1}]}, r"no column 'text' and 0 other columns of strings \(columns: a\)"),
+    ],
+)
+def test_hub_errors(hub, parts, message):
+    hub(parts)
+    with pytest.raises(ValueError, match=r"^hub data set 'no/such' .*" + message) as error:
+        read("no/such")
+    assert "\n" not in str(error.value)
+
+
+def test_an_interrupted_stream_is_one_line(hub):
+    def rows():
+        yield {"text": "a"}
+        raise ConnectionError("reset by peer")
+
+    hub({"train": rows(), "test": []})
+    with pytest.raises(ValueError, match="cannot be read: reset by peer"):
+        read("hub:x")
+
+
+def test_the_real_library_streams_a_folder(tmp_path):
+    for name in ("train", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}"} for i in range(3)])
+    assert read(f"hub:{tmp_path}") == ["train 0", "train 1", "train 2"]
+    assert read(f"hub:{tmp_path}", "heldout") == ["test 0", "test 1", "test 2"]
+
+
+def test_paths_win_over_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub("owner/name")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert not is_hub("owner/name")
+    assert is_hub("hub:owner/name")
+    assert not any(map(is_hub, ["docs", "self", "a/b.txt", "../a", "~/a", "a/b/c"]))
