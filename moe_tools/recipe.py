@@ -32,7 +32,7 @@ class Split:
     expert_size: int = 8
     """Neurons of one expert."""
     method: Literal["kmeans", "random", "contiguous"] = "kmeans"
-    on: Literal["activations", "weights"] = "activations"
+    by: Literal["activations", "weights"] = "activations"
     """What k-means sees of a neuron: |h| ||w_down|| on calibration text, or its gate row."""
     tokens: int = 4096
     """Calibration tokens."""
@@ -48,7 +48,7 @@ class Attach:
     """regression: ridge regression on the donor's own activations; open: every expert on."""
     start_sparsity: float = 0.02
     """Share of experts off after the regression, in every layer."""
-    off: Literal["zero", "mean"] = "zero"
+    when_off: Literal["zero", "mean"] = "zero"
     """What an expert that is off contributes: nothing, or its neurons' calibrated mean."""
     tokens: int = 16384
     """Calibration tokens."""

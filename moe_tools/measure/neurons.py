@@ -5,7 +5,7 @@ Letters: T tokens, D model width, F neurons of one FFN, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,7 +66,8 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
     """
     routed = expert_ffns(model)
     dense = [] if routed else find_ffns(model)
-    counts = [_count(ffn.name, ffn.weights()) for ffn in [*routed, *dense]]
+    ffns: Sequence[ExpertFFN | FFN] = routed or dense
+    counts = [_count(ffn.name, ffn.weights()) for ffn in ffns]
     with _observe(routed, counts) if routed else _hook(dense, counts):
         yield counts
 

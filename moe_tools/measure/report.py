@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -69,18 +70,20 @@ def table(rows: Sequence[Row]) -> Table:
     """The rows as a table; the caption names the text, the dtype and the device."""
     first = rows[0]
     made = Table(
+        box=box.SIMPLE,
+        caption_justify="left",
         caption=f"{first.tokens} tokens of held-out {first.data}, blocks of {first.block_length}, "
-        f"{first.dtype} on {first.device}; FFN FLOPs include the router, x is relative to dense"
+        f"{first.dtype} on {first.device}; FFN FLOPs include the router, x is relative to dense",
     )
     made.add_column("model", overflow="fold")
     for heading in (
         "perplexity",
         "/ control",
         "/ donor",
-        "FFN sparsity",
-        "FFN MFLOPs/token",
-        "total MFLOPs/token",
-        "trained on",
+        "FFN\nsparsity",
+        "FFN\nMFLOPs/token",
+        "total\nMFLOPs/token",
+        "trained on\ntokens",
     ):
         made.add_column(heading, justify="right")
     for row in rows:
@@ -95,7 +98,7 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    name = row.model if row.role == "model" else f"{row.model} ({row.role})"
+    name = f"{row.model} (donor)" if row.role == "donor" else row.model
     ffn = (row.ffn_flops + row.router_flops) / 1e6
     return [
         name,

@@ -49,7 +49,7 @@ def load(
             model = _load_gguf(path, dtype)
         else:
             model = _load_folder(str(source), dtype)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
@@ -124,7 +124,8 @@ def _load_folder(source: str, dtype: torch.dtype | None) -> transformers.PreTrai
     stored = _stored_tensors(Path(source)) if Path(source).is_dir() else None
     try:
         config = AutoConfig.from_pretrained(source)
-        model, report = _host_class(config).from_pretrained(
+        host: Any = _host_class(config)
+        model, report = host.from_pretrained(
             source,
             config=config,
             dtype=dtype or "auto",
@@ -201,7 +202,7 @@ def _host_class(config: Any) -> type[transformers.PreTrainedModel]:
     """The stock class that the folder was saved from."""
     names = getattr(config, "architectures", None) or []
     if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):
-        return getattr(transformers, names[0])  # type: ignore[no-any-return]
+        return getattr(transformers, names[0])
     return AutoModelForCausalLM  # type: ignore[return-value]
 
 

@@ -32,13 +32,13 @@ class Conversion:
     """Kind of router; None: the neurons are reordered, and the model is still dense."""
     selector: dict[str, Any] | None = None
     mode: Mode = "hard"
-    off: Off = "zero"
+    when_off: Off = "zero"
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         if not isinstance(self.expert_size, int):
             raise ValueError(f"expert_size is a number of neurons, not {self.expert_size!r}")
-        for kind, value, known in (("mode", self.mode, Mode), ("off", self.off, Off)):
+        for kind, value, known in (("mode", self.mode, Mode), ("when_off", self.when_off, Off)):
             if value not in get_args(known):
                 raise unknown(kind, str(value), get_args(known))
 
@@ -81,7 +81,7 @@ def read_conversion(model: nn.Module) -> Conversion | None:
 
 def write_conversion(model: nn.Module, conversion: Conversion) -> None:
     """Puts the block into the model's config, from where `save` takes it."""
-    model.config.moe_tools = conversion.to_dict()
+    model.config.moe_tools = conversion.to_dict()  # type: ignore[union-attr]
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
@@ -113,7 +113,7 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
         router = ROUTERS[conversion.router](up_FD.shape[1], len(up_FD) // conversion.expert_size)
         module = ExpertFFN(ffn, conversion.expert_size, router, selector, conversion.mode)
         module.to(up_FD.device)
-        if conversion.off == "mean":
+        if conversion.when_off == "mean":
             module.off_F = up_FD.new_zeros(len(up_FD))
         module.train(ffn.layer.training)
         graft(model, ffn, module)

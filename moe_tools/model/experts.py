@@ -70,12 +70,12 @@ class ExpertFFN(nn.Module):
         act = self._part(self.layout.act)
         up = self._part(self.layout.up)
         if self.layout.gate is None:
-            return act(up(x_TD))  # type: ignore[no-any-return]
+            return act(up(x_TD))
         if self.layout.fused:
             gate_TF, up_TF = up(x_TD).chunk(2, dim=-1)
         else:
             gate_TF, up_TF = self._part(self.layout.gate)(x_TD), up(x_TD)
-        return act(gate_TF) * up_TF  # type: ignore[no-any-return]
+        return act(gate_TF) * up_TF
 
     def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
         """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
@@ -100,7 +100,8 @@ class ExpertFFN(nn.Module):
             h_TF = self._part(self.layout.hidden_dropout)(h_TF)
         down = self.down
         if not torch.is_autocast_enabled(h_TF.device.type):
-            h_TF = h_TF.to(down.weight.dtype)  # T5 keeps this one in fp32 when loaded in fp16
+            # T5 keeps this one in fp32 when loaded in fp16
+            h_TF = h_TF.to(down.weight.dtype)  # type: ignore[arg-type]
         y_TD: Tensor = down(h_TF)
         if self.layout.output_dropout is not None:
             y_TD = self._part(self.layout.output_dropout)(y_TD)

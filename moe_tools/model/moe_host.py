@@ -28,7 +28,7 @@ class HostExpert(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD of this expert."""
         gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, dim=-1)
-        return self.down_proj(self.activation_fn(gate_TF) * up_TF)  # type: ignore[no-any-return]
+        return self.down_proj(self.activation_fn(gate_TF) * up_TF)
 
 
 class HostExperts(nn.ModuleList):

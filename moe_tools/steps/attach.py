@@ -34,9 +34,9 @@ def attach(model: nn.Module, step: Attach, donor: str, expert_size: int, blocks_
         ValueError: an unknown router or selector, or an MoE expert that saw no token.
     """
     ffns = find_ffns(model)
-    conversion = Conversion(donor, expert_size, step.router, step.selector, "hard", step.off)
+    conversion = Conversion(donor, expert_size, step.router, step.selector, "hard", step.when_off)
     fits = [_Fit.empty(ffn, expert_size) for ffn in ffns]
-    if step.start == "regression" or step.off == "mean":
+    if step.start == "regression" or step.when_off == "mean":
 
         def visit(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
             fits[index].add(x_TD, h_TF)
@@ -114,8 +114,8 @@ class _Fit:
         deviation = (second_E.mean() - mean.square()).clamp_min(1e-12).sqrt()
         below = torch.special.ndtri(torch.tensor(start_sparsity, dtype=torch.double))
         scale = SPREAD / deviation
-        ffn.router.weight.copy_(solution_DE[:-1].T * scale)
-        ffn.router.bias.copy_((solution_DE[-1] - mean) * scale - SPREAD * below)
+        ffn.router.get_parameter("weight").copy_(solution_DE[:-1].T * scale)
+        ffn.router.get_parameter("bias").copy_((solution_DE[-1] - mean) * scale - SPREAD * below)
 
     def _check(self) -> None:
         if self.tokens == 0:

@@ -44,7 +44,8 @@ def logit_losses(
     """
     if not (labels_T != IGNORE).any():
         raise ValueError("a batch has no labelled token")
-    total, lm, distill = _Fused.apply(logits_TV, labels_T, donor_TV, lm_weight, distill_weight)
+    arguments = (logits_TV, labels_T, donor_TV, lm_weight, distill_weight)
+    total, lm, distill = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, LogitLosses(lm, distill)
 
 

@@ -20,7 +20,7 @@ class MasterAdamW(torch.optim.AdamW):
         super().__init__([{**g, "params": self._masters(g["params"])} for g in groups], **options)
 
     def _masters(self, params: list[nn.Parameter]) -> list[Tensor]:
-        masters = []
+        masters: list[Tensor] = []
         for param in params:
             if param.dtype == torch.float32:
                 masters.append(param)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,10 @@ class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
 class _Trainer(Trainer):
     """The loop, with our losses, our optimizer and checkpoints without pickled arguments."""
 
+    model: nn.Module
+    train_dataset: _Blocks
+    state: Any  # `stateful_callbacks` is annotated as what it is made from
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -197,7 +201,10 @@ class _Trainer(Trainer):
     ) -> Tensor:
         """The weighted sum of the recipe's losses on one batch of blocks."""
         blocks_BT = inputs["input_ids"]
-        recording = record_routing(model) if expert_ffns(model) else nullcontext([])
+        routed = bool(expert_ffns(model))
+        recording: AbstractContextManager[list[Routing]] = (
+            record_routing(model) if routed else nullcontext([])
+        )
         with recording as routings, _ffn_outputs(model, self._matches_ffns) as outputs:
             logits_BTV = model(**model_inputs(model, blocks_BT), use_cache=False).logits
         donor_logits, donor_outputs = self._donor_pass(blocks_BT)
@@ -293,7 +300,7 @@ class _Trainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / "model.safetensors"))
 

@@ -40,7 +40,9 @@ def check_trimmable(model: nn.Module) -> None:
 @torch.no_grad()
 def sample_logits(model: nn.Module, routings: Iterable[Routing]) -> Tensor:
     """logits_S: how far a sample of scores lies above the threshold, on the logit scale."""
-    tau = torch.tensor(expert_ffns(model)[0].selector.tau)
+    selector = expert_ffns(model)[0].selector
+    assert isinstance(selector, Threshold)  # check_trimmable
+    tau = torch.tensor(selector.tau)
     scores = torch.cat([routing.scores_TE.flatten()[::STRIDE] for routing in routings])
     return scores.logit(eps=1e-6) - tau.to(scores).logit()
 
@@ -53,7 +55,7 @@ def shift_routers(
     place = min(len(logits_S), max(1, round(sparsity * len(logits_S))))
     shift = -damping * logits_S.kthvalue(place).values
     for ffn in expert_ffns(model):
-        ffn.router.bias += shift
+        ffn.router.get_parameter("bias").add_(shift)
 
 
 @torch.no_grad()

@@ -1,0 +1,60 @@
+"""`moe-tools evaluate`: models beside their donors and dense controls."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moe_tools.cli.options import add_model_options, positive
+
+SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("folder", nargs="+", help="converted or dense model")
+    parser.add_argument("--donor", help="dense model to compare with; default: the folder's own")
+    parser.add_argument(
+        "--data", help="held-out text: docs, a file or folder, a hub dataset; default: the recipe's"
+    )
+    parser.add_argument("--tokens", type=positive, default=32768, help="default: 32768")
+    parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
+    parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
+    parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
+    parser.add_argument("--json", metavar="FILE", help="write the rows; - is standard output")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; with `--json -` the table goes to standard error."""
+    from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
+    from moe_tools.measure.compare import Setup, compare
+    from moe_tools.measure.report import print_table, to_json
+
+    device = pick_device(args.device)
+    setup = Setup(
+        data=args.data or _recipe_data(args.folder[0]),
+        tokens=args.tokens,
+        block_length=args.block_length,
+        batch_size=args.batch_size,
+        dtype=pick_dtype(args.dtype, device),
+        device=device,
+        seed=args.seed,
+    )
+    with quiet_transformers():
+        rows = compare(args.folder, setup, donor=args.donor)
+    print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
+    if args.json:
+        write_text(to_json(rows), args.json)
+    return 0
+
+
+def _recipe_data(folder: str) -> str:
+    """The text that the folder's run was trained on; for `self`, which nobody held out: docs."""
+    from pathlib import Path
+
+    from moe_tools.recipe import read_recipe
+
+    file = Path(folder) / "recipe.yaml"
+    data = read_recipe(file).data if file.is_file() else "docs"
+    return "docs" if data == "self" else data

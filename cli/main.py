@@ -1,0 +1,119 @@
+"""`moe-tools VERB`: finds the verb, imports it and nothing else, and turns errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import NoReturn
+
+from moe_tools.registry import unknown
+
+VERBS = (
+    "convert",
+    "evaluate",
+    "generate",
+    "recipes",
+    "doctor",
+)
+"""Each is a module of `moe_tools.cli` with SUMMARY, add_arguments(parser) and run(args); it
+imports torch only in run."""
+RESUMING = ("convert", "demo")
+"""Verbs that go on where they were interrupted."""
+DEBUG = "MOE_TOOLS_DEBUG"
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 2 is a user's mistake, 130 an interruption.
+
+    With MOE_TOOLS_DEBUG=1 an error keeps its traceback, and no warning is hidden.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _quiet():
+            return _run(words)
+    except KeyboardInterrupt:
+        resumes = bool(words) and words[0] in RESUMING
+        return _fail("interrupted" + ("; the same command resumes" if resumes else ""), INTERRUPTED)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if _debugging():
+            raise
+        return _fail(str(error) or repr(error), USAGE if isinstance(error, ValueError) else FAILURE)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if words else sys.stderr)
+        return OK if words else USAGE
+    if words[0] == "--version":
+        from moe_tools import __version__
+
+        print(f"moe-tools {__version__}")
+        return OK
+    if words[0] not in VERBS:
+        raise unknown("verb", words[0], VERBS)
+    verb = import_module(f"moe_tools.cli.{words[0]}")
+    parser = _Parser(prog=f"moe-tools {words[0]}", description=_sentence(verb.SUMMARY))
+    verb.add_arguments(parser)
+    return int(verb.run(parser.parse_args(words[1:])))
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake is one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def _help() -> str:
+    summaries = {verb: import_module(f"moe_tools.cli.{verb}").SUMMARY for verb in VERBS}
+    lines = "\n".join(f"  {verb:<10} {summary}" for verb, summary in summaries.items())
+    return (
+        "usage: moe-tools VERB ...\n\n"
+        "Turn a dense language model into one that computes only what a token needs.\n\n"
+        f"verbs:\n{lines}\n\n"
+        "`moe-tools VERB --help` lists a verb's options; `moe-tools --version` says the version."
+    )
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"moe-tools: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _debugging() -> bool:
+    return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Our own log on stderr; no warnings of other packages, unless someone is debugging."""
+    ours, handler = logging.getLogger("moe_tools"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("moe-tools: %(message)s"))
+    level, handlers, propagate = ours.level, ours.handlers, ours.propagate
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            if not _debugging():
+                warnings.filterwarnings("ignore", module=r"(?!moe_tools)")
+            yield
+    finally:
+        ours.handlers, ours.propagate = handlers, propagate
+        ours.setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Options that several verbs share. Imports no torch: `--help` stays instant."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--dtype and --device, for `moe_tools.cli.common.pick_dtype` and `pick_device`."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the weights; auto: bf16 where the device computes in it, else fp32",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
+
+
+def positive(word: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    try:
+        value = int(word.replace("_", ""))
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least 1")
+    return value
+
+
+def not_negative(word: str) -> float:
+    """An argparse type: a finite number of at least 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 0")
+    return value

@@ -1,0 +1,54 @@
+"""`moe-tools recipes`: the recipes that come with moe-tools."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+from moe_tools.registry import unknown
+
+SUMMARY = "list the recipes there are, or print one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("name", nargs="?", help="print this recipe; without it, list all")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a list or a file."""
+    if args.name is not None:
+        sys.stdout.write(recipe_path(args.name).read_text(encoding="utf-8"))
+        return 0
+    found = known_recipes()
+    width = max(map(len, found), default=0)
+    for name, path in found.items():
+        print(f"{name:<{width}}  {_first_comment(path)}".rstrip())
+    return 0
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe that comes with moe-tools.
+
+    Raises:
+        ValueError: no recipe of this name.
+    """
+    found = known_recipes()
+    if name not in found:
+        raise unknown("recipe", name, found)
+    return found[name]
+
+
+def known_recipes() -> dict[str, Path]:
+    """Name -> file, in the order of the names."""
+    paths = (Path(str(entry)) for entry in files("moe_tools.recipes").iterdir())
+    return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
+
+
+def _first_comment(path: Path) -> str:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            return line.lstrip("# ").rstrip()
+    return ""

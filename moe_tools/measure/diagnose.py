@@ -1,0 +1,106 @@
+"""What a model offers to a conversion: its FFNs, their share of the work, what is done already."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_tools.measure.flops import Flops, count_flops
+from moe_tools.measure.neurons import count_neurons
+from moe_tools.model.conversion import Conversion, read_conversion
+from moe_tools.model.experts import ExpertFFN, expert_ffns
+from moe_tools.model.ffn import FFN, child_name, find_ffns
+
+SIZES = (4, 8, 16, 32, 64)
+"""Neurons of an expert that are worth trying."""
+LENGTH = 64
+"""Tokens of the one block that is run."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """FFNs that look the same."""
+
+    count: int
+    width: int
+    """D, numbers of the FFN's input and output."""
+    neurons: int
+    """F."""
+    activation: str
+    gated: bool
+    expert_sizes: tuple[int, ...]
+    """Those of `SIZES` that divide the neurons."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One model."""
+
+    host: str
+    """Its class."""
+    dtype: str
+    shapes: tuple[Shape, ...]
+    parameters: int
+    """A shared tensor once; our routers included."""
+    ffn_parameters: int
+    """The FFNs' matrices."""
+    flops: Flops
+    """Per token, over one block of random tokens: dense figures hold for any text, except that
+    the experts of an MoE host are weighed by the tokens they happened to see."""
+    conversion: Conversion | None
+
+    @property
+    def ffn_parameter_share(self) -> float:
+        """Of the parameters."""
+        return self.ffn_parameters / self.parameters
+
+    @property
+    def ffn_flop_share(self) -> float:
+        """Of the dense model's matrix FLOPs."""
+        return self.flops.ffn_dense / self.flops.total_dense
+
+
+@torch.no_grad()
+def diagnose(model: PreTrainedModel) -> Diagnosis:
+    """Looks at a model and runs one short block of random tokens through it.
+
+    Raises:
+        ValueError: the model has no FFN of a known family.
+    """
+    conversion = read_conversion(model)
+    with count_neurons(model) as counts, count_flops(model) as others:
+        generator = torch.Generator().manual_seed(0)
+        ids_BT = torch.randint(model.config.vocab_size, (1, LENGTH), generator=generator)
+        inputs = {"input_ids": ids_BT.to(model.device)}
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        model(**inputs)
+    ffns = expert_ffns(model) or find_ffns(model)
+    shapes = [_shape(ffn) for ffn in ffns]
+    return Diagnosis(
+        host=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        shapes=tuple(Shape(shapes.count(shape), *shape) for shape in dict.fromkeys(shapes)),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        ffn_parameters=sum(count.weights for count in counts),
+        flops=others.flops(model, counts, LENGTH, LENGTH),
+        conversion=conversion,
+    )
+
+
+def _shape(ffn: FFN | ExpertFFN) -> tuple[int, int, str, bool, tuple[int, ...]]:
+    up_FD = ffn.weights().up_FD
+    neurons, width = up_FD.shape
+    sizes = tuple(size for size in SIZES if neurons % size == 0)
+    return width, neurons, _activation(ffn), ffn.layout.gate is not None, sizes
+
+
+def _activation(ffn: FFN | ExpertFFN) -> str:
+    """Its class: SiLUActivation is SiLU."""
+    if isinstance(ffn, FFN):
+        act = ffn.act
+    else:
+        act = ffn.get_submodule(child_name(ffn.layout, ffn.layout.act))
+    return type(act).__name__.removesuffix("Activation")

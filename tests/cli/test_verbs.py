@@ -1,0 +1,303 @@
+"""evaluate, generate and doctor on a tiny llama, saved with a tiny tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moe_tools.cli.common import pick_device, pick_dtype
+from moe_tools.cli.main import main
+from moe_tools.data import blocks
+from moe_tools.measure.evaluate import evaluate
+from moe_tools.model.checkpoint import load, save
+from moe_tools.model.conversion import Conversion
+from moe_tools.model.experts import expert_ffns
+from tests.families import EXPERT_SIZE, build, randomize, routed
+
+WORDS = [f"w{index}" for index in range(60)]
+SELECTOR = {"kind": "threshold", "tau": 0.5}
+Run = Callable[..., tuple[int, str, str]]
+
+
+def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[EOS]", "[MASK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]", mask_token="[MASK]"
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text.txt, donor/, out/ (a routed copy) and out/control/."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("work")
+    draw = random.Random(0)
+    passages = [" ".join(draw.choices(WORDS, k=30)) for _ in range(200)]
+    (folder / "text.txt").write_text("\n\n".join(passages))
+    donor, tokenizer = build("llama"), build_tokenizer(WORDS)
+    save(donor, folder / "donor", tokenizer)
+    conversion = Conversion(str(folder / "donor"), EXPERT_SIZE, "sigmoid", SELECTOR)
+    model, _ = routed(donor, conversion)
+    randomize(model)
+    save(model, folder / "out", tokenizer)
+    save(build("llama"), folder / "out" / "control", tokenizer)
+    for place, tokens in (("out", 1000), ("out/control", 1200)):
+        (folder / place / "metrics.json").write_text(json.dumps({"train_tokens": tokens}))
+    return folder
+
+
+@pytest.fixture
+def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`moe-tools` in `work`: exit code, standard output, standard error."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(work)
+        code = main(words)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+EVALUATE = ("--data", "text.txt", "--tokens", "128", "--block-length", "16", "--dtype", "fp32")
+
+
+def rows_of(run: Run, *words: str) -> list[dict[str, Any]]:
+    code, out, _ = run("evaluate", *words, *EVALUATE, "--json", "-")
+    assert code == 0
+    return json.loads(out)
+
+
+def test_a_folder_stands_beside_its_donor_and_its_control(run: Run, work: Path) -> None:
+    donor, control, model = rows_of(run, "out")
+    assert [donor["role"], control["role"], model["role"]] == ["donor", "control", "model"]
+    assert [donor["model"], model["model"]] == [str(work / "donor"), "out"]
+    assert control["model"] == "out/control"
+    assert [donor["train_tokens"], control["train_tokens"], model["train_tokens"]] == [
+        None,
+        1200,
+        1000,
+    ]
+    assert model["ratio_to_donor"] == pytest.approx(model["perplexity"] / donor["perplexity"])
+    assert model["ratio_to_control"] == pytest.approx(model["perplexity"] / control["perplexity"])
+    assert control["ratio_to_donor"] == pytest.approx(control["perplexity"] / donor["perplexity"])
+    assert donor["ratio_to_donor"] is donor["ratio_to_control"] is None
+    assert 0 < model["ffn_sparsity"] < 1 and donor["ffn_sparsity"] == control["ffn_sparsity"] == 0
+    assert set(model["layer_sparsity"]) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+
+
+def test_the_figures_are_those_of_evaluate(run: Run, work: Path) -> None:
+    *_, row = rows_of(run, "out")
+    text = blocks(
+        str(work / "text.txt"), build_tokenizer(WORDS), split="heldout", length=16, tokens=128
+    )
+    expected = evaluate(load(work / "out"), text)
+    assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(row["nats_per_token"]))
+    assert row["ffn_sparsity"] == pytest.approx(expected.ffn_sparsity)
+    assert row["total_flops"] == pytest.approx(expected.flops.total)
+    assert (row["tokens"], row["dtype"], row["device"]) == (8 * 15, "float32", "cpu")
+
+
+def test_the_table_is_on_standard_output(run: Run, work: Path) -> None:
+    code, out, err = run("evaluate", "out", *EVALUATE, "--json", "rows.json")
+    assert code == 0 and err == ""
+    for words in ("(donor)", "out/control ", "sparsity", "float32 on cpu"):
+        assert words in out
+    assert len(json.loads((work / "rows.json").read_text())) == 3
+
+
+def test_several_folders_share_the_donor(run: Run, work: Path) -> None:
+    shutil.copytree(work / "out", work / "second", dirs_exist_ok=True)
+    rows = rows_of(run, "out", "second")
+    assert [row["model"] for row in rows[1:]] == ["out/control", "out", "second/control", "second"]
+    assert rows[2]["perplexity"] == rows[4]["perplexity"]
+
+
+def test_a_dense_folder_has_a_row_of_its_own(run: Run) -> None:
+    (row,) = rows_of(run, "donor")
+    assert row["role"] == "model" and row["layer_sparsity"] == {}
+    assert row["ffn_flops"] == row["ffn_dense_flops"]
+
+
+def test_a_model_that_is_named_twice_has_one_row(run: Run, work: Path) -> None:
+    names = [row["model"] for row in rows_of(run, str(work / "donor"), "out", "out")]
+    assert names == [str(work / "donor"), "out/control", "out"]
+
+
+def test_another_donor_can_be_given(run: Run) -> None:
+    donor, _, model = rows_of(run, "out", "--donor", "donor")
+    assert donor["model"] == "donor"
+    assert model["ratio_to_donor"] == pytest.approx(model["perplexity"] / donor["perplexity"])
+
+
+def test_a_donor_that_is_gone_is_left_out_with_a_note(run: Run, work: Path) -> None:
+    shutil.copytree(work / "out", work / "orphan", dirs_exist_ok=True)
+    config = json.loads((work / "orphan" / "config.json").read_text())
+    config["moe_tools"]["donor"] = "gone"
+    (work / "orphan" / "config.json").write_text(json.dumps(config))
+    code, out, err = run("evaluate", "orphan", *EVALUATE, "--json", "-")
+    assert code == 0
+    assert [row["role"] for row in json.loads(out)] == ["control", "model"]
+    assert "moe-tools: no row for the donor of orphan" in err and "gone" in err
+
+
+def test_the_recipe_names_the_text(run: Run, work: Path) -> None:
+    shutil.copytree(work / "donor", work / "trained", dirs_exist_ok=True)
+    recipe = "name: x\ndata: text.txt\nsteps: [split: {}]\n"
+    (work / "trained" / "recipe.yaml").write_text(recipe)
+    code, out, _ = run(
+        *("evaluate", "trained", "--tokens", "32", "--block-length", "16", "--json", "-")
+    )
+    assert code == 0
+    assert json.loads(out)[0]["data"] == "text.txt"
+
+
+def test_other_tokens_cannot_be_compared(run: Run, work: Path) -> None:
+    save(build("llama"), work / "other", build_tokenizer(WORDS[::-1]))
+    code, out, err = run("evaluate", "out", "other", *EVALUATE)
+    assert code == 2 and not out
+    assert "other has another tokenizer than out" in err and "Traceback" not in err
+
+
+def test_an_encoder_gets_its_mask_token(run: Run, work: Path) -> None:
+    save(build("bert"), work / "bert", build_tokenizer(WORDS))
+    (row,) = rows_of(run, "bert")
+    assert row["tokens"] == 8 * 2  # 15 % of 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("evaluate", "missing", *EVALUATE), "missing"),
+        (("evaluate", "out", *EVALUATE, "--donor", "missing"), "missing"),
+        (("evaluate", "out", *EVALUATE, "--data", "missing.txt"), "'missing.txt' is not there"),
+        (("evaluate", "donor", *EVALUATE, "--block-length", "4096"), "--block-length"),
+        (("evaluate", "out", *EVALUATE, "--device", "nonsense"), "--device nonsense"),
+        (("evaluate", "out", *EVALUATE, "--device", "meta"), "--device meta holds no numbers"),
+        (("generate", "missing", "--prompt", "w1"), "missing"),
+        (("generate", "out", "--prompt", "w1", "--chat"), "out has no chat template"),
+        (
+            ("generate", "out", "--prompt", "w1", "--max-new-tokens", "4000"),
+            "exceed the context of 2048 tokens",
+        ),
+        (("doctor", "missing"), "missing"),
+    ],
+)
+def test_mistakes_are_one_line(run: Run, words: tuple[str, ...], message: str) -> None:
+    code, out, err = run(*words)
+    assert code == 2 and not out
+    assert err.startswith("moe-tools: ") and err.count("\n") == 1
+    assert message in err
+
+
+GENERATE = ("--prompt", "w1 w2 w3", "--max-new-tokens", "8", "--dtype", "fp32")
+
+
+def test_generate_streams_text_and_says_how_sparse_it_was(run: Run, work: Path) -> None:
+    code, out, err = run("generate", "out", *GENERATE)
+    assert code == 0
+    model = load(work / "out")
+    ids = torch.tensor([[4, 5, 6]])  # w1 w2 w3
+    expected = []
+    with torch.no_grad():
+        for _ in range(8):
+            expected.append(int(model(ids).logits[0, -1].argmax()))
+            ids = torch.cat([ids, torch.tensor([[expected[-1]]])], dim=1)
+    assert out.split() == [WORDS[token - 3] for token in expected]
+    assert "8 tokens in" in err and "tokens/s (float32 on cpu); FFN sparsity" in err
+
+
+def test_generate_says_that_a_dense_model_is_dense(run: Run) -> None:
+    code, _, err = run("generate", "donor", *GENERATE)
+    assert code == 0 and "; dense, prompt included" in err
+
+
+def test_the_sparsity_of_a_generation_is_that_of_its_masks(run: Run, work: Path) -> None:
+    model = load(work / "out")
+    with torch.no_grad():
+        for ffn, on in zip(expert_ffns(model), (2, 5), strict=True):
+            ffn.router.weight.zero_()
+            ffn.router.bias.copy_(200.0 * (torch.arange(6) < on) - 100.0)
+    save(model, work / "made", build_tokenizer(WORDS))
+    _, _, err = run("generate", "made", *GENERATE)
+    assert f"FFN sparsity {5 / 12:.1%}" in err
+
+
+def test_the_seed_decides_what_is_sampled(run: Run) -> None:
+    hot = (*GENERATE, "--temperature", "2", "--seed")
+    texts = [run("generate", "out", *hot, seed)[1] for seed in ("0", "0", "1")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_chat_uses_the_template(run: Run, work: Path) -> None:
+    tokenizer = build_tokenizer(WORDS)
+    tokenizer.chat_template = "w9 w9 {{ messages[0].content }} w9"
+    shutil.copytree(work / "out", work / "chat", dirs_exist_ok=True)
+    tokenizer.save_pretrained(work / "chat")
+    plain = run("generate", "chat", *GENERATE[2:], "--prompt", "w9 w9 w1 w9")
+    code, out, _ = run("generate", "chat", "--chat", *GENERATE[2:], "--prompt", "w1")
+    assert code == 0 and out == plain[1]
+
+
+def test_an_encoder_continues_nothing(run: Run, work: Path) -> None:
+    save(build("roberta"), work / "roberta", build_tokenizer(WORDS))
+    code, _, err = run("generate", "roberta", "--prompt", "w1")
+    assert code == 2 and "continues no text" in err
+
+
+def test_doctor_on_a_dense_model(run: Run) -> None:
+    code, out, err = run("doctor", "donor")
+    assert code == 0 and err == ""
+    for words in ("LlamaForCausalLM", "2 x gated SiLU, D=16 F=48", "4, 8, 16", "reference"):
+        assert words in out
+    assert "converted    no" in out
+
+
+def test_doctor_on_a_converted_model(run: Run, work: Path) -> None:
+    code, out, _ = run("doctor", "out")
+    assert code == 0
+    assert "experts of 8 neurons, router sigmoid, selector (kind threshold, tau 0.5)" in out
+    assert str(work / "donor") in out
+
+
+def test_doctor_on_a_split_model(run: Run, work: Path) -> None:
+    shutil.copytree(work / "donor", work / "split", dirs_exist_ok=True)
+    config = json.loads((work / "split" / "config.json").read_text())
+    config["moe_tools"] = Conversion("donor", EXPERT_SIZE).to_dict()
+    (work / "split" / "config.json").write_text(json.dumps(config))
+    assert "split into experts of 8 neurons, no router yet" in run("doctor", "split")[1]
+
+
+def test_doctor_in_json(run: Run) -> None:
+    code, out, _ = run("doctor", "out", "--json", "-")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["shapes"][0]["expert_sizes"] == [4, 8, 16]
+    assert facts["conversion"]["router"] == "sigmoid"
+    assert facts["machine"]["kernels"] == ["reference"]
+    assert facts["tokenizer"]
+
+
+def test_doctor_without_a_tokenizer(run: Run, work: Path) -> None:
+    save(build("llama"), work / "bare")
+    code, out, _ = run("doctor", "bare")
+    assert code == 0 and "tokenizer    none" in out
+
+
+def test_auto_is_a_device_and_a_dtype_that_are_there() -> None:
+    device = pick_device("auto")
+    assert device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_dtype("auto", device) in (torch.bfloat16, torch.float32)
+    assert pick_dtype("fp32", device) == torch.float32
