@@ -1,12 +1,12 @@
 """Runs a recipe's steps in order and resumes where a killed run stopped.
 
-    OUTPUT/                 the converted model: a plain Hugging Face folder
-        recipe.yaml         what was run, every default spelled out
-        metrics.json        what came of it; written last, so its presence means "complete"
-        control/            the dense control, a run folder of its own (on request)
-        steps/              only while the run is not complete, or on request
-            0-split/  1-attach/  2-train/    each complete or absent
-            2-train.work/                    checkpoints inside a train step
+OUTPUT/                 the converted model: a plain Hugging Face folder
+    recipe.yaml         what was run, every default spelled out
+    metrics.json        what came of it; written last, so its presence means "complete"
+    control/            the dense control, a run folder of its own (on request)
+    steps/              only while the run is not complete, or on request
+        0-split/  1-attach/  2-train/    each complete or absent
+        2-train.work/                    checkpoints inside a train step
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A recipe is a list of steps: what a method does to a model, as strict YAML. Imports no torch.
 
-    name: lte-smollm2
-    paper: arXiv 2402.06126
-    steps:
-      - split: {expert_size: 8}
-      - attach: {router: sigmoid}
-      - train: {mode: soft, tokens: 500_000, target_sparsity: 0.5}
-      - train: {mode: hard, tokens: 500_000}
+name: lte-smollm2
+paper: arXiv 2402.06126
+steps:
+  - split: {expert_size: 8}
+  - attach: {router: sigmoid}
+  - train: {mode: soft, tokens: 500_000, target_sparsity: 0.5}
+  - train: {mode: hard, tokens: 500_000}
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ from moe_tools.registry import Registry
 class Selector(Protocol):
     """Turns scores_TE into a boolean mask_TE: which experts run for each token."""
 
-    def __call__(self, scores_TE: Tensor) -> Tensor: ...
+    def __call__(self, scores_TE: Tensor) -> Tensor:
+        """mask_TE."""
+        ...
 
 
 @dataclass(frozen=True)

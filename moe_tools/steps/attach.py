@@ -106,7 +106,9 @@ class _Fit:
         penalty = RIDGE * self.inputs_DD.diagonal()[:-1].mean()
         ridge_DD = penalty * torch.eye(len(self.inputs_DD), device=self.inputs_DD.device)
         ridge_DD[-1, -1] = 0.0
-        solution_DE = torch.linalg.solve((self.inputs_DD + ridge_DD).double(), self.targets_DE.double())
+        solution_DE = torch.linalg.solve(
+            (self.inputs_DD + ridge_DD).double(), self.targets_DE.double()
+        )
         inputs_DD = self.inputs_DD.double() / self.tokens
         mean_E = inputs_DD[-1] @ solution_DE
         second_E = (solution_DE * (inputs_DD @ solution_DE)).sum(0)

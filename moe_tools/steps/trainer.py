@@ -1,0 +1,249 @@
+"""The loop of a train step: transformers' Trainer with our losses, optimizer and checkpoints.
+
+Letters: B blocks of a batch, T tokens of a block, V vocabulary, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from moe_tools.model.experts import expert_ffns
+from moe_tools.model.ffn import find_ffns
+from moe_tools.model.routing import Routing, record_routing
+from moe_tools.recipe import Train
+from moe_tools.steps.calibrate import model_inputs
+from moe_tools.steps.controller import EtaController, Reference
+from moe_tools.steps.logit_losses import IGNORE, logit_losses
+from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, Observed
+from moe_tools.steps.optimizer import MasterAdamW
+from moe_tools.steps.schedules import warmup_cosine
+from moe_tools.steps.trim import sample_logits, shift_routers
+
+DRIVE = "moe_tools_drive"
+"""Where a checkpoint keeps the state of the drive."""
+
+
+class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __init__(self, blocks_BT: Tensor) -> None:
+        self.blocks_BT = blocks_BT
+
+    def __len__(self) -> int:
+        return len(self.blocks_BT)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.blocks_BT[index]}
+
+
+class RecipeTrainer(Trainer):
+    """The loop, with our losses, our optimizer and checkpoints without pickled arguments."""
+
+    model: nn.Module
+    train_dataset: _Blocks
+    state: Any  # `stateful_callbacks` is annotated as what it is made from
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        step: Train,
+        blocks_BT: Tensor,
+        work: Path,
+        steps: int,
+        groups: list[dict[str, Any]],
+        donor: PreTrainedModel | None,
+        seed: int,
+    ) -> None:
+        self.step = step
+        self.donor = None if donor is None else donor.eval().requires_grad_(False)
+        self.weights = dict(step.losses)
+        self.eta = EtaController() if step.drive == "eta" and step.mode != "hard" else None
+        self.start: float | None = None
+        self.logits: list[Tensor] = []
+        self.sums: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        optimizer = MasterAdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda at: warmup_cosine(at, steps, step.warmup)
+        )
+        super().__init__(
+            model=model,
+            args=_arguments(step, work, steps, seed),
+            train_dataset=_Blocks(blocks_BT),
+            optimizers=(optimizer, schedule),
+            callbacks=[_Control(self)],
+        )
+        self.loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The weighted sum of the recipe's losses on one batch of blocks."""
+        blocks_BT = inputs["input_ids"]
+        routed = bool(expert_ffns(model))
+        recording: AbstractContextManager[list[Routing]] = (
+            record_routing(model) if routed else nullcontext([])
+        )
+        with recording as routings, _ffn_outputs(model, self._matches_ffns) as outputs:
+            logits_BTV = model(**model_inputs(model, blocks_BT), use_cache=False).logits
+        donor_logits, donor_outputs = self._donor_pass(blocks_BT)
+        total, parts = logit_losses(
+            logits_BTV.flatten(0, 1),
+            next_token_labels(blocks_BT).flatten(),
+            None if donor_logits is None else donor_logits.flatten(0, 1),
+            lm_weight=self.weights.get("lm", 0.0),
+            distill_weight=self.weights.get("distill", 0.0),
+        )
+        seen = Observed(routings, outputs, donor_outputs)
+        values = {"lm": parts.lm, "distill": parts.distill}
+        for name, weight in self.weights.items():
+            if name not in LOGIT_LOSSES:
+                values[name] = LOSSES[name](seen)
+                total = total + weight * values[name]
+        self._note(values, routings)
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is {total.item()} at optimizer step {self.state.global_step}: lower the "
+                "learning rates; the last good checkpoint is kept"
+            )
+        return total
+
+    @property
+    def _matches_ffns(self) -> bool:
+        return "distill_ffn" in self.weights
+
+    def _donor_pass(self, blocks_BT: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        if self.donor is None or not set(self.weights) & set(DONOR_LOSSES):
+            return None, []
+        with torch.no_grad(), _ffn_outputs(self.donor, self._matches_ffns) as outputs:
+            logits = self.donor(**model_inputs(self.donor, blocks_BT), use_cache=False).logits
+        return (logits if "distill" in self.weights else None), outputs
+
+    @torch.no_grad()
+    def _note(self, values: dict[str, Tensor], routings: list[Routing]) -> None:
+        noted = {name: value.item() for name, value in values.items()}
+        if routings:
+            on = sum(int(r.mask_TE.sum()) for r in routings)
+            noted["sparsity"] = 1 - on / sum(r.mask_TE.numel() for r in routings)
+        for name, value in noted.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value / self.step.accumulate
+        if self.step.target_sparsity is not None:
+            self.logits.append(sample_logits(self.model, routings))
+
+    def end_step(self) -> None:
+        """After an optimizer step: follow the reference, keep what is logged."""
+        self.last, self.sums = self.sums, {}
+        if self.step.target_sparsity is None:
+            return
+        reference = self._reference().at(self.state.global_step)
+        self.last["reference"] = reference
+        if self.eta is not None:
+            self.weights["efficiency"] = self.eta.update(reference, self.last["sparsity"])
+            self.last["eta"] = self.eta.eta
+        else:
+            shift_routers(self.model, torch.cat(self.logits), reference, damping=0.5)
+        self.logits = []
+        self.state.stateful_callbacks[DRIVE] = {
+            "start": self.start,
+            "eta": None if self.eta is None else [self.eta.eta, self.eta.error],
+        }
+
+    def begin(self) -> None:
+        """Before the first step, or the first after a resume."""
+        saved = self.state.stateful_callbacks.get(DRIVE)
+        if saved is None:
+            return
+        self.start = saved["start"]
+        if self.eta is not None:
+            self.eta.eta, self.eta.error = saved["eta"]
+            self.weights["efficiency"] = self.eta.eta
+
+    def _reference(self) -> Reference:
+        assert self.step.target_sparsity is not None
+        if self.start is None:
+            self.start = self.last["sparsity"]
+        ramp = 0.0 if self.step.mode == "hard" else self.step.ramp
+        return Reference(self.start, self.step.target_sparsity, self.state.max_steps, ramp)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds our figures to the Trainer's."""
+        super().log({**logs, **self.last}, *args, **kwargs)
+
+    def summary(self) -> dict[str, Any]:
+        """What the run folder keeps of this step."""
+        history = [entry for entry in self.state.log_history if "lm" in entry]
+        return {**self.last, "steps": self.state.global_step, "history": history}
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
+        """In order: the blocks come shuffled, and every run sees them in the same order."""
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_model(self.model, os.path.join(resume_from_checkpoint, "model.safetensors"))
+
+
+def next_token_labels(blocks_BT: Tensor) -> Tensor:
+    """The token after each, `IGNORE` at the end of a block."""
+    return nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)
+
+
+def _arguments(step: Train, work: Path, steps: int, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=step.batch_size,
+        gradient_accumulation_steps=step.accumulate,
+        max_grad_norm=1.0,
+        save_strategy="steps",
+        save_steps=step.checkpoint_every,
+        save_total_limit=2,
+        logging_steps=10,
+        report_to=[],
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        disable_tqdm=not os.isatty(2),
+        dataloader_pin_memory=False,
+    )
+
+
+class _Control(TrainerCallback):
+    """Tells our trainer when a step ends; its state lives in the Trainer's own state."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.end_step()
+
+
+@contextmanager
+def _ffn_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Yields a list that gets the output of every FFN's down projection, in forward order."""
+    outputs: list[Tensor] = []
+    routed = expert_ffns(model)
+    downs = [ffn.down for ffn in routed] or [ffn.down for ffn in find_ffns(model)] if wanted else []
+    handles = [
+        down.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        for down in downs
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
