@@ -60,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
 
     data = [] if recipe.data == "self" else ["--data", recipe.data]
     json = ["--json", args.json] if args.json else []
-    tokens = ["--tokens", str(args.eval_tokens), "--device", device]
-    return main(["evaluate", args.output, *data, *tokens, *json])
+    text = ["--tokens", str(args.eval_tokens), "--block-length", str(recipe.block_length)]
+    return main(["evaluate", args.output, *data, *text, "--device", device, *json])

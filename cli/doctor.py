@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from moe_tools.cli.options import json_target
+
 if TYPE_CHECKING:
     from moe_tools.measure.diagnose import Diagnosis
 
@@ -16,7 +18,9 @@ SUMMARY = "say whether and how a model can be converted, and what this machine h
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("model", help="folder, hub id or GGUF file")
-    parser.add_argument("--json", metavar="FILE", help="write the facts; - is standard output")
+    parser.add_argument(
+        "--json", type=json_target, metavar="FILE", help="write the facts; - is standard output"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

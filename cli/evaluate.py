@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moe_tools.cli.options import add_model_options, positive
+from moe_tools.cli.options import add_model_options, json_target, positive
 
 SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
 
@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
     parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
-    parser.add_argument("--json", metavar="FILE", help="write the rows; - is standard output")
+    parser.add_argument(
+        "--json", type=json_target, metavar="FILE", help="write the rows; - is standard output"
+    )
     add_model_options(parser)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +15,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="of the weights; auto: bf16 where the device computes in it, else fp32",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
+
+
+def json_target(word: str) -> str:
+    """An argparse type: `-` or a file that can be made; better known before the work than after."""
+    if word != "-" and (Path(word).is_dir() or not Path(word).parent.is_dir()):
+        raise argparse.ArgumentTypeError(f"{word!r} is no file in a folder that exists")
+    return word
 
 
 def positive(word: str) -> int:

@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> Table:
         box=box.SIMPLE,
         caption_justify="left",
         caption=f"{first.tokens} tokens of held-out {first.data}, blocks of {first.block_length}, "
-        f"{first.dtype} on {first.device}; FFN FLOPs include the router, x is relative to dense",
+        f"{first.dtype} on {first.device}; FFN includes the router; x: share of dense",
     )
     made.add_column("model", overflow="fold")
     for heading in (

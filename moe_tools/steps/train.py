@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_tools.model.conversion import set_mode
@@ -76,9 +77,9 @@ def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
         host = _ffn_parameters(model)
     else:
         host = []
-    groups = [{"params": host, "lr": step.lr, "peak": step.lr}] if host else []
+    groups = [{"params": host, "lr": step.lr}] if host else []
     if routers and step.mode in ("soft", "straight"):
-        groups.append({"params": routers, "lr": step.router_lr, "peak": step.router_lr})
+        groups.append({"params": routers, "lr": step.router_lr})
     return groups
 
 
@@ -92,6 +93,11 @@ def _ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _check(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -> None:
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model: this version trains only those; "
+            "`split` and `attach` work on every family"
+        )
     routed = bool(expert_ffns(model))
     for name in step.losses:
         if name not in LOGIT_LOSSES:

@@ -5,6 +5,7 @@ Letters: B blocks of a batch, T tokens of a block, V vocabulary, D model width, 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
@@ -27,6 +36,8 @@ from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, Observed
 from moe_tools.steps.optimizer import MasterAdamW
 from moe_tools.steps.schedules import warmup_cosine
 from moe_tools.steps.trim import sample_logits, shift_routers
+
+logger = logging.getLogger(__name__)
 
 DRIVE = "moe_tools_drive"
 """Where a checkpoint keeps the state of the drive."""
@@ -81,6 +92,8 @@ class RecipeTrainer(Trainer):
             callbacks=[_Control(self)],
         )
         self.loss_is_scaled_for_ga = False
+        for printer in (PrinterCallback, ProgressCallback):  # standard output is for results
+            self.remove_callback(printer)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
@@ -173,8 +186,10 @@ class RecipeTrainer(Trainer):
         return Reference(self.start, self.step.target_sparsity, self.state.max_steps, ramp)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds our figures to the Trainer's."""
+        """Adds our figures to the Trainer's, and says them."""
         super().log({**logs, **self.last}, *args, **kwargs)
+        at, steps = self.state.global_step, self.state.max_steps
+        logger.info("%s %d/%d  %s", self.step.mode, at, steps, _figures(self.last))
 
     def summary(self) -> dict[str, Any]:
         """What the run folder keeps of this step."""
@@ -214,22 +229,37 @@ def _arguments(step: Train, work: Path, steps: int, seed: int) -> TrainingArgume
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         seed=seed,
-        disable_tqdm=not os.isatty(2),
         dataloader_pin_memory=False,
     )
 
 
 class _Control(TrainerCallback):
-    """Tells our trainer when a step ends; its state lives in the Trainer's own state."""
+    """Tells our trainer when a step ends, and shows the progress on a terminal."""
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer = trainer
+        self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=f"train {self.trainer.step.mode}",
+            disable=None,
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.end_step()
+        self.bar.update()
+        self.bar.set_postfix_str(_figures(self.trainer.last))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _figures(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 @contextmanager

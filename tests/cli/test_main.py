@@ -99,6 +99,7 @@ def test_help_of_a_verb_needs_no_torch(name: str) -> None:
         (["evaluate", "x", "--tokens", "0"], "--tokens: '0' is no whole number of at least 1"),
         (["evaluate", "x", "--tokens", "many"], "--tokens: 'many' is no whole number"),
         (["evaluate", "x", "--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["evaluate", "x", "--json", "no/such/x.json"], "--json: 'no/such/x.json' is no file in a"),
         (["generate", "x"], "the following arguments are required: --prompt"),
         (["generate", "x", "--prompt", " "], "--prompt is empty: give some text to continue"),
         (["generate", "x", "--prompt", "a", "--temperature", "-1"], "'-1' is no number of at"),
