@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from moe_tools.cli.options import json_target, positive
+
 SUMMARY = "turn a dense model into one that computes only what a token needs"
 
 
@@ -15,17 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
     parser.add_argument("--output", required=True, help="new folder; the same command resumes it")
     parser.add_argument("--target-sparsity", type=float, help="share of FFN neurons off, in (0, 1)")
-    parser.add_argument("--expert-size", type=int, help="neurons of one expert")
-    parser.add_argument("--tokens", type=int, help="training tokens over all steps")
+    parser.add_argument("--expert-size", type=positive, help="neurons of one expert")
+    parser.add_argument("--tokens", type=positive, help="training tokens over all steps")
     parser.add_argument("--data", help="docs, a file or folder, a hub dataset, or self")
-    parser.add_argument("--block-length", type=int, help="tokens of one training block")
+    parser.add_argument("--block-length", type=positive, help="tokens of one training block")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--control", action="store_true", help="also train the dense control")
     parser.add_argument("--keep-steps", action="store_true", help="keep the folder of every step")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
     parser.add_argument("--eval-tokens", type=int, default=32768, help="0 skips the closing table")
-    parser.add_argument("--json", metavar="FILE", help="write the table; - is standard output")
+    parser.add_argument(
+        "--json", type=json_target, metavar="FILE", help="write the table; - is standard output"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,4 +65,6 @@ def run(args: argparse.Namespace) -> int:
     data = [] if recipe.data == "self" else ["--data", recipe.data]
     json = ["--json", args.json] if args.json else []
     text = ["--tokens", str(args.eval_tokens), "--block-length", str(recipe.block_length)]
-    return main(["evaluate", args.output, *data, *text, "--device", device, *json])
+    return main(
+        ["evaluate", args.output, *data, *text, "--device", device, "--dtype", args.dtype, *json]
+    )

@@ -70,7 +70,7 @@ def run(
         ValueError: a user's mistake; nothing that was there before is changed.
         FloatingPointError: a train step's loss is not finite.
     """
-    context = _Run(recipe, str(model), Path(output), dtype, device)
+    context = _Run(recipe, _lasting(str(model)), Path(output), dtype, device)
     if not context.claim():
         logger.info("%s is complete", output)
     else:
@@ -163,7 +163,8 @@ class _Run:
         text = self._train_blocks_of(index)
         donor = self.donor() if set(step.losses) & set(DONOR_LOSSES) else None
         measured = train(model, step, text, work, donor=donor, seed=self.recipe.seed)
-        return {**measured, "data": fingerprint(text)}
+        seen = measured["steps"] * step.batch_size * step.accumulate * text.shape[1]
+        return {**measured, "trained_tokens": min(seen, text.numel()), "data": fingerprint(text)}
 
     def finish(self, keep_steps: bool) -> None:
         """Makes the last step's folder the output, metrics last, and drops the steps."""
@@ -174,12 +175,13 @@ class _Run:
         for file in sorted(folders[-1].iterdir()):
             if file.name != METRICS:
                 _link(file, self.output / file.name)
+        steps = [json.loads((folder / METRICS).read_text()) for folder in folders]
         metrics = {
             "recipe": self.recipe.name,
             "donor": self.source,
-            "train_tokens": self.recipe.train_tokens(),
+            "train_tokens": sum(step.get("trained_tokens", 0) for step in steps),
             "versions": {name: version(name) for name in ("torch", "transformers")},
-            "steps": [json.loads((folder / METRICS).read_text()) for folder in folders],
+            "steps": steps,
         }
         _write_atomically(self.output / METRICS, json.dumps(metrics, indent=1))
         if not keep_steps:
@@ -225,6 +227,11 @@ class _Run:
         counts = [s.tokens // length if isinstance(s, Train) else 0 for s in self.recipe.steps]
         start = sum(counts[:index])
         return self.train_blocks[start : start + max(1, counts[index])]
+
+
+def _lasting(source: str) -> str:
+    """A local donor by its absolute path, so that it is found from any directory."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:

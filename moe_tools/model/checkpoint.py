@@ -26,6 +26,7 @@ from moe_tools.model.ffn import host_state_dict
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def load(
@@ -59,6 +60,9 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
         ValueError: the source has none.
     """
     path = Path(source)
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        # transformers 5 would invent an empty one for some families
+        raise ValueError(f"{source} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
         with _quiet_transformers():
             if path.suffix == ".gguf":

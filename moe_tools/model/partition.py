@@ -5,6 +5,7 @@ Letters: F neurons, E experts, N = F / E neurons of one expert, X feature dimens
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import faiss
@@ -76,9 +77,12 @@ def kmeans_partition(features_FX: Tensor, num_experts: int, seed: int) -> Partit
 
     faiss finds starting centroids; then Lloyd's rounds alternate a balanced assignment and new
     centroids (as in MoEfication, arXiv 2110.01786).
+
+    Raises:
+        ValueError: the experts do not divide the neurons, or a feature is not finite.
     """
     check_division(len(features_FX), num_experts)
-    features = features_FX.detach().float().cpu().contiguous()
+    features = _scaled(features_FX.detach().float().cpu())
     size = len(features) // num_experts
     if size == 1:
         return contiguous_partition(len(features), num_experts)
@@ -91,6 +95,14 @@ def kmeans_partition(features_FX: Tensor, num_experts: int, seed: int) -> Partit
             break
         expert_F = moved_F
     return Partition(expert_F.argsort(stable=True), num_experts)
+
+
+def _scaled(features_FX: Tensor) -> Tensor:
+    """Divided by a power of two, which is exact, to below 2: faiss aborts when squares overflow."""
+    largest = float(features_FX.abs().max())
+    if not math.isfinite(largest):
+        raise ValueError("k-means got features that are not finite: does the donor overflow?")
+    return (features_FX / 2.0 ** (math.frexp(largest)[1] - 1)).contiguous()
 
 
 def _faiss_centroids(features: np.ndarray, num_experts: int, seed: int) -> Tensor:
