@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test fast demo wheel clean
+.PHONY: help env check format test fast demo bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ fast: $(STAMP) ## the suite without the slow tests
 
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
+
+bench: $(STAMP) ## time an FFN dense and routed
+	$(BIN)/moe-tools bench
 
 wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist

@@ -20,6 +20,7 @@ VERBS = (
     "generate",
     "recipes",
     "doctor",
+    "bench",
     "demo",
 )
 """Each is a module of `moe_tools.cli` with SUMMARY, add_arguments(parser) and run(args); it

@@ -108,6 +108,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.steps:
             raise ValueError(f"recipe {self.name}: no steps")
+        if self.block_length < 1:
+            raise ValueError(f"block_length is {self.block_length}, but must be at least 1")
         for step in self.steps:
             check_step(step)
 
@@ -138,7 +140,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"{path} does not exist; `moe-tools recipes` lists the recipes there are")
     try:
         block = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     return parse_recipe(block, str(path))
 
@@ -194,6 +196,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ValueError(f"{where}: {unknown('value', str(value), map(str, arguments))}")
         return value
     if origin is dict and isinstance(value, dict):
+        for key in value:
+            _convert(key, arguments[0], f"{where}: key")
         return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
@@ -248,10 +252,10 @@ def with_options(
     Raises:
         ValueError: a value out of range, or an option that no step of the recipe can take.
     """
-    shrink = 1.0 if tokens is None else tokens / max(recipe.train_tokens(), 1)
-    takers = [s for s in recipe.steps if isinstance(s, Train) and s.target_sparsity is not None]
-    if target_sparsity is not None and not takers:
-        raise ValueError(f"recipe {recipe.name} has no train step with a target_sparsity")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens is {tokens}, but must be at least 1")
+    _require_takers(recipe, target_sparsity, expert_size, tokens)
+    shrink = 1.0 if tokens is None else tokens / recipe.train_tokens()
 
     def change(step: Step) -> Step:
         if isinstance(step, Split) and expert_size is not None:
@@ -269,6 +273,22 @@ def with_options(
         block_length=recipe.block_length if block_length is None else block_length,
         seed=recipe.seed if seed is None else seed,
     )
+
+
+def _require_takers(
+    recipe: Recipe, target_sparsity: float | None, expert_size: int | None, tokens: int | None
+) -> None:
+    """An option that changes nothing is a mistake."""
+    trains = [step for step in recipe.steps if isinstance(step, Train)]
+    splits = [step for step in recipe.steps if isinstance(step, Split)]
+    targets = [step for step in trains if step.target_sparsity is not None]
+    for option, takers, lacks in (
+        (target_sparsity, targets, "train step with a target_sparsity"),
+        (expert_size, splits, "split step"),
+        (tokens, trains, "train step"),
+    ):
+        if option is not None and not takers:
+            raise ValueError(f"recipe {recipe.name} has no {lacks}")
 
 
 def control_recipe(recipe: Recipe) -> Recipe:

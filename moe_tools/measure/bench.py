@@ -1,12 +1,114 @@
-"""Speed: which kernels there are."""
+"""Time of one FFN, dense and routed, in one interleaved run. Letters: T tokens, D width, F neurons.
+
+This version computes every neuron and masks: the figures say what routing costs on top, and they
+are the baseline that the sparse kernels will be held against.
+"""
 
 from __future__ import annotations
 
-from typing import get_args
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
 
 from moe_tools.kernels.sparse_ffn import Backend
+from moe_tools.model.conversion import Conversion, attach_experts
+from moe_tools.model.partition import kmeans_partition
+
+SHAPES = {"smollm2-135m": (576, 1536), "llama2-7b": (4096, 11008)}
+"""Name -> (D, F) of a gated FFN."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One operation on one shape: medians over the repeats, dense and routed in turn."""
+
+    operation: str
+    tokens: int
+    dense_ms: float
+    routed_ms: float
+    ratio: float
+    """Median of routed / dense, pair by pair."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
 
 
 def backends() -> list[str]:
-    """The kernel backends by name, without `auto`, which chooses among them."""
+    """The backends of `sparse_ffn` that exist, `auto` left out."""
     return [name for name in get_args(Backend) if name != "auto"]
+
+
+def bench_ffn(
+    shape: str, *, expert_size: int = 8, dtype: torch.dtype = torch.float32, repeats: int = 15
+) -> list[Timing]:
+    """Forward at 1 and 512 tokens, and forward with backward at 512.
+
+    Raises:
+        ValueError: an unknown shape, or a size that does not divide its neurons.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r} (known: {', '.join(SHAPES)})")
+    dense, routed = _host(*SHAPES[shape], dtype), _host(*SHAPES[shape], dtype)
+    spec = {"kind": "threshold", "tau": 0.5}
+    attach_experts(routed, Conversion("bench", expert_size, "sigmoid", spec, "straight"))
+    made = []
+    for operation, tokens in (("forward", 1), ("forward", 512), ("forward + backward", 512)):
+        x_TD = torch.randn(tokens, SHAPES[shape][0], dtype=dtype)
+        backward = operation != "forward"
+        pair = [_call(model, x_TD, backward) for model in (dense, routed)]
+        made.append(_timing(operation, tokens, pair[0], pair[1], repeats))
+    return made
+
+
+def bench_split(shape: str, *, expert_size: int = 8, features: int = 256) -> float:
+    """Seconds that balanced k-means takes for the neurons of one FFN."""
+    neurons = SHAPES[shape][1]
+    features_FX = torch.randn(neurons, features, generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    kmeans_partition(features_FX, neurons // expert_size, seed=0)
+    return time.perf_counter() - began
+
+
+def _host(width: int, neurons: int, dtype: torch.dtype) -> nn.Module:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    config = LlamaConfig(hidden_size=width, intermediate_size=neurons)
+    host = nn.ModuleDict({"mlp": LlamaMLP(config).to(dtype)})
+    host.config = config
+    return host
+
+
+def _call(host: nn.Module, x_TD: Tensor, backward: bool) -> Callable[[], None]:
+    def call() -> None:
+        with torch.set_grad_enabled(backward):
+            y_TD = host.get_submodule("mlp")(x_TD)
+            if backward:
+                y_TD.sum().backward()
+
+    return call
+
+
+def _timing(
+    operation: str, tokens: int, dense: Callable[[], None], routed: Callable[[], None], repeats: int
+) -> Timing:
+    pairs = []
+    for index in range(repeats + 2):
+        pair = (_milliseconds(dense), _milliseconds(routed))
+        if index >= 2:  # the first calls warm caches and allocators
+            pairs.append(pair)
+    dense_ms, routed_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(routed / dense for dense, routed in pairs)
+    return Timing(operation, tokens, dense_ms, routed_ms, ratio)
+
+
+def _milliseconds(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3

@@ -1,0 +1,20 @@
+import json
+
+from moe_tools.cli.main import main
+
+
+def test_bench_times_dense_and_routed(capsys):
+    assert main(["bench", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [(row["operation"], row["tokens"]) for row in figures["ffn"]] == [
+        ("forward", 1),
+        ("forward", 512),
+        ("forward + backward", 512),
+    ]
+    assert all(row["dense_ms"] > 0 and row["routed_ms"] > 0 for row in figures["ffn"])
+    assert figures["split_seconds"] > 0
+
+
+def test_an_unknown_shape_is_one_line(capsys):
+    assert main(["bench", "--shape", "llama9"]) == 2
+    assert "known: smollm2-135m, llama2-7b" in capsys.readouterr().err
