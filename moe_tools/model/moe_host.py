@@ -38,7 +38,7 @@ class HostExperts(nn.ModuleList):
         """Sum of the chosen experts' outputs, weighted by the host's router."""
         y_TD = torch.zeros_like(x_TD)
         for index, expert in enumerate(self):
-            place, token = torch.where(index == chosen_TK.T)  # rows in the host's order
+            place, token = torch.where((chosen_TK == index).T)  # rows in the host's order
             if len(token):
                 out_TD = expert(x_TD[token]) * weight_TK[token, place, None]
                 y_TD = y_TD.index_add(0, token, out_TD.to(y_TD.dtype))

@@ -42,6 +42,8 @@ def attach(model: nn.Module, step: Attach, donor: str, expert_size: int, blocks_
             fits[index].add(x_TD, h_TF)
 
         visit_activations(model, blocks_BT, visit, title="calibrate routers")
+        for fit in fits:
+            fit.check()
     experts = attach_experts(model, conversion)
     for fit, ffn in zip(fits, experts, strict=True):
         if step.start == "regression":
@@ -92,7 +94,6 @@ class _Fit:
         self.tokens += len(x_TD)
 
     def mean_F(self) -> Tensor:
-        self._check()
         return self.h_F / self.tokens
 
     @torch.no_grad()
@@ -102,7 +103,6 @@ class _Fit:
         The predictions are treated as normal: their mean and variance over tokens and experts
         follow from the sums, without a second pass.
         """
-        self._check()
         penalty = RIDGE * self.inputs_DD.diagonal()[:-1].mean()
         ridge_DD = penalty * torch.eye(len(self.inputs_DD), device=self.inputs_DD.device)
         ridge_DD[-1, -1] = 0.0
@@ -119,6 +119,6 @@ class _Fit:
         ffn.router.get_parameter("weight").copy_(solution_DE[:-1].T * scale)
         ffn.router.get_parameter("bias").copy_((solution_DE[-1] - mean) * scale - SPREAD * below)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         if self.tokens == 0:
             raise ValueError(f"{self.name} saw no calibration token: give more calibration tokens")

@@ -39,7 +39,7 @@ class EtaController:
     error: float = 0.0
     proportional: float = 30.0
     """Change of log eta for a change of the error by 1."""
-    integral: float = 1.5
+    integral: float = 1.2
     """Change of log eta in one step for an error of 1."""
     bounds: tuple[float, float] = field(default=(1e-3, 10.0))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 IGNORE = -100
 ROWS = 128
+TINY = torch.finfo(torch.float32).tiny
 
 
 class LogitLosses(NamedTuple):
@@ -59,25 +60,25 @@ class _Fused(torch.autograd.Function):
         lm_weight: float,
         distill_weight: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_TV = torch.zeros_like(logits_TV)
+        grad_TV = torch.empty_like(logits_TV)
         lm = logits_TV.new_zeros((), dtype=torch.float32)
         distill = torch.zeros_like(lm)
         count = int((labels_T != IGNORE).sum())
         for start in range(0, len(logits_TV), ROWS):
             rows = slice(start, start + ROWS)
-            labels = labels_T[rows]
-            kept = labels != IGNORE
-            log_p = logits_TV[rows].float().log_softmax(-1)
-            picked = labels.clamp_min(0)[:, None]
-            lm -= (log_p.gather(1, picked).squeeze(1) * kept).sum()
-            grad = log_p.exp()
-            grad *= lm_weight + (distill_weight if donor_TV is not None else 0.0)
-            grad.scatter_add_(1, picked, torch.full_like(picked, -lm_weight, dtype=grad.dtype))
-            if donor_TV is not None:
-                log_q = donor_TV[rows].float().log_softmax(-1)
-                q = log_q.exp()
-                distill += ((q * log_q.sub_(log_p)).sum(-1) * kept).sum()
-                grad -= q.mul_(distill_weight)
+            kept = labels_T[rows] != IGNORE
+            picked = labels_T[rows].clamp_min(0)[:, None]
+            p = logits_TV[rows].float().softmax(-1)
+            picked_p = p.gather(1, picked)
+            lm -= (picked_p.squeeze(1).clamp_min(TINY).log() * kept).sum()
+            if donor_TV is None:
+                grad = p.mul_(lm_weight)
+            else:
+                q = donor_TV[rows].float().softmax(-1)
+                ratio = q.clamp_min(TINY).log_().sub_(p.clamp_min(TINY).log_())
+                distill += ((q * ratio).sum(-1) * kept).sum()
+                grad = p.mul_(lm_weight + distill_weight).sub_(q.mul_(distill_weight))
+            grad.scatter_add_(1, picked, torch.full_like(picked_p, -lm_weight))
             grad_TV[rows] = grad.mul_(kept[:, None] / count)
         lm, distill = lm / count, distill / count
         ctx.save_for_backward(grad_TV)

@@ -80,7 +80,7 @@ class RecipeTrainer(Trainer):
         self.logits: list[Tensor] = []
         self.sums: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        optimizer = MasterAdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = MasterAdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda at: warmup_cosine(at, steps, step.warmup)
         )

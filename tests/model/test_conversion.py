@@ -94,7 +94,7 @@ def test_an_unknown_mode_changes_nothing() -> None:
 
 
 def test_a_dense_model_has_no_mode() -> None:
-    with pytest.raises(ValueError, match="^LlamaForCausalLM is dense: it has no routing mode"):
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM is dense: it has no routing mode"):
         set_mode(build("llama"), "soft")
 
 

@@ -72,7 +72,7 @@ def test_topk_needs_an_expert(k: int) -> None:
 
 
 def test_topk_of_more_experts_than_there_are() -> None:
-    with pytest.raises(ValueError, match="^top-k asks for 7 of 6 experts$"):
+    with pytest.raises(ValueError, match=r"^top-k asks for 7 of 6 experts$"):
         TopK(7)(torch.rand(2, 6))
 
 

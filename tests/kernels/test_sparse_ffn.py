@@ -1,0 +1,199 @@
+"""`sparse_ffn` against a loop over tokens and experts that shares no code with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_tools.kernels.sparse_ffn import sparse_ffn
+
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+# (leading dimensions, D, E, N)
+SHAPES = [
+    ((1,), 1, 1, 1),
+    ((7,), 5, 3, 4),
+    ((3,), 13, 7, 1),
+    ((17,), 3, 1, 9),
+    ((2, 3), 4, 2, 3),
+    ((2, 1, 3), 2, 5, 2),
+    ((), 6, 3, 2),
+    ((0,), 4, 3, 2),
+]
+MASKS: dict[str, Callable[..., Tensor]] = {
+    "random": lambda *shape: torch.rand(shape) < 0.5,
+    "empty": lambda *shape: torch.zeros(shape, dtype=torch.bool),
+    "full": lambda *shape: torch.ones(shape, dtype=torch.bool),
+    "soft": lambda *shape: torch.rand(shape, dtype=torch.float64, requires_grad=True),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_mask = pytest.mark.parametrize("mask", MASKS)
+gated_or_not = pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+
+
+def expert_by_expert(
+    x_TD: Tensor,
+    up_FD: Tensor,
+    down_FD: Tensor,
+    mask_TE: Tensor,
+    *,
+    gate_FD: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """y = sum over the experts that are on of weight * E(x), a token and a neuron at a time."""
+    experts = mask_TE.shape[-1]
+    size = len(up_FD) // experts
+    rows = []
+    for x_D, mask_E in zip(
+        x_TD.reshape(-1, x_TD.shape[-1]), mask_TE.reshape(-1, experts), strict=True
+    ):
+        y_D = x_D * 0
+        for expert in range(experts):
+            if mask_E[expert] == 0:
+                continue
+            for neuron in range(expert * size, (expert + 1) * size):
+                h = torch.dot(up_FD[neuron], x_D)
+                h = act(h) if gate_FD is None else act(torch.dot(gate_FD[neuron], x_D)) * h
+                y_D = y_D + mask_E[expert] * h * down_FD[neuron]
+        rows.append(y_D)
+    return torch.stack(rows).view(x_TD.shape) if rows else x_TD * up_FD.sum() * down_FD.sum() * 0
+
+
+def make(shape: tuple[Any, ...], gated: bool, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Random tensor arguments that want gradients."""
+    leading, width, experts, size = shape
+    sizes = {"x_TD": (*leading, width)}
+    sizes |= {name: (experts * size, width) for name in ("up_FD", "down_FD", "gate_FD")}
+    tensors = {name: torch.randn(s, dtype=dtype, requires_grad=True) for name, s in sizes.items()}
+    return tensors if gated else tensors | {"gate_FD": None}
+
+
+@every_shape
+@every_mask
+@gated_or_not
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_output_and_every_gradient_equal_the_loop(
+    shape: tuple[Any, ...], mask: str, gated: bool, backend: str
+) -> None:
+    arguments = make(shape, gated)
+    mask_TE = MASKS[mask](*shape[0], shape[2])
+    act = ACTS["silu"]
+    expected_TD = expert_by_expert(**arguments, mask_TE=mask_TE, act=act)
+    y_TD = sparse_ffn(**arguments, mask_TE=mask_TE, act=act, backend=backend)
+    assert y_TD.shape == arguments["x_TD"].shape
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-12, atol=1e-12)
+    wanted = {name: tensor for name, tensor in arguments.items() if tensor is not None}
+    if mask_TE.requires_grad:
+        wanted["mask_TE"] = mask_TE
+    direction_TD = torch.randn_like(y_TD)
+    options = {"allow_unused": True, "materialize_grads": True}
+    actual = torch.autograd.grad(y_TD, list(wanted.values()), direction_TD, **options)
+    expected = torch.autograd.grad(expected_TD, list(wanted.values()), direction_TD, **options)
+    for name, ours, theirs in zip(wanted, actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("act", ACTS)
+@gated_or_not
+def test_any_activation_will_do(act: str, gated: bool) -> None:
+    arguments = make(((5,), 4, 3, 2), gated)
+    mask_TE = torch.rand(5, 3) < 0.5
+    expected_TD = expert_by_expert(**arguments, mask_TE=mask_TE, act=ACTS[act])
+    y_TD = sparse_ffn(**arguments, mask_TE=mask_TE, act=ACTS[act])
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-12, atol=1e-12)
+
+
+@gated_or_not
+def test_gradients_agree_with_finite_differences(gated: bool) -> None:
+    arguments = make(((3,), 4, 3, 2), gated)
+    mask_TE = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(mask_TE: Tensor, *tensors: Tensor) -> Tensor:
+        names = [name for name, tensor in arguments.items() if tensor is not None]
+        return sparse_ffn(mask_TE=mask_TE, **dict(zip(names, tensors, strict=True)), act=torch.tanh)
+
+    tensors = [tensor for tensor in arguments.values() if tensor is not None]
+    assert torch.autograd.gradcheck(function, (mask_TE, *tensors))
+
+
+@gated_or_not
+def test_experts_that_are_off_get_no_gradient(gated: bool) -> None:
+    arguments = make(((5,), 4, 3, 2), gated)
+    mask_TE = torch.tensor([True, False, True]).expand(5, 3)
+    sparse_ffn(**arguments, mask_TE=mask_TE, act=F.silu).sum().backward()
+    for name in ("up_FD", "down_FD") + ("gate_FD",) * gated:
+        used = arguments[name].grad.ne(0).any(dim=1)
+        assert used.tolist() == [True, True, False, False, True, True], name
+
+
+def test_a_full_mask_is_the_dense_ffn() -> None:
+    arguments = make(((5,), 4, 3, 2), True, torch.float32)
+    x, up, down, gate = (arguments[name] for name in ("x_TD", "up_FD", "down_FD", "gate_FD"))
+    y_TD = sparse_ffn(**arguments, mask_TE=torch.ones(5, 3, dtype=torch.bool), act=F.silu)
+    expected_TD = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down.T)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-6, atol=1e-6)
+
+
+def test_an_empty_mask_is_zero() -> None:
+    arguments = make(((5,), 4, 3, 2), True)
+    y_TD = sparse_ffn(**arguments, mask_TE=torch.zeros(5, 3, dtype=torch.bool), act=F.silu)
+    assert not y_TD.any()
+
+
+def test_a_boolean_mask_is_a_soft_mask_of_ones_and_zeros() -> None:
+    arguments = make(((5,), 4, 3, 2), True)
+    mask_TE = torch.rand(5, 3) < 0.5
+    hard_TD, soft_TD = (
+        sparse_ffn(**arguments, mask_TE=mask, act=F.silu) for mask in (mask_TE, mask_TE.double())
+    )
+    assert torch.equal(hard_TD, soft_TD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    arguments = make(((5,), 4, 3, 2), True, dtype)
+    y_TD = sparse_ffn(**arguments, mask_TE=torch.rand(5, 3), act=F.silu)
+    assert y_TD.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down_FD": (5, 4)}, r"^down_FD is \(5, 4\); up_FD is \(6, 4\)$"),
+        ({"gate_FD": (6, 3)}, r"^gate_FD is \(6, 3\); up_FD is \(6, 4\)$"),
+        ({"up_FD": (6,)}, r"^up_FD is \(6,\); weights are \(neurons, width\)$"),
+        ({"up_FD": (2, 6, 4)}, r"^up_FD is \(2, 6, 4\); weights are \(neurons, width\)$"),
+        ({"x_TD": (5, 3)}, r"^x_TD is \(5, 3\); the weights have width 4$"),
+        ({"x_TD": ()}, r"^x_TD is \(\); the weights have width 4$"),
+        ({"mask_TE": (4, 3)}, r"^mask_TE is \(4, 3\); x_TD is \(5, 4\)$"),
+        ({"mask_TE": (3,)}, r"^mask_TE is \(3,\); x_TD is \(5, 4\)$"),
+        ({"x_TD": (4,), "mask_TE": ()}, r"^mask_TE is \(\); x_TD is \(4,\)$"),
+        ({"mask_TE": (5, 4)}, "^4 experts do not divide 6 neurons$"),
+        ({"mask_TE": (5, 12)}, "^12 experts do not divide 6 neurons$"),
+        ({"mask_TE": (5, 0)}, "^0 experts do not divide 6 neurons$"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_shapes_that_do_not_fit_are_named(
+    changes: dict[str, tuple[int, ...]], message: str
+) -> None:
+    sizes = {
+        "x_TD": (5, 4),
+        "up_FD": (6, 4),
+        "down_FD": (6, 4),
+        "gate_FD": (6, 4),
+        "mask_TE": (5, 3),
+    }
+    tensors = {name: torch.zeros(size) for name, size in (sizes | changes).items()}
+    with pytest.raises(ValueError, match=message):
+        sparse_ffn(**tensors, act=F.silu)
+
+
+def test_an_unknown_backend_is_named() -> None:
+    arguments = make(((5,), 4, 3, 2), True)
+    with pytest.raises(ValueError, match=r"^unknown backend 'triten'; known: auto, reference$"):
+        sparse_ffn(**arguments, mask_TE=torch.ones(5, 3), act=F.silu, backend="triten")

@@ -1,0 +1,103 @@
+"""Trim moves one line for all routers: the stated share is met, the order of scores stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_tools.model.conversion import Conversion
+from moe_tools.model.experts import expert_ffns
+from moe_tools.model.routing import record_routing
+from moe_tools.steps.trim import sample_logits, shift_routers, trim
+from tests.families import EXPERT_SIZE, build, randomize, routed
+
+
+def text(rows: int = 12, length: int = 48) -> Tensor:
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+def converted(selector: dict[str, float | str] | None = None) -> PreTrainedModel:
+    spec = selector or {"kind": "threshold", "tau": 0.5}
+    model, _ = routed(build("llama"), Conversion("donor", EXPERT_SIZE, "sigmoid", spec))
+    randomize(model)
+    return model
+
+
+@torch.no_grad()
+def sparsity(model: PreTrainedModel, blocks_BT: Tensor) -> float:
+    with record_routing(model) as routings:
+        model(input_ids=blocks_BT)
+    off = sum(int((~routing.mask_TE).sum()) for routing in routings)
+    return off / sum(routing.mask_TE.numel() for routing in routings)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.2])
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.8, 0.95])
+def test_the_target_is_reached_within_a_point(target: float, tau: float) -> None:
+    model = converted({"kind": "threshold", "tau": tau})
+    trim(model, target, text())
+    assert sparsity(model, text()) == pytest.approx(target, abs=0.01)
+
+
+def test_every_bias_moves_by_the_same_and_nothing_else_does() -> None:
+    model = converted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trim(model, 0.7, text())
+    shifts = []
+    for name, tensor in model.state_dict().items():
+        if name.endswith("router.bias"):
+            shifts.append(tensor - before[name])
+        else:
+            assert torch.equal(tensor, before[name])
+    assert len(shifts) == 2
+    moved = torch.cat(shifts)
+    assert (moved - moved[0]).abs().max() < 1e-5
+    assert moved[0].abs() > 0.1
+
+
+def test_trimming_twice_changes_little() -> None:
+    model = converted()
+    trim(model, 0.4, text())
+    once = [ffn.router.bias.detach().clone() for ffn in expert_ffns(model)]
+    trim(model, 0.4, text())
+    for ffn, was in zip(expert_ffns(model), once, strict=True):
+        assert (ffn.router.bias - was).abs().max() < 0.05
+
+
+def test_a_shift_takes_the_share_of_the_sample_below_zero() -> None:
+    model = converted()
+    logits_S = torch.linspace(-1.0, 3.0, 401)
+    before = expert_ffns(model)[0].router.bias.detach().clone()
+    shift_routers(model, logits_S, 0.25)
+    assert (expert_ffns(model)[0].router.bias - before).tolist() == pytest.approx(
+        [0.0] * len(before), abs=0.02
+    )
+    shift_routers(model, logits_S, 0.5, damping=0.5)
+    assert (expert_ffns(model)[0].router.bias - before).tolist() == pytest.approx(
+        [-0.5] * len(before), abs=0.02
+    )
+
+
+def test_scores_at_the_ends_stay_finite() -> None:
+    """A score of exactly 1 has no logit."""
+    model, _ = routed(build("llama"))
+    with record_routing(model) as routings, torch.no_grad():
+        model(input_ids=text())
+    logits_S = sample_logits(model, routings)
+    assert all(bool((routing.scores_TE == 1).all()) for routing in routings)
+    assert torch.isfinite(logits_S).all()
+
+
+def test_top_k_has_no_line_to_move() -> None:
+    model = converted({"kind": "topk", "k": 2})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp: a target sparsity needs sigmoid .*top-k"):
+        trim(model, 0.5, text())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_dense_model_has_nothing_to_trim() -> None:
+    with pytest.raises(ValueError, match="has no routed FFN"):
+        trim(build("llama"), 0.5, text())
