@@ -15,7 +15,7 @@ PROMPT = "The purpose of a unit test is"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--output", default="demo", help="folder of the converted model")
-    parser.add_argument("--tokens", type=int, default=40_960, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=32_768, help="training tokens")
     parser.add_argument("--eval-tokens", type=int, default=8_192, help="held-out tokens")
 
 
