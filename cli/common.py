@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from moe_tools.cli.recipes import recipe_path
+from moe_tools.model.checkpoint import quiet_transformers
 
 __all__ = ["DTYPES", "pick_device", "pick_dtype", "quiet_transformers", "recipe_path", "write_text"]
 
@@ -51,19 +50,3 @@ def write_text(text: str, target: str) -> None:
         sys.stdout.write(text + "\n")
     else:
         Path(target).write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the notes and progress bars of transformers; ours stay."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -56,7 +56,7 @@ def generate_blocks(
     _check_model(model, length)
     first = _first_token(model)
     rows: list[Tensor] = []
-    with _evaluating(model), progress("sampling", count * length, "token") as bar:
+    with evaluating(model), progress("sampling", count * length, "token") as bar:
         for start in range(0, count, batch_size):
             numbers = range(start, min(start + batch_size, count))
             uniform_BT = torch.stack([_uniform_T(seed, number, length) for number in numbers])
@@ -94,7 +94,7 @@ def _first_token(model: "PreTrainedModel") -> int:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off, and afterwards every module as it was."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

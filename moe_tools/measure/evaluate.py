@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons, sparsity
@@ -83,7 +82,7 @@ def evaluate(
     with (
         count_neurons(model) as counts,
         count_flops(model) as others,
-        _evaluating(model),
+        evaluating(model),
         progress(title or "evaluate", len(blocks_BT), "block") as bar,
     ):
         pairs = zip(inputs_BT.split(batch_size), labels_BT.split(batch_size), strict=True)
@@ -164,15 +163,3 @@ def _nats(model: PreTrainedModel, inputs_BT: Tensor, labels_BT: Tensor) -> float
             logits.float(), labels, ignore_index=IGNORE, reduction="sum"
         )
     return total.item()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and afterwards every module as it was."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -45,7 +45,7 @@ def load(
             `config.json` says, or an unknown format.
     """
     path = Path(source)
-    with _quiet_transformers():
+    with quiet_transformers():
         if path.suffix == ".gguf":
             model = _load_gguf(path, dtype)
         else:
@@ -64,7 +64,7 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
         # transformers 5 would invent an empty one for some families
         raise ValueError(f"{source} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             if path.suffix == ".gguf":
                 return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             return AutoTokenizer.from_pretrained(str(source))
@@ -85,7 +85,7 @@ def save(
     with new_folder(folder) as partial:
         renames = {ours: host for ffn in expert_ffns(model) for ours, host in ffn.renames.items()}
         state = host_state_dict(model, renames)
-        with _quiet_transformers():
+        with quiet_transformers():
             model.save_pretrained(partial, state_dict=state, save_original_format=False)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
@@ -211,7 +211,7 @@ def _host_class(config: Any) -> type[transformers.PreTrainedModel]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without progress bars, and without the report that calls our routers unexpected."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -6,7 +6,6 @@ method takes any leading dimensions where T stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from moe_tools.model.ffn import FFN, Weights, child_name, host_names, read_weights
 from moe_tools.model.partition import experts_of_size
 from moe_tools.model.routers import Router
-from moe_tools.model.routing import Routing
+from moe_tools.model.routing import RoutedFFN, Routing
 from moe_tools.model.selectors import Selector
 
 Mode = Literal["soft", "straight", "hard"]
@@ -27,7 +26,7 @@ straight-through estimator, arXiv 1308.3432): routers learn without a gap to clo
 """
 
 
-class ExpertFFN(nn.Module):
+class ExpertFFN(RoutedFFN):
     """An FFN whose neurons run only when their expert is selected.
 
     The children keep the host's names, so adapters and quantisers written for the host still
@@ -37,8 +36,7 @@ class ExpertFFN(nn.Module):
     def __init__(
         self, ffn: FFN, expert_size: int, router: Router, selector: Selector, mode: Mode
     ) -> None:
-        super().__init__()
-        self.name = ffn.name
+        super().__init__(ffn.name)
         self.layout = ffn.layout
         for path in ffn.layout.parts():
             self.add_module(child_name(ffn.layout, path), ffn.part(path))
@@ -50,7 +48,6 @@ class ExpertFFN(nn.Module):
         self.off_F: Tensor | None
         """What a neuron of an expert that is off contributes to h; None means zero."""
         self.register_buffer("off_F", None)
-        self.observers: list[Callable[[Routing], None]] = []
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD."""

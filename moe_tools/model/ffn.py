@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_tools.model.moe_host import HostExperts, unfuse_experts
+from moe_tools.model.routing import routed_ffns
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     Raises:
         ValueError: the model has no FFN of a known family, or its FFNs are routed already.
     """
-    from moe_tools.model.experts import expert_ffns
-
-    if expert_ffns(model):
+    if routed_ffns(model):
         raise ValueError(f"{type(model).__name__} is routed already: start from the dense model")
     unfuse_experts(model)
     found = []

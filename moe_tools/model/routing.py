@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -17,6 +17,22 @@ class Routing(NamedTuple):
     mask_TE: Tensor
 
 
+class RoutedFFN(nn.Module):
+    """An FFN that routes and can be watched. `ExpertFFN` is the one there is."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        """Its path in the model."""
+        self.observers: list[Callable[[Routing], None]] = []
+        """Each is shown every decision."""
+
+
+def routed_ffns(model: nn.Module) -> list[RoutedFFN]:
+    """The routed FFNs of a model, in forward order; empty when it is dense."""
+    return [module for module in model.modules() if isinstance(module, RoutedFFN)]
+
+
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     """Yields a list that grows by one `Routing` an FFN a forward pass, in forward order.
@@ -27,9 +43,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     Raises:
         ValueError: the model has no routed FFN.
     """
-    from moe_tools.model.experts import expert_ffns
-
-    routed = expert_ffns(model)
+    routed = routed_ffns(model)
     if not routed:
         raise ValueError(f"{type(model).__name__} has no routed FFN to record: convert it first")
     records: list[Routing] = []

@@ -53,10 +53,10 @@ def train(
     _check(model, step, donor)
     if step.mode != "dense":
         set_mode(model, step.mode)
-    if step.target_sparsity is not None:
-        check_trimmable(model)
     trained = trainable_parts(model, step)
-    steps = max(1, len(blocks_BT) // (step.batch_size * step.accumulate))
+    step_blocks = step.batch_size * step.accumulate
+    steps = max(1, len(blocks_BT) // step_blocks)
+    blocks_BT = blocks_BT[: steps * step_blocks]  # or a resumed run would go on into the rest
     trainer = RecipeTrainer(model, step, blocks_BT, work, steps, trained, donor, seed)
     with _only_trainable(model, trained):
         trainer.train(resume_from_checkpoint=newest_checkpoint(work))
@@ -109,6 +109,10 @@ def _check(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -
     if (step.mode != "dense") != routed:
         state = "routed" if routed else "dense"
         raise ValueError(f"train mode {step.mode} does not fit a {state} model")
+    if step.target_sparsity is not None:
+        if not routed:
+            raise ValueError("target_sparsity needs routers: put `attach` before this train step")
+        check_trimmable(model)
     if step.parts == "routers" and step.mode not in ("soft", "straight"):
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
 
@@ -133,7 +137,7 @@ def newest_checkpoint(work: Path) -> str | None:
     for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
             step = json.loads((folder / TRAINER_STATE).read_text())["global_step"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         complete.append((step, str(folder)))
     return max(complete)[1] if complete else None

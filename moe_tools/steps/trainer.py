@@ -73,12 +73,13 @@ class RecipeTrainer(Trainer):
         seed: int,
     ) -> None:
         self.step = step
-        self.donor = None if donor is None else donor.eval().requires_grad_(False)
+        self.donor = None if donor is None else donor.eval()
         self.weights = dict(step.losses)
         self.eta = EtaController() if step.drive == "eta" and step.mode != "hard" else None
         self.start: float | None = None
         self.logits: list[Tensor] = []
         self.sums: dict[str, float] = {}
+        self.passes = 0
         self.last: dict[str, float] = {}
         optimizer = MasterAdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -146,15 +147,24 @@ class RecipeTrainer(Trainer):
             on = sum(int(r.mask_TE.sum()) for r in routings)
             noted["sparsity"] = 1 - on / sum(r.mask_TE.numel() for r in routings)
         for name, value in noted.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value / self.step.accumulate
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.passes += 1
         if self.step.target_sparsity is not None:
             self.logits.append(sample_logits(self.model, routings))
 
     def end_step(self) -> None:
         """After an optimizer step: follow the reference, keep what is logged."""
-        self.last, self.sums = self.sums, {}
-        if self.step.target_sparsity is None:
-            return
+        self.last = {name: value / self.passes for name, value in self.sums.items()}
+        self.sums, self.passes = {}, 0
+        if self.step.target_sparsity is not None:
+            self._follow()
+        self.state.stateful_callbacks[DRIVE] = {
+            "start": self.start,
+            "eta": None if self.eta is None else [self.eta.eta, self.eta.error],
+            "last": self.last,
+        }
+
+    def _follow(self) -> None:
         reference = self._reference().at(self.state.global_step)
         self.last["reference"] = reference
         if self.eta is not None:
@@ -163,17 +173,13 @@ class RecipeTrainer(Trainer):
         else:
             shift_routers(self.model, torch.cat(self.logits), reference, damping=0.5)
         self.logits = []
-        self.state.stateful_callbacks[DRIVE] = {
-            "start": self.start,
-            "eta": None if self.eta is None else [self.eta.eta, self.eta.error],
-        }
 
     def begin(self) -> None:
         """Before the first step, or the first after a resume."""
         saved = self.state.stateful_callbacks.get(DRIVE)
         if saved is None:
             return
-        self.start = saved["start"]
+        self.start, self.last = saved["start"], saved["last"]
         if self.eta is not None:
             self.eta.eta, self.eta.error = saved["eta"]
             self.weights["efficiency"] = self.eta.eta
@@ -202,8 +208,18 @@ class RecipeTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
+        self._check_weights()
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model, str(folder / "model.safetensors"))
+
+    def _check_weights(self) -> None:
+        """A gradient that overflows spoils the weights before any loss shows it."""
+        for name, param in self.model.named_parameters():
+            if not torch.isfinite(param).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after optimizer step {self.state.global_step}: lower "
+                    "the learning rates; the last good checkpoint is kept"
+                )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_model(self.model, os.path.join(resume_from_checkpoint, "model.safetensors"))

