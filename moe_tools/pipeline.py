@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -31,11 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from moe_tools.data import blocks, fingerprint, generate_blocks
 from moe_tools.model.checkpoint import load, load_tokenizer, new_folder, save
 from moe_tools.model.conversion import Conversion, read_conversion, write_conversion
+from moe_tools.model.ffn import find_ffns
+from moe_tools.model.partition import experts_of_size
 from moe_tools.recipe import Attach, Recipe, Split, Step, Train, control_recipe, step_name
 from moe_tools.steps.attach import attach
 from moe_tools.steps.losses import DONOR_LOSSES
 from moe_tools.steps.split import split
-from moe_tools.steps.train import train
+from moe_tools.steps.train import check_train, train
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ class _Run:
                     "repeat that run's options to resume it"
                 )
             return not (self.output / METRICS).is_file()
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+        if self.output.exists() and not _is_free(self.output):
             raise ValueError(f"{self.output} exists and is not empty: choose another --output")
         self._check_before_writing()
         self.output.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,22 @@ class _Run:
     def _check_before_writing(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
+        self._rehearse()
         _ = self.train_blocks if self.recipe.data != "self" else None
+
+    def _rehearse(self) -> None:
+        """Every step's own checks, in order, on the donor: no text is read, nothing is trained."""
+        model = self.donor()
+        for step in self.recipe.steps:
+            if isinstance(step, Split):
+                for ffn in find_ffns(model):
+                    experts_of_size(len(ffn.weights().up_FD), step.expert_size, ffn.name)
+                write_conversion(model, Conversion(self.source, step.expert_size))
+            elif isinstance(step, Attach):
+                without_text = replace(step, start="open", when_off="zero")
+                attach(model, without_text, self.source, _expert_size(model), torch.empty(0, 1))
+            else:
+                check_train(model, step, donor=model)
 
     def execute(self) -> None:
         """Every step that is not complete yet."""
@@ -154,11 +171,8 @@ class _Run:
             write_conversion(model, Conversion(self.source, step.expert_size))
             return {}
         if isinstance(step, Attach):
-            conversion = read_conversion(model)
-            if conversion is None:
-                raise ValueError("attach needs experts: put `split` before it in the recipe")
-            size = conversion.expert_size
-            attach(model, step, self.source, size, self._calibration(step.tokens))
+            text = self._calibration(step.tokens)
+            attach(model, step, self.source, _expert_size(model), text)
             return {}
         text = self._train_blocks_of(index)
         donor = self.donor() if set(step.losses) & set(DONOR_LOSSES) else None
@@ -222,11 +236,29 @@ class _Run:
         return self.train_blocks[: max(1, tokens // self.recipe.block_length)]
 
     def _train_blocks_of(self, index: int) -> Tensor:
-        """The blocks of one train step: it goes on where the one before stopped."""
-        length = self.recipe.block_length
-        counts = [s.tokens // length if isinstance(s, Train) else 0 for s in self.recipe.steps]
-        start = sum(counts[:index])
-        return self.train_blocks[start : start + max(1, counts[index])]
+        """The blocks of one train step: it goes on where the one before stopped.
+
+        Together the steps see what one step of all their tokens would (the control does); if there
+        is less text, each keeps its share.
+        """
+        tokens = [s.tokens if isinstance(s, Train) else 0 for s in self.recipe.steps]
+        wanted = max(1, sum(tokens) // self.recipe.block_length)
+        have = min(wanted, len(self.train_blocks))
+        start = min(have - 1, have * sum(tokens[:index]) // sum(tokens))
+        stop = have * sum(tokens[: index + 1]) // sum(tokens)
+        return self.train_blocks[start : max(start + 1, stop)]
+
+
+def _expert_size(model: PreTrainedModel) -> int:
+    conversion = read_conversion(model)
+    if conversion is None:
+        raise ValueError("attach needs experts: put `split` before it in the recipe")
+    return conversion.expert_size
+
+
+def _is_free(folder: Path) -> bool:
+    """Nothing is in it, but perhaps what a run left that was killed before its first step."""
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_partial(RECIPE)}
 
 
 def _lasting(source: str) -> str:
@@ -254,6 +286,10 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(_partial(path.name))
     partial.write_text(text)
     partial.rename(path)
+
+
+def _partial(name: str) -> str:
+    return f".{name}.partial"

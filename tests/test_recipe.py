@@ -65,8 +65,9 @@ def test_a_shipped_recipe_is_read_and_written_without_loss(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_recipe_says_its_paper_and_its_command(path: Path) -> None:
-    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert f"moe-tools convert --method {path.stem}" in "\n".join(header)
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    words = (f"--method {path.stem} ", f"--recipe recipes/{path.name} ")
+    assert any(f"moe-tools convert {word}" in header for word in words)
     assert read_recipe(path).paper
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from moe_tools.model.experts import ExpertFFN, Mode, expert_ffns
@@ -104,9 +105,10 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")
     found = find_ffns(model)
-    for ffn in found:  # first all checks, then the first change
-        experts_of_size(len(ffn.weights().up_FD), conversion.expert_size, ffn.name)
     selector = build_selector(conversion.selector)
+    for ffn in found:  # first all checks, then the first change
+        experts = experts_of_size(len(ffn.weights().up_FD), conversion.expert_size, ffn.name)
+        selector(torch.zeros(1, experts))  # top-k refuses fewer experts than k
     grafted = []
     for ffn in found:
         up_FD = ffn.weights().up_FD

@@ -50,7 +50,7 @@ def train(
         ValueError: a loss that this model cannot have, or no donor for one that needs it.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
-    _check(model, step, donor)
+    check_train(model, step, donor)
     if step.mode != "dense":
         set_mode(model, step.mode)
     trained = trainable_parts(model, step)
@@ -92,7 +92,12 @@ def _ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for ffn in routed for p in ffn.parameters() if id(p) not in routers]
 
 
-def _check(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -> None:
+def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -> None:
+    """Whether a model can take a train step; changes nothing.
+
+    Raises:
+        ValueError: no causal language model, or a mode, loss or target that it cannot have.
+    """
     if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ValueError(
             f"{type(model).__name__} is no causal language model: this version trains only those; "

@@ -29,7 +29,9 @@ def reference(
     return lm * cross + distill * apart, cross, apart
 
 
-def sample(tokens: int, vocabulary: int, ignored: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    tokens: int, vocabulary: int, ignored: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     logits_TV = 3 * torch.randn(tokens, vocabulary, generator=draw)
     donor_TV = logits_TV + torch.randn(tokens, vocabulary, generator=draw)

@@ -90,7 +90,7 @@ def test_neurons_that_fire_together_share_an_expert() -> None:
         shuffle = torch.randperm(NEURONS)
         with torch.no_grad():
             for tensor in ffn.weights().per_neuron():
-                tensor.copy_(tensor[: NEURONS : EXPERT_SIZE].repeat_interleave(EXPERT_SIZE, 0))
+                tensor.copy_(tensor[:NEURONS:EXPERT_SIZE].repeat_interleave(EXPERT_SIZE, 0))
                 tensor.copy_(tensor[shuffle])
         labels[index] = (torch.arange(NEURONS) // EXPERT_SIZE)[shuffle]
     for by in ("by activations", "by weights"):

@@ -266,9 +266,7 @@ def test_hard_mode_gives_routers_no_gradient(target: float | None, tmp_path: Pat
 
     for ffn in expert_ffns(model):
         for parameter in ffn.router.parameters():
-            ffn.router.register_forward_pre_hook(
-                lambda *_, p=parameter: note(p)
-            )
+            ffn.router.register_forward_pre_hook(lambda *_, p=parameter: note(p))
     train(model, replace(HARD, target_sparsity=target), text(80), tmp_path)
     assert flags and not any(flags)
     assert set(grads) == {None}

@@ -106,7 +106,9 @@ def test_scores_at_the_ends_stay_finite() -> None:
 def test_top_k_has_no_line_to_move() -> None:
     model = converted({"kind": "topk", "k": 2})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp: a target sparsity needs sigmoid .*top-k"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp: a target sparsity needs sigmoid .*top-k"
+    ):
         trim(model, 0.5, text())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
