@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moe_tools.cli.options import json_target, positive
+from moe_tools.cli.options import json_target, positive, zero_or_more
 
 SUMMARY = "turn a dense model into one that computes only what a token needs"
 
@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-steps", action="store_true", help="keep the folder of every step")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
-    parser.add_argument("--eval-tokens", type=int, default=32768, help="0 skips the closing table")
+    parser.add_argument(
+        "--eval-tokens", type=zero_or_more, default=32768, help="0 skips the closing table"
+    )
     parser.add_argument(
         "--json", type=json_target, metavar="FILE", help="write the table; - is standard output"
     )
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.pipeline import run as run_recipe
 
     device = pick_device(args.device)
+    if args.eval_tokens:
+        _check_table_text(recipe.data, args.model, recipe.block_length)
     run_recipe(
         recipe,
         args.model,
@@ -68,3 +72,13 @@ def run(args: argparse.Namespace) -> int:
     return main(
         ["evaluate", args.output, *data, *text, "--device", device, "--dtype", args.dtype, *json]
     )
+
+
+def _check_table_text(data: str, model: str, block_length: int) -> None:
+    """One held-out block at least: better known before the training than after."""
+    from moe_tools.data import blocks
+    from moe_tools.model.checkpoint import load_tokenizer
+
+    source = "docs" if data == "self" else data
+    tokenizer = load_tokenizer(model)
+    blocks(source, tokenizer, split="heldout", length=block_length, tokens=block_length)

@@ -26,12 +26,21 @@ def json_target(word: str) -> str:
 
 def positive(word: str) -> int:
     """An argparse type: a whole number of at least 1."""
+    return _whole(word, least=1)
+
+
+def zero_or_more(word: str) -> int:
+    """An argparse type: a whole number of at least 0."""
+    return _whole(word, least=0)
+
+
+def _whole(word: str, least: int) -> int:
     try:
         value = int(word.replace("_", ""))
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least 1")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number of at least {least}")
     return value
 
 

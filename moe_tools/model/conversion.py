@@ -99,8 +99,8 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     """Grafts an `ExpertFFN` with a fresh router onto every FFN of a dense model.
 
     Raises:
-        ValueError: no router is named, the experts do not divide the neurons, or the model is
-            routed already.
+        ValueError: no router is named, the experts do not divide the neurons, top-k asks for more
+            experts than there are, or the model is routed already.
     """
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")
