@@ -1,6 +1,8 @@
 """Real models, real text, the commands a user types. The packages that hold them are required."""
 
 import json
+import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,14 @@ from moe_tools.model.ffn import find_ffns, permute_neurons
 from moe_tools.model.partition import random_partition
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(autouse=True)
+def every_core() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_smollm2_converts_with_lte_to_the_target_sparsity(tmp_path, capsys):

@@ -54,7 +54,7 @@ def bench_ffn(
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r} (known: {', '.join(SHAPES)})")
-    dense, routed = _host(*SHAPES[shape], dtype), _host(*SHAPES[shape], dtype)
+    dense, routed = _Host(*SHAPES[shape], dtype), _Host(*SHAPES[shape], dtype)
     spec = {"kind": "threshold", "tau": 0.5}
     attach_experts(routed, Conversion("bench", expert_size, "sigmoid", spec, "straight"))
     made = []
@@ -75,14 +75,16 @@ def bench_split(shape: str, *, expert_size: int = 8, features: int = 256) -> flo
     return time.perf_counter() - began
 
 
-def _host(width: int, neurons: int, dtype: torch.dtype) -> nn.Module:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP
+class _Host(nn.Module):
+    """The least a conversion needs of a model: an FFN of a known class, and a config."""
 
-    config = LlamaConfig(hidden_size=width, intermediate_size=neurons)
-    host = nn.ModuleDict({"mlp": LlamaMLP(config).to(dtype)})
-    host.config = config
-    return host
+    def __init__(self, width: int, neurons: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaMLP
+
+        self.config: Any = LlamaConfig(hidden_size=width, intermediate_size=neurons)
+        self.mlp = LlamaMLP(self.config).to(dtype)
 
 
 def _call(host: nn.Module, x_TD: Tensor, backward: bool) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 from moe_tools.cli.main import main
 from moe_tools.model.checkpoint import load, save
 from moe_tools.model.experts import expert_ffns
-from tests.families import EXPERT_SIZE, build
+from tests.families import build
 
 WORDS = [f"w{index}" for index in range(60)]
 RECIPE = """
@@ -147,7 +147,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "eval tokens": ({"eval_tokens": "-1"}, "--eval-tokens: '-1' is no whole number of at least 0"),
     "short held-out text": (
         {"data": "medium.txt", "block_length": "256"},
-        "'medium.txt' (heldout) has 44 tokens, one block needs 256: use --block-length 32",
+        "'medium.txt' (heldout) has 61 tokens, one block needs 256: use --block-length 32",
     ),
 }
 
