@@ -370,7 +370,7 @@ def test_another_run_is_not_mixed_in(
         "donor": recipe,
     }[other]
     before = snapshot(out)
-    with pytest.raises(ValueError, match="holds another run .see .*recipe.yaml.: choose another"):
+    with pytest.raises(ValueError, match=r"holds another run \(see .*recipe\.yaml\): choose"):
         run(changed, str(donor), out, **FP32)
     assert snapshot(out) == before
 
