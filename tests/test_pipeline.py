@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -547,28 +546,27 @@ def test_a_marker_that_was_being_written_is_no_stranger(
 
 
 PROGRAM = """
-import sys, torch, yaml
+import os, signal, sys, torch
 from moe_tools.pipeline import run
-from moe_tools.recipe import parse_recipe
-recipe, donor, out = sys.argv[1:]
-run(parse_recipe(yaml.safe_load(open(recipe))), donor, out, dtype=torch.float32)
+from moe_tools.recipe import read_recipe
+recipe, donor, out, event, path = sys.argv[1:]
+
+def die(name, args):
+    if name == event and str(args[0]).endswith(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
+run(read_recipe(recipe), donor, out, dtype=torch.float32)
 """
 
 
-def kill_when(condition: Callable[[], bool], recipe: Recipe, work: Path, out: Path) -> None:
-    """Starts the run in a process of its own and kills it (-9) once the condition holds."""
+def kill_9(event: str, path: str, recipe: Recipe, work: Path, out: Path) -> None:
+    """The run, in a process of its own that is killed (-9) as it is about to touch a path."""
     file = out.with_name("recipe-to-run.yaml")
     file.write_text(recipe.to_yaml())
-    command = [sys.executable, "-c", PROGRAM, str(file), str(work / "donor"), str(out)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert process.poll() is None, process.communicate()[1].decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    command = [sys.executable, "-c", PROGRAM, str(file), str(work / "donor"), str(out), event, path]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     assert not (out / "metrics.json").exists()
 
 
@@ -577,17 +575,16 @@ def test_kill_9_between_steps_and_inside_one(
 ) -> None:
     out = tmp_path / "out"
     steps = out / "steps"
-    kill_when((steps / "0-split").exists, recipe, work, out)
-    assert not (steps / "2-train").exists()
-
-    state = steps / "2-train.work" / "checkpoint-4" / "trainer_state.json"
-    kill_when(state.exists, recipe, work, out)
-    assert (steps / "1-attach").is_dir() and not (steps / "2-train").exists()
+    kill_9("os.mkdir", ".1-attach.partial", recipe, work, out)
+    assert {path.name for path in steps.iterdir()} == {"0-split"}
     split = (steps / "0-split" / "model.safetensors").stat().st_mtime_ns
 
-    # As if it had died while writing: the newest checkpoint lacks its last file.
-    newest = max(state.parents[1].glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    (newest / "trainer_state.json").unlink(missing_ok=True)
+    kill_9("open", "checkpoint-6/trainer_state.json", recipe, work, out)
+    assert {path.name for path in steps.iterdir()} == {"0-split", "1-attach", "2-train.work"}
+    checkpoints = {path.name: path for path in (steps / "2-train.work").iterdir()}
+    assert (checkpoints["checkpoint-4"] / "trainer_state.json").is_file()
+    assert (checkpoints["checkpoint-6"] / "model.safetensors").is_file()
+    assert not (checkpoints["checkpoint-6"] / "trainer_state.json").exists()
 
     run(recipe, str(work / "donor"), out, keep_steps=True, **FP32)
     assert (steps / "0-split" / "model.safetensors").stat().st_mtime_ns == split

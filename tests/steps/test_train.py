@@ -341,6 +341,13 @@ def test_eta_reaches_the_target(tmp_path: Path) -> None:
     assert sparsity(model, text(64)) == pytest.approx(0.4, abs=0.04)
 
 
+def test_hard_mode_asks_for_the_target_at_once(tmp_path: Path) -> None:
+    """Its routers are frozen: there is nothing to lead gently."""
+    step = replace(HARD, target_sparsity=0.6)
+    first, *_ = train(converted(), step, text(160), tmp_path)["history"]
+    assert (first["step"], first["reference"]) == (10, 0.6)
+
+
 def test_the_reference_starts_where_the_model_is(tmp_path: Path) -> None:
     model = converted()
     set_mode(model, "soft")

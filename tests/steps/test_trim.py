@@ -41,6 +41,22 @@ def test_the_target_is_reached_within_a_point(target: float, tau: float) -> None
     assert sparsity(model, text()) == pytest.approx(target, abs=0.01)
 
 
+def test_an_ffn_that_moves_the_scores_of_the_next_is_followed() -> None:
+    """One shift would miss: what is off below changes what is seen above."""
+    model = converted()
+    first, second = expert_ffns(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        first.down.weight.mul_(10.0)
+        first.down.bias.zero_()
+        second.router.weight.mul_(3.0)
+        for ffn in (first, second):
+            ffn.router.bias.add_(6.0)
+    trim(model, 0.9, text(48))
+    assert sparsity(model, text(48)) == pytest.approx(0.9, abs=0.01)
+
+
 @pytest.mark.parametrize("experts", [7, 14])
 def test_every_expert_counts_whatever_their_number(experts: int) -> None:
     """Every 7th score is sampled: with 7 experts, that must not be always the same one."""
