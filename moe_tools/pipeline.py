@@ -104,7 +104,7 @@ class _Run:
 
     def claim(self) -> bool:
         """Takes the output folder for this run; False when the run is complete already."""
-        identity = f"# donor: {self.source}\n{self.recipe.to_yaml()}"
+        identity = f"# donor: {self.source}\n# dtype: {self.dtype}\n{self.recipe.to_yaml()}"
         marker = self.output / RECIPE
         if marker.is_file():
             if marker.read_text() != identity:

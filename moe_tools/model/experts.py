@@ -81,7 +81,7 @@ class ExpertFFN(RoutedFFN):
         if self.off_F is None:
             return (h_TEN * weight_TE1).flatten(-2)
         off_EN = self.off_F.to(h_TF.dtype).view(self.num_experts, -1)
-        if self.mode == "hard":  # lerp would round what is on
+        if self.mode == "hard":  # an infinite h that is off stays off
             return torch.where(routing.mask_TE[..., None], h_TEN, off_EN).flatten(-2)
         return off_EN.lerp(h_TEN, weight_TE1).flatten(-2)
 

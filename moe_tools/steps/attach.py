@@ -61,7 +61,6 @@ class _Fit:
     num_experts: int
     inputs_DD: Tensor
     targets_DE: Tensor
-    squares_E: Tensor
     h_F: Tensor
     tokens: int = 0
 
@@ -80,7 +79,6 @@ class _Fit:
             num_experts,
             zeros(width + 1, width + 1),
             zeros(width + 1, num_experts),
-            zeros(num_experts),
             zeros(neurons),
         )
 
@@ -89,7 +87,6 @@ class _Fit:
         target_TE = expert_log_energy(h_TF, self.down_norm_F, self.num_experts)
         self.inputs_DD += x_TD.T @ x_TD
         self.targets_DE += x_TD.T @ target_TE
-        self.squares_E += target_TE.square().sum(0)
         self.h_F += h_TF.float().sum(0)
         self.tokens += len(x_TD)
 

@@ -87,7 +87,7 @@ class RecipeTrainer(Trainer):
         )
         super().__init__(
             model=model,
-            args=_arguments(step, work, steps, seed),
+            args=_arguments(step, work, steps, seed, on_cpu=model.device.type == "cpu"),
             train_dataset=_Blocks(blocks_BT),
             optimizers=(optimizer, schedule),
             callbacks=[_Control(self)],
@@ -230,7 +230,9 @@ def next_token_labels(blocks_BT: Tensor) -> Tensor:
     return nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)
 
 
-def _arguments(step: Train, work: Path, steps: int, seed: int) -> TrainingArguments:
+def _arguments(
+    step: Train, work: Path, steps: int, seed: int, *, on_cpu: bool
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
@@ -243,7 +245,7 @@ def _arguments(step: Train, work: Path, steps: int, seed: int) -> TrainingArgume
         logging_steps=10,
         report_to=[],
         remove_unused_columns=False,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=on_cpu,
         seed=seed,
         dataloader_pin_memory=False,
     )
