@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from rich import box
@@ -98,7 +99,7 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
 
 
 def _cells(row: Row) -> list[str]:
-    name = f"{row.model} (donor)" if row.role == "donor" else row.model
+    name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
     ffn = (row.ffn_flops + row.router_flops) / 1e6
     return [
         name,

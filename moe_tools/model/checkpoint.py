@@ -6,10 +6,11 @@ tensors beside the host's and a `moe_tools` block in `config.json`.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,13 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a GGUF file, a model folder or a hub id")
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        dtype=dtype or torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with redirect_stderr(io.StringIO()):  # transformers draws a bar that nothing turns off
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=dtype or torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
 
 
 def _load_folder(source: str, dtype: torch.dtype | None) -> transformers.PreTrainedModel:

@@ -116,7 +116,9 @@ class RecipeTrainer(Trainer):
             distill_weight=self.weights.get("distill", 0.0),
         )
         seen = Observed(routings, outputs, donor_outputs)
-        values = {"lm": parts.lm, "distill": parts.distill}
+        values = {"lm": parts.lm}
+        if donor_logits is not None:
+            values["distill"] = parts.distill
         for name, weight in self.weights.items():
             if name not in LOGIT_LOSSES:
                 values[name] = LOSSES[name](seen)
