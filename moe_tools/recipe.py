@@ -22,7 +22,6 @@ import yaml
 from moe_tools.registry import unknown
 
 T = TypeVar("T")
-Number = int | float
 
 
 @dataclass(frozen=True)
