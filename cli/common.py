@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from moe_tools.cli.recipes import recipe_path
 from moe_tools.model.checkpoint import quiet_transformers
 
-__all__ = ["DTYPES", "pick_device", "pick_dtype", "quiet_transformers", "recipe_path", "write_text"]
+__all__ = ["DTYPES", "pick_device", "pick_dtype", "quiet_transformers", "write_text"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

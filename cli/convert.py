@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the recipe, then shows the table that `moe-tools evaluate` makes."""
-    from moe_tools.cli.common import DTYPES, pick_device, recipe_path
-    from moe_tools.recipe import read_recipe, with_options
+    from moe_tools.cli.common import DTYPES, pick_device
+    from moe_tools.recipe import read_recipe, recipe_path, with_options
 
     recipe = with_options(
         read_recipe(args.recipe or recipe_path(args.method)),

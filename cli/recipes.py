@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.resources import files
 from pathlib import Path
 
-from moe_tools.registry import unknown
+from moe_tools.recipe import known_recipes, recipe_path
 
 SUMMARY = "list the recipes there are, or print one"
 
@@ -27,24 +26,6 @@ def run(args: argparse.Namespace) -> int:
     for name, path in found.items():
         print(f"{name:<{width}}  {_first_comment(path)}".rstrip())
     return 0
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a recipe that comes with moe-tools.
-
-    Raises:
-        ValueError: no recipe of this name.
-    """
-    found = known_recipes()
-    if name not in found:
-        raise unknown("recipe", name, found)
-    return found[name]
-
-
-def known_recipes() -> dict[str, Path]:
-    """Name -> file, in the order of the names."""
-    paths = (Path(str(entry)) for entry in files("moe_tools.recipes").iterdir())
-    return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
 
 
 def _first_comment(path: Path) -> str:

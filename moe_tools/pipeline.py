@@ -33,7 +33,18 @@ from moe_tools.model.checkpoint import load, load_tokenizer, new_folder, save
 from moe_tools.model.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.model.ffn import find_ffns
 from moe_tools.model.partition import experts_of_size
-from moe_tools.recipe import Attach, Recipe, Split, Step, Train, control_recipe, step_name
+from moe_tools.recipe import (
+    Attach,
+    Recipe,
+    Split,
+    Step,
+    Train,
+    control_recipe,
+    read_recipe,
+    recipe_path,
+    step_name,
+    with_options,
+)
 from moe_tools.steps.attach import attach
 from moe_tools.steps.losses import DONOR_LOSSES
 from moe_tools.steps.split import split
@@ -88,6 +99,37 @@ def run(
             keep_steps=keep_steps,
         )
     return Path(output)
+
+
+def convert(
+    model: str,
+    output: str | Path,
+    *,
+    method: str = "lte",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    control: bool = False,
+    **options: Any,
+) -> Path:
+    """Runs the recipe of a method, as `moe-tools convert --method` does.
+
+    Args:
+        model: as in `run`, like output, dtype, device and control.
+        output: see `run`.
+        method: a recipe that comes with moe-tools; `moe-tools recipes` lists them.
+        dtype: see `run`.
+        device: see `run`.
+        control: see `run`.
+        **options: those of `moe_tools.recipe.with_options`, e.g. target_sparsity=0.5.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: no such method, or a user's mistake as in `run`.
+    """
+    recipe = with_options(read_recipe(recipe_path(method)), **options)
+    return run(recipe, model, output, dtype=dtype, device=device, control=control)
 
 
 @dataclass

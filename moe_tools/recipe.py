@@ -14,6 +14,7 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -126,6 +127,24 @@ class Recipe:
 def step_name(step: Step) -> str:
     """The verb of a step."""
     return next(name for name, kind in STEPS.items() if kind is type(step))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe that comes with moe-tools.
+
+    Raises:
+        ValueError: no recipe of this name.
+    """
+    found = known_recipes()
+    if name not in found:
+        raise unknown("recipe", name, found)
+    return found[name]
+
+
+def known_recipes() -> dict[str, Path]:
+    """Name -> file, in the order of the names."""
+    paths = (Path(str(entry)) for entry in files("moe_tools.recipes").iterdir())
+    return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
 
 
 def read_recipe(path: str | Path) -> Recipe:

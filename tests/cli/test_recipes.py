@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from moe_tools.cli.main import main
-from moe_tools.cli.recipes import known_recipes, recipe_path
-from moe_tools.recipe import read_recipe
+from moe_tools.recipe import known_recipes, read_recipe, recipe_path
 
 
 @pytest.fixture
@@ -14,7 +13,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lte.yaml").write_text("# LTE (arXiv 2402.06126).\n#\n# More.\nname: lte\n")
     (tmp_path / "bare.yaml").write_text("name: bare\n")
     (tmp_path / "readme.md").write_text("no recipe")
-    monkeypatch.setattr("moe_tools.cli.recipes.files", lambda package: tmp_path)
+    monkeypatch.setattr("moe_tools.recipe.files", lambda package: tmp_path)
     return tmp_path
 
 
