@@ -176,7 +176,6 @@ def test_linked_folders_stay_links_without_an_init(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
 
-@pytest.mark.skipif("moe_tools.cli.main" not in MODULES, reason="no command line yet")
 def test_help_is_instant() -> None:
     code = """
 import sys
