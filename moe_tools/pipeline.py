@@ -200,10 +200,7 @@ class _Run:
         measured = self._apply(step, model, index, work)
         measured = {**asdict(step), **measured, "seconds": round(time.time() - began, 1)}
         with new_folder(folder) as partial:
-            save(model, partial / "model", self.tokenizer)
-            for file in (partial / "model").iterdir():
-                file.rename(partial / file.name)
-            (partial / "model").rmdir()
+            save(model, partial, self.tokenizer)
             (partial / METRICS).write_text(json.dumps(measured, indent=1))
         shutil.rmtree(work, ignore_errors=True)
 

@@ -42,8 +42,6 @@ def attach(model: nn.Module, step: Attach, donor: str, expert_size: int, blocks_
             fits[index].add(x_TD, h_TF)
 
         visit_activations(model, blocks_BT, visit, title="calibrate routers")
-        for fit in fits:
-            fit.check()
     experts = attach_experts(model, conversion)
     for fit, ffn in zip(fits, experts, strict=True):
         if step.start == "regression":
@@ -56,7 +54,6 @@ def attach(model: nn.Module, step: Attach, donor: str, expert_size: int, blocks_
 class _Fit:
     """The sums of one FFN's ridge regression, inputs standing with a constant 1."""
 
-    name: str
     down_norm_F: Tensor
     num_experts: int
     inputs_DD: Tensor
@@ -74,7 +71,6 @@ class _Fit:
             return up_FD.new_zeros(shape, dtype=torch.float32)
 
         return cls(
-            ffn.name,
             ffn.weights().down_norm_F,
             num_experts,
             zeros(width + 1, width + 1),
@@ -115,7 +111,3 @@ class _Fit:
         scale = SPREAD / deviation
         ffn.router.get_parameter("weight").copy_(solution_DE[:-1].T * scale)
         ffn.router.get_parameter("bias").copy_((solution_DE[-1] - mean) * scale - SPREAD * below)
-
-    def check(self) -> None:
-        if self.tokens == 0:
-            raise ValueError(f"{self.name} saw no calibration token: give more calibration tokens")

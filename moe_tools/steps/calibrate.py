@@ -26,12 +26,23 @@ def visit_activations(
 
     Nothing is kept here: memory is what `visit` keeps. x and h come with their tokens in one
     dimension. An expert of an MoE host sees only the tokens routed to it.
+
+    Raises:
+        ValueError: an FFN that saw no token.
     """
     ffns = find_ffns(model)
+    unseen = dict(enumerate(ffns))
+
+    def note(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
+        unseen.pop(index, None)
+        visit(index, x_TD, h_TF)
+
     device = next(model.parameters()).device
-    with _hooks(ffns, visit):
+    with _hooks(ffns, note):
         for batch in tqdm(blocks_BT.split(batch_size), desc=title, disable=None):
             model(**model_inputs(model, batch.to(device)))
+    for ffn in unseen.values():
+        raise ValueError(f"{ffn.name} saw no calibration token: give more calibration tokens")
 
 
 def model_inputs(model: nn.Module, block_BT: Tensor) -> dict[str, Tensor]:

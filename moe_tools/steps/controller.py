@@ -1,8 +1,8 @@
 """How a train step reaches its target sparsity: a smooth reference, and what follows it. No torch.
 
 Two drives follow the same reference. `shift` moves the line: after every optimizer step all
-routers get one common constant (`trim.py`), so that sparsity is where the reference is, in 20
-steps or in 20,000. `eta` is LTE's own knob, the weight of the efficiency loss, which the paper
+routers get one common constant (`trim.py`), so that sparsity is where the reference is however
+few the steps are. `eta` is LTE's own knob, the weight of the efficiency loss, which the paper
 leaves to the user (arXiv 2402.06126, eta in (0, 2]): here a controller turns it. Through Adam a
 large eta moves a logit no faster than the router's learning rate lets it, so `eta` needs hundreds
 of steps.
