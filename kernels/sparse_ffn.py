@@ -22,9 +22,10 @@ def sparse_ffn(
 ) -> Tensor:
     """Runs only the experts that `mask_TE` selects and returns y_TD.
 
-    Experts are contiguous slices of the F neurons, all of the same size. `down_FD` is
-    W_down transposed, so that one neuron is one row of each weight. `gate_FD` makes the FFN
-    gated (h = act(gate x) * up x); without it h = act(up x).
+    Experts are contiguous slices of the F neurons; where E does not divide F, the first F mod E
+    experts have one neuron more. `down_FD` is W_down transposed, so that one neuron is one row
+    of each weight. `gate_FD` makes the FFN gated (h = act(gate x) * up x); without it
+    h = act(up x).
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
@@ -49,5 +50,5 @@ def _check_shapes(
     if mask_TE.ndim != x_TD.ndim or mask_TE.shape[:-1] != x_TD.shape[:-1]:
         raise ValueError(f"mask_TE is {tuple(mask_TE.shape)}; x_TD is {tuple(x_TD.shape)}")
     experts = mask_TE.shape[-1]
-    if experts == 0 or neurons % experts:
-        raise ValueError(f"{experts} experts do not divide {neurons} neurons")
+    if not 1 <= experts <= neurons:
+        raise ValueError(f"{neurons} neurons cannot make {experts} experts")

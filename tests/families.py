@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -52,7 +53,14 @@ from moe_tools.model.ffn import host_state_dict
 NEURONS = 48
 EXPERT_SIZE = 8
 EXPERTS = NEURONS // EXPERT_SIZE
+UNEVEN = 10
+"""An expert size that does not divide the neurons."""
+SIZES = {EXPERT_SIZE: (8, 8, 8, 8, 8, 8), UNEVEN: (10, 10, 10, 9, 9)}
+"""Expert size -> neurons of each expert."""
+every_size = pytest.mark.parametrize("size", SIZES)
 THRESHOLD = Conversion("donor", EXPERT_SIZE, "sigmoid", {"kind": "threshold", "tau": 0.5})
+SPLIT = Conversion("donor", EXPERT_SIZE)
+"""What a split leaves: reordered neurons, no router yet."""
 ALWAYS = 100.0
 """A router bias whose score is exactly 1 in fp32."""
 
@@ -160,6 +168,16 @@ def stock(name: str, folder: Path) -> PreTrainedModel:
     """The folder, loaded by the stock class."""
     family = FAMILIES[name]
     return aligned(family.model.from_pretrained(folder, **family.stock))
+
+
+def per_neuron(value_TE: Tensor, size: int = EXPERT_SIZE) -> Tensor:
+    """Each expert's value, once for each of its neurons."""
+    return value_TE.repeat_interleave(torch.tensor(SIZES[size]), dim=-1)
+
+
+def of_size(size: int, conversion: Conversion = THRESHOLD) -> Conversion:
+    """A conversion with experts of another size."""
+    return replace(conversion, expert_size=size)
 
 
 def routed(

@@ -12,25 +12,37 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from moe_tools.kernels.sparse_ffn import sparse_ffn
+from moe_tools.measure.evaluate import evaluate
 from moe_tools.model.checkpoint import load, save
-from moe_tools.model.conversion import attach_experts, set_mode
-from moe_tools.model.experts import expert_ffns
+from moe_tools.model.conversion import attach_experts, read_conversion, set_mode
+from moe_tools.model.experts import every_expert_on, expert_ffns
 from moe_tools.model.ffn import LAYOUTS, find_ffns, permute_neurons
 from moe_tools.model.partition import random_partition
+from moe_tools.model.routing import record_routing
+from moe_tools.recipe import Attach, Budget, Fit, Split
+from moe_tools.steps.attach import attach
+from moe_tools.steps.budget import budget
+from moe_tools.steps.fit import fit
+from moe_tools.steps.split import split
 from tests.families import (
-    EXPERT_SIZE,
     EXPERTS,
     FAMILIES,
     NEURONS,
+    SIZES,
+    SPLIT,
     THRESHOLD,
+    UNEVEN,
     aligned,
     build,
+    every_size,
     force_on,
     host_gradients,
     host_tensors,
     is_router,
     logits,
     model_inputs,
+    of_size,
+    per_neuron,
     randomize,
     routed,
     stock,
@@ -48,15 +60,15 @@ def backward(model: PreTrainedModel) -> None:
     nn.functional.cross_entropy(scores.flatten(0, 1), inputs["input_ids"].flatten()).backward()
 
 
-def switch_constant(model: PreTrainedModel, rate: float = 0.5) -> list[Tensor]:
+def switch_constant(model: PreTrainedModel, size: int, rate: float = 0.5) -> list[Tensor]:
     """Each FFN gets experts that are off whatever the token; their neurons, one mask an FFN."""
     masks = []
     for ffn in expert_ffns(model):
-        on_E = torch.rand(EXPERTS) > rate
+        on_E = torch.rand(ffn.division.num_experts) > rate
         with torch.no_grad():
             ffn.router.weight.zero_()
             ffn.router.bias.copy_(torch.where(on_E, 1.0, -1.0))
-        masks.append(on_E.repeat_interleave(EXPERT_SIZE))
+        masks.append(per_neuron(on_E, size))
     return masks
 
 
@@ -76,10 +88,12 @@ def test_every_ffn_is_found_once_with_its_neurons(family: str) -> None:
 
 
 @every_family
-def test_all_experts_on_gives_the_dense_logits(family: str) -> None:
+@every_size
+def test_all_experts_on_gives_the_dense_logits(family: str, size: int) -> None:
     donor = build(family)
     assert all(p.count_nonzero() == p.numel() for p in donor.parameters())  # biases too
-    model, _ = routed(donor)
+    model, ffns = routed(donor, of_size(size))
+    assert {ffn.division.sizes for ffn in ffns} == {SIZES[size]}
     assert torch.equal(logits(model), logits(donor))
 
 
@@ -111,9 +125,10 @@ def test_reordering_neurons_moves_the_logits_by_rounding_only(family: str) -> No
 
 
 @every_family
-def test_soft_scores_of_one_give_the_dense_gradients(family: str) -> None:
+@every_size
+def test_soft_scores_of_one_give_the_dense_gradients(family: str, size: int) -> None:
     donor = build(family)
-    model, ffns = routed(donor, SOFT)
+    model, ffns = routed(donor, of_size(size, SOFT))
     backward(donor)
     backward(model)
     expected, actual = host_gradients(donor), host_gradients(model)
@@ -136,14 +151,92 @@ def test_soft_routers_get_a_gradient(family: str) -> None:
 
 
 @every_family
-def test_a_saved_model_loads_with_the_same_logits(family: str, tmp_path: Path) -> None:
+@every_size
+def test_a_saved_model_loads_with_the_same_logits(family: str, size: int, tmp_path: Path) -> None:
     donor = build(family)
-    model, _ = routed(donor)
+    model, _ = routed(donor, of_size(size))
     randomize(model)
     expected = logits(model)
     assert (expected - logits(donor)).abs().max() > 1e-3  # some experts are off
     save(model, tmp_path / "out")
     assert torch.equal(logits(aligned(load(tmp_path / "out"))), expected)
+
+
+@every_family
+def test_uneven_experts_from_split_to_a_loaded_folder(family: str, tmp_path: Path) -> None:
+    donor = build(family)
+    model = copy.deepcopy(donor)
+    text_BT = torch.randint(3, 64, (32, 16), generator=torch.Generator().manual_seed(2))
+    split(model, Split(UNEVEN), text_BT, seed=0)
+    attach(model, Attach(start_sparsity=0.3, when_off="mean"), of_size(UNEVEN, SPLIT), text_BT)
+    trained = {key: value.clone() for key, value in model.state_dict().items() if is_router(key)}
+    force_on(model)
+    dense = logits(donor)
+    assert (logits(model) - dense).abs().max() <= 2e-6 * max(1.0, float(dense.abs().max()))
+    model.load_state_dict(trained, strict=False)
+    expected = logits(model)
+    assert (expected - dense).abs().max() > 1e-3  # some experts are off
+    save(model, tmp_path / "out")
+    assert torch.equal(logits(aligned(load(tmp_path / "out"))), expected)
+
+
+METHODS: dict[str, tuple[Split, Attach, Fit | None, Budget]] = {
+    "moefication": (
+        Split(UNEVEN, "kmeans", "weights", shared_experts=1),
+        Attach("mlp", selector={"kind": "topk", "share": 0.5}, when_off="mean"),
+        Fit(epochs=1, lr=1e-2, batch_size=128),
+        Budget(0.4),
+    ),
+    "d2dmoe": (
+        Split(UNEVEN, "coactivation", shared_experts=1),
+        Attach("norm", {"hidden": 8}, {"kind": "dynamic_k", "tau": 0.9}),
+        Fit(epochs=1, batch_size=128),
+        Budget(0.4, "error"),
+    ),
+    "cmoe": (
+        Split(UNEVEN, "kmeans", "marks", shared_experts=2),
+        Attach("representative", selector={"kind": "topk", "share": 0.5}),
+        None,
+        Budget(0.4),
+    ),
+}
+
+
+@every_family
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_from_split_to_a_loaded_folder(family: str, method: str, tmp_path: Path) -> None:
+    """Every expert on is the donor; what is reported off is off; a folder gives it all back."""
+    split_step, attach_step, fit_step, budget_step = METHODS[method]
+    donor = build(family)
+    model = copy.deepcopy(donor)
+    text_BT = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
+    split(model, split_step, text_BT, seed=0)
+    shared = split_step.shared_experts
+    attach(model, attach_step, replace(SPLIT, expert_size=UNEVEN, shared_experts=shared), text_BT)
+    if fit_step is not None:
+        fit(model, fit_step, text_BT, tmp_path / "work")
+    reached = budget(model, budget_step, text_BT)["sparsity"]
+    dense = logits(donor)
+    with every_expert_on(model):
+        assert (logits(model) - dense).abs().max() <= 2e-6 * max(1.0, float(dense.abs().max()))
+    assert (logits(model) - dense).abs().max() > 1e-3
+    assert reached == pytest.approx(0.4, abs=0.12)  # whole experts a token, 3 or 4 of them routed
+
+    with record_routing(model) as routings:
+        seen = evaluate(model, text_BT, mask_token=3)
+    on, neurons = 0, 0
+    for routing in routings:
+        assert routing.mask_TE[..., :shared].all()
+        on += int(per_neuron(routing.mask_TE, UNEVEN).sum())
+        neurons += routing.mask_TE[..., 0].numel() * NEURONS
+    assert seen.ffn_sparsity == pytest.approx(1 - on / neurons, abs=1e-12)
+    if model.can_generate():  # an encoder sees other tokens: some are masked
+        assert seen.ffn_sparsity == pytest.approx(reached, abs=1e-3)
+
+    save(model, tmp_path / "out")
+    loaded = aligned(load(tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(aligned(model)))
+    assert read_conversion(loaded) == read_conversion(model)
 
 
 @every_family
@@ -197,10 +290,11 @@ def test_dropout_stays_where_the_host_has_it(family: str) -> None:
 
 
 @every_family
-def test_experts_off_equal_neurons_removed_by_hand(family: str) -> None:
+@every_size
+def test_experts_off_equal_neurons_removed_by_hand(family: str, size: int) -> None:
     donor = build(family)
-    model, _ = routed(donor)
-    masks = switch_constant(model)
+    model, _ = routed(donor, of_size(size))
+    masks = switch_constant(model, size)
     before = logits(donor)
     for ffn, on_F in zip(find_ffns(donor), masks, strict=True):
         with torch.no_grad():
@@ -210,15 +304,16 @@ def test_experts_off_equal_neurons_removed_by_hand(family: str) -> None:
 
 
 @every_family
-def test_each_token_gets_its_own_experts(family: str) -> None:
+@every_size
+def test_each_token_gets_its_own_experts(family: str, size: int) -> None:
     donor = build(family)
-    model, ffns = routed(donor)
+    model, ffns = routed(donor, of_size(size))
     randomize(model)
     act = {ffn.name: ffn.act for ffn in find_ffns(donor)}
     for ffn in ffns:
         x_TD = torch.randn(3, 5, 16)
         with torch.no_grad():
-            mask_TF = ffn.route(x_TD).mask_TE.repeat_interleave(EXPERT_SIZE, dim=-1)
+            mask_TF = per_neuron(ffn.route(x_TD).mask_TE, size)
             assert 0 < mask_TF.float().mean() < 1
             weights = ffn.weights()
             up_TF = nn.functional.linear(x_TD, weights.up_FD, weights.up_F)
@@ -234,8 +329,9 @@ def test_each_token_gets_its_own_experts(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma", "phi3", "mixtral"])
 @pytest.mark.parametrize("mode", ["hard", "soft"])
-def test_an_ffn_without_biases_is_sparse_ffn(family: str, mode: str) -> None:
-    model, ffns = routed(build(family), replace(THRESHOLD, mode=mode))
+@every_size
+def test_an_ffn_without_biases_is_sparse_ffn(family: str, mode: str, size: int) -> None:
+    model, ffns = routed(build(family), replace(THRESHOLD, mode=mode, expert_size=size))
     randomize(model)
     for ffn in ffns:
         x_TD = torch.randn(3, 5, 16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from moe_tools.model.conversion import attach_experts, read_conversion
 from moe_tools.model.experts import expert_ffns
@@ -28,6 +35,62 @@ from moe_tools.model.ffn import host_state_dict
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model tells classes of whole texts apart."""
+    return type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
+def is_classifier_source(source: str) -> bool:
+    """The same of a folder or hub id, by its config; what has none is a language model."""
+    if Path(source).suffix == ".gguf":
+        return False
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        return False
+    return _host_class(config).__name__ in (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    )
+
+
+def load_classifier(
+    source: str, labels: Sequence[str], *, dtype: torch.dtype, device: str = "cpu"
+) -> transformers.PreTrainedModel:
+    """A dense model as a classifier of `labels`; one that is none gets a fresh, random head.
+
+    Raises:
+        ValueError: nothing there, a tensor of the body is missing, a classifier of other labels,
+            or an architecture that transformers has no classifier of.
+    """
+    if is_classifier_source(source):
+        model = load(source, dtype=dtype, device=device)
+        if model.config.num_labels != len(labels):
+            raise ValueError(
+                f"{source} tells {model.config.num_labels} classes apart, but the data has "
+                f"{len(labels)} labels: {_some(labels)}"
+            )
+        return model
+    names = dict(enumerate(labels))
+    with quiet_transformers():
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                dtype=dtype,
+                id2label=names,
+                label2id={name: index for index, name in names.items()},
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"cannot load {source}: {_first_line(error)}") from error
+    prefix = f"{model.base_model_prefix}."  # a pooler stands before the head, and is new with it
+    missing = {key for key in report["missing_keys"] if key.startswith(prefix)}
+    body = {key for key in missing if not key.startswith(f"{prefix}pooler.")}
+    if body:
+        raise ValueError(f"{source} lacks the tensors {_some(body)}")
+    return model.to(device).eval()
 
 
 def load(

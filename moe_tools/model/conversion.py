@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
+from moe_tools.model.division import Division
 from moe_tools.model.experts import ExpertFFN, Mode, expert_ffns
-from moe_tools.model.ffn import find_ffns, graft
-from moe_tools.model.partition import experts_of_size
-from moe_tools.model.routers import ROUTERS
-from moe_tools.model.selectors import build_selector
+from moe_tools.model.ffn import FFN, find_ffns, graft
+from moe_tools.model.importance import Importance
+from moe_tools.model.routers import build_router
+from moe_tools.model.selectors import Selector, build_selector, describe_selector
 from moe_tools.registry import unknown
 
 FORMAT = 1
@@ -28,12 +30,17 @@ class Conversion:
     donor: str
     """The dense model it was made from: folder, hub id or GGUF file, as the user gave it."""
     expert_size: int
-    """Neurons of one expert."""
+    """Neurons of one expert; see `Division.of_size` where it does not divide them."""
     router: str | None = None
     """Kind of router; None: the neurons are reordered, and the model is still dense."""
     selector: dict[str, Any] | None = None
     mode: Mode = "hard"
     when_off: Off = "zero"
+    shared_experts: int = 0
+    """Experts that always run: the first ones of every FFN."""
+    router_options: dict[str, Any] = field(default_factory=dict)
+    selector_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of an FFN -> its selector, where it is not `selector`."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -62,7 +69,7 @@ class Conversion:
                 f"config.json has moe_tools format {block.get('format')!r}; this version reads "
                 f"{FORMAT}: install the moe-tools that wrote it"
             )
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         for key in block:
             if key not in known:
                 raise unknown("key in the moe_tools block of config.json", key, known)
@@ -95,30 +102,53 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         ffn.mode = mode
 
 
+def set_selectors(model: nn.Module, selectors: Sequence[Selector]) -> None:
+    """Gives every routed FFN its selector, in forward order, in the model and in the config."""
+    conversion = read_conversion(model)
+    if conversion is None:
+        raise ValueError(f"{type(model).__name__} is dense: it has no selector to set")
+    pairs = list(zip(expert_ffns(model), selectors, strict=True))
+    for ffn, selector in pairs:
+        ffn.selector = selector
+    described = {ffn.name: describe_selector(selector) for ffn, selector in pairs}
+    write_conversion(model, replace(conversion, selector_of=described))
+
+
 def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     """Grafts an `ExpertFFN` with a fresh router onto every FFN of a dense model.
 
     Raises:
-        ValueError: no router is named, the experts do not divide the neurons, top-k asks for more
-            experts than there are, or the model is routed already.
+        ValueError: no router is named, an expert exceeds an FFN, no expert is left to route,
+            router and selector do not fit, or the model is routed already.
     """
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")
     found = find_ffns(model)
-    selector = build_selector(conversion.selector)
-    for ffn in found:  # first all checks, then the first change
-        experts = experts_of_size(len(ffn.weights().up_FD), conversion.expert_size, ffn.name)
-        selector(torch.zeros(1, experts))  # top-k refuses fewer experts than k
-    grafted = []
-    for ffn in found:
-        up_FD = ffn.weights().up_FD
-        router = ROUTERS[conversion.router](up_FD.shape[1], len(up_FD) // conversion.expert_size)
-        module = ExpertFFN(ffn, conversion.expert_size, router, selector, conversion.mode)
-        module.to(up_FD.device)
-        if conversion.when_off == "mean":
-            module.off_F = up_FD.new_zeros(len(up_FD))
+    made = [_expert_ffn(ffn, conversion) for ffn in found]
+    for ffn, module in zip(found, made, strict=True):  # first all checks, then the first change
         module.train(ffn.layer.training)
         graft(model, ffn, module)
-        grafted.append(module)
     write_conversion(model, conversion)
-    return grafted
+    return made
+
+
+def _expert_ffn(ffn: FFN, conversion: Conversion) -> ExpertFFN:
+    assert conversion.router is not None
+    weights = ffn.weights()
+    neurons, shared = len(weights.up_FD), conversion.shared_experts
+    division = Division.of_size(neurons, conversion.expert_size, ffn.name)
+    if not 0 <= shared < division.num_experts:
+        raise ValueError(f"{ffn.name}: {shared} of {division.num_experts} experts cannot be shared")
+    importance = Importance(division, shared, weights.down_FD)
+    router = build_router(conversion.router, conversion.router_options, ffn, importance)
+    selector = build_selector(conversion.selector_of.get(ffn.name, conversion.selector or {}))
+    selector(torch.zeros(1, importance.routed))  # top-k refuses fewer experts than k
+    if selector.needs_ratio_scale and not router.ratio_scale:
+        raise ValueError(
+            f"router {conversion.router} scores below 0, which selector "
+            f"{describe_selector(selector)['kind']} cannot compare: use topk or threshold"
+        )
+    module = ExpertFFN(ffn, division, router, selector, conversion.mode, shared)
+    if conversion.when_off == "mean":
+        module.off_F = weights.up_FD.new_zeros(neurons)
+    return module.to(weights.up_FD.device)

@@ -1,21 +1,24 @@
 """The converted FFN: the host's own linears, a router, a selector.
 
-Letters: T tokens, D model width, F neurons, E experts, N = F / E neurons of one expert. Every
-method takes any leading dimensions where T stands.
+Letters: T tokens, D model width, F neurons, E experts, R experts that are routed. Every method
+takes any leading dimensions where T stands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe_tools.model.ffn import FFN, Weights, child_name, host_names, read_weights
-from moe_tools.model.partition import experts_of_size
+from moe_tools.model.division import Division
+from moe_tools.model.ffn import FFN, Projections, Weights, child_name, host_names
+from moe_tools.model.importance import Importance
 from moe_tools.model.routers import Router
 from moe_tools.model.routing import RoutedFFN, Routing
-from moe_tools.model.selectors import Selector
+from moe_tools.model.selectors import Everything, Selector
 
 Mode = Literal["soft", "straight", "hard"]
 """How scores G switch experts.
@@ -34,14 +37,21 @@ class ExpertFFN(RoutedFFN):
     """
 
     def __init__(
-        self, ffn: FFN, expert_size: int, router: Router, selector: Selector, mode: Mode
+        self,
+        ffn: FFN,
+        division: Division,
+        router: Router,
+        selector: Selector,
+        mode: Mode,
+        shared: int = 0,
     ) -> None:
         super().__init__(ffn.name)
         self.layout = ffn.layout
         for path in ffn.layout.parts():
             self.add_module(child_name(ffn.layout, path), ffn.part(path))
-        self.num_experts = experts_of_size(len(ffn.weights().up_FD), expert_size, ffn.name)
-        self.expert_size = expert_size
+        self.division = division
+        self.shared = shared
+        """Experts that always run: the first ones."""
         self.router = router
         self.selector = selector
         self.mode: Mode = mode
@@ -56,34 +66,29 @@ class ExpertFFN(RoutedFFN):
 
     def route(self, x_TD: Tensor) -> Routing:
         """Scores and mask, shown to the observers."""
-        scores_TE = self.router(x_TD)
-        routing = Routing(self.name, scores_TE, self.selector(scores_TE))
+        scores_TR = self.router(x_TD)
+        mask_TR = self.selector(scores_TR)
+        if self.shared:
+            scores_TR = nn.functional.pad(scores_TR, (self.shared, 0), value=1.0)
+            mask_TR = nn.functional.pad(mask_TR, (self.shared, 0), value=True)
+        routing = Routing(self.name, scores_TR, mask_TR, self.division)
         for observe in self.observers:
             observe(routing)
         return routing
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         """h_TF of every neuron, as the host computes it."""
-        act = self._part(self.layout.act)
-        up = self._part(self.layout.up)
-        if self.layout.gate is None:
-            return act(up(x_TD))
-        if self.layout.fused:
-            gate_TF, up_TF = up(x_TD).chunk(2, dim=-1)
-        else:
-            gate_TF, up_TF = self._part(self.layout.gate)(x_TD), up(x_TD)
-        return act(gate_TF) * up_TF
+        return self.projections.hidden_TF(x_TD)
 
     def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
         """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
-        h_TEN = h_TF.unflatten(-1, (self.num_experts, -1))
-        weight_TE1 = self._weight_TE(routing)[..., None].to(h_TF.dtype)
+        if self.off_F is not None and self.mode == "hard":  # an infinite h that is off stays off
+            mask_TF = self.division.spread_TF(routing.mask_TE)
+            return torch.where(mask_TF, h_TF, self.off_F.to(h_TF.dtype))
+        weight_TF = self.division.spread_TF(self._weight_TE(routing).to(h_TF.dtype))
         if self.off_F is None:
-            return (h_TEN * weight_TE1).flatten(-2)
-        off_EN = self.off_F.to(h_TF.dtype).view(self.num_experts, -1)
-        if self.mode == "hard":  # an infinite h that is off stays off
-            return torch.where(routing.mask_TE[..., None], h_TEN, off_EN).flatten(-2)
-        return off_EN.lerp(h_TEN, weight_TE1).flatten(-2)
+            return h_TF * weight_TF
+        return self.off_F.to(h_TF.dtype).lerp(h_TF, weight_TF)
 
     def _weight_TE(self, routing: Routing) -> Tensor:
         scores_TE, mask_TE = routing.scores_TE, routing.mask_TE.to(routing.scores_TE.dtype)
@@ -106,8 +111,18 @@ class ExpertFFN(RoutedFFN):
 
     def weights(self) -> Weights:
         """Neuron-major views of the weights."""
-        gate = None if self.layout.gate is None else self._part(self.layout.gate)
-        return read_weights(gate, self._part(self.layout.up), self.down)
+        return self.projections.weights()
+
+    @property
+    def projections(self) -> Projections:
+        """The host's modules."""
+        layout = self.layout
+        gate = None if layout.gate is None else self._part(layout.gate)
+        return Projections(gate, self._part(layout.up), self._part(layout.act), self.down)
+
+    def importance(self) -> Importance:
+        """Its experts, and what their neurons are worth."""
+        return Importance(self.division, self.shared, self.weights().down_FD, self.off_F)
 
     @property
     def down(self) -> nn.Module:
@@ -121,6 +136,20 @@ class ExpertFFN(RoutedFFN):
 
     def _part(self, path: str) -> nn.Module:
         return self.get_submodule(child_name(self.layout, path))
+
+
+@contextmanager
+def every_expert_on(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a converted model computes what its dense host would."""
+    ffns = expert_ffns(model)
+    kept = [(ffn.selector, ffn.mode) for ffn in ffns]
+    for ffn in ffns:
+        ffn.selector, ffn.mode = Everything(), "hard"
+    try:
+        yield
+    finally:
+        for ffn, (selector, mode) in zip(ffns, kept, strict=True):
+            ffn.selector, ffn.mode = selector, mode
 
 
 def expert_ffns(model: nn.Module) -> list[ExpertFFN]:

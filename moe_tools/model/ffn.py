@@ -37,11 +37,6 @@ class Layout:
     bypass: tuple[str, ...] = ()
     """Parts the host calls outside the slot: they become Identity."""
 
-    @property
-    def fused(self) -> bool:
-        """One linear computes gate and up."""
-        return self.gate == self.up
-
     def parts(self) -> tuple[str, ...]:
         """Every path, each once, in the order of the forward pass."""
         paths = (self.gate, self.up, self.act, self.hidden_dropout, self.down, self.output_dropout)
@@ -112,10 +107,53 @@ class FFN:
         """The down projection."""
         return self.part(self.layout.down)
 
+    @property
+    def projections(self) -> Projections:
+        """What computes the hidden activations, and the way down."""
+        gate = None if self.layout.gate is None else self.part(self.layout.gate)
+        return Projections(gate, self.part(self.layout.up), self.act, self.down)
+
     def weights(self) -> Weights:
         """Neuron-major views of the weights."""
-        gate = None if self.layout.gate is None else self.part(self.layout.gate)
-        return read_weights(gate, self.part(self.layout.up), self.down)
+        return self.projections.weights()
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The modules of an FFN that hold its weights, wherever in a model they now are."""
+
+    gate: nn.Module | None
+    """The same module as `up` when one linear holds gate rows, then up rows."""
+    up: nn.Module
+    act: nn.Module
+    down: nn.Module
+
+    def hidden_TF(self, x_TD: Tensor) -> Tensor:
+        """h of every neuron, as the host computes it."""
+        if self.gate is None:
+            return self.act(self.up(x_TD))
+        if self.gate is self.up:
+            gate_TF, up_TF = self.up(x_TD).chunk(2, dim=-1)
+        else:
+            gate_TF, up_TF = self.gate(x_TD), self.up(x_TD)
+        return self.act(gate_TF) * up_TF
+
+    def hidden_TK(self, x_TD: Tensor, neurons_K: Tensor) -> Tensor:
+        """h of some neurons, whose rows alone are read."""
+        weights = self.weights()
+        up_TK = _some_rows(x_TD, weights.up_FD, weights.up_F, neurons_K)
+        if weights.gate_FD is None:
+            return self.act(up_TK)
+        return self.act(_some_rows(x_TD, weights.gate_FD, weights.gate_F, neurons_K)) * up_TK
+
+    def weights(self) -> Weights:
+        """Neuron-major views of the weights."""
+        return read_weights(self.gate, self.up, self.down)
+
+
+def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: Tensor) -> Tensor:
+    bias_K = None if bias_F is None else bias_F[chosen_K]
+    return nn.functional.linear(x_TD, rows_FD[chosen_K], bias_K)
 
 
 @dataclass(frozen=True)
@@ -130,11 +168,22 @@ class Weights:
     down_D: Tensor | None
     """The bias of the down projection: added once, whatever is routed off."""
 
+    def matrices(self) -> Iterator[Tensor]:
+        """Gate, up and down."""
+        for tensor in (self.gate_FD, self.up_FD, self.down_FD):
+            if tensor is not None:
+                yield tensor
+
     def per_neuron(self) -> Iterator[Tensor]:
         """Every tensor whose first dimension is the neuron."""
         for tensor in (self.gate_FD, self.up_FD, self.down_FD, self.gate_F, self.up_F):
             if tensor is not None:
                 yield tensor
+
+    @property
+    def row_numbers(self) -> int:
+        """Weights that computing h of one neuron reads."""
+        return self.up_FD.shape[1] * (1 if self.gate_FD is None else 2)
 
     @property
     def routing_FD(self) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from moe_tools.model.division import Division
 
 
 class Routing(NamedTuple):
@@ -14,7 +17,27 @@ class Routing(NamedTuple):
 
     ffn: str
     scores_TE: Tensor
+    """A shared expert, which always runs, scores 1."""
     mask_TE: Tensor
+    division: Division
+    """The experts' sizes."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.mask_TE[..., 0].numel()
+
+    @property
+    def neurons_on(self) -> int:
+        """Neurons that ran, summed over the tokens."""
+        sizes_E = torch.tensor(self.division.sizes, device=self.mask_TE.device)
+        return int((self.mask_TE * sizes_E).sum())
+
+
+def routing_sparsity(routings: Sequence[Routing]) -> float:
+    """Share of neurons off, over tokens and FFNs, each FFN weighed by the tokens it saw."""
+    seen = sum(routing.tokens * routing.division.neurons for routing in routings)
+    return 1 - sum(routing.neurons_on for routing in routings) / seen
 
 
 class RoutedFFN(nn.Module):

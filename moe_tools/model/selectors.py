@@ -1,9 +1,17 @@
-"""Selectors decide: scores in, mask out. Letters: T tokens, E experts."""
+"""Selectors decide: scores in, mask out.
+
+Every kind runs an expert once its knob passes a limit that depends on the token's scores alone, so
+one quantile of these limits brings any kind to any density (`tune_selector`).
+
+Letters: T tokens (any leading dimensions), R experts that are routed.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -11,49 +19,198 @@ from torch import Tensor
 from moe_tools.registry import Registry
 
 
-class Selector(Protocol):
-    """Turns scores_TE into a boolean mask_TE: which experts run for each token."""
+class Selector(ABC):
+    """Turns scores_TR into a boolean mask_TR: which experts run for each token."""
 
-    def __call__(self, scores_TE: Tensor) -> Tensor:
-        """mask_TE."""
-        ...
+    knob: ClassVar[str]
+    """The field that sets how many experts run."""
+    needs_ratio_scale: ClassVar[bool] = False
+    """Compares shares of scores: negative scores have none."""
+
+    @abstractmethod
+    def __call__(self, scores_TR: Tensor) -> Tensor:
+        """mask_TR."""
+
+    @abstractmethod
+    def limits_TR(self, scores_TR: Tensor) -> Tensor:
+        """An expert runs once the limit given to `at` exceeds its own."""
+
+    @abstractmethod
+    def at(self, limit: float) -> Self:
+        """The same kind, with its knob at a limit."""
+
+    def with_knob(self, value: float) -> Self:
+        """The same kind with its knob at a value.
+
+        Raises:
+            ValueError: a value that the kind does not take.
+        """
+        return replace(self, **{self.knob: value})  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Selector):
     """Every expert with a score above tau runs (LTE, arXiv 2402.06126: tau = 0.5 in all layers)."""
 
     tau: float = 0.5
+    knob = "tau"
 
-    def __call__(self, scores_TE: Tensor) -> Tensor:
-        """mask_TE."""
-        return scores_TE > self.tau
+    def __call__(self, scores_TR: Tensor) -> Tensor:
+        """mask_TR."""
+        return scores_TR > self.tau
+
+    def limits_TR(self, scores_TR: Tensor) -> Tensor:
+        """The scores, falling."""
+        return -scores_TR
+
+    def at(self, limit: float) -> Self:
+        """Tau falls as the limit rises."""
+        return self.with_knob(-limit)
 
 
 @dataclass(frozen=True)
-class TopK:
-    """The k experts of the highest score run, for every token."""
+class TopK(Selector):
+    """The k experts of the highest score run, for every token; ties go to the lower expert."""
 
-    k: int
+    k: int | None = None
+    share: float | None = None
+    """k as a share of the experts that are routed, rounded up, in place of k."""
+    knob = "share"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
+        if (self.k is None) == (self.share is None):
+            raise ValueError("top-k needs either k or share")
+        if self.k is not None and self.k < 1:
             raise ValueError(f"top-k needs k >= 1, not {self.k}")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"top-k needs a share in (0, 1], not {self.share}")
 
-    def __call__(self, scores_TE: Tensor) -> Tensor:
-        """mask_TE.
+    def __call__(self, scores_TR: Tensor) -> Tensor:
+        """mask_TR.
 
         Raises:
             ValueError: k exceeds the number of experts.
         """
-        if self.k > scores_TE.shape[-1]:
-            raise ValueError(f"top-k asks for {self.k} of {scores_TE.shape[-1]} experts")
-        chosen_TK = scores_TE.topk(self.k, dim=-1).indices
-        return torch.zeros_like(scores_TE, dtype=torch.bool).scatter(-1, chosen_TK, True)
+        experts = scores_TR.shape[-1]
+        k = self.k if self.share is None else max(1, math.ceil(round(self.share * experts, 6)))
+        assert k is not None
+        if k > experts:
+            raise ValueError(f"top-k asks for {k} of {experts} experts")
+        chosen_TK = scores_TR.topk(k, dim=-1).indices
+        return torch.zeros_like(scores_TR, dtype=torch.bool).scatter(-1, chosen_TK, True)
+
+    def limits_TR(self, scores_TR: Tensor) -> Tensor:
+        """The share of experts that are ranked before."""
+        ranking = scores_TR.argsort(dim=-1, descending=True, stable=True)
+        return ranking.argsort(-1) / scores_TR.shape[-1]
+
+    def at(self, limit: float) -> Self:
+        """A share."""
+        return replace(self, k=None, share=min(1.0, max(limit, 1e-9)))
+
+    def with_knob(self, value: float) -> Self:
+        """A share, in place of k."""
+        return replace(self, k=None, share=value)
 
 
-SELECTORS: Registry[type[Threshold] | type[TopK]] = Registry(
-    "selector", {"threshold": Threshold, "topk": TopK}
+@dataclass(frozen=True)
+class DynamicK(Selector):
+    """Every expert with a score of at least (1 - tau) max runs (D2DMoE, arXiv 2310.04361)."""
+
+    tau: float
+    knob = "tau"
+    needs_ratio_scale = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"dynamic-k needs tau in [0, 1], not {self.tau}")
+
+    def __call__(self, scores_TR: Tensor) -> Tensor:
+        """mask_TR; the best expert always runs."""
+        return self.limits_TR(scores_TR) <= self.tau
+
+    def limits_TR(self, scores_TR: Tensor) -> Tensor:
+        """1 - score / max; 0 where all scores are 0."""
+        largest_T1 = scores_TR.amax(-1, keepdim=True)
+        return torch.where(largest_T1 > 0, 1 - scores_TR / largest_T1, 0.0)
+
+    def at(self, limit: float) -> Self:
+        """A tau."""
+        return self.with_knob(min(1.0, max(0.0, limit)))
+
+
+@dataclass(frozen=True)
+class TopP(Selector):
+    """The fewest experts whose scores add up to the share p of all scores run."""
+
+    p: float
+    knob = "p"
+    needs_ratio_scale = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError(f"top-p needs p in (0, 1], not {self.p}")
+
+    def __call__(self, scores_TR: Tensor) -> Tensor:
+        """mask_TR; the best expert always runs."""
+        return self.limits_TR(scores_TR) < self.p
+
+    def limits_TR(self, scores_TR: Tensor) -> Tensor:
+        """The share of the scores that are ranked before."""
+        ranked = scores_TR.sort(dim=-1, descending=True, stable=True)
+        total_T1 = ranked.values.sum(-1, keepdim=True)
+        before = ranked.values.cumsum(-1) - ranked.values
+        shares = before / total_T1.clamp_min(torch.finfo(scores_TR.dtype).tiny)
+        shares[..., 0] = 0.0
+        return torch.empty_like(shares).scatter(-1, ranked.indices, shares)
+
+    def at(self, limit: float) -> Self:
+        """A share."""
+        return self.with_knob(min(1.0, max(limit, 1e-9)))
+
+
+@dataclass(frozen=True)
+class Everything(Selector):
+    """Every expert runs: the dense model."""
+
+    knob = ""
+
+    def __call__(self, scores_TR: Tensor) -> Tensor:
+        """mask_TR."""
+        return torch.ones_like(scores_TR, dtype=torch.bool)
+
+    def limits_TR(self, scores_TR: Tensor) -> Tensor:
+        """No limit."""
+        return torch.full_like(scores_TR, -math.inf)
+
+    def at(self, limit: float) -> Self:
+        """Itself."""
+        return self
+
+
+def tune_selector(selector: Selector, scores_TR: Tensor, density: float) -> Selector:
+    """The knob at which the share of the experts that run on these scores is nearest to `density`.
+
+    Experts of one limit run together.
+
+    Raises:
+        ValueError: a density outside [0, 1].
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density is {density}, but must be in [0, 1]")
+    limits = selector.limits_TR(scores_TR).double().flatten().sort().values
+    wanted = density * len(limits)
+    last = limits[max(0, round(wanted) - 1)]
+    fewer = int(torch.searchsorted(limits, last))
+    more = int(torch.searchsorted(limits, last, right=True))
+    on = fewer if wanted - fewer < more - wanted else more
+    below = float(limits[on - 1]) if on else float(limits[0]) - 1
+    above = float(limits[on]) if on < len(limits) else float(limits[-1]) + 1
+    return selector.at((below + above) / 2)
+
+
+SELECTORS: Registry[type[Selector]] = Registry(
+    "selector", {"threshold": Threshold, "topk": TopK, "dynamic_k": DynamicK, "top_p": TopP}
 )
 
 
@@ -71,7 +228,8 @@ def build_selector(spec: dict[str, Any]) -> Selector:
         raise ValueError(f"selector {spec}: {error}") from error
 
 
-def describe_selector(selector: Threshold | TopK) -> dict[str, Any]:
+def describe_selector(selector: Selector) -> dict[str, Any]:
     """The config entry of a selector: the inverse of `build_selector`."""
     kind = next(name for name, kind in SELECTORS.items() if kind is type(selector))
-    return {"kind": kind, **asdict(selector)}
+    given = {key: value for key, value in asdict(selector).items() if value is not None}  # type: ignore[call-overload]
+    return {"kind": kind, **given}

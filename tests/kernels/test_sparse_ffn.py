@@ -13,16 +13,22 @@ from torch.nn import functional as F
 from moe_tools.kernels.sparse_ffn import sparse_ffn
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
-# (leading dimensions, D, E, N)
+# (leading dimensions, D, E, F)
 SHAPES = [
     ((1,), 1, 1, 1),
-    ((7,), 5, 3, 4),
-    ((3,), 13, 7, 1),
+    ((7,), 5, 3, 12),
+    ((7,), 5, 3, 13),
+    ((3,), 13, 7, 7),
+    ((3,), 13, 7, 10),
     ((17,), 3, 1, 9),
-    ((2, 3), 4, 2, 3),
-    ((2, 1, 3), 2, 5, 2),
-    ((), 6, 3, 2),
-    ((0,), 4, 3, 2),
+    ((2, 3), 4, 2, 6),
+    ((2, 3), 4, 2, 7),
+    ((2, 1, 3), 2, 5, 10),
+    ((2, 1, 3), 2, 5, 9),
+    ((), 6, 3, 6),
+    ((), 6, 3, 8),
+    ((0,), 4, 3, 6),
+    ((0,), 4, 3, 7),
 ]
 MASKS: dict[str, Callable[..., Tensor]] = {
     "random": lambda *shape: torch.rand(shape) < 0.5,
@@ -46,16 +52,18 @@ def expert_by_expert(
 ) -> Tensor:
     """y = sum over the experts that are on of weight * E(x), a token and a neuron at a time."""
     experts = mask_TE.shape[-1]
-    size = len(up_FD) // experts
+    size, longer = divmod(len(up_FD), experts)
     rows = []
     for x_D, mask_E in zip(
         x_TD.reshape(-1, x_TD.shape[-1]), mask_TE.reshape(-1, experts), strict=True
     ):
         y_D = x_D * 0
+        stop = 0
         for expert in range(experts):
+            start, stop = stop, stop + size + (expert < longer)
             if mask_E[expert] == 0:
                 continue
-            for neuron in range(expert * size, (expert + 1) * size):
+            for neuron in range(start, stop):
                 h = torch.dot(up_FD[neuron], x_D)
                 h = act(h) if gate_FD is None else act(torch.dot(gate_FD[neuron], x_D)) * h
                 y_D = y_D + mask_E[expert] * h * down_FD[neuron]
@@ -65,9 +73,9 @@ def expert_by_expert(
 
 def make(shape: tuple[Any, ...], gated: bool, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Random tensor arguments that want gradients."""
-    leading, width, experts, size = shape
+    leading, width, _, neurons = shape
     sizes = {"x_TD": (*leading, width)}
-    sizes |= {name: (experts * size, width) for name in ("up_FD", "down_FD", "gate_FD")}
+    sizes |= {name: (neurons, width) for name in ("up_FD", "down_FD", "gate_FD")}
     tensors = {name: torch.randn(s, dtype=dtype, requires_grad=True) for name, s in sizes.items()}
     return tensors if gated else tensors | {"gate_FD": None}
 
@@ -100,7 +108,7 @@ def test_the_output_and_every_gradient_equal_the_loop(
 @pytest.mark.parametrize("act", ACTS)
 @gated_or_not
 def test_any_activation_will_do(act: str, gated: bool) -> None:
-    arguments = make(((5,), 4, 3, 2), gated)
+    arguments = make(((5,), 4, 3, 7), gated)
     mask_TE = torch.rand(5, 3) < 0.5
     expected_TD = expert_by_expert(**arguments, mask_TE=mask_TE, act=ACTS[act])
     y_TD = sparse_ffn(**arguments, mask_TE=mask_TE, act=ACTS[act])
@@ -109,7 +117,7 @@ def test_any_activation_will_do(act: str, gated: bool) -> None:
 
 @gated_or_not
 def test_gradients_agree_with_finite_differences(gated: bool) -> None:
-    arguments = make(((3,), 4, 3, 2), gated)
+    arguments = make(((3,), 4, 3, 7), gated)
     mask_TE = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
 
     def function(mask_TE: Tensor, *tensors: Tensor) -> Tensor:
@@ -122,16 +130,16 @@ def test_gradients_agree_with_finite_differences(gated: bool) -> None:
 
 @gated_or_not
 def test_experts_that_are_off_get_no_gradient(gated: bool) -> None:
-    arguments = make(((5,), 4, 3, 2), gated)
+    arguments = make(((5,), 4, 3, 7), gated)
     mask_TE = torch.tensor([True, False, True]).expand(5, 3)
     sparse_ffn(**arguments, mask_TE=mask_TE, act=F.silu).sum().backward()
     for name in ("up_FD", "down_FD") + ("gate_FD",) * gated:
         used = arguments[name].grad.ne(0).any(dim=1)
-        assert used.tolist() == [True, True, False, False, True, True], name
+        assert used.tolist() == [True, True, True, False, False, True, True], name
 
 
 def test_a_full_mask_is_the_dense_ffn() -> None:
-    arguments = make(((5,), 4, 3, 2), True, torch.float32)
+    arguments = make(((5,), 4, 3, 7), True, torch.float32)
     x, up, down, gate = (arguments[name] for name in ("x_TD", "up_FD", "down_FD", "gate_FD"))
     y_TD = sparse_ffn(**arguments, mask_TE=torch.ones(5, 3, dtype=torch.bool), act=F.silu)
     expected_TD = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down.T)
@@ -139,13 +147,13 @@ def test_a_full_mask_is_the_dense_ffn() -> None:
 
 
 def test_an_empty_mask_is_zero() -> None:
-    arguments = make(((5,), 4, 3, 2), True)
+    arguments = make(((5,), 4, 3, 7), True)
     y_TD = sparse_ffn(**arguments, mask_TE=torch.zeros(5, 3, dtype=torch.bool), act=F.silu)
     assert not y_TD.any()
 
 
 def test_a_boolean_mask_is_a_soft_mask_of_ones_and_zeros() -> None:
-    arguments = make(((5,), 4, 3, 2), True)
+    arguments = make(((5,), 4, 3, 7), True)
     mask_TE = torch.rand(5, 3) < 0.5
     hard_TD, soft_TD = (
         sparse_ffn(**arguments, mask_TE=mask, act=F.silu) for mask in (mask_TE, mask_TE.double())
@@ -155,7 +163,7 @@ def test_a_boolean_mask_is_a_soft_mask_of_ones_and_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
-    arguments = make(((5,), 4, 3, 2), True, dtype)
+    arguments = make(((5,), 4, 3, 7), True, dtype)
     y_TD = sparse_ffn(**arguments, mask_TE=torch.rand(5, 3), act=F.silu)
     assert y_TD.dtype == dtype
 
@@ -172,9 +180,8 @@ def test_the_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
         ({"mask_TE": (4, 3)}, r"^mask_TE is \(4, 3\); x_TD is \(5, 4\)$"),
         ({"mask_TE": (3,)}, r"^mask_TE is \(3,\); x_TD is \(5, 4\)$"),
         ({"x_TD": (4,), "mask_TE": ()}, r"^mask_TE is \(\); x_TD is \(4,\)$"),
-        ({"mask_TE": (5, 4)}, "^4 experts do not divide 6 neurons$"),
-        ({"mask_TE": (5, 12)}, "^12 experts do not divide 6 neurons$"),
-        ({"mask_TE": (5, 0)}, "^0 experts do not divide 6 neurons$"),
+        ({"mask_TE": (5, 7)}, "^6 neurons cannot make 7 experts$"),
+        ({"mask_TE": (5, 0)}, "^6 neurons cannot make 0 experts$"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -194,6 +201,6 @@ def test_shapes_that_do_not_fit_are_named(
 
 
 def test_an_unknown_backend_is_named() -> None:
-    arguments = make(((5,), 4, 3, 2), True)
+    arguments = make(((5,), 4, 3, 7), True)
     with pytest.raises(ValueError, match=r"^unknown backend 'triten'; known: auto, reference$"):
         sparse_ffn(**arguments, mask_TE=torch.ones(5, 3), act=F.silu, backend="triten")

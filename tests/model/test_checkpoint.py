@@ -214,11 +214,22 @@ def test_a_gguf_file_of_something_else(tmp_path: Path) -> None:
         ({"router": "sigmod"}, "unknown router 'sigmod'; did you mean 'sigmoid'"),
         ({"selector": {"kind": "threshhold"}}, "unknown selector .* did you mean 'threshold'"),
         ({"selector": None}, "a routed model needs a router and a selector"),
-        ({"expert_size": 7}, "which experts of 7 do not divide; nearest sizes: 6, 8"),
+        ({"expert_size": 49}, "layers.0.mlp has 48 neurons: experts of 49 are not possible"),
+        ({"expert_size": 7}, r"layers.0.mlp.router.weight is \(6, 16\), expected \(7, 16\)"),
         ({"expert_size": 12}, r"layers.0.mlp.router.weight is \(6, 16\), expected \(4, 16\)"),
         ({"when_off": "mean"}, "lacks the router tensors model.layers.0.mlp.off_F"),
     ],
-    ids=["newer", "key", "router", "selector", "no-selector", "indivisible", "size", "when_off"],
+    ids=[
+        "newer",
+        "key",
+        "router",
+        "selector",
+        "no-selector",
+        "too-large",
+        "uneven",
+        "size",
+        "when_off",
+    ],
 )
 def test_a_wrong_block(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(folder, moe_tools=THRESHOLD.to_dict() | changes)

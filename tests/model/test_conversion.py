@@ -14,9 +14,11 @@ from moe_tools.model.conversion import (
     attach_experts,
     read_conversion,
     set_mode,
+    set_selectors,
     write_conversion,
 )
 from moe_tools.model.experts import expert_ffns
+from moe_tools.model.selectors import Threshold, TopK
 from tests.families import THRESHOLD, build, logits, randomize, routed
 
 BLOCK = THRESHOLD.to_dict()
@@ -28,8 +30,17 @@ BLOCK = THRESHOLD.to_dict()
         THRESHOLD,
         Conversion("donor", 8),
         Conversion("hub/id", 1, "sigmoid", {"kind": "topk", "k": 2}, "straight", "mean"),
+        Conversion(
+            "donor",
+            8,
+            "norm",
+            {"kind": "dynamic_k", "tau": 0.5},
+            shared_experts=2,
+            router_options={"hidden": 4},
+            selector_of={"model.layers.0.mlp": {"kind": "dynamic_k", "tau": 0.25}},
+        ),
     ],
-    ids=["threshold", "dense", "topk"],
+    ids=["threshold", "dense", "topk", "everything"],
 )
 def test_the_block_gives_the_conversion_back(conversion: Conversion) -> None:
     assert Conversion.from_dict(conversion.to_dict()) == conversion
@@ -101,15 +112,21 @@ def test_a_dense_model_has_no_mode() -> None:
 @pytest.mark.parametrize(
     ("conversion", "message"),
     [
-        (replace(THRESHOLD, expert_size=7), "^model.layers.0.mlp has 48 neurons, which experts of "
-         "7 do not divide; nearest sizes: 6, 8$"),
-        (replace(THRESHOLD, expert_size=0), "^model.layers.0.mlp has 48 neurons"),
+        (replace(THRESHOLD, expert_size=49), "^model.layers.0.mlp has 48 neurons: experts of 49 "
+         "are not possible$"),
+        (replace(THRESHOLD, expert_size=0), "^model.layers.0.mlp has 48 neurons: experts of 0 are"),
         (replace(THRESHOLD, router="sigmod"), "^unknown router 'sigmod'; did you mean 'sigmoid'"),
         (replace(THRESHOLD, router=None), "^a routed model needs a router and a selector"),
         (replace(THRESHOLD, selector=None), "^a routed model needs a router and a selector"),
         (replace(THRESHOLD, selector={"kind": "topkk"}), "^unknown selector 'topkk'; did you mean"),
+        (replace(THRESHOLD, shared_experts=6), "^model.layers.0.mlp: 6 of 6 experts cannot be sh"),
+        (replace(THRESHOLD, shared_experts=-1), "^model.layers.0.mlp: -1 of 6 experts cannot be "),
+        (replace(THRESHOLD, shared_experts=4, selector={"kind": "topk", "k": 3}), "^top-k asks for "
+         "3 of 2 experts$"),
+        (replace(THRESHOLD, router_options={"hidden": 3}), "^router sigmoid with .*'hidden'"),
     ],
-    ids=["size", "zero-size", "router", "no-router", "no-selector", "selector"],
+    ids=["size", "zero-size", "router", "no-router", "no-selector", "selector", "shared",
+         "negative", "too-few", "option"],
 )  # fmt: skip
 def test_what_cannot_be_attached_leaves_the_model_dense(
     conversion: Conversion, message: str
@@ -123,11 +140,21 @@ def test_what_cannot_be_attached_leaves_the_model_dense(
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize("expert_size", [1, 2, 48])
-def test_experts_from_one_neuron_to_all_of_them(expert_size: int) -> None:
+@pytest.mark.parametrize(
+    ("expert_size", "sizes"),
+    [
+        (1, (1,) * 48),
+        (2, (2,) * 24),
+        (7, (7, 7, 7, 7, 7, 7, 6)),
+        (20, (24, 24)),
+        (48, (48,)),
+    ],
+)
+def test_experts_from_one_neuron_to_all_of_them(expert_size: int, sizes: tuple[int, ...]) -> None:
     donor = build("llama")
     model, ffns = routed(donor, replace(THRESHOLD, expert_size=expert_size))
-    assert {ffn.num_experts for ffn in ffns} == {48 // expert_size}
+    assert {ffn.division.sizes for ffn in ffns} == {sizes}
+    assert {len(ffn.router.bias) for ffn in ffns} == {len(sizes)}
     assert torch.equal(logits(model), logits(donor))
     randomize(model)
     assert not torch.equal(logits(model), logits(donor))
@@ -138,3 +165,33 @@ def test_a_split_model_keeps_its_block_until_experts_are_attached() -> None:
     write_conversion(model, Conversion("donor", 8))
     attach_experts(model, THRESHOLD)
     assert read_conversion(model) == THRESHOLD
+
+
+def test_every_ffn_gets_its_own_selector_and_the_block_says_so() -> None:
+    model, ffns = routed(build("llama"))
+    set_selectors(model, [Threshold(0.25), Threshold(0.75)])
+    assert [ffn.selector for ffn in ffns] == [Threshold(0.25), Threshold(0.75)]
+    conversion = read_conversion(model)
+    assert conversion is not None and conversion.selector == THRESHOLD.selector
+    again, made = routed(build("llama"), Conversion.from_dict(conversion.to_dict()))
+    assert [ffn.selector for ffn in made] == [Threshold(0.25), Threshold(0.75)]
+    assert read_conversion(again) == conversion
+
+
+def test_an_ffn_that_is_not_named_keeps_the_selector_of_all() -> None:
+    named = {"model.layers.1.mlp": {"kind": "topk", "k": 2}}
+    _, ffns = routed(build("llama"), replace(THRESHOLD, selector_of=named))
+    assert [ffn.selector for ffn in ffns] == [Threshold(0.5), TopK(2)]
+
+
+def test_as_many_selectors_as_ffns() -> None:
+    model, ffns = routed(build("llama"))
+    with pytest.raises(ValueError, match="zip"):
+        set_selectors(model, [Threshold(0.25)])
+    assert {ffn.selector for ffn in ffns} == {Threshold(0.5)}
+    assert read_conversion(model) == THRESHOLD
+
+
+def test_a_dense_model_has_no_selector() -> None:
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM is dense: it has no selector to set"):
+        set_selectors(build("llama"), [])

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from moe_tools.model.conversion import Conversion, attach_experts, set_mode
-from moe_tools.model.experts import ExpertFFN, expert_ffns
+from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.model.ffn import find_ffns
 from tests.families import (
     ALWAYS,
-    EXPERT_SIZE,
     EXPERTS,
     NEURONS,
+    SIZES,
     THRESHOLD,
     build,
+    every_size,
     logits,
     model_inputs,
+    of_size,
+    per_neuron,
     randomize,
     routed,
 )
@@ -39,10 +42,6 @@ def make(family: str = "llama", conversion: Conversion = THRESHOLD) -> ExpertFFN
     return ffns[0]
 
 
-def per_neuron(value_TE: Tensor) -> Tensor:
-    return value_TE.repeat_interleave(EXPERT_SIZE, dim=-1)
-
-
 def gradients(ffn: ExpertFFN, x_TD: Tensor) -> dict[str, Tensor]:
     """After a backward pass, by name; only what got one."""
     ffn.zero_grad()
@@ -51,12 +50,13 @@ def gradients(ffn: ExpertFFN, x_TD: Tensor) -> dict[str, Tensor]:
 
 
 @every_kind
+@every_size
 @torch.no_grad()
-def test_off_experts_contribute_their_mean(family: str) -> None:
-    ffn = make(family, MEAN)
+def test_off_experts_contribute_their_mean(family: str, size: int) -> None:
+    ffn = make(family, of_size(size, MEAN))
     x_TD = torch.randn(3, 7, 16)
     h_TF, routing = ffn.hidden(x_TD), ffn.route(x_TD)
-    on_TF = per_neuron(routing.mask_TE)
+    on_TF = per_neuron(routing.mask_TE, size)
     assert 0 < on_TF.float().mean() < 1
     switched_TF = ffn.switch(h_TF, routing)
     assert torch.equal(switched_TF, torch.where(on_TF, h_TF, ffn.off_F))
@@ -64,12 +64,13 @@ def test_off_experts_contribute_their_mean(family: str) -> None:
 
 
 @every_kind
+@every_size
 @torch.no_grad()
-def test_soft_scores_lead_from_the_mean_to_the_activation(family: str) -> None:
-    ffn = make(family, replace(MEAN, mode="soft"))
+def test_soft_scores_lead_from_the_mean_to_the_activation(family: str, size: int) -> None:
+    ffn = make(family, replace(MEAN, mode="soft", expert_size=size))
     x_TD = torch.randn(3, 7, 16)
     h_TF, routing = ffn.hidden(x_TD), ffn.route(x_TD)
-    score_TF = per_neuron(routing.scores_TE)
+    score_TF = per_neuron(routing.scores_TE, size)
     expected = score_TF * h_TF + (1 - score_TF) * ffn.off_F
     torch.testing.assert_close(ffn.switch(h_TF, routing), expected, rtol=1e-5, atol=1e-6)
 
@@ -123,10 +124,11 @@ def test_straight_trains_the_host_as_hard_does_and_every_router_too(conversion: 
     assert straight["router.weight"].count_nonzero() > 0
 
 
+@every_size
 @torch.no_grad()
-def test_the_straight_gradient_of_a_score_is_the_experts_output() -> None:
+def test_the_straight_gradient_of_a_score_is_the_experts_output(size: int) -> None:
     """d y / d G_e = E_e(x), for an expert that is on as for one that is off."""
-    ffn = make("llama", replace(THRESHOLD, mode="straight"))
+    ffn = make("llama", replace(THRESHOLD, mode="straight", expert_size=size))
     x_TD, direction_TD = torch.randn(3, 16), torch.randn(3, 16)
     h_TF = ffn.hidden(x_TD)
     routing = ffn.route(x_TD)
@@ -134,10 +136,9 @@ def test_the_straight_gradient_of_a_score_is_the_experts_output() -> None:
         scores_TE = routing.scores_TE.detach().requires_grad_()
         y_TD = ffn.project(ffn.switch(h_TF, routing._replace(scores_TE=scores_TE)))
         (gradient_TE,) = torch.autograd.grad((y_TD * direction_TD).sum(), scores_TE)
-    outputs_TED = h_TF.unflatten(-1, (EXPERTS, -1)).unsqueeze(-2) @ ffn.weights().down_FD.unflatten(
-        0, (EXPERTS, -1)
-    )
-    expected_TE = (outputs_TED.squeeze(-2) * direction_TD[:, None]).sum(-1)
+    parts = zip(h_TF.split(SIZES[size], -1), ffn.weights().down_FD.split(SIZES[size]), strict=True)
+    outputs_TED = torch.stack([h_TN @ down_ND for h_TN, down_ND in parts], 1)
+    expected_TE = (outputs_TED * direction_TD[:, None]).sum(-1)
     torch.testing.assert_close(gradient_TE, expected_TE, rtol=1e-5, atol=1e-6)
 
 
@@ -221,3 +222,34 @@ def test_hard_mode_leaves_the_router_without_a_gradient() -> None:
     set_mode(model, "straight")
     model(**model_inputs(model)).logits.sum().backward()
     assert all(ffn.router.weight.grad.count_nonzero() > 0 for ffn in ffns)
+
+
+@every_mode
+@every_off
+def test_with_every_expert_on_a_model_is_its_host(mode: str, conversion: Conversion) -> None:
+    donor = build("llama")
+    model, ffns = routed(donor, replace(conversion, mode=mode, shared_experts=1))
+    randomize(model)
+    before = logits(model)
+    selectors = [ffn.selector for ffn in ffns]
+    assert not torch.equal(before, logits(donor))
+    with every_expert_on(model):
+        assert torch.equal(logits(model), logits(donor))
+    assert torch.equal(logits(model), before)
+    assert [ffn.selector for ffn in ffns] == selectors and {ffn.mode for ffn in ffns} == {mode}
+    with pytest.raises(ArithmeticError), every_expert_on(model):
+        raise ArithmeticError
+    assert torch.equal(logits(model), before)
+
+
+@every_mode
+@every_kind
+def test_shared_experts_weigh_one_in_every_mode(family: str, mode: str) -> None:
+    ffn = make(family, replace(THRESHOLD, mode=mode, shared_experts=2))
+    with torch.no_grad():
+        ffn.router.weight.zero_()
+        ffn.router.bias.fill_(-200.0)  # a score of exactly 0
+        x_TD = torch.randn(3, 5, 16)
+        alone_TF = ffn.hidden(x_TD)
+        alone_TF[..., 16:] = 0
+        assert torch.equal(ffn(x_TD), ffn.project(alone_TF))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from moe_tools.model.division import Division
 from moe_tools.model.experts import expert_ffns
-from moe_tools.model.routing import record_routing
+from moe_tools.model.routing import Routing, record_routing, routing_sparsity
 from tests.families import EXPERTS, FAMILIES, build, logits, model_inputs, randomize, routed
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -104,3 +105,22 @@ def test_a_dense_model_has_nothing_to_record(dense: type[nn.Module]) -> None:
     message = f"^{name} has no routed FFN to record: convert it first$"
     with pytest.raises(ValueError, match=message), record_routing(model):
         raise AssertionError("unreachable")
+
+
+def routing_of(mask: list[list[bool]], neurons: int) -> Routing:
+    mask_TE = torch.tensor(mask)
+    return Routing("ffn", mask_TE.float(), mask_TE, Division(neurons, mask_TE.shape[-1]))
+
+
+def test_neurons_are_counted_by_the_size_of_their_expert() -> None:
+    routing = routing_of([[True, False, True], [False, True, False]], 8)  # experts of 3, 3 and 2
+    assert (routing.tokens, routing.neurons_on) == (2, 3 + 2 + 3)
+    batched = routing._replace(mask_TE=routing.mask_TE[:, None])
+    assert (batched.tokens, batched.neurons_on) == (2, 8)
+
+
+def test_sparsity_weighs_an_ffn_by_its_tokens_and_neurons() -> None:
+    one = routing_of([[True, False, True], [False, True, False]], 8)
+    other = routing_of([[True, True]], 4)
+    assert routing_sparsity([one]) == pytest.approx(1 - 8 / 16)
+    assert routing_sparsity([one, other]) == pytest.approx(1 - (8 + 4) / (16 + 4))

@@ -1,0 +1,55 @@
+"""Routers score: the FFN's input in, one score per expert out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_tools.model.ffn import FFN
+from moe_tools.model.importance import Importance
+from moe_tools.model.routers.base import LearnedRouter, Router
+from moe_tools.model.routers.mlp import MLPRouter
+from moe_tools.model.routers.neurons import OracleRouter, RepresentativeRouter
+from moe_tools.model.routers.norm import NormRouter
+from moe_tools.model.routers.rows import MeanGateRouter, SimilarityRouter
+from moe_tools.model.routers.sigmoid import SigmoidRouter
+from moe_tools.registry import Registry
+
+__all__ = [
+    "ROUTERS",
+    "LearnedRouter",
+    "MLPRouter",
+    "MeanGateRouter",
+    "NormRouter",
+    "OracleRouter",
+    "RepresentativeRouter",
+    "Router",
+    "SigmoidRouter",
+    "SimilarityRouter",
+    "build_router",
+]
+
+ROUTERS: Registry[type[Router]] = Registry(
+    "router",
+    {
+        "sigmoid": SigmoidRouter,
+        "mlp": MLPRouter,
+        "norm": NormRouter,
+        "similarity": SimilarityRouter,
+        "representative": RepresentativeRouter,
+        "mean_gate": MeanGateRouter,
+        "oracle": OracleRouter,
+    },
+)
+
+
+def build_router(kind: str, options: dict[str, Any], ffn: FFN, importance: Importance) -> Router:
+    """A fresh router of a kind.
+
+    Raises:
+        ValueError: an unknown kind, or options that it does not take.
+    """
+    router = ROUTERS[kind]
+    try:
+        return router.build(ffn, importance, **options)
+    except TypeError as error:
+        raise ValueError(f"router {kind} with {options}: {error}") from error

@@ -1,0 +1,57 @@
+"""What a router is. Letters: T tokens, D model width, F neurons, R experts that are routed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.model.ffn import FFN
+from moe_tools.model.importance import Importance
+
+
+class Router(nn.Module, ABC):
+    """Scores every routed expert from the FFN's input, in fp32 under any dtype."""
+
+    ratio_scale: bool = True
+    """Scores are 0 or more, and twice the score means twice the expert: shares make sense."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
+        """A fresh router for an FFN and its experts.
+
+        Raises:
+            TypeError: an option that this kind does not take.
+        """
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """scores_TR."""
+
+    @abstractmethod
+    def flops(self) -> int:
+        """Matrix FLOPs of scoring one token."""
+
+
+class LearnedRouter(Router):
+    """A router that the `fit` step trains on the donor's activations, one FFN at a time."""
+
+    @abstractmethod
+    def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:
+        """What this kind learns to predict from the donor's hidden activations."""
+
+    @abstractmethod
+    def loss(self, x_TD: Tensor, target_TR: Tensor) -> Tensor:
+        """How far the predictions are from the targets: a scalar."""
+
+    def prepare(self, target_TR: Tensor) -> None:
+        """Sees targets once, before the training."""
+        del target_TR
+
+
+def in_fp32(x: Tensor) -> torch.autocast:
+    """Switches autocast off: a router's scores decide, and bf16 would make ties of them."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,77 @@
+"""Routers that run neurons of the FFN itself.
+
+Letters: T tokens, D model width, F neurons, R experts that are routed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from moe_tools.model.ffn import FFN
+from moe_tools.model.importance import Importance
+from moe_tools.model.routers.base import Router
+
+
+class RepresentativeRouter(Router):
+    """|h| of one neuron of each expert, the one most like the rest (CMoE, arXiv 2502.04416).
+
+    The neuron is named by its index; its rows are read from the FFN, so that training the FFN
+    trains the router.
+    """
+
+    neurons: Tensor
+
+    def __init__(self, ffn: FFN, neurons_R: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("neurons", neurons_R)
+        self.projections = ffn.projections
+
+    @classmethod
+    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
+        """The first neuron of each expert, until `represent` names better ones."""
+        first_R = torch.tensor(importance.division.sizes).cumsum(0).roll(1)
+        first_R[0] = 0
+        return cls(ffn, first_R[importance.shared :], **options)
+
+    def represent(self, neurons_R: Tensor) -> None:
+        """Names the neuron of each expert."""
+        self.neurons.copy_(neurons_R)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """scores_TR, 0 or more."""
+        return self.projections.hidden_TK(x_TD, self.neurons).float().abs()
+
+    def flops(self) -> int:
+        """The rows of these neurons; a kernel runs no others to score."""
+        return 2 * len(self.neurons) * self.projections.weights().row_numbers
+
+
+class OracleRouter(Router):
+    """The norm of each expert's own output: the upper bound of every router.
+
+    It runs the whole FFN to decide what to run of it, so it saves nothing; it tells what a split
+    is worth, and how far a router falls short.
+    """
+
+    def __init__(self, ffn: FFN, importance: Importance) -> None:
+        super().__init__()
+        self.projections = ffn.projections
+        self.division, self.shared = importance.division, importance.shared
+
+    @classmethod
+    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
+        """Reads the FFN's weights whenever it scores."""
+        return cls(ffn, importance, **options)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """scores_TR, 0 or more."""
+        down_FD = self.projections.weights().down_FD
+        importance = Importance(self.division, self.shared, down_FD)
+        return importance.norm_TR(self.projections.hidden_TF(x_TD))
+
+    def flops(self) -> int:
+        """Every neuron's rows."""
+        return 2 * self.division.neurons * self.projections.weights().row_numbers
