@@ -3,6 +3,7 @@
     texts(source, split=...)              documents, strings
     blocks(source, tokenizer, ...)        blocks_BT: documents joined by EOS, cut into equal rows
     generate_blocks(model, ...)           blocks_BT: what the donor itself says, from BOS on
+    labelled_batches(source, ...)         labelled documents, as batches of rows of one length
     fingerprint(blocks_BT)                shows that two runs saw the same tokens
 
 A source is "docs" (docstrings of installed packages: no download), a .txt, .md, .jsonl or .parquet
@@ -10,9 +11,22 @@ file, a folder of them, "hub:NAME[:CONFIG]" or "owner/name". The same source, sp
 and tokenizer give the same tensor on every run, and a larger budget of tokens only appends rows.
 """
 
+from moe_tools.data.batch import Batch, Text, token_count
 from moe_tools.data.generate import generate_blocks
 from moe_tools.data.holdout import Split
+from moe_tools.data.labelled import label_names, labelled_batches
 from moe_tools.data.packing import blocks, fingerprint
 from moe_tools.data.sources import texts
 
-__all__ = ["Split", "blocks", "fingerprint", "generate_blocks", "texts"]
+__all__ = [
+    "Batch",
+    "Split",
+    "Text",
+    "blocks",
+    "fingerprint",
+    "generate_blocks",
+    "label_names",
+    "labelled_batches",
+    "texts",
+    "token_count",
+]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moe_tools.data.batch import Text
 from moe_tools.data.holdout import Split, boundary, digest
 from moe_tools.data.progress import progress
 from moe_tools.data.sources import is_hub, texts
@@ -81,11 +82,20 @@ def blocks(
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
 
 
-def fingerprint(blocks_BT: Tensor) -> str:
-    """16 hex digits of the SHA-256 of the shape and the tokens: equal means the same blocks."""
-    rows_BT = blocks_BT.detach().cpu().to(torch.int64).contiguous()
-    shape = str(tuple(rows_BT.shape)).encode()
-    return hashlib.sha256(shape + rows_BT.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+def fingerprint(text: Text) -> str:
+    """16 hex digits of the SHA-256 of shapes, tokens and labels: equal means the same text."""
+    found = hashlib.sha256()
+    for tensor in _tensors(text):
+        rows = tensor.detach().cpu().to(torch.int64).contiguous()
+        found.update(str(tuple(rows.shape)).encode() + rows.numpy().astype("<i8").tobytes())
+    return found.hexdigest()[:16]
+
+
+def _tensors(text: Text) -> Iterator[Tensor]:
+    if isinstance(text, Tensor):
+        yield text
+    else:
+        yield from (tensor for batch in text for tensor in batch if tensor is not None)
 
 
 def blocks_for(tokens: int, length: int) -> int:

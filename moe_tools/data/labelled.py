@@ -1,0 +1,157 @@
+"""Labelled documents -> batches of token rows of one length, so that no row needs padding.
+
+A padding token would be routed, counted and paid for like any other; rows of the same length make
+it unnecessary.
+
+Letters: B rows of a batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from moe_tools.data.batch import Batch
+from moe_tools.data.holdout import Split, check_split, digest, normalise
+from moe_tools.data.packing import check_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT = 5
+"""One document in this many is held out: an accuracy needs more of them than a perplexity."""
+
+
+class Example(NamedTuple):
+    """One document."""
+
+    text: str
+    label: str
+
+
+def read_labelled(source: str) -> list[Example]:
+    """The examples of a .jsonl file with the fields "text" and "label", in the file's order.
+
+    Raises:
+        ValueError: no such file, another kind, a line without both fields, or one label only.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        raise ValueError(
+            f"labelled data {source!r} is not there: give a .jsonl file whose lines are "
+            '{"text": "...", "label": "..."}'
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source!r} is not readable UTF-8 text: {error}") from error
+    examples = [
+        _example(line, f"{source!r} line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    if len({example.label for example in examples}) < 2:
+        raise ValueError(f"{source!r} has fewer than two labels: there is nothing to tell apart")
+    return examples
+
+
+def _example(line: str, where: str) -> Example:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON ({error}): one object a line is needed") from error
+    text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
+    if not isinstance(text, str) or not text.strip() or not isinstance(label, str | int):
+        raise ValueError(f'{where} needs a string "text" and a "label" (a string or a number)')
+    return Example(text, str(label))
+
+
+def label_names(source: str) -> list[str]:
+    """The labels of a file, sorted: label i is the i-th."""
+    return sorted({example.label for example in read_labelled(source)})
+
+
+def labelled_batches(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: Split,
+    length: int,
+    batch_size: int,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> list[Batch]:
+    """The examples of one split, tokenised with the tokenizer's special tokens.
+
+    Training rows come in a seeded random order, again and again until `tokens` is reached, in
+    another order each time; held-out rows come once. Copies of a text are on one side.
+
+    Args:
+        source: as for `read_labelled`.
+        tokenizer: the model's.
+        split: "train" or "heldout": one in `HELD_OUT` distinct texts, by hash.
+        length: tokens that a row keeps at most.
+        batch_size: rows of a batch at most.
+        tokens: how many are wanted, rounded up to a batch; None: every example once.
+        seed: of the order.
+
+    Raises:
+        ValueError: as `read_labelled`, a size below 1, or no example in the split.
+    """
+    check_split(split)
+    check_size("length", length)
+    check_size("batch_size", batch_size)
+    names = label_names(source)
+    examples = [e for e in read_labelled(source) if _held_out(e.text) == (split == "heldout")]
+    if not examples:
+        raise ValueError(f"{source!r} has no {split} example: give more")
+    encoded = tokenizer(
+        [example.text for example in examples], truncation=True, max_length=length, verbose=False
+    )["input_ids"]
+    rows = [(ids, names.index(e.label)) for ids, e in zip(encoded, examples, strict=True)]
+    batches: list[Batch] = []
+    found = 0
+    for epoch in _epochs(once=split == "heldout" or tokens is None):
+        for batch in _epoch(rows, batch_size, seed + epoch, shuffle=split == "train"):
+            if tokens is not None and found >= tokens:
+                return batches
+            batches.append(batch)
+            found += batch.ids_BT.numel()
+    return batches
+
+
+def _held_out(text: str) -> bool:
+    return digest(normalise(text)) % HELD_OUT == 0
+
+
+def _epochs(once: bool) -> Iterator[int]:
+    epoch = 0
+    while epoch == 0 or not once:
+        yield epoch
+        epoch += 1
+
+
+def _epoch(
+    rows: list[tuple[list[int], int]], batch_size: int, seed: int, shuffle: bool
+) -> Iterator[Batch]:
+    """Every row once, in batches of rows of one length."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=generator).tolist() if shuffle else range(len(rows))
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for index in order:
+        by_length[len(rows[index][0])].append(index)
+    groups = [
+        same[start : start + batch_size]
+        for _, same in sorted(by_length.items())
+        for start in range(0, len(same), batch_size)
+    ]
+    if shuffle:
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
+    for group in groups:
+        ids_BT = torch.tensor([rows[index][0] for index in group])
+        yield Batch(ids_BT, torch.tensor([rows[index][1] for index in group]))
