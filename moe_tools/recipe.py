@@ -16,7 +16,7 @@ import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 import yaml
 
@@ -30,10 +30,13 @@ class Split:
     """Which neurons share an expert; reorders them, changes no output."""
 
     expert_size: int = 8
-    """Neurons of one expert."""
-    method: Literal["kmeans", "random", "contiguous"] = "kmeans"
-    by: Literal["activations", "weights"] = "activations"
-    """What k-means sees of a neuron: |h| ||w_down|| on calibration text, or its gate row."""
+    """Neurons of one expert; where it does not divide them, sizes differ by one."""
+    method: Literal["kmeans", "coactivation", "random", "contiguous"] = "kmeans"
+    by: Literal["activations", "marks", "weights"] = "activations"
+    """What k-means sees of a neuron: |h| ||w_down|| on calibration text, the tokens where it is
+    one of the 10 largest |h|, or its gate row."""
+    shared_experts: int = 0
+    """Experts of the neurons that are most often one of the 10 largest; they always run."""
     tokens: int = 4096
     """Calibration tokens."""
 
@@ -43,14 +46,42 @@ class Attach:
     """A router on every FFN."""
 
     router: str = "sigmoid"
+    router_options: dict[str, Any] = field(default_factory=dict)
+    """What the kind of router takes, e.g. `hidden` of a norm router."""
     selector: dict[str, Any] = field(default_factory=lambda: {"kind": "threshold", "tau": 0.5})
     start: Literal["regression", "open"] = "regression"
-    """regression: ridge regression on the donor's own activations; open: every expert on."""
+    """Of sigmoid routers: ridge regression on the donor's own activations, or every expert on."""
     start_sparsity: float = 0.02
     """Share of experts off after the regression, in every layer."""
     when_off: Literal["zero", "mean"] = "zero"
     """What an expert that is off contributes: nothing, or its neurons' calibrated mean."""
     tokens: int = 16384
+    """Calibration tokens."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Trains routers alone, one FFN after the other, on the donor's activations."""
+
+    tokens: int = 65536
+    """Calibration tokens; a tenth of them only measures."""
+    epochs: int = 10
+    """0: routers stay as they are and are only measured."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    batch_size: int = 512
+    """Tokens, not blocks."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sets every selector so that a stated share of the neurons is off on calibration text."""
+
+    target_sparsity: float
+    """Share of neurons off, over tokens and FFNs."""
+    spend: Literal["uniform", "error"] = "uniform"
+    """The same share in every FFN, or more where it costs less error of the FFN's output."""
+    tokens: int = 8192
     """Calibration tokens."""
 
 
@@ -86,8 +117,14 @@ class Train:
     """Optimizer steps, not micro-batches."""
 
 
-Step = Split | Attach | Train
-STEPS: dict[str, type[Step]] = {"split": Split, "attach": Attach, "train": Train}
+Step = Split | Attach | Fit | Budget | Train
+STEPS: dict[str, type[Step]] = {
+    "split": Split,
+    "attach": Attach,
+    "fit": Fit,
+    "budget": Budget,
+    "train": Train,
+}
 
 
 @dataclass(frozen=True)
@@ -100,9 +137,12 @@ class Recipe:
     """The donor it was tuned on; any model of a supported family can be given instead."""
     paper: str = ""
     data: str = "docs"
-    """Training text: `docs`, a file or folder, a hub dataset, or `self`."""
+    """Training text: `docs`, a file or folder, a hub dataset, or `self`; to classify, a .jsonl
+    file with the fields text and label."""
+    task: Literal["lm", "classify"] = "lm"
+    """What the loss `lm` is the cross entropy of: the next token, or the label of a whole text."""
     block_length: int = 512
-    """Tokens."""
+    """Tokens of a block; of a text to classify, at most."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -230,6 +270,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+AT_LEAST_1 = ("tokens", "expert_size", "batch_size", "accumulate", "checkpoint_every")
+
+
 def check_step(step: Step) -> None:
     """Ranges that a type cannot express.
 
@@ -238,9 +281,9 @@ def check_step(step: Step) -> None:
     """
     for item in fields(step):
         value = getattr(step, item.name)
-        if item.name in ("tokens", "expert_size", "batch_size", "accumulate", "checkpoint_every"):
+        if item.name in AT_LEAST_1:
             _require(value >= 1, step, item.name, value, "at least 1")
-        if item.name in ("lr", "router_lr"):
+        if item.name in ("lr", "router_lr", "shared_experts", "epochs"):
             _require(value >= 0, step, item.name, value, "0 or more")
         if item.name in ("warmup", "ramp"):
             _require(0 <= value <= 1, step, item.name, value, "in [0, 1]")
@@ -280,8 +323,8 @@ def with_options(
             return replace(step, expert_size=expert_size)
         if isinstance(step, Train):
             step = replace(step, tokens=max(1, round(step.tokens * shrink)))
-            if target_sparsity is not None and step.target_sparsity is not None:
-                step = replace(step, target_sparsity=target_sparsity)
+        if target_sparsity is not None and _has_target(step):
+            step = replace(step, target_sparsity=target_sparsity)
         return step
 
     return replace(
@@ -293,15 +336,19 @@ def with_options(
     )
 
 
+def _has_target(step: Step) -> TypeGuard[Train | Budget]:
+    return isinstance(step, Train | Budget) and step.target_sparsity is not None
+
+
 def _require_takers(
     recipe: Recipe, target_sparsity: float | None, expert_size: int | None, tokens: int | None
 ) -> None:
     """An option that changes nothing is a mistake."""
     trains = [step for step in recipe.steps if isinstance(step, Train)]
     splits = [step for step in recipe.steps if isinstance(step, Split)]
-    targets = [step for step in trains if step.target_sparsity is not None]
+    targets = [step for step in recipe.steps if _has_target(step)]
     for option, takers, lacks in (
-        (target_sparsity, targets, "train step with a target_sparsity"),
+        (target_sparsity, targets, "step with a target_sparsity"),
         (expert_size, splits, "split step"),
         (tokens, trains, "train step"),
     ):
@@ -318,13 +365,13 @@ def control_recipe(recipe: Recipe) -> Recipe:
     trains = [step for step in recipe.steps if isinstance(step, Train)]
     if not trains:
         raise ValueError(f"recipe {recipe.name} trains nothing: its dense control is the donor")
-    dense = replace(
-        trains[0],
+    first = trains[0]
+    dense = Train(  # what only concerns routers stays at its default
         tokens=recipe.train_tokens(),
-        mode="dense",
-        losses={"lm": 1.0},
-        target_sparsity=None,
-        parts="all",
         lr=max(step.lr for step in trains),
+        batch_size=first.batch_size,
+        accumulate=first.accumulate,
+        warmup=first.warmup,
+        checkpoint_every=first.checkpoint_every,
     )
     return replace(recipe, name=f"{recipe.name}-control", steps=(dense,))

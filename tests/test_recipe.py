@@ -291,7 +291,7 @@ def test_an_option_out_of_range(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "lacks"),
     [
-        ({"target_sparsity": 0.5}, "no train step with a target_sparsity"),
+        ({"target_sparsity": 0.5}, "no step with a target_sparsity"),
         ({"tokens": 100}, "no train step"),
         ({"expert_size": 8}, "no split step"),
     ],

@@ -5,13 +5,15 @@ Letters: B blocks, T tokens, D model width, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moe_tools.data.generate import evaluating
+from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns
 
 Visit = Callable[[int, Tensor, Tensor], None]
@@ -22,7 +24,7 @@ Visit = Callable[[int, Tensor, Tensor], None]
 def visit_activations(
     model: nn.Module, blocks_BT: Tensor, visit: Visit, *, batch_size: int = 4, title: str = ""
 ) -> None:
-    """Runs a dense model over blocks and shows every FFN's input and hidden activations.
+    """Runs a model, every expert on, and shows every FFN's input and hidden activations.
 
     Nothing is kept here: memory is what `visit` keeps. x and h come with their tokens in one
     dimension. An expert of an MoE host sees only the tokens routed to it.
@@ -30,7 +32,7 @@ def visit_activations(
     Raises:
         ValueError: an FFN that saw no token.
     """
-    ffns = find_ffns(model)
+    ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
     unseen = dict(enumerate(ffns))
 
     def note(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
@@ -38,11 +40,38 @@ def visit_activations(
         visit(index, x_TD, h_TF)
 
     device = next(model.parameters()).device
-    with _hooks(ffns, note):
+    with _hooks(ffns, note), evaluating(model), every_expert_on(model):
         for batch in tqdm(blocks_BT.split(batch_size), desc=title, disable=None):
             model(**model_inputs(model, batch.to(device)))
     for ffn in unseen.values():
         raise ValueError(f"{ffn.name} saw no calibration token: give more calibration tokens")
+
+
+def check_routed(model: nn.Module, verb: str) -> list[ExpertFFN]:
+    """The routed FFNs.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    ffns = expert_ffns(model)
+    if not ffns:
+        raise ValueError(f"{verb} needs routers: put `attach` before it in the recipe")
+    return ffns
+
+
+def check_sparsity(ffns: Sequence[ExpertFFN], sparsity: float) -> None:
+    """Whether the share `sparsity` of the neurons of every FFN can be off.
+
+    Raises:
+        ValueError: shared experts, which always run, leave less.
+    """
+    for ffn in ffns:
+        routed = ffn.importance().routed_neurons / ffn.division.neurons
+        if sparsity > routed:
+            raise ValueError(
+                f"{ffn.name}: {sparsity:.0%} of the neurons cannot be off, {1 - routed:.0%} are in "
+                "shared experts"
+            )
 
 
 def model_inputs(model: nn.Module, block_BT: Tensor) -> dict[str, Tensor]:
@@ -54,7 +83,7 @@ def model_inputs(model: nn.Module, block_BT: Tensor) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _hooks(ffns: list[FFN], visit: Visit) -> Iterator[None]:
+def _hooks(ffns: Sequence[FFN | ExpertFFN], visit: Visit) -> Iterator[None]:
     handles = []
     for index, ffn in enumerate(ffns):
         inputs: list[Tensor] = []
@@ -70,7 +99,7 @@ def _hooks(ffns: list[FFN], visit: Visit) -> Iterator[None]:
         ) -> None:
             visit(index, inputs[0], args[0].flatten(0, -2))
 
-        handles.append(ffn.part(ffn.layout.up).register_forward_pre_hook(keep))
+        handles.append(ffn.projections.up.register_forward_pre_hook(keep))
         handles.append(ffn.down.register_forward_pre_hook(show))
     try:
         yield

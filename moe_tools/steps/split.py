@@ -1,4 +1,7 @@
-"""Split: decide which neurons share an expert and make experts contiguous. Changes no output."""
+"""Split: decide which neurons share an expert and make experts contiguous. Changes no output.
+
+Letters: T tokens, F neurons, K neurons outside the shared experts, X dimensions of a feature.
+"""
 
 from __future__ import annotations
 
@@ -6,85 +9,135 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moe_tools.model.division import Division
 from moe_tools.model.ffn import FFN, find_ffns, permute_neurons
+from moe_tools.model.graph import coactivation_partition
 from moe_tools.model.partition import (
     Partition,
     contiguous_partition,
-    experts_of_size,
     kmeans_partition,
     random_partition,
 )
 from moe_tools.recipe import Split
 from moe_tools.steps.calibrate import visit_activations
+from moe_tools.steps.profiles import Sketch, contributions_TF, marks_TF
 
-SKETCH = 256
-"""Dimensions of what k-means sees of a neuron."""
+GRAPH_BYTES = 4 * 2**30
+"""Co-activation graphs that are summed at once; more of them take another pass over the text."""
 
 
 def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[Partition]:
     """Reorders the neurons of every FFN in place and returns the partitions, in FFN order.
 
     Raises:
-        ValueError: the expert size does not divide an FFN's neurons.
+        ValueError: an expert exceeds an FFN, or all experts are shared.
     """
     ffns = find_ffns(model)
-    counts = [experts_of_size(len(f.weights().up_FD), step.expert_size, f.name) for f in ffns]
-    features = _features(model, ffns, step, blocks_BT, seed)
-    partitions = []
-    for index, ffn in enumerate(tqdm(ffns, desc="split", disable=None)):
-        partition = _partition(ffn, counts[index], step, features.pop(0), seed)
-        permute_neurons(ffn, partition.order_F)
-        partitions.append(partition)
-    return partitions
+    divisions = [planned_division(ffn, step) for ffn in ffns]
+    orders: list[Tensor] = []
+    with tqdm(total=len(ffns), desc="split", disable=None) as bar:
+        while len(orders) < len(ffns):
+            for profile in _profiles(model, ffns, len(orders), step, blocks_BT, seed):
+                orders.append(_order_F(profile, divisions[len(orders)], step, seed))
+                bar.update()
+    for ffn, order_F in zip(ffns, orders, strict=True):  # last: every pass sees the host's order
+        permute_neurons(ffn, order_F)
+    return [
+        Partition(order_F, division.num_experts)
+        for order_F, division in zip(orders, divisions, strict=True)
+    ]
+
+
+def planned_division(ffn: FFN, step: Split) -> Division:
+    """The sizes that a split would make.
+
+    Raises:
+        ValueError: as `split`.
+    """
+    division = Division.of_size(len(ffn.weights().up_FD), step.expert_size, ffn.name)
+    if step.shared_experts >= division.num_experts:
+        raise ValueError(
+            f"{ffn.name}: {step.shared_experts} of {division.num_experts} experts cannot be shared"
+        )
+    return division
+
+
+def _order_F(profile: _Profile, division: Division, step: Split, seed: int) -> Tensor:
+    """Shared experts first, of the neurons that fire most often; then the others, by method."""
+    often_F = profile.often_F()
+    shared = sum(division.sizes[: step.shared_experts])
+    rest_K = often_F[shared:].sort().values
+    experts = division.num_experts - step.shared_experts
+    inner = _partition(profile, rest_K, experts, step, seed)
+    return torch.cat([often_F[:shared].sort().values, rest_K[inner.order_F]])
 
 
 def _partition(
-    ffn: FFN, num_experts: int, step: Split, features_FX: Tensor | None, seed: int
+    profile: _Profile, rest_K: Tensor, experts: int, step: Split, seed: int
 ) -> Partition:
-    neurons = len(ffn.weights().up_FD)
-    if step.method == "contiguous":
-        return contiguous_partition(neurons, num_experts)
-    if step.method == "random":
-        return random_partition(neurons, num_experts, seed)
-    assert features_FX is not None
-    return kmeans_partition(features_FX, num_experts, seed)
+    match step.method:
+        case "contiguous":
+            return contiguous_partition(len(rest_K), experts)
+        case "random":
+            return random_partition(len(rest_K), experts, seed)
+        case "coactivation":
+            return coactivation_partition(profile.graph_FF[rest_K][:, rest_K], experts, seed)
+        case "kmeans":
+            return kmeans_partition(profile.features_FX()[rest_K], experts, seed)
 
 
-def _features(
-    model: nn.Module, ffns: list[FFN], step: Split, blocks_BT: Tensor, seed: int
-) -> list[Tensor | None]:
-    """What k-means compares, a neuron a row."""
-    if step.method != "kmeans":
-        return [None] * len(ffns)
-    if step.by == "weights":  # MoEfication: L2-normalised rows, arXiv 2110.01786
-        return [nn.functional.normalize(f.weights().routing_FD.detach().float()) for f in ffns]
-    sketches = [_Sketch(ffn, seed) for ffn in ffns]
+def _profiles(
+    model: nn.Module, ffns: list[FFN], first: int, step: Split, blocks_BT: Tensor, seed: int
+) -> list[_Profile]:
+    """What the text shows of the next FFNs: of all of them, unless their graphs are too large."""
+    bytes_each = 4 * max(len(ffn.weights().up_FD) for ffn in ffns) ** 2
+    fit = max(1, GRAPH_BYTES // bytes_each) if step.method == "coactivation" else len(ffns)
+    profiles = [_Profile(ffn, step, seed) for ffn in ffns[first : first + fit]]
 
     def visit(index: int, _: Tensor, h_TF: Tensor) -> None:
-        sketches[index].add(h_TF)
+        if 0 <= index - first < len(profiles):
+            profiles[index - first].add(h_TF)
 
-    visit_activations(model, blocks_BT, visit, title="calibrate split")
-    return [sketch.rows() for sketch in sketches]
+    if profiles[0].needs_text:
+        visit_activations(model, blocks_BT, visit, title="calibrate split")
+    return profiles
 
 
-class _Sketch:
-    """|h| ||w_down|| of each neuron over all tokens, projected at random to few dimensions.
+class _Profile:
+    """What a split has to know of the neurons of one FFN."""
 
-    A Gaussian projection keeps distances (Johnson and Lindenstrauss, 1984), so k-means sees the
-    same clusters, memory does not grow with the tokens, and 192 experts take a tenth of the time.
-    """
+    def __init__(self, ffn: FFN, step: Split, seed: int) -> None:
+        weights = ffn.weights()
+        neurons, device = len(weights.up_FD), weights.up_FD.device
+        self.step = step
+        self.weights = weights
+        self.sketch = Sketch(neurons, device, seed)
+        self.graph_FF = torch.zeros((neurons, neurons) if step.method == "coactivation" else ())
+        self.marks_F = torch.zeros(neurons)
 
-    def __init__(self, ffn: FFN, seed: int) -> None:
-        self.down_norm_F = ffn.weights().down_norm_F
-        self.rows_FX = self.down_norm_F.new_zeros(len(self.down_norm_F), SKETCH)
-        self.random = torch.Generator().manual_seed(seed)
-        self.tokens = 0
+    @property
+    def needs_text(self) -> bool:
+        """Whether a pass over the text would show anything."""
+        step = self.step
+        learns = step.method == "coactivation" or (step.method == "kmeans" and step.by != "weights")
+        return learns or step.shared_experts > 0
 
     def add(self, h_TF: Tensor) -> None:
-        contribution_TF = h_TF.float().abs() * self.down_norm_F
-        project_TX = torch.randn(len(h_TF), SKETCH, generator=self.random).to(h_TF.device)
-        self.rows_FX += contribution_TF.T @ project_TX
-        self.tokens += len(h_TF)
+        """A batch of hidden activations."""
+        contributions = contributions_TF(h_TF, self.weights.down_norm_F)
+        if self.step.method == "coactivation":
+            self.graph_FF += (contributions.T @ contributions).cpu()
+        if self.step.method == "kmeans" and self.step.by != "weights":
+            self.sketch.add(contributions if self.step.by == "activations" else marks_TF(h_TF))
+        if self.step.shared_experts:
+            self.marks_F += marks_TF(h_TF).sum(0).cpu()
 
-    def rows(self) -> Tensor:
-        return self.rows_FX / (self.tokens * SKETCH) ** 0.5
+    def features_FX(self) -> Tensor:
+        """What k-means compares, a neuron a row."""
+        if self.step.by == "weights":  # MoEfication: L2-normalised rows, arXiv 2110.01786
+            return nn.functional.normalize(self.weights.routing_FD.detach().float())
+        return self.sketch.rows()
+
+    def often_F(self) -> Tensor:
+        """The neurons by how many tokens marked them, most first; the host's order if none did."""
+        return self.marks_F.argsort(descending=True, stable=True)

@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from moe_tools.data import Batch, Text, token_count
+from moe_tools.model.checkpoint import is_classifier
 from moe_tools.model.conversion import set_mode
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
 from moe_tools.recipe import Train
+from moe_tools.steps.calibrate import check_sparsity
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES
 from moe_tools.steps.trainer import RecipeTrainer
 from moe_tools.steps.trim import check_trimmable
@@ -27,7 +30,7 @@ TRAINER_STATE = "trainer_state.json"
 def train(
     model: PreTrainedModel,
     step: Train,
-    blocks_BT: Tensor,
+    text: Text,
     work: Path,
     *,
     donor: PreTrainedModel | None = None,
@@ -38,13 +41,14 @@ def train(
     Args:
         model: dense or routed, in the dtype of its weights: bf16 weights get fp32 masters.
         step: what to train, how, and to which sparsity.
-        blocks_BT: the tokens of this step, in the order they are seen.
+        text: of this step, in the order it is seen: blocks for a causal language model, labelled
+            batches for a classifier.
         work: folder of the checkpoints.
         donor: the dense teacher, for the losses that need one.
         seed: of dropout.
 
     Returns:
-        Last logged losses, the sparsity where routed, tokens and seconds.
+        Last logged losses, the sparsity where routed, optimizer steps and trained tokens.
 
     Raises:
         ValueError: a loss that this model cannot have, or no donor for one that needs it.
@@ -54,16 +58,28 @@ def train(
     if step.mode != "dense":
         set_mode(model, step.mode)
     trained = trainable_parts(model, step)
-    step_blocks = step.batch_size * step.accumulate
-    steps = max(1, len(blocks_BT) // step_blocks)
-    blocks_BT = blocks_BT[: steps * step_blocks]  # or a resumed run would go on into the rest
-    trainer = RecipeTrainer(model, step, blocks_BT, work, steps, trained, donor, seed)
+    batches = whole_batches(text, step)
+    steps = max(1, len(batches) // step.accumulate)
+    trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed)
     with _only_trainable(model, trained):
         trainer.train(resume_from_checkpoint=newest_checkpoint(work))
     if step.mode in ("soft", "straight"):
         set_mode(model, "hard")
     model.eval()
-    return trainer.summary()
+    return {**trainer.summary(), "trained_tokens": token_count(batches)}
+
+
+def whole_batches(text: Text, step: Train) -> list[Batch]:
+    """The batches of whole optimizer steps; a resumed run would go on into a rest.
+
+    Less text than one step has is one step.
+    """
+    if isinstance(text, Tensor):
+        whole = len(text) // (step.batch_size * step.accumulate) * step.accumulate
+        text = [Batch(ids_BT) for ids_BT in text.split(step.batch_size)]
+    else:
+        whole = len(text) // step.accumulate * step.accumulate
+    return list(text[:whole] if whole else text)
 
 
 def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
@@ -96,12 +112,14 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
     """Whether a model can take a train step; changes nothing.
 
     Raises:
-        ValueError: no causal language model, or a mode, loss or target that it cannot have.
+        ValueError: neither a causal language model nor a classifier, or a mode, loss or target
+            that it cannot have.
     """
-    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    name = type(model).__name__
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_classifier(model):
         raise ValueError(
-            f"{type(model).__name__} is no causal language model: this version trains only those; "
-            "`split` and `attach` work on every family"
+            f"{name} is neither a causal language model nor a classifier: this version trains only "
+            "those; `split`, `attach`, `fit` and `budget` work on every family"
         )
     routed = bool(expert_ffns(model))
     for name in step.losses:
@@ -118,6 +136,7 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         if not routed:
             raise ValueError("target_sparsity needs routers: put `attach` before this train step")
         check_trimmable(model)
+        check_sparsity(expert_ffns(model), step.target_sparsity)
     if step.parts == "routers" and step.mode not in ("soft", "straight"):
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
 

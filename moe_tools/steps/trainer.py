@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,18 @@ from transformers import (
     TrainingArguments,
 )
 
+from moe_tools.data import Batch
 from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import find_ffns
-from moe_tools.model.routing import Routing, record_routing
+from moe_tools.model.routing import Routing, record_routing, routing_sparsity
 from moe_tools.recipe import Train
 from moe_tools.steps.calibrate import model_inputs
 from moe_tools.steps.controller import EtaController, Reference
 from moe_tools.steps.logit_losses import IGNORE, logit_losses
-from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, Observed
+from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
 from moe_tools.steps.optimizer import MasterAdamW
 from moe_tools.steps.schedules import warmup_cosine
 from moe_tools.steps.trim import sample_logits, shift_routers
+from moe_tools.steps.watch import Kind, watch_ffns
 
 logger = logging.getLogger(__name__)
 
@@ -43,29 +44,37 @@ DRIVE = "moe_tools_drive"
 """Where a checkpoint keeps the state of the drive."""
 
 
-class _Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __init__(self, blocks_BT: Tensor) -> None:
-        self.blocks_BT = blocks_BT
+class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """One item is a whole batch: rows come in the order and the groups that the data layer made."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
 
     def __len__(self) -> int:
-        return len(self.blocks_BT)
+        return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.blocks_BT[index]}
+        ids_BT, labels_B = self.batches[index]
+        return {"input_ids": ids_BT} | ({} if labels_B is None else {"labels": labels_B})
+
+
+def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    (item,) = items
+    return item
 
 
 class RecipeTrainer(Trainer):
     """The loop, with our losses, our optimizer and checkpoints without pickled arguments."""
 
     model: nn.Module
-    train_dataset: _Blocks
+    train_dataset: _Batches
     state: Any  # `stateful_callbacks` is annotated as what it is made from
 
     def __init__(
         self,
         model: PreTrainedModel,
         step: Train,
-        blocks_BT: Tensor,
+        batches: Sequence[Batch],
         work: Path,
         steps: int,
         groups: list[dict[str, Any]],
@@ -75,6 +84,7 @@ class RecipeTrainer(Trainer):
         self.step = step
         self.donor = None if donor is None else donor.eval()
         self.weights = dict(step.losses)
+        self.options = {"use_cache": False} if model.can_generate() else {}
         self.eta = EtaController() if step.drive == "eta" and step.mode != "hard" else None
         self.start: float | None = None
         self.logits: list[Tensor] = []
@@ -88,7 +98,8 @@ class RecipeTrainer(Trainer):
         super().__init__(
             model=model,
             args=_arguments(step, work, steps, seed, on_cpu=model.device.type == "cpu"),
-            train_dataset=_Blocks(blocks_BT),
+            train_dataset=_Batches(batches),
+            data_collator=_only,
             optimizers=(optimizer, schedule),
             callbacks=[_Control(self)],
         )
@@ -99,23 +110,24 @@ class RecipeTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The weighted sum of the recipe's losses on one batch of blocks."""
-        blocks_BT = inputs["input_ids"]
+        """The weighted sum of the recipe's losses on one batch."""
+        ids_BT, labels_B = inputs["input_ids"], inputs.get("labels")
         routed = bool(expert_ffns(model))
         recording: AbstractContextManager[list[Routing]] = (
             record_routing(model) if routed else nullcontext([])
         )
-        with recording as routings, _ffn_outputs(model, self._matches_ffns) as outputs:
-            logits_BTV = model(**model_inputs(model, blocks_BT), use_cache=False).logits
-        donor_logits, donor_outputs = self._donor_pass(blocks_BT)
+        kinds = {WATCHED[name] for name in self.weights if name in WATCHED}
+        with recording as routings, watch_ffns(model, kinds) as ffns:
+            logits = self._logits(model, ids_BT)
+        donor_logits, donor_outputs = self._donor_pass(ids_BT, kinds & {"outputs"})
         total, parts = logit_losses(
-            logits_BTV.flatten(0, 1),
-            next_token_labels(blocks_BT).flatten(),
-            None if donor_logits is None else donor_logits.flatten(0, 1),
+            logits,
+            next_token_labels(ids_BT).flatten() if labels_B is None else labels_B,
+            donor_logits,
             lm_weight=self.weights.get("lm", 0.0),
             distill_weight=self.weights.get("distill", 0.0),
         )
-        seen = Observed(routings, outputs, donor_outputs)
+        seen = Observed(routings, ffns.outputs, donor_outputs, ffns.hidden, ffns.pre)
         values = {"lm": parts.lm}
         if donor_logits is not None:
             values["distill"] = parts.distill
@@ -131,23 +143,22 @@ class RecipeTrainer(Trainer):
             )
         return total
 
-    @property
-    def _matches_ffns(self) -> bool:
-        return "distill_ffn" in self.weights
-
-    def _donor_pass(self, blocks_BT: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+    def _donor_pass(self, ids_BT: Tensor, kinds: set[Kind]) -> tuple[Tensor | None, list[Tensor]]:
         if self.donor is None or not set(self.weights) & set(DONOR_LOSSES):
             return None, []
-        with torch.no_grad(), _ffn_outputs(self.donor, self._matches_ffns) as outputs:
-            logits = self.donor(**model_inputs(self.donor, blocks_BT), use_cache=False).logits
-        return (logits if "distill" in self.weights else None), outputs
+        with torch.no_grad(), watch_ffns(self.donor, kinds) as ffns:
+            logits = self._logits(self.donor, ids_BT)
+        return (logits if "distill" in self.weights else None), ffns.outputs
+
+    def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
+        """(tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
+        return model(**model_inputs(model, ids_BT), **self.options).logits.flatten(0, -2)
 
     @torch.no_grad()
     def _note(self, values: dict[str, Tensor], routings: list[Routing]) -> None:
         noted = {name: value.item() for name, value in values.items()}
         if routings:
-            on = sum(int(r.mask_TE.sum()) for r in routings)
-            noted["sparsity"] = 1 - on / sum(r.mask_TE.numel() for r in routings)
+            noted["sparsity"] = routing_sparsity(routings)
         for name, value in noted.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.passes += 1
@@ -238,7 +249,7 @@ def _arguments(
     return TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
-        per_device_train_batch_size=step.batch_size,
+        per_device_train_batch_size=1,  # an item is a batch
         gradient_accumulation_steps=step.accumulate,
         max_grad_norm=1.0,
         save_strategy="steps",
@@ -280,20 +291,3 @@ class _Control(TrainerCallback):
 
 def _figures(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in values.items())
-
-
-@contextmanager
-def _ffn_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Yields a list that gets the output of every FFN's down projection, in forward order."""
-    outputs: list[Tensor] = []
-    routed = expert_ffns(model)
-    downs = [ffn.down for ffn in routed] or [ffn.down for ffn in find_ffns(model)] if wanted else []
-    handles = [
-        down.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-        for down in downs
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

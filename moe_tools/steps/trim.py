@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.data.generate import evaluating
-from moe_tools.model.experts import expert_ffns
+from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.routers import SigmoidRouter
 from moe_tools.model.routing import Routing, record_routing
 from moe_tools.model.selectors import Threshold
@@ -41,27 +41,37 @@ def check_trimmable(model: nn.Module) -> None:
 @torch.no_grad()
 def sample_logits(model: nn.Module, routings: Iterable[Routing]) -> Tensor:
     """logits_S: how far a sample of scores lies above the threshold, on the logit scale."""
-    selector = expert_ffns(model)[0].selector
-    assert isinstance(selector, Threshold)  # check_trimmable
-    tau = torch.tensor(selector.tau)
-    scores = torch.cat([_sample(routing.scores_TE).flatten() for routing in routings])
-    return scores.logit(eps=1e-6) - tau.to(scores).logit()
+    ffns = {ffn.name: ffn for ffn in expert_ffns(model)}
+    return torch.cat([_sample(ffns[r.ffn], r.scores_TE).flatten() for r in routings])
 
 
-def _sample(scores_TE: Tensor) -> Tensor:
-    scores_TE = scores_TE.flatten(0, -2)
-    return scores_TE[:: max(1, len(scores_TE) // SAMPLE)]
+def _sample(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
+    assert isinstance(ffn.selector, Threshold)  # check_trimmable
+    scores_TR = scores_TE.flatten(0, -2)[:, ffn.shared :]
+    tau = torch.tensor(ffn.selector.tau, device=scores_TR.device)
+    return scores_TR[:: max(1, len(scores_TR) // SAMPLE)].logit(eps=1e-6) - tau.logit()
 
 
 @torch.no_grad()
 def shift_routers(
     model: nn.Module, logits_S: Tensor, sparsity: float, damping: float = 1.0
 ) -> None:
-    """Moves every bias by `damping` times what brings the share of `logits_S` below 0 there."""
-    place = min(len(logits_S), max(1, round(sparsity * len(logits_S))))
+    """Moves every bias by `damping` times what turns the share `sparsity` of all neurons off.
+
+    Shared experts stay on, so of the others a larger share is turned off.
+    """
+    share = sparsity / _routed_share(model)
+    place = min(len(logits_S), max(1, round(share * len(logits_S))))
     shift = -damping * logits_S.kthvalue(place).values
     for ffn in expert_ffns(model):
         ffn.router.get_parameter("bias").add_(shift)
+
+
+def _routed_share(model: nn.Module) -> float:
+    """Share of the neurons that a router can turn off."""
+    ffns = expert_ffns(model)
+    routed = sum(ffn.importance().routed_neurons for ffn in ffns)
+    return routed / sum(ffn.division.neurons for ffn in ffns)
 
 
 @torch.no_grad()

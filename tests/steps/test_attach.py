@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,23 +12,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.model.conversion import read_conversion
+from moe_tools.model.division import Division
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
+from moe_tools.model.importance import Importance
+from moe_tools.model.routers import ROUTERS, RepresentativeRouter
 from moe_tools.model.routing import record_routing
 from moe_tools.recipe import Attach
-from moe_tools.steps.attach import RIDGE, SPREAD, attach
-from tests.families import EXPERT_SIZE, EXPERTS, FAMILIES, build, logits
+from moe_tools.steps.attach import RIDGE, SPREAD, attach, rehearse_attach, representatives_R
+from tests.families import (
+    EXPERT_SIZE,
+    EXPERTS,
+    FAMILIES,
+    SIZES,
+    SPLIT,
+    build,
+    every_size,
+    logits,
+    of_size,
+)
 
 OPEN = Attach(start="open")
+HALF = {"kind": "topk", "share": 0.5}
 
 
 def text(rows: int = 16, length: int = 32) -> Tensor:
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-def attached(donor: PreTrainedModel, step: Attach, blocks_BT: Tensor) -> PreTrainedModel:
+def attached(
+    donor: PreTrainedModel, step: Attach, blocks_BT: Tensor, size: int = EXPERT_SIZE
+) -> PreTrainedModel:
     model = copy.deepcopy(donor)
-    attach(model, step, "donor", EXPERT_SIZE, blocks_BT)
+    attach(model, step, of_size(size, SPLIT), blocks_BT)
     return model
 
 
@@ -59,17 +74,18 @@ def ridge(x_TD: Tensor, target_TE: Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def log_energies(h_TF: Tensor, down: nn.Module) -> Tensor:
+def log_energies(h_TF: Tensor, down: nn.Module, size: int = EXPERT_SIZE) -> Tensor:
     energy_TF = (h_TF.double() * down.weight.double().norm(dim=0)) ** 2
-    return torch.stack([part.sum(-1).log() for part in energy_TF.split(EXPERT_SIZE, -1)], -1)
+    return torch.stack([part.sum(-1).log() for part in energy_TF.split(SIZES[size], -1)], -1)
 
 
-def test_the_start_is_a_ridge_regression_up_to_one_scale_and_one_shift() -> None:
+@every_size
+def test_the_start_is_a_ridge_regression_up_to_one_scale_and_one_shift(size: int) -> None:
     donor = build("llama")
-    model = attached(donor, Attach(start_sparsity=0.1), text())
+    model = attached(donor, Attach(start_sparsity=0.1), text(), size)
     downs = [ffn.down for ffn in find_ffns(donor)]
     for (x_TD, h_TF), down, ffn in zip(seen(donor, text()), downs, expert_ffns(model), strict=True):
-        expected = ridge(x_TD, log_energies(h_TF, down))
+        expected = ridge(x_TD, log_energies(h_TF, down, size))
         got = nn.functional.linear(x_TD, ffn.router.weight, ffn.router.bias).detach().numpy()
         scale = got.std() / expected.std()
         shifted = (expected - expected.mean()) * scale + got.mean()
@@ -103,10 +119,12 @@ def test_the_start_sparsity_is_about_met_in_every_ffn(sparsity: float) -> None:
         assert off == pytest.approx(sparsity, abs=0.02 + 0.1 * sparsity)
 
 
-@pytest.mark.parametrize("start", ["regression", "open"])
-def test_what_an_expert_that_is_off_contributes_is_its_mean(start: Any) -> None:
+@pytest.mark.parametrize(
+    "step", [Attach(), OPEN, *(Attach(kind, selector=HALF) for kind in ROUTERS)], ids=str
+)
+def test_what_an_expert_that_is_off_contributes_is_its_mean(step: Attach) -> None:
     donor = build("llama")
-    model = attached(donor, Attach(start=start, when_off="mean"), text())
+    model = attached(donor, replace(step, when_off="mean"), text())
     for (_, h_TF), ffn in zip(seen(donor, text()), expert_ffns(model), strict=True):
         assert ffn.off_F is not None
         assert (ffn.off_F - h_TF.mean(0)).abs().max() < 1e-6
@@ -117,9 +135,10 @@ def test_when_off_zero_keeps_no_mean() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_open_start_changes_no_logit(family: str) -> None:
+@every_size
+def test_an_open_start_changes_no_logit(family: str, size: int) -> None:
     donor = build(family)
-    model = attached(donor, OPEN, text())
+    model = attached(donor, OPEN, text(), size)
     assert torch.equal(logits(model), logits(donor))
     with record_routing(model) as routings:
         logits(model)
@@ -173,24 +192,27 @@ def test_a_bf16_donor_gets_fp32_routers() -> None:
         (replace(OPEN, router="sigmod"), "unknown router 'sigmod'; did you mean 'sigmoid'"),
         (replace(OPEN, selector={"kind": "tresh"}), "unknown selector 'tresh'; did you mean 'thr"),
         (replace(OPEN, selector={"tau": 0.5}), "unknown selector ''"),
-        (replace(OPEN, selector={"kind": "topk"}), "missing 1 required positional argument: 'k'"),
+        (replace(OPEN, selector={"kind": "topk"}), "top-k needs either k or share"),
         (replace(OPEN, selector={"kind": "threshold", "k": 2}), "unexpected keyword argument 'k'"),
+        (replace(OPEN, router_options={"hidden": 3}), "router sigmoid with .*'hidden'"),
+        (replace(OPEN, router="norm", router_options={"hidden": 0}), "needs hidden >= 1, not 0"),
+        (replace(OPEN, selector={"kind": "topk", "k": 7}), "top-k asks for 7 of 6 experts"),
     ],
 )
 def test_a_mistake_leaves_the_model_dense(step: Attach, message: str) -> None:
     model = build("llama")
     before = logits(model)
     with pytest.raises(ValueError, match=message):
-        attach(model, step, "donor", EXPERT_SIZE, text())
+        attach(model, step, SPLIT, text())
     assert not expert_ffns(model)
     assert torch.equal(logits(model), before)
     assert read_conversion(model) is None
 
 
-def test_a_size_that_does_not_divide_leaves_the_model_dense() -> None:
+def test_a_size_beyond_the_neurons_leaves_the_model_dense() -> None:
     model = build("llama")
-    with pytest.raises(ValueError, match="48 neurons, which experts of 10 do not divide"):
-        attach(model, Attach(), "donor", 10, text())
+    with pytest.raises(ValueError, match="48 neurons: experts of 49 are not possible"):
+        attach(model, Attach(), of_size(49, SPLIT), text())
     assert not expert_ffns(model)
 
 
@@ -199,12 +221,98 @@ def test_a_host_expert_without_a_token_leaves_the_model_dense() -> None:
     model = build("mixtral")
     for step in (Attach(), Attach(start="open", when_off="mean")):
         with pytest.raises(ValueError, match=r"experts\.\d saw no calibration token: give more"):
-            attach(model, step, "donor", EXPERT_SIZE, text(rows=1, length=1))
+            attach(model, step, SPLIT, text(rows=1, length=1))
         assert not expert_ffns(model)
-    attach(model, OPEN, "donor", EXPERT_SIZE, text(rows=1, length=1))  # needs no text
+    attach(model, OPEN, SPLIT, text(rows=1, length=1))  # needs no text
 
 
 def test_a_routed_model_is_not_routed_again() -> None:
     model = attached(build("llama"), OPEN, text())
     with pytest.raises(ValueError, match="is routed already"):
-        attach(model, OPEN, "donor", EXPERT_SIZE, text())
+        attach(model, OPEN, SPLIT, text())
+
+
+# --- shared experts and routers that need no training
+
+
+@every_size
+def test_the_regression_leaves_shared_experts_out(size: int) -> None:
+    """The routed experts start as they would without them, but for the common shift and scale."""
+    donor = build("llama")
+    split = replace(of_size(size, SPLIT), shared_experts=2)
+    model = copy.deepcopy(donor)
+    attach(model, Attach(start_sparsity=0.3), split, text())
+    downs = [ffn.down for ffn in find_ffns(donor)]
+    for (x_TD, h_TF), down, ffn in zip(seen(donor, text()), downs, expert_ffns(model), strict=True):
+        expected = ridge(x_TD, log_energies(h_TF, down, size)[:, 2:])
+        got = nn.functional.linear(x_TD, ffn.router.weight, ffn.router.bias).detach().numpy()
+        shifted = (expected - expected.mean()) * (got.std() / expected.std()) + got.mean()
+        assert np.abs(got - shifted).max() < 1e-3
+        routing = ffn.route(x_TD)
+        assert routing.mask_TE[:, :2].all()
+        off = 1 - routing.mask_TE[:, 2:].double().mean()
+        assert off == pytest.approx(0.3, abs=0.06)
+
+
+def test_a_representative_is_the_neuron_nearest_to_its_experts_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the marks of all tokens: a wide sketch has their distances within 2 %."""
+    monkeypatch.setattr("moe_tools.steps.profiles.SKETCH", 2**15)
+    donor = build("llama")
+    model = copy.deepcopy(donor)
+    attach(model, Attach("representative", selector=HALF), replace(SPLIT, shared_experts=1), text())
+    for (_, h_TF), ffn in zip(seen(donor, text()), expert_ffns(model), strict=True):
+        marks_TF = torch.zeros_like(h_TF).scatter(1, h_TF.abs().topk(10).indices, 1.0)
+        assert isinstance(ffn.router, RepresentativeRouter)
+        assert len(ffn.router.neurons) == EXPERTS - 1
+        for expert, neuron in enumerate(ffn.router.neurons.tolist(), start=1):
+            marks_TN = marks_TF[:, expert * EXPERT_SIZE : (expert + 1) * EXPERT_SIZE]
+            distance_N = (marks_TN - marks_TN.mean(1, keepdim=True)).norm(dim=0)
+            assert distance_N[neuron - expert * EXPERT_SIZE] <= 1.02 * distance_N.min()
+            assert distance_N.max() > 1.02 * distance_N.min()
+
+
+def test_representatives_by_hand() -> None:
+    rows_FX = torch.tensor([[0.0], [9.0], [1.0], [2.0], [6.0], [5.0], [7.0], [7.5]])
+    importance = Importance(Division(8, 3), 1, torch.ones(8, 1))
+    assert representatives_R(rows_FX, importance).tolist() == [5, 6]
+    assert representatives_R(rows_FX, replace(importance, shared=0)).tolist() == [2, 5, 6]
+
+
+@pytest.mark.parametrize("kind", sorted(set(ROUTERS) - {"sigmoid", "representative"}))
+def test_the_others_need_no_text(kind: str) -> None:
+    """Two tokens that the model does not have would be an IndexError."""
+    model = attached(build("llama"), Attach(kind, selector=HALF), torch.tensor([[1000, 1000]]))
+    assert torch.isfinite(logits(model)).all()
+
+
+@pytest.mark.parametrize("kind", ["dynamic_k", "top_p"])
+def test_shares_of_negative_scores_are_refused(kind: str) -> None:
+    model = build("llama")
+    selector = {
+        "dynamic_k": {"kind": "dynamic_k", "tau": 0.5},
+        "top_p": {"kind": "top_p", "p": 0.5},
+    }
+    step = Attach("similarity", selector=selector[kind])
+    message = rf"^router similarity scores below 0, which selector {kind} cannot compare: use topk"
+    for verb in (attach, lambda model, step, split, _: rehearse_attach(model, step, split)):
+        with pytest.raises(ValueError, match=message):
+            verb(model, step, SPLIT, text())
+    assert not expert_ffns(model)
+
+
+def test_the_config_says_what_is_shared_and_how_the_router_is_made() -> None:
+    model = build("llama")
+    step = Attach("norm", {"hidden": 5}, HALF, when_off="mean")
+    attach(model, step, replace(SPLIT, shared_experts=2), text())
+    conversion = read_conversion(model)
+    assert conversion is not None
+    assert (conversion.shared_experts, conversion.router_options) == (2, {"hidden": 5})
+    assert (conversion.when_off, conversion.selector_of) == ("mean", {})
+
+
+def test_a_rehearsal_reads_no_text() -> None:
+    model = build("llama")
+    rehearse_attach(model, Attach("representative", selector=HALF, when_off="mean"), SPLIT)
+    assert len(expert_ffns(model)) == 2

@@ -6,21 +6,33 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_tools.model.division import Division
+from moe_tools.model.experts import expert_ffns
+from moe_tools.model.ffn import find_ffns
 from moe_tools.model.routing import Routing
 from moe_tools.steps.losses import (
     DONOR_LOSSES,
     LOGIT_LOSSES,
     LOSSES,
     SEPARABILITY_MARGIN,
+    WATCHED,
     Observed,
+    clamped,
     distill_ffn,
     efficiency,
+    hoyer,
+    l1,
     separability,
 )
+from moe_tools.steps.watch import watch_ffns
+from tests.families import NEURONS, build, model_inputs, routed
 
 
 def observed(*scores: Tensor) -> Observed:
-    return Observed([Routing(str(i), s, s > 0.5) for i, s in enumerate(scores)], [], [])
+    """What routers with these scores showed."""
+    return Observed(
+        [Routing(str(i), s, s > 0.5, Division(NEURONS, s.shape[-1])) for i, s in enumerate(scores)]
+    )
 
 
 def scores_of(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -99,8 +111,78 @@ def test_gradients_are_numerically_right(loss) -> None:
 
 
 def test_every_loss_has_one_home() -> None:
-    assert set(LOSSES) == {"efficiency", "separability", "distill_ffn"}
+    assert set(LOSSES) >= {"efficiency", "separability", "distill_ffn", "l1", "hoyer", "clamped"}
     assert not set(LOSSES) & set(LOGIT_LOSSES)
     assert set(DONOR_LOSSES) <= {*LOSSES, *LOGIT_LOSSES}
     with pytest.raises(ValueError, match="unknown loss 'eficiency'; did you mean 'efficiency'"):
         _ = LOSSES["eficiency"]
+
+
+# --- losses of activations
+
+
+def test_l1_by_hand() -> None:
+    seen = Observed(hidden_TF=[torch.tensor([[1.0, -2.0], [0.0, 4.0]]), torch.tensor([[-3.0]])])
+    assert l1(seen).item() == pytest.approx(((3 + 4) / 2 + 3) / 2)
+
+
+def test_hoyer_by_hand() -> None:
+    seen = Observed(hidden_TF=[torch.tensor([[3.0, -4.0], [0.0, 5.0]]), torch.tensor([[2.0, 2.0]])])
+    assert hoyer(seen).item() == pytest.approx(((49 / 25 + 1) / 2 + 2) / 2)
+    assert hoyer(Observed(hidden_TF=[torch.ones(2, 7)])).item() == pytest.approx(7)
+
+
+def test_hoyer_does_not_see_the_scale_and_is_finite_at_zero() -> None:
+    h_TF = torch.randn(5, 4)
+    once = hoyer(Observed(hidden_TF=[h_TF])).item()
+    assert hoyer(Observed(hidden_TF=[1000 * h_TF])).item() == pytest.approx(once, rel=1e-5)
+    silent_TF = torch.zeros(2, 3, requires_grad=True)
+    loss = hoyer(Observed(hidden_TF=[silent_TF]))
+    loss.backward()
+    assert loss.item() == 0 and torch.isfinite(silent_TF.grad).all()  # type: ignore[arg-type]
+
+
+def test_clamped_by_hand() -> None:
+    seen = Observed(pre_TF=[torch.tensor([[1.0, -12.0], [-10.0, -9.5]]), torch.tensor([[0.0]])])
+    assert clamped(seen).item() == pytest.approx((11.5 / 2 + 10) / 2)
+
+
+@pytest.mark.parametrize("loss", [l1, hoyer, clamped])
+def test_every_ffn_weighs_alike_whatever_its_leading_dimensions(loss) -> None:
+    one, other = torch.randn(6, 4), torch.randn(2, 5)
+    key = "pre_TF" if loss is clamped else "hidden_TF"
+    parts = [loss(Observed(**{key: [h_TF]})) for h_TF in (one, other)]
+    both = loss(Observed(**{key: [one.view(2, 3, 4), other]}))
+    assert both.item() == pytest.approx(sum(parts).item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [l1, hoyer, clamped])
+def test_losses_of_activations_are_in_fp32(loss) -> None:
+    low_TF = torch.full((1, 4096), 0.01, dtype=torch.bfloat16)
+    exact = loss(Observed(hidden_TF=[low_TF.double()], pre_TF=[low_TF.double()]))
+    value = loss(Observed(hidden_TF=[low_TF], pre_TF=[low_TF]))
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["distill_ffn", "l1", "hoyer", "clamped"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5-gated"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "routed"])
+def test_gradients_arrive_at_the_weights_before(name: str, family: str, sparse: bool) -> None:
+    donor = build(family)
+    model = routed(donor)[0] if sparse else donor
+    with watch_ffns(model, {WATCHED[name]}) as ffns:
+        model(**model_inputs(model))
+    seen = Observed(
+        outputs_TD=ffns.outputs,
+        donor_outputs_TD=[torch.randn_like(y_TD) for y_TD in ffns.outputs],
+        hidden_TF=ffns.hidden,
+        pre_TF=ffns.pre,
+    )
+    LOSSES[name](seen).backward()
+    for ffn in expert_ffns(model) or find_ffns(model):
+        projections = ffn.projections
+        first = projections.up if projections.gate is None else projections.gate
+        assert first.weight.grad is not None and first.weight.grad.count_nonzero() > 0, ffn.name
+    last = ffn.projections.down.weight.grad  # the last FFN of all: only its output sees it
+    assert (last is not None) == (name == "distill_ffn")

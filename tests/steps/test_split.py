@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +15,28 @@ from transformers import PreTrainedModel
 from moe_tools.model.ffn import find_ffns
 from moe_tools.recipe import Split
 from moe_tools.steps.split import split
-from tests.families import EXPERT_SIZE, EXPERTS, FAMILIES, NEURONS, build, logits
+from tests.families import (
+    EXPERT_SIZE,
+    EXPERTS,
+    FAMILIES,
+    NEURONS,
+    SIZES,
+    UNEVEN,
+    build,
+    every_size,
+    logits,
+)
 
+split_module = importlib.import_module(split.__module__)
 METHODS = {
     "by activations": Split(EXPERT_SIZE),
+    "by marks": Split(EXPERT_SIZE, by="marks"),
     "by weights": Split(EXPERT_SIZE, by="weights"),
+    "coactivation": Split(EXPERT_SIZE, method="coactivation"),
     "random": Split(EXPERT_SIZE, method="random"),
     "contiguous": Split(EXPERT_SIZE, method="contiguous"),
 }
+every_shared = pytest.mark.parametrize("shared", [0, 1, 2])
 every_method = pytest.mark.parametrize("step", METHODS.values(), ids=METHODS)
 
 
@@ -38,19 +55,22 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @every_method
-def test_the_output_stays(step: Split) -> None:
+@every_shared
+def test_the_output_stays(step: Split, shared: int) -> None:
     model = build("llama")
     before = logits(model)
-    partitions = split(model, step, text(), seed=0)
+    partitions = split(model, replace(step, shared_experts=shared), text(), seed=0)
     assert len(partitions) == 2
     assert (logits(model) - before).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_output_stays_in_every_family(family: str) -> None:
+@every_size
+@pytest.mark.parametrize("method", ["kmeans", "coactivation"])
+def test_the_output_stays_in_every_family(family: str, size: int, method: Any) -> None:
     model = build(family)
     before = logits(model)
-    split(model, METHODS["by activations"], text(32), seed=0)
+    split(model, Split(size, method, shared_experts=1), text(32), seed=0)
     assert (logits(model) - before).abs().max() <= 2e-6 * max(1.0, float(before.abs().max()))
 
 
@@ -93,18 +113,29 @@ def test_neurons_that_fire_together_share_an_expert() -> None:
                 tensor.copy_(tensor[:NEURONS:EXPERT_SIZE].repeat_interleave(EXPERT_SIZE, 0))
                 tensor.copy_(tensor[shuffle])
         labels[index] = (torch.arange(NEURONS) // EXPERT_SIZE)[shuffle]
-    for by in ("by activations", "by weights"):
+    for by in ("by activations", "by weights", "coactivation"):
         for index, order_F in enumerate(orders(model, METHODS[by], seed=0)):
             experts_EN = labels[index][order_F].view(EXPERTS, EXPERT_SIZE)
             assert (experts_EN == experts_EN[:, :1]).all()
 
 
 @every_method
-def test_a_size_that_does_not_divide_leaves_the_model_as_it_was(step: Split) -> None:
+@every_shared
+def test_a_size_that_does_not_divide_makes_experts_of_two_sizes(step: Split, shared: int) -> None:
+    model = build("llama")
+    before = logits(model)
+    uneven = replace(step, expert_size=UNEVEN, shared_experts=shared)
+    partitions = split(model, uneven, text(), seed=0)
+    assert [partition.division.sizes for partition in partitions] == [SIZES[UNEVEN]] * 2
+    assert (logits(model) - before).abs().max() <= 2e-6
+
+
+@every_method
+def test_a_size_beyond_the_neurons_leaves_the_model_as_it_was(step: Split) -> None:
     model = build("llama")
     before = copy.deepcopy(model.state_dict())
-    wrong = Split(10, step.method, step.by)
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp has 48 neurons, which experts of 10 do"):
+    wrong = Split(49, step.method, step.by)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp has 48 neurons: experts of 49 are not"):
         split(model, wrong, text(), seed=0)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -125,3 +156,92 @@ def test_calibration_leaves_nothing_behind() -> None:
     hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- shared experts
+
+
+@torch.no_grad()
+def marks(model: PreTrainedModel) -> list[Tensor]:
+    """For every FFN, how many tokens have a neuron among their 10 largest |h|; a slow loop."""
+    counts = [torch.zeros(NEURONS, dtype=torch.long) for _ in find_ffns(model)]
+    hooks = []
+    for ffn, count_F in zip(find_ffns(model), counts, strict=True):
+
+        def count(_: Any, args: tuple[Tensor, ...], count_F: Tensor = count_F) -> None:
+            for h_F in args[0].flatten(0, -2).abs():
+                for neuron in sorted(range(NEURONS), key=lambda n: -float(h_F[n]))[:10]:
+                    count_F[neuron] += 1
+
+        hooks.append(ffn.down.register_forward_pre_hook(count))
+    model(input_ids=text())
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+@every_method
+@pytest.mark.parametrize(("size", "shared", "neurons"), [(EXPERT_SIZE, 2, 16), (UNEVEN, 1, 10)])
+def test_shared_experts_are_the_neurons_that_fire_most_often(
+    step: Split, size: int, shared: int, neurons: int
+) -> None:
+    model = build("llama")
+    counts = marks(model)
+    step = replace(step, expert_size=size, shared_experts=shared)
+    for partition, count_F in zip(split(model, step, text(), seed=0), counts, strict=True):
+        first_F, rest_F = partition.order_F[:neurons], partition.order_F[neurons:]
+        assert count_F[first_F].min() >= count_F[rest_F].max()
+        assert torch.equal(first_F.sort().values, first_F)  # in the host's order
+        assert partition.order_F.sort().values.tolist() == list(range(NEURONS))
+
+
+def test_contiguous_keeps_the_host_s_order_after_shared_experts() -> None:
+    step = replace(METHODS["contiguous"], shared_experts=1)
+    for order_F in orders(build("llama"), step, seed=0):
+        rest_F = order_F[EXPERT_SIZE:]
+        assert torch.equal(rest_F.sort().values, rest_F)
+
+
+@pytest.mark.parametrize("shared", [6, 7])
+def test_some_expert_is_left_to_route(shared: int) -> None:
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    message = rf"layers\.0\.mlp: {shared} of 6 experts cannot be shared$"
+    with pytest.raises(ValueError, match=message):
+        split(model, Split(EXPERT_SIZE, shared_experts=shared), text(), seed=0)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_one_routed_expert_is_enough() -> None:
+    for order_F in orders(build("llama"), Split(EXPERT_SIZE, shared_experts=5), seed=0):
+        assert order_F.sort().values.tolist() == list(range(NEURONS))
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("graphs", [0, 1, 3])
+def test_graphs_that_do_not_fit_take_more_passes_and_change_nothing(
+    family: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family)
+    step = replace(METHODS["coactivation"], shared_experts=1)
+    at_once = orders(model, step, seed=0)
+    passes = []
+    real = split_module.visit_activations
+
+    def visit(*args: Any, **kwargs: Any) -> None:
+        passes.append(1)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(split_module, "visit_activations", visit)
+    monkeypatch.setattr(split_module, "GRAPH_BYTES", graphs * 4 * NEURONS**2)
+    assert same(orders(model, step, seed=0), at_once)
+    assert len(passes) == -(-len(at_once) // max(1, graphs))
+
+
+@pytest.mark.parametrize("name", ["by weights", "random", "contiguous"])
+def test_what_needs_no_text_reads_none(name: str) -> None:
+    """Two tokens that the model does not have would be an IndexError."""
+    split(build("llama"), METHODS[name], torch.tensor([[1000, 1000]]), seed=0)

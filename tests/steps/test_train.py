@@ -22,7 +22,7 @@ from moe_tools.recipe import Attach, Train
 from moe_tools.steps.attach import attach
 from moe_tools.steps.losses import Observed, efficiency, separability
 from moe_tools.steps.train import newest_checkpoint, train, trainable_parts
-from tests.families import EXPERT_SIZE, build, is_router, logits, randomize, routed
+from tests.families import EXPERT_SIZE, EXPERTS, SPLIT, build, is_router, logits, randomize, routed
 
 LENGTH = 16
 LTE = {"lm": 1.0, "efficiency": 0.1, "separability": 0.1}
@@ -47,7 +47,7 @@ def converted(dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedMo
     torch.manual_seed(0)
     model = build("llama", **config).to(dtype)
     step = Attach(start_sparsity=0.1)
-    attach(model, step, "donor", EXPERT_SIZE, text(32))
+    attach(model, step, SPLIT, text(32))
     return model
 
 
@@ -207,7 +207,7 @@ def by_hand(ffn: Any, x_TD: Tensor) -> Tensor:
     """y = sum over experts of G_e E_e(x), an expert at a time."""
     scores_TE = torch.sigmoid(x_TD @ ffn.router.weight.T + ffn.router.bias)
     y_TD = ffn.down_proj.bias.expand(len(x_TD), -1)
-    for expert in range(ffn.num_experts):
+    for expert in range(EXPERTS):
         rows = slice(expert * EXPERT_SIZE, (expert + 1) * EXPERT_SIZE)
         gate = nn.functional.silu(x_TD @ ffn.gate_proj.weight[rows].T + ffn.gate_proj.bias[rows])
         up = x_TD @ ffn.up_proj.weight[rows].T + ffn.up_proj.bias[rows]
@@ -241,7 +241,7 @@ def test_a_soft_step_follows_the_gradient_of_the_whole_loss(tmp_path: Path) -> N
     set_mode(donor, "soft")
     with record_routing(donor) as routings:
         loss = language_loss(donor, text(4))
-    seen = Observed(routings, [], [])
+    seen = Observed(routings)
     (loss + 0.1 * efficiency(seen) + 0.1 * separability(seen)).backward()
     train(model, replace(SOFT, lr=1e-4, router_lr=1e-3), text(4), tmp_path)
     for (name, now), was in zip(model.named_parameters(), donor.parameters(), strict=True):
@@ -628,7 +628,7 @@ def test_what_a_top_k_model_cannot_have(step: Train, message: str, tmp_path: Pat
 
 
 def test_an_encoder_is_not_trained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="BertForMaskedLM is no causal language model"):
+    with pytest.raises(ValueError, match="BertForMaskedLM is neither a causal language model"):
         train(build("bert"), DENSE, text(8), tmp_path)
 
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.model.conversion import Conversion
+from moe_tools.model.conversion import Conversion, attach_experts
 from moe_tools.model.experts import expert_ffns
-from moe_tools.model.routing import record_routing
+from moe_tools.model.routing import Routing, record_routing, routing_sparsity
 from moe_tools.steps.trim import sample_logits, shift_routers, trim
-from tests.families import EXPERT_SIZE, build, randomize, routed
+from tests.families import (
+    EXPERT_SIZE,
+    NEURONS,
+    UNEVEN,
+    build,
+    of_size,
+    per_neuron,
+    randomize,
+    routed,
+)
 
 
 def text(rows: int = 12, length: int = 48) -> Tensor:
@@ -132,3 +143,35 @@ def test_top_k_has_no_line_to_move() -> None:
 def test_a_dense_model_has_nothing_to_trim() -> None:
     with pytest.raises(ValueError, match="has no routed FFN"):
         trim(build("llama"), 0.5, text())
+
+
+@pytest.mark.parametrize(("shared", "target"), [(1, 0.3), (1, 0.7), (2, 0.4)])
+@pytest.mark.parametrize("size", [EXPERT_SIZE, UNEVEN])
+def test_shared_experts_count_as_neurons_that_stay_on(
+    shared: int, target: float, size: int
+) -> None:
+    model, _ = routed(build("llama"), replace(of_size(size), shared_experts=shared))
+    randomize(model)
+    trim(model, target, text())
+    with record_routing(model) as routings, torch.no_grad():
+        model(input_ids=text())
+    off = sum(int((~per_neuron(routing.mask_TE, size)).sum()) for routing in routings)
+    assert off / sum(r.mask_TE[..., 0].numel() * NEURONS for r in routings) == pytest.approx(
+        target, abs=0.015
+    )
+    assert all(routing.mask_TE[..., :shared].all() for routing in routings)
+    assert routing_sparsity(routings) == pytest.approx(1 - neurons_on(routings, size), abs=1e-9)
+
+
+def neurons_on(routings: list[Routing], size: int) -> float:
+    """Share of neurons on, counted one by one."""
+    on = [per_neuron(routing.mask_TE, size).flatten() for routing in routings]
+    return torch.cat(on).double().mean().item()
+
+
+@pytest.mark.parametrize("router", ["mlp", "norm"])
+def test_only_a_bias_of_sigmoid_routers_can_move(router: str) -> None:
+    model = build("llama")
+    attach_experts(model, Conversion("donor", EXPERT_SIZE, router, {"kind": "threshold"}))
+    with pytest.raises(ValueError, match="a target sparsity needs sigmoid routers"):
+        trim(model, 0.5, text())

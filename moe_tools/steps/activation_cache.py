@@ -1,0 +1,62 @@
+"""What every FFN saw and did on calibration text, on disk: memory stays that of one batch.
+
+Letters: T tokens, D model width, F neurons, R experts that are routed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.model.experts import ExpertFFN
+from moe_tools.steps.calibrate import visit_activations
+
+COMPLETE = "complete.json"
+"""Written last: without it the cache is made again."""
+Target = Callable[[ExpertFFN, Tensor], Tensor]
+"""target_TR of an FFN from its h_TF."""
+DTYPE = torch.bfloat16
+"""Of everything on disk: labels need no more than its three digits."""
+
+
+class ActivationCache:
+    """A folder with the inputs, the targets and the experts' output norms of every FFN."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fill(self, model: nn.Module, ffns: list[ExpertFFN], blocks_BT: Tensor, of: Target) -> None:
+        """Runs the model over the blocks, unless a complete cache is there."""
+        if (self.folder / COMPLETE).is_file():
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+
+        def visit(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
+            _append(self._file(index, "x"), x_TD)
+            _append(self._file(index, "target"), of(ffns[index], h_TF))
+            _append(self._file(index, "norm"), ffns[index].importance().norm_TR(h_TF))
+
+        visit_activations(model, blocks_BT, visit, title="cache activations")
+        (self.folder / COMPLETE).write_text(json.dumps({"tokens": blocks_BT.numel()}))
+
+    def read(self, index: int, what: Literal["x", "target", "norm"], columns: int) -> Tensor:
+        """x_TD, target_TR or norm_TR of one FFN, mapped from the disk."""
+        file = self._file(index, what)
+        numbers = file.stat().st_size // DTYPE.itemsize
+        flat = torch.from_file(str(file), shared=False, size=numbers, dtype=DTYPE)
+        return flat.view(-1, columns)
+
+    def _file(self, index: int, what: str) -> Path:
+        return self.folder / f"{index}.{what}"
+
+
+def _append(file: Path, values: Tensor) -> None:
+    with file.open("ab") as out:
+        out.write(values.to(DTYPE).contiguous().cpu().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,165 @@
+"""Fit: train routers alone, one FFN after the other, on the donor's activations.
+
+Letters: T tokens, D model width, F neurons, R experts that are routed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moe_tools.model.experts import ExpertFFN
+from moe_tools.model.routers import LearnedRouter
+from moe_tools.recipe import Fit
+from moe_tools.steps.activation_cache import ActivationCache
+from moe_tools.steps.calibrate import check_routed
+from moe_tools.steps.schedules import warmup_cosine
+
+WARMUP = 0.05
+"""Share of the optimizer steps."""
+HELD_OUT = 0.1
+"""Share of the tokens that only measures."""
+DENSITIES = (0.2, 0.5)
+"""Shares of the experts at which routers are judged."""
+
+
+def fit(
+    model: nn.Module, step: Fit, blocks_BT: Tensor, work: Path, *, seed: int = 0
+) -> dict[str, Any]:
+    """Trains the routers of a converted model in place, towards what their kind predicts.
+
+    Routers that need no training are measured, too. A killed fit goes on at the first router that
+    is not finished.
+
+    Args:
+        model: routed.
+        step: how.
+        blocks_BT: calibration text; the last tenth of its tokens only measures.
+        work: folder of the cached activations and the finished routers.
+        seed: of the order of the tokens.
+
+    Returns:
+        For every FFN, by name: held-out loss, recall and captured mass, see `judge`; and router
+        FLOPs, over those of the FFN.
+
+    Raises:
+        ValueError: the model is dense, or an MoE expert saw too few tokens.
+    """
+    ffns = check_routed(model, "fit")
+    cache = ActivationCache(work / "activations")
+    cache.fill(model, ffns, blocks_BT, _target_TR)
+    measured = {}
+    for index, ffn in enumerate(tqdm(ffns, desc="fit routers", disable=None)):
+        finished = work / f"{index}.safetensors"
+        report = work / f"{index}.json"
+        if not report.is_file():
+            found = _fit_one(ffn, cache, index, step, seed)
+            save_file(ffn.router.state_dict(), finished)
+            partial = report.with_suffix(".partial")
+            partial.write_text(json.dumps(found))
+            partial.rename(report)  # a report that is there is whole, and so is its router
+        ffn.router.load_state_dict(load_file(finished))
+        measured[ffn.name] = json.loads(report.read_text())
+    return {"routers": measured}
+
+
+def _target_TR(ffn: ExpertFFN, h_TF: Tensor) -> Tensor:
+    importance = ffn.importance()
+    if isinstance(ffn.router, LearnedRouter):
+        return ffn.router.target_TR(h_TF, importance)
+    return importance.norm_TR(h_TF)
+
+
+def _fit_one(
+    ffn: ExpertFFN, cache: ActivationCache, index: int, step: Fit, seed: int
+) -> dict[str, Any]:
+    weights, routed = ffn.weights(), ffn.importance().routed
+    x_TD = cache.read(index, "x", weights.up_FD.shape[1])
+    held = max(1, round(HELD_OUT * len(x_TD)))
+    if len(x_TD) < 2 * held:
+        raise ValueError(f"{ffn.name} saw {len(x_TD)} calibration tokens: give more")
+    loss = None
+    if isinstance(ffn.router, LearnedRouter) and step.epochs:
+        text = _Text(x_TD, cache.read(index, "target", routed), held)
+        loss = _train(ffn.router, text, step, seed)
+    with torch.no_grad():
+        scores_TR = ffn.router(x_TD[-held:].to(weights.up_FD)).cpu()
+    dense_flops = 2 * sum(matrix.numel() for matrix in weights.matrices())
+    return {
+        "loss": loss,
+        **judge(scores_TR, cache.read(index, "norm", routed)[-held:].float()),
+        "router_share": ffn.router.flops() / dense_flops,
+    }
+
+
+class _Text(NamedTuple):
+    """Inputs and targets of one FFN; the last `held` tokens only measure."""
+
+    x_TD: Tensor
+    target_TR: Tensor
+    held: int
+
+    def loss(self, router: LearnedRouter, tokens: Tensor | slice) -> Tensor:
+        """Of some tokens."""
+        device = next(router.parameters()).device
+        target_TR = self.target_TR[tokens].to(device).float()
+        return router.loss(self.x_TD[tokens].to(device), target_TR)
+
+
+def _train(router: LearnedRouter, text: _Text, step: Fit, seed: int) -> float:
+    """Adam on shuffled tokens; keeps the epoch of the least held-out loss and returns that."""
+    tokens = len(text.x_TD) - text.held
+    router.prepare(text.target_TR[:tokens].float())
+    steps = step.epochs * -(-tokens // step.batch_size)
+    optimizer = torch.optim.Adam(router.parameters(), lr=step.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda at: warmup_cosine(at, steps, WARMUP)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    best, kept = math.inf, router.state_dict()
+    for _ in range(step.epochs):
+        for chosen in torch.randperm(tokens, generator=generator).split(step.batch_size):
+            loss = text.loss(router, chosen)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            held = text.loss(router, slice(tokens, None)).item()
+        if held < best:
+            best, kept = held, copy.deepcopy(router.state_dict())
+    if best == math.inf:
+        raise FloatingPointError("a router's loss is not finite: lower the learning rate of `fit`")
+    router.load_state_dict(kept)
+    return best
+
+
+def judge(scores_TR: Tensor, target_TR: Tensor) -> dict[str, float]:
+    """How well scores choose, when each token runs the same share of its experts.
+
+    The targets are the norms of the experts' outputs, whatever the router learned, so that routers
+    of any kind compare.
+
+    Returns:
+        For each share in `DENSITIES`: recall, the share of the truly best experts that are among
+        the chosen; captured, the chosen experts' share of all target mass; and best, what the
+        targets themselves would capture.
+    """
+    found = {}
+    for density in DENSITIES:
+        k = max(1, round(density * scores_TR.shape[-1]))
+        chosen, true = scores_TR.topk(k).indices, target_TR.topk(k).indices
+        hits = torch.zeros_like(target_TR).scatter(-1, true, 1.0).gather(-1, chosen)
+        total = target_TR.sum().clamp_min(torch.finfo(target_TR.dtype).tiny)
+        found[f"recall_{density}"] = hits.mean().item()
+        found[f"captured_{density}"] = (target_TR.gather(-1, chosen).sum() / total).item()
+        found[f"best_{density}"] = (target_TR.gather(-1, true).sum() / total).item()
+    return found
