@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from moe_tools.kernels.sparse_ffn import Backend
 from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.partition import kmeans_partition
 
 SHAPES = {"smollm2-135m": (576, 1536), "llama2-7b": (4096, 11008)}
 """Name -> (D, F) of a gated FFN."""
@@ -50,7 +49,7 @@ def bench_ffn(
     """Forward at 1 and 512 tokens, and forward with backward at 512.
 
     Raises:
-        ValueError: an unknown shape, or a size that does not divide its neurons.
+        ValueError: an unknown shape, or a size that exceeds its neurons.
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r} (known: {', '.join(SHAPES)})")
@@ -64,15 +63,6 @@ def bench_ffn(
         pair = [_call(model, x_TD, backward) for model in (dense, routed)]
         made.append(_timing(operation, tokens, pair[0], pair[1], repeats))
     return made
-
-
-def bench_split(shape: str, *, expert_size: int = 8, features: int = 256) -> float:
-    """Seconds that balanced k-means takes for the neurons of one FFN."""
-    neurons = SHAPES[shape][1]
-    features_FX = torch.randn(neurons, features, generator=torch.Generator().manual_seed(0))
-    began = time.perf_counter()
-    kmeans_partition(features_FX, neurons // expert_size, seed=0)
-    return time.perf_counter() - began
 
 
 class _Host(nn.Module):

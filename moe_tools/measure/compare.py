@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.data import blocks
+from moe_tools.data import Text, blocks, labelled_batches, token_count
+from moe_tools.measure.baselines import Baseline, thresholded
+from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, evaluate
 from moe_tools.measure.report import Role, Row
-from moe_tools.model.checkpoint import load, load_tokenizer
+from moe_tools.model.checkpoint import (
+    is_classifier,
+    is_classifier_source,
+    load,
+    load_tokenizer,
+)
 from moe_tools.model.conversion import read_conversion
 
 logger = logging.getLogger(__name__)
@@ -23,6 +30,8 @@ logger = logging.getLogger(__name__)
 CONTROL = "control"
 """Folder of the dense control inside a run's folder."""
 METRICS = "metrics.json"
+CALIBRATION = 8192
+"""Training tokens that set the thresholds of the baselines."""
 
 
 @dataclass(frozen=True)
@@ -61,49 +70,93 @@ def compare(sources: Sequence[str], setup: Setup, *, donor: str | None = None) -
         ValueError: a model that cannot be loaded, another tokenizer, or text that is not there.
         FloatingPointError: a loss that is not finite.
     """
-    bench = _Bench(setup, load_tokenizer(sources[0]))
+    bench = Bench(setup, sources[0])
     for source in sources:
         bench.measure(source)
-    if donor is not None:
-        bench.measure(donor)
-    donors = {source: donor or bench.find_donor(source) for source in sources}
-    rows = {name: bench.row(name, "donor") for name in donors.values() if name is not None}
-    for source in sources:
-        control = _control(source)
-        if control is not None:
-            bench.measure(control)
-            rows.setdefault(control, bench.row(control, "control", donors[source]))
-        rows.setdefault(source, bench.row(source, "model", donors[source], control))
-    return list(rows.values())
+    return bench.rows(donor)
 
 
-class _Bench:
-    """Evaluates each model once."""
+class Bench:
+    """Evaluates each model once, and sets it beside its donor and its control."""
 
-    def __init__(self, setup: Setup, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, setup: Setup, first: str) -> None:
+        """The tokenizer of the model `first` decides what the tokens are."""
         self.setup = setup
-        self.tokenizer = tokenizer
-        self.blocks_BT = _text(setup, tokenizer)
+        self.tokenizer = load_tokenizer(first)
+        self.text = _text(setup, self.tokenizer, classify=is_classifier_source(first))
         self.done: dict[str, Evaluation] = {}
+        self.sources: dict[str, str] = {}
+        """Name of a row that was asked for -> its folder."""
+        self.settings: dict[str, dict[str, float]] = {}
+        """Name of a row -> the knob of its selectors, where it is not the saved one."""
+        self.series: dict[str, str] = {}
+        """Name of a row -> the line of a plot that it belongs to, where that is not the folder."""
         self.named_donors: dict[str, str | None] = {}
 
-    def measure(self, source: str) -> None:
+    def measure(self, source: str, series: str = "") -> None:
         """Loads and evaluates a model, unless that is done."""
-        if source in self.done:
-            return
-        setup = self.setup
+        self.sources.setdefault(source, source)
+        self.series.setdefault(source, series)
+        self._measure_once(source)
+
+    def _measure_once(self, source: str) -> None:
+        if source not in self.done:
+            self.evaluate(source, self.load(source))
+
+    def load(self, source: str) -> PreTrainedModel:
+        """A model whose tokens are those of the text."""
         _check_tokenizer(source, self.tokenizer)
-        model = load(source, dtype=setup.dtype, device=setup.device)
+        model = load(source, dtype=self.setup.dtype, device=self.setup.device)
+        if isinstance(self.text, Tensor) == is_classifier(model):
+            raise ValueError(f"{source}: classifiers and language models do not compare")
         conversion = read_conversion(model)
         self.named_donors[source] = None if conversion is None else conversion.donor
-        self.done[source] = evaluate(
+        return model
+
+    def evaluate(self, name: str, model: PreTrainedModel) -> None:
+        """Evaluates a model as it stands, under a name."""
+        if not isinstance(self.text, Tensor):
+            self.done[name] = evaluate_classifier(model, self.text, title=name)
+            return
+        self.done[name] = evaluate(
             model,
-            self.blocks_BT,
-            batch_size=setup.batch_size,
-            title=source,
+            self.text,
+            batch_size=self.setup.batch_size,
+            title=name,
             mask_token=self.tokenizer.mask_token_id,
-            seed=setup.seed,
+            seed=self.setup.seed,
         )
+
+    def baseline(self, kind: Baseline, sparsity: float, source: str) -> None:
+        """Evaluates a dense model under thresholds, calibrated on the training text."""
+        setup = self.setup
+        calibration_BT = blocks(
+            setup.data, self.tokenizer, split="train", length=setup.block_length, tokens=CALIBRATION
+        )
+        model, name = self.load(source), f"{kind} at {sparsity:g}"
+        with thresholded(model, kind, sparsity, calibration_BT) as sites:
+            self.evaluate(name, model)
+        seen = self.done[name]
+        saved = sum(site.saved for site in sites) / token_count(self.text)
+        flops = replace(seen.flops, ffn=seen.flops.ffn_dense - saved)
+        off = saved / seen.flops.ffn_dense
+        self.done[name] = replace(seen, flops=flops, ffn_sparsity=off)
+        self.sources[name], self.series[name] = source, kind.upper()
+
+    def rows(self, donor: str | None = None) -> list[Row]:
+        """Donors first, then each row that was asked for, after its control."""
+        if donor is not None:
+            self._measure_once(donor)
+        folders = dict.fromkeys(self.sources.values())
+        donors = {folder: donor or self.find_donor(folder) for folder in folders}
+        rows = {name: self.row(name, "donor") for name in donors.values() if name is not None}
+        for name, folder in self.sources.items():
+            control = _control(folder)
+            if control is not None:
+                self._measure_once(control)
+                rows.setdefault(control, self.row(control, "control", donors[folder]))
+            rows.setdefault(name, self.row(name, "model", donors[folder], control))
+        return list(rows.values())
 
     def find_donor(self, source: str) -> str | None:
         """The donor that a converted folder names, if it can still be evaluated."""
@@ -111,7 +164,7 @@ class _Bench:
         if donor is None:
             return None
         try:
-            self.measure(donor)
+            self._measure_once(donor)
         except ValueError as error:
             logger.warning("no row for the donor of %s, give --donor: %s", source, error)
             return None
@@ -122,14 +175,20 @@ class _Bench:
     ) -> Row:
         """One line, relative to a donor and a control."""
         seen, setup = self.done[source], self.setup
+        folder = self.sources.get(source, source)
 
         def ratio(other: str | None) -> float | None:
-            return None if other is None else seen.perplexity / self.done[other].perplexity
+            if other is None or seen.accuracy is not None:
+                return None
+            return seen.perplexity / self.done[other].perplexity
 
         return Row(
-            model=source,
+            model=source if self.series.get(source) else folder,
             role=role,
+            series=self.series.get(source, ""),
+            setting=self.settings.get(source, {}),
             perplexity=seen.perplexity,
+            accuracy=seen.accuracy,
             nats_per_token=seen.nats_per_token,
             ratio_to_control=ratio(control),
             ratio_to_donor=ratio(donor),
@@ -139,7 +198,7 @@ class _Bench:
             router_flops=seen.flops.router,
             total_flops=seen.flops.total,
             total_dense_flops=seen.flops.total_dense,
-            train_tokens=_train_tokens(source),
+            train_tokens=_train_tokens(folder),
             tokens=seen.tokens,
             seconds=seen.seconds,
             data=setup.data,
@@ -150,7 +209,16 @@ class _Bench:
         )
 
 
-def _text(setup: Setup, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _text(setup: Setup, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
+    if classify:
+        return labelled_batches(
+            setup.data,
+            tokenizer,
+            split="heldout",
+            length=setup.block_length,
+            batch_size=setup.batch_size,
+            tokens=setup.tokens,
+        )
     return blocks(
         setup.data, tokenizer, split="heldout", length=setup.block_length, tokens=setup.tokens
     )

@@ -35,7 +35,8 @@ class Evaluation:
     nats_per_token: float
     """Mean negative log-likelihood of the predicted tokens."""
     tokens: int
-    """Predicted tokens: all but the first of each block; of an encoder, the masked ones."""
+    """Predicted tokens: all but the first of each block; of an encoder, the masked ones; of a
+    classifier, one a text."""
     ffn_sparsity: float
     """Share of neurons off, over tokens and FFNs; 0 for a dense model."""
     layer_sparsity: dict[str, float]
@@ -43,6 +44,8 @@ class Evaluation:
     flops: Flops
     """Per token of the text."""
     seconds: float
+    accuracy: float | None = None
+    """Share of texts whose class is right; None: it is no classifier."""
 
 
 def evaluate(

@@ -73,21 +73,19 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
 
 
 def _count(name: str, weights: Weights) -> NeuronCount:
-    matrices = (weights.gate_FD, weights.up_FD, weights.down_FD)
-    numbers = sum(matrix.numel() for matrix in matrices if matrix is not None)
+    numbers = sum(matrix.numel() for matrix in weights.matrices())
     return NeuronCount(name, len(weights.up_FD), numbers)
 
 
 @contextmanager
 def _observe(ffns: list[ExpertFFN], counts: list[NeuronCount]) -> Iterator[None]:
-    def observer(ffn: ExpertFFN, count: NeuronCount) -> Callable[[Routing], None]:
+    def observer(count: NeuronCount) -> Callable[[Routing], None]:
         def observe(routing: Routing) -> None:
-            tokens = routing.mask_TE[..., 0].numel()
-            count.add(tokens, int(routing.mask_TE.sum()) * ffn.expert_size)
+            count.add(routing.tokens, routing.neurons_on)
 
         return observe
 
-    observers = [observer(ffn, count) for ffn, count in zip(ffns, counts, strict=True)]
+    observers = [observer(count) for count in counts]
     for ffn, count, observe in zip(ffns, counts, observers, strict=True):
         count.routed, count.router_flops = True, ffn.router.flops()
         ffn.observers.append(observe)

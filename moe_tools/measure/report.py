@@ -25,7 +25,7 @@ class Row:
     perplexity: float
     nats_per_token: float
     ratio_to_control: float | None
-    """Perplexity over the control's; None where there is no control."""
+    """Perplexity over the control's; None where there is no control, or no perplexity."""
     ratio_to_donor: float | None
     """Perplexity over the donor's."""
     ffn_sparsity: float
@@ -47,6 +47,12 @@ class Row:
     device: str
     layer_sparsity: dict[str, float] = field(default_factory=dict)
     """FFN name -> share of its neurons off."""
+    accuracy: float | None = None
+    """Share of held-out texts whose class is right; None: a language model."""
+    series: str = ""
+    """Rows of one series are one line of a plot."""
+    setting: dict[str, float] = field(default_factory=dict)
+    """Of the selectors, where it is not the one that was saved: knob -> value."""
 
     @property
     def ffn_share(self) -> float:
@@ -73,12 +79,12 @@ def table(rows: Sequence[Row]) -> Table:
     made = Table(
         box=box.SIMPLE,
         caption_justify="left",
-        caption=f"{first.tokens} tokens of held-out {first.data}, blocks of {first.block_length}, "
-        f"{first.dtype} on {first.device}; FFN includes the router; x: share of dense",
+        caption=f"{_text(first)}, {first.dtype} on {first.device}; FFN includes the router; "
+        "x: share of dense",
     )
     made.add_column("model", overflow="fold")
     for heading in (
-        "perplexity",
+        "perplexity" if first.accuracy is None else "accuracy",
         "/ control",
         "/ donor",
         "FFN\nsparsity",
@@ -100,10 +106,11 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
 
 def _cells(row: Row) -> list[str]:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
+    name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
     ffn = (row.ffn_flops + row.router_flops) / 1e6
     return [
         name,
-        f"{row.perplexity:.2f}",
+        f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}",
         _ratio(row.ratio_to_control),
         _ratio(row.ratio_to_donor),
         f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense",
@@ -119,3 +126,30 @@ def _ratio(value: float | None) -> str:
 
 def _short(mega: float) -> str:
     return f"{mega:.1f}" if mega >= 1 else f"{mega:.3g}"
+
+
+def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
+    """Writes the figures of a grid (`moe_tools.grid.Cell`), a line each."""
+    made = Table(box=box.SIMPLE)
+    for heading in ("split", "router"):
+        made.add_column(heading)
+    for heading in ("target", "sparsity", "perplexity", "FFN FLOPs", "recall", "captured"):
+        made.add_column(heading, justify="right")
+    for cell in cells:
+        shares = [cell["recall"], cell["captured"]]
+        made.add_row(
+            cell["split"],
+            cell["router"],
+            f"{cell['target']:.0%}",
+            f"{cell['sparsity']:.1%}",
+            f"{cell['perplexity']:.2f}",
+            f"{cell['ffn_share']:.2f}x",
+            *("-" if share is None else f"{share:.2f}" for share in shares),
+        )
+    Console(file=file, width=None if file.isatty() else 120, highlight=False).print(made)
+
+
+def _text(row: Row) -> str:
+    if row.accuracy is None:
+        return f"{row.tokens} tokens of held-out {row.data}, blocks of {row.block_length}"
+    return f"{row.tokens} held-out texts of {row.data}, cut at {row.block_length} tokens"

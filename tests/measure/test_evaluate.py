@@ -15,7 +15,17 @@ from moe_tools.measure.evaluate import evaluate
 from moe_tools.model.conversion import set_mode
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.routing import record_routing
-from tests.families import EXPERTS, FAMILIES, build, randomize, routed
+from tests.families import (
+    EXPERTS,
+    FAMILIES,
+    UNEVEN,
+    build,
+    every_size,
+    of_size,
+    per_neuron,
+    randomize,
+    routed,
+)
 
 MASK = 4
 """A token that no text of these tests has."""
@@ -110,10 +120,23 @@ def test_sparsity_of_handmade_routers() -> None:
     assert seen.ffn_sparsity == pytest.approx(5 / 12)
 
 
+def test_a_longer_expert_counts_for_more() -> None:
+    model, _ = routed(build("llama"), of_size(UNEVEN))
+    switch(model, [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]])  # of 10, 10, 10, 9 and 9 neurons
+    seen = evaluate(model, text())
+    assert list(seen.layer_sparsity.values()) == [
+        pytest.approx(38 / 48),
+        pytest.approx(39 / 48),
+    ]
+    assert seen.ffn_sparsity == pytest.approx(77 / 96)
+    assert seen.flops.ffn == pytest.approx(seen.flops.ffn_dense * 19 / 96)
+
+
 @every_family
+@every_size
 @torch.no_grad()
-def test_sparsity_is_the_share_of_false_in_the_masks(family: str) -> None:
-    model, ffns = routed(build(family))
+def test_sparsity_is_the_share_of_neurons_that_the_masks_turn_off(family: str, size: int) -> None:
+    model, ffns = routed(build(family), of_size(size))
     randomize(model)
     blocks = text()
     inputs = {"input_ids": blocks}
@@ -124,9 +147,10 @@ def test_sparsity_is_the_share_of_false_in_the_masks(family: str) -> None:
     with record_routing(model) as routings:
         model(**inputs)
     seen = evaluate(model, blocks, batch_size=2, mask_token=MASK)
-    masks = {ffn.name: [r.mask_TE for r in routings if r.ffn == ffn.name] for ffn in ffns}
-    shares = {name: 1 - mask[0].float().mean().item() for name, mask in masks.items() if mask}
-    bits = torch.cat([r.mask_TE.flatten() for r in routings])
+    masks = {r.ffn: per_neuron(r.mask_TE, size) for r in routings}
+    assert masks.keys() <= {ffn.name for ffn in ffns}
+    shares = {name: 1 - mask_TF.float().mean().item() for name, mask_TF in masks.items()}
+    bits = torch.cat([mask_TF.flatten() for mask_TF in masks.values()])
     assert seen.layer_sparsity == pytest.approx(shares, abs=1e-6)
     assert seen.ffn_sparsity == pytest.approx(1 - bits.float().mean().item(), abs=1e-6)
     assert 0 < seen.ffn_sparsity < 1
@@ -227,5 +251,5 @@ def test_a_model_without_known_ffns_is_refused() -> None:
 def test_handmade_masks_have_the_experts_they_should() -> None:
     model, ffns = routed(build("llama"))
     switch(model, [[1, 0, 0, 0, 0, 0]] * 2)
-    assert [ffn.num_experts for ffn in ffns] == [EXPERTS] * 2
+    assert [ffn.division.num_experts for ffn in ffns] == [EXPERTS] * 2
     assert evaluate(model, text()).ffn_sparsity == pytest.approx(5 / 6)

@@ -1,0 +1,70 @@
+"""Accuracy, FFN sparsity and FLOPs of a classifier. Letters: B rows, T tokens of a row."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_tools.data import Batch, token_count
+from moe_tools.data.generate import evaluating
+from moe_tools.data.progress import progress
+from moe_tools.measure.evaluate import Evaluation
+from moe_tools.measure.flops import count_flops
+from moe_tools.measure.neurons import count_neurons, sparsity
+
+
+@torch.no_grad()
+def evaluate_classifier(
+    model: PreTrainedModel, batches: Sequence[Batch], *, title: str = ""
+) -> Evaluation:
+    """Evaluates a dense or routed classifier as it stands, in its own dtype and mode.
+
+    Args:
+        model: tells the classes of `labels_B` apart.
+        batches: labelled rows.
+        title: of the progress bar.
+
+    Raises:
+        ValueError: no batch, or one without labels.
+        FloatingPointError: the loss is not finite.
+    """
+    if not batches or any(batch.labels_B is None for batch in batches):
+        raise ValueError("a classifier is evaluated on labelled batches, and there are none")
+    began, nats, hits, rows = time.perf_counter(), 0.0, 0, 0
+    with (
+        count_neurons(model) as counts,
+        count_flops(model) as others,
+        evaluating(model),
+        progress(title or "evaluate", len(batches), "batch") as bar,
+    ):
+        for ids_BT, labels_B in batches:
+            assert labels_B is not None
+            logits = model(input_ids=ids_BT.to(model.device)).logits.float().cpu()
+            nats += nn.functional.cross_entropy(logits, labels_B, reduction="sum").item()
+            hits += int((logits.argmax(-1) == labels_B).sum())
+            rows += len(labels_B)
+            bar.update()
+    mean = nats / rows
+    if not mean < 700:  # NaN too
+        raise FloatingPointError(f"{type(model).__name__} has a loss of {mean} nats per text")
+    return Evaluation(
+        perplexity=math.exp(mean),
+        nats_per_token=mean,
+        accuracy=hits / rows,
+        tokens=rows,
+        ffn_sparsity=sparsity(counts),
+        layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
+        flops=others.flops(model, counts, token_count(batches), _context(batches)),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _context(batches: Sequence[Batch]) -> int:
+    """Tokens of the row that the average token is in, rounded."""
+    squares = sum(batch.ids_BT.numel() * batch.ids_BT.shape[1] for batch in batches)
+    return round(squares / token_count(batches))
