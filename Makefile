@@ -40,8 +40,10 @@ fast: $(STAMP) ## the suite without the slow tests
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
 
-bench: $(STAMP) ## time an FFN dense and routed
-	$(BIN)/moe-tools bench
+bench: $(STAMP) ## time an FFN dense and routed, and the clustering of its neurons
+	$(BIN)/moe-tools bench ffn
+	$(BIN)/moe-tools bench clustering
+	$(BIN)/moe-tools bench clustering --shape llama2-7b
 
 wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist

@@ -87,7 +87,7 @@ def _lines(
     yield "model", f"{found.host}, {found.parameters / 1e6:.1f}M parameters, {found.dtype}"
     for shape in found.shapes:
         kind = "gated " if shape.gated else ""
-        sizes = ", ".join(map(str, shape.expert_sizes)) or "none of 4 to 64 divides the neurons"
+        sizes = ", ".join(map(str, shape.expert_sizes)) or "4 to 64 make experts of two sizes"
         yield "FFNs", f"{shape.count} x {kind}{shape.activation}, D={shape.width} F={shape.neurons}"
         yield "expert size", sizes
     share, flops = found.ffn_parameter_share, found.ffn_flop_share

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from moe_tools.cli.options import add_model_options, json_target, positive
+from moe_tools.cli.options import add_model_options, json_target, plot_target, positive
 
 SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
 
@@ -22,6 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
     parser.add_argument(
+        "--sweep",
+        nargs="*",
+        type=float,
+        metavar="VALUE",
+        help="one folder at these values of tau, of top-k's share or of p; default: tenths",
+    )
+    parser.add_argument(
+        "--plot", type=plot_target, metavar="FILE", help="perplexity over FFN FLOPs: png, svg, pdf"
+    )
+    parser.add_argument(
         "--json", type=json_target, metavar="FILE", help="write the rows; - is standard output"
     )
     add_model_options(parser)
@@ -31,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table; with `--json -` the table goes to standard error."""
     from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
     from moe_tools.measure.compare import Setup, compare
+    from moe_tools.measure.plot import plot
     from moe_tools.measure.report import print_table, to_json
+    from moe_tools.measure.sweep import sweep
 
     device = pick_device(args.device)
     setup = Setup(
@@ -43,9 +55,16 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         seed=args.seed,
     )
+    if args.sweep is not None and len(args.folder) > 1:
+        raise ValueError(f"--sweep takes one folder, not {len(args.folder)}")
     with quiet_transformers():
-        rows = compare(args.folder, setup, donor=args.donor)
+        if args.sweep is None:
+            rows = compare(args.folder, setup, donor=args.donor)
+        else:
+            rows = sweep(args.folder[0], setup, args.sweep, donor=args.donor)
     print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
+    if args.plot:
+        plot(rows, args.plot)
     if args.json:
         write_text(to_json(rows), args.json)
     return 0

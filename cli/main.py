@@ -17,6 +17,8 @@ from moe_tools.registry import unknown
 VERBS = (
     "convert",
     "evaluate",
+    "compare",
+    "grid",
     "generate",
     "recipes",
     "doctor",
@@ -25,7 +27,7 @@ VERBS = (
 )
 """Each is a module of `moe_tools.cli` with SUMMARY, add_arguments(parser) and run(args); it
 imports torch only in run."""
-RESUMING = ("convert", "demo")
+RESUMING = ("convert", "compare", "grid", "demo")
 """Verbs that go on where they were interrupted."""
 DEBUG = "MOE_TOOLS_DEBUG"
 

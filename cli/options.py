@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--dtype and --device, for `moe_tools.cli.common.pick_dtype` and `pick_device`."""
@@ -22,6 +24,20 @@ def json_target(word: str) -> str:
     if word != "-" and (Path(word).is_dir() or not Path(word).parent.is_dir()):
         raise argparse.ArgumentTypeError(f"{word!r} is no file in a folder that exists")
     return word
+
+
+def file_target(word: str) -> str:
+    """An argparse type: a file that can be made or gone on with."""
+    if word == "-":
+        raise argparse.ArgumentTypeError("'-' is no file")
+    return json_target(word)
+
+
+def plot_target(word: str) -> str:
+    """An argparse type: a picture file that can be made."""
+    if Path(word).suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"{word!r} is no picture: use {', '.join(PICTURES)}")
+    return json_target(word)
 
 
 def positive(word: str) -> int:

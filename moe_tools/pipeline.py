@@ -1,40 +1,36 @@
-"""Runs a recipe's steps in order and resumes where a killed run stopped.
-
-OUTPUT/                 the converted model: a plain Hugging Face folder
-    recipe.yaml         what was run, every default spelled out
-    metrics.json        what came of it; written last, so its presence means "complete"
-    control/            the dense control, a run folder of its own (on request)
-    steps/              only while the run is not complete, or on request
-        0-split/  1-attach/  2-train/    each complete or absent
-        2-train.work/                    checkpoints inside a train step
-"""
+"""Runs a recipe's steps in order and resumes where a killed run stopped (see `run_folder`)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from moe_tools.data import blocks, fingerprint, generate_blocks
-from moe_tools.model.checkpoint import load, load_tokenizer, new_folder, save
+from moe_tools.data import (
+    fingerprint,
+    label_names,
+)
+from moe_tools.model.checkpoint import (
+    load,
+    load_classifier,
+    load_tokenizer,
+    new_folder,
+    save,
+)
 from moe_tools.model.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.model.ffn import find_ffns
-from moe_tools.model.partition import experts_of_size
 from moe_tools.recipe import (
     Attach,
+    Budget,
+    Fit,
     Recipe,
     Split,
     Step,
@@ -45,14 +41,17 @@ from moe_tools.recipe import (
     step_name,
     with_options,
 )
-from moe_tools.steps.attach import attach
+from moe_tools.run_folder import METRICS, RunFolder
+from moe_tools.run_text import RunText
+from moe_tools.steps.attach import attach, rehearse_attach
+from moe_tools.steps.budget import budget
+from moe_tools.steps.calibrate import check_routed, check_sparsity
+from moe_tools.steps.fit import fit
 from moe_tools.steps.losses import DONOR_LOSSES
-from moe_tools.steps.split import split
+from moe_tools.steps.split import planned_division, split
 from moe_tools.steps.train import check_train, train
 
 logger = logging.getLogger(__name__)
-
-RECIPE, METRICS, STEPS, SAMPLES = "recipe.yaml", "metrics.json", "steps", "samples.safetensors"
 
 
 def run(
@@ -64,6 +63,7 @@ def run(
     device: str = "cpu",
     control: bool = False,
     keep_steps: bool = False,
+    like: Path | None = None,
 ) -> Path:
     """Converts `model` by `recipe` into the folder `output`; the same call resumes.
 
@@ -75,6 +75,7 @@ def run(
         device: where it runs.
         control: also train the dense control on the same tokens, into `output/control`.
         keep_steps: keep the folder of every step.
+        like: a run that kept its steps; those at its start that are the same are not done again.
 
     Returns:
         `output`.
@@ -83,12 +84,15 @@ def run(
         ValueError: a user's mistake; nothing that was there before is changed.
         FloatingPointError: a train step's loss is not finite.
     """
-    context = _Run(recipe, _lasting(str(model)), Path(output), dtype, device)
-    if not context.claim():
+    folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
+    work = _Run(folder, device)
+    if not folder.claim(work.check):
         logger.info("%s is complete", output)
     else:
-        context.execute()
-        context.finish(keep_steps)
+        if like is not None:
+            folder.adopt(like)
+        work.execute()
+        folder.finish(keep_steps)
     if control:
         run(
             control_recipe(recipe),
@@ -132,41 +136,17 @@ def convert(
     return run(recipe, model, output, dtype=dtype, device=device, control=control)
 
 
-@dataclass
 class _Run:
-    recipe: Recipe
-    source: str
-    output: Path
-    dtype: torch.dtype
-    device: str
+    def __init__(self, folder: RunFolder, device: str) -> None:
+        self.folder = folder
+        self.recipe, self.source, self.dtype = folder.recipe, folder.source, folder.dtype
+        self.device = device
 
-    @property
-    def steps_folder(self) -> Path:
-        return self.output / STEPS
-
-    def claim(self) -> bool:
-        """Takes the output folder for this run; False when the run is complete already."""
-        identity = f"# donor: {self.source}\n# dtype: {self.dtype}\n{self.recipe.to_yaml()}"
-        marker = self.output / RECIPE
-        if marker.is_file():
-            if marker.read_text() != identity:
-                raise ValueError(
-                    f"{self.output} holds another run (see {marker}): choose another --output, or "
-                    "repeat that run's options to resume it"
-                )
-            return not (self.output / METRICS).is_file()
-        if self.output.exists() and not _is_free(self.output):
-            raise ValueError(f"{self.output} exists and is not empty: choose another --output")
-        self._check_before_writing()
-        self.output.mkdir(parents=True, exist_ok=True)
-        _write_atomically(marker, identity)
-        return True
-
-    def _check_before_writing(self) -> None:
+    def check(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
         self._rehearse()
-        _ = self.train_blocks if self.recipe.data != "self" else None
+        self.text.check()
 
     def _rehearse(self) -> None:
         """Every step's own checks, in order, on the donor: no text is read, nothing is trained."""
@@ -174,19 +154,25 @@ class _Run:
         for step in self.recipe.steps:
             if isinstance(step, Split):
                 for ffn in find_ffns(model):
-                    experts_of_size(len(ffn.weights().up_FD), step.expert_size, ffn.name)
-                write_conversion(model, Conversion(self.source, step.expert_size))
+                    planned_division(ffn, step)
+                write_conversion(model, self._split_only(step))
             elif isinstance(step, Attach):
-                without_text = replace(step, start="open", when_off="zero")
-                attach(model, without_text, self.source, _expert_size(model), torch.empty(0, 1))
-            else:
+                rehearse_attach(model, step, _split_of(model))
+            elif isinstance(step, Train):
                 check_train(model, step, donor=model)
+            elif isinstance(step, Budget):
+                check_sparsity(check_routed(model, "budget"), step.target_sparsity)
+            else:
+                check_routed(model, "fit")
+
+    def _split_only(self, step: Split) -> Conversion:
+        return Conversion(self.source, step.expert_size, shared_experts=step.shared_experts)
 
     def execute(self) -> None:
         """Every step that is not complete yet."""
         previous = self.source
         for index, step in enumerate(self.recipe.steps):
-            folder = self.steps_folder / f"{index}-{step_name(step)}"
+            folder = self.folder.step(index)
             if not folder.is_dir():
                 self._execute_one(index, step, previous, folder)
             previous = str(folder)
@@ -195,7 +181,7 @@ class _Run:
         logger.info("step %d: %s", index, step_name(step))
         set_seed(self.recipe.seed)
         began = time.time()
-        model = load(previous, dtype=self.dtype, device=self.device)
+        model = load(previous, dtype=self.dtype, device=self.device) if index else self.donor()
         work = folder.with_name(f"{folder.name}.work")
         measured = self._apply(step, model, index, work)
         measured = {**asdict(step), **measured, "seconds": round(time.time() - began, 1)}
@@ -206,42 +192,32 @@ class _Run:
 
     def _apply(self, step: Step, model: PreTrainedModel, index: int, work: Path) -> dict[str, Any]:
         if isinstance(step, Split):
-            split(model, step, self._calibration(step.tokens), self.recipe.seed)
-            write_conversion(model, Conversion(self.source, step.expert_size))
+            split(model, step, self.text.calibration(step.tokens), self.recipe.seed)
+            write_conversion(model, self._split_only(step))
             return {}
         if isinstance(step, Attach):
-            text = self._calibration(step.tokens)
-            attach(model, step, self.source, _expert_size(model), text)
+            attach(model, step, _split_of(model), self.text.calibration(step.tokens))
             return {}
-        text = self._train_blocks_of(index)
+        if isinstance(step, Fit):
+            text = self.text.calibration(step.tokens)
+            return fit(model, step, text, work, seed=self.recipe.seed)
+        if isinstance(step, Budget):
+            return budget(model, step, self.text.calibration(step.tokens))
+        seen = self.text.of_step(index)
         donor = self.donor() if set(step.losses) & set(DONOR_LOSSES) else None
-        measured = train(model, step, text, work, donor=donor, seed=self.recipe.seed)
-        seen = measured["steps"] * step.batch_size * step.accumulate * text.shape[1]
-        return {**measured, "trained_tokens": min(seen, text.numel()), "data": fingerprint(text)}
+        measured = train(model, step, seen, work, donor=donor, seed=self.recipe.seed)
+        return {**measured, "data": fingerprint(seen)}
 
-    def finish(self, keep_steps: bool) -> None:
-        """Makes the last step's folder the output, metrics last, and drops the steps."""
-        folders = [
-            self.steps_folder / f"{index}-{step_name(step)}"
-            for index, step in enumerate(self.recipe.steps)
-        ]
-        for file in sorted(folders[-1].iterdir()):
-            if file.name != METRICS:
-                _link(file, self.output / file.name)
-        steps = [json.loads((folder / METRICS).read_text()) for folder in folders]
-        metrics = {
-            "recipe": self.recipe.name,
-            "donor": self.source,
-            "train_tokens": sum(step.get("trained_tokens", 0) for step in steps),
-            "versions": {name: version(name) for name in ("torch", "transformers")},
-            "steps": steps,
-        }
-        _write_atomically(self.output / METRICS, json.dumps(metrics, indent=1))
-        if not keep_steps:
-            shutil.rmtree(self.steps_folder)
+    @cached_property
+    def text(self) -> RunText:
+        """What it calibrates and trains on."""
+        return RunText(self.recipe, self.tokenizer, self.folder.steps, self.donor)
 
     def donor(self) -> PreTrainedModel:
-        """The dense teacher."""
+        """The dense model that all starts from, and the teacher."""
+        if self.recipe.task == "classify":
+            labels = label_names(self.recipe.data)
+            return load_classifier(self.source, labels, dtype=self.dtype, device=self.device)
         return load(self.source, dtype=self.dtype, device=self.device)
 
     @cached_property
@@ -249,86 +225,14 @@ class _Run:
         """The donor's."""
         return load_tokenizer(self.source)
 
-    @cached_property
-    def train_blocks(self) -> Tensor:
-        """blocks_BT of all train steps together; at least what calibration asks for."""
-        wanted = max(self.recipe.train_tokens(), *self._calibration_tokens(), 1)
-        if self.recipe.data != "self":
-            return blocks(
-                self.recipe.data,
-                self.tokenizer,
-                split="train",
-                length=self.recipe.block_length,
-                tokens=wanted,
-                seed=self.recipe.seed,
-            )
-        return _kept(self.steps_folder / SAMPLES, lambda: self._samples(wanted))
 
-    def _samples(self, tokens: int) -> Tensor:
-        length = self.recipe.block_length
-        return generate_blocks(self.donor(), length=length, tokens=tokens, seed=self.recipe.seed)
-
-    def _calibration_tokens(self) -> list[int]:
-        return [s.tokens for s in self.recipe.steps if isinstance(s, Split | Attach)]
-
-    def _calibration(self, tokens: int) -> Tensor:
-        return self.train_blocks[: max(1, tokens // self.recipe.block_length)]
-
-    def _train_blocks_of(self, index: int) -> Tensor:
-        """The blocks of one train step: it goes on where the one before stopped.
-
-        Together the steps see what one step of all their tokens would (the control does); if there
-        is less text, each keeps its share.
-        """
-        tokens = [s.tokens if isinstance(s, Train) else 0 for s in self.recipe.steps]
-        wanted = max(1, sum(tokens) // self.recipe.block_length)
-        have = min(wanted, len(self.train_blocks))
-        start = min(have - 1, have * sum(tokens[:index]) // sum(tokens))
-        stop = have * sum(tokens[: index + 1]) // sum(tokens)
-        return self.train_blocks[start : max(start + 1, stop)]
-
-
-def _expert_size(model: PreTrainedModel) -> int:
+def _split_of(model: PreTrainedModel) -> Conversion:
     conversion = read_conversion(model)
     if conversion is None:
         raise ValueError("attach needs experts: put `split` before it in the recipe")
-    return conversion.expert_size
-
-
-def _is_free(folder: Path) -> bool:
-    """Nothing is in it, but perhaps what a run left that was killed before its first step."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_partial(RECIPE)}
+    return conversion
 
 
 def _lasting(source: str) -> str:
     """A local donor by its absolute path, so that it is found from any directory."""
     return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
-    """The blocks in a file, made once."""
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"blocks_BT": make()}, partial)
-        partial.rename(file)
-    return load_file(file)["blocks_BT"]
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(_partial(path.name))
-    partial.write_text(text)
-    partial.rename(path)
-
-
-def _partial(name: str) -> str:
-    return f".{name}.partial"

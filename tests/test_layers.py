@@ -22,12 +22,30 @@ ARROWS = {
     "steps": {"registry", "recipe", "data", "model"},
     "measure": {"kernels", "registry", "recipe", "data", "model"},
     "export": {"registry", "recipe", "data", "model"},
-    "pipeline": {"registry", "recipe", "data", "model", "steps", "measure", "export"},
-    "cli": {"registry", "recipe", "data", "model", "steps", "measure", "export", "pipeline"},
+    "run_folder": {"recipe", "model"},
+    "pipeline": {
+        *("registry", "recipe", "data", "model", "steps", "measure", "export"),
+        *("run_folder", "run_text"),
+    },
+    "comparison": {"recipe", "measure", "pipeline"},
+    "grid": {"recipe", "data", "model", "steps", "measure"},
+    "run_text": {"recipe", "data"},
+    "cli": {
+        "comparison",
+        "grid",
+        "registry",
+        "recipe",
+        "data",
+        "model",
+        "steps",
+        "measure",
+        "export",
+        "pipeline",
+    },
 }
 KERNEL_USERS = {"moe_tools.model.experts", "moe_tools.measure.bench"}
 WITHOUT_TORCH = ["moe_tools.registry", "moe_tools.recipe", "moe_tools.measure.report"]
-VERBS = {f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "train")}
+VERBS = {f"moe_tools.steps.{verb}" for verb in ("split", "attach", "fit", "budget", "train")}
 
 
 def find_modules() -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -21,13 +22,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import moe_tools
-from moe_tools import pipeline
+from moe_tools import pipeline, run_folder, run_text
 from moe_tools.data import blocks, fingerprint
+from moe_tools.measure.evaluate import evaluate
 from moe_tools.model.checkpoint import load, load_tokenizer, save
 from moe_tools.model.conversion import read_conversion
-from moe_tools.model.experts import expert_ffns
+from moe_tools.model.experts import every_expert_on, expert_ffns
 from moe_tools.pipeline import run
-from moe_tools.recipe import Attach, Recipe, Split, Train, read_recipe, with_options
+from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Train, read_recipe, with_options
 from tests.families import EXPERT_SIZE, aligned, build, force_on, is_router, logits
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +203,57 @@ def test_a_shipped_recipe_runs(name: str, work: Path, tmp_path: Path) -> None:
     out = run(shipped, str(work / "donor"), tmp_path / "out", **FP32)
     assert metrics(out)["train_tokens"] == 4096
     assert metrics(out)["steps"][-1]["sparsity"] == pytest.approx(0.3, abs=0.1)
+
+
+def untrained(name: str, work: Path) -> Recipe:
+    """A shipped recipe whose routers are fitted or made, for the tiny donor and little text."""
+    shipped = with_options(
+        read_recipe(ROOT / "recipes" / f"{name}.yaml"),
+        expert_size=EXPERT_SIZE,
+        data=str(work / "text.txt"),
+        block_length=LENGTH,
+        target_sparsity=1 / 3,  # whole experts a token
+    )
+    steps = [replace(step, tokens=1024) for step in shipped.steps]
+    return replace(
+        shipped,
+        steps=tuple(
+            replace(s, epochs=2, batch_size=128) if isinstance(s, Fit) else s for s in steps
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def moefied(work: Path) -> Path:
+    """An undisturbed run of the moefication recipe."""
+    return run(untrained("moefication", work), str(work / "donor"), work / "moefied", **FP32)
+
+
+@pytest.mark.parametrize("name", ["moefication", "d2dmoe", "cmoe"])
+def test_a_shipped_recipe_without_router_training_runs(
+    name: str, work: Path, tmp_path: Path
+) -> None:
+    recipe = untrained(name, work)
+    out = run(recipe, str(work / "donor"), tmp_path / "out", **FP32)
+    steps = metrics(out)["steps"]
+    assert len(steps) == len(recipe.steps)
+    assert steps[-1]["sparsity"] == pytest.approx(1 / 3, abs=0.02)
+    model = load(out)
+    conversion, ffns = read_conversion(model), expert_ffns(model)
+    assert conversion is not None
+    assert list(conversion.selector_of) == list(steps[-1]["given"]) == [ffn.name for ffn in ffns]
+    assert {ffn.shared for ffn in ffns} == {3 if name == "cmoe" else 0}
+    assert {ffn.off_F is None for ffn in ffns} == {name != "moefication"}
+    fits = [step["routers"] for step in steps if "routers" in step]
+    assert [list(found) for found in fits] == [[ffn.name for ffn in ffns]] * (name != "cmoe")
+    text = whole_text(recipe, work, tokens=1024)
+    assert evaluate(model, text).ffn_sparsity == pytest.approx(steps[-1]["sparsity"], abs=1e-3)
+    if name != "d2dmoe":  # nothing but routers was added to the donor
+        donor = aligned(load(work / "donor"))
+        with every_expert_on(model):
+            assert (logits(aligned(model)) - logits(donor)).abs().max() <= 2e-6
+    else:
+        assert steps[0]["hoyer"] > 1
 
 
 # --- which tokens
@@ -410,15 +463,29 @@ def with_steps(*steps: Any) -> Callable[[Recipe], Recipe]:
 
 MISTAKES: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
     "expert size": (
-        lambda recipe: with_options(recipe, expert_size=7),
-        r"layers\.0\.mlp has 48 neurons, which experts of 7 do not divide; nearest sizes: 6, 8",
+        lambda recipe: with_options(recipe, expert_size=49),
+        r"layers\.0\.mlp has 48 neurons: experts of 49 are not possible",
     ),
     "loss": (
         with_steps(Split(), Attach(), replace(SOFT, losses={"lmm": 1.0})),
         "unknown loss 'lmm'",
     ),
     "router": (with_steps(Split(), Attach(router="sigmod")), "did you mean 'sigmoid'"),
-    "selector": (with_steps(Split(), Attach(selector={"kind": "topk"})), "selector .*'k'"),
+    "selector": (
+        with_steps(Split(), Attach(selector={"kind": "topk"})),
+        "top-k needs either k or share",
+    ),
+    "shared experts": (
+        with_steps(Split(EXPERT_SIZE, shared_experts=6), Attach()),
+        r"layers\.0\.mlp: 6 of 6 experts cannot be shared",
+    ),
+    "router option": (with_steps(Split(), Attach(router_options={"hidden": 3})), "'hidden'"),
+    "negative scores": (
+        with_steps(Split(), Attach("similarity", selector={"kind": "top_p", "p": 0.5})),
+        "router similarity scores below 0, which selector top_p cannot compare",
+    ),
+    "fit before attach": (with_steps(Split(), Fit()), "fit needs routers: put `attach` before it"),
+    "budget before attach": (with_steps(Split(), Budget(0.5)), "budget needs routers: put `att"),
     "no split": (with_steps(Attach()), "attach needs experts: put `split` before it"),
     "no attach": (with_steps(Split(), HARD), "train mode hard does not fit a dense model"),
     "dense after attach": (
@@ -468,7 +535,7 @@ def test_an_encoder_can_be_split_and_attached_but_not_trained(
     recipe: Recipe, work: Path, tmp_path: Path
 ) -> None:
     save(build("bert"), tmp_path / "bert", load_tokenizer(work / "donor"))
-    with pytest.raises(ValueError, match="BertForMaskedLM is no causal language model"):
+    with pytest.raises(ValueError, match="BertForMaskedLM is neither a causal language model"):
         run(recipe, str(tmp_path / "bert"), tmp_path / "out", **FP32)
     assert not (tmp_path / "out").exists()
     out = run(
@@ -490,14 +557,15 @@ def always(*_: Any, **__: Any) -> bool:
 
 def die_in(monkeypatch: pytest.MonkeyPatch, name: str, when: Callable[..., bool] = always) -> None:
     """The pipeline dies instead of calling `name`."""
-    real = getattr(pipeline, name)
+    module = next(one for one in (pipeline, run_folder, run_text) if hasattr(one, name))
+    real = getattr(module, name)
 
     def die(*args: Any, **kwargs: Any) -> Any:
         if when(*args, **kwargs):
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, name, die)
+    monkeypatch.setattr(module, name, die)
 
 
 DEATHS: dict[str, tuple[str, Callable[..., bool]]] = {
@@ -591,6 +659,49 @@ def test_kill_9_between_steps_and_inside_one(
     assert same_weights(out, done)
     assert history(out) == history(done)
     assert {p.name for p in steps.iterdir()} == {p.name for p in (done / "steps").iterdir()}
+
+
+@pytest.mark.parametrize("router", [0, 1])
+def test_a_run_that_died_inside_a_fit_is_completed(
+    router: int, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moefied: Path
+) -> None:
+    recipe, out = untrained("moefication", work), tmp_path / "out"
+    fit_module = importlib.import_module("moe_tools.steps.fit")
+    real, calls = fit_module._fit_one, []
+
+    def die(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == router + 1:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(fit_module, "_fit_one", die)
+    with pytest.raises(Killed):
+        run(recipe, str(work / "donor"), out, **FP32)
+    kept = {path.name for path in (out / "steps").iterdir()}
+    assert kept == {"0-split", "1-attach", "2-fit.work"}
+    calls.clear()
+    calls.extend([None] * 2)  # past the fatal one
+    run(recipe, str(work / "donor"), out, **FP32)
+    assert len(calls) == 2 + (2 - router)  # a finished router is not fitted again
+    assert same_weights(out, moefied)
+    for one, other in zip(metrics(out)["steps"], metrics(moefied)["steps"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert not (out / "steps").exists()
+
+
+def test_kill_9_inside_a_fit(work: Path, tmp_path: Path, moefied: Path) -> None:
+    recipe, out = untrained("moefication", work), tmp_path / "out"
+    kill_9("open", "2-fit.work/1.partial", recipe, work, out)
+    unfinished = out / "steps" / "2-fit.work"
+    assert {path.name for path in unfinished.iterdir()} == {
+        "activations",
+        "0.json",
+        "0.safetensors",
+        "1.safetensors",
+    }
+    run(recipe, str(work / "donor"), out, **FP32)
+    assert same_weights(out, moefied)
 
 
 def test_a_loss_that_is_not_finite_keeps_what_is_done(

@@ -12,7 +12,14 @@ def test_bench_times_dense_and_routed(capsys):
         ("forward + backward", 512),
     ]
     assert all(row["dense_ms"] > 0 and row["routed_ms"] > 0 for row in figures["ffn"])
-    assert figures["split_seconds"] > 0
+
+
+def test_bench_clusters_beside_min_cost_flow(capsys):
+    assert main(["bench", "clustering", "--json", "-"]) == 0
+    ours, exact = json.loads(capsys.readouterr().out)["clustering"]
+    assert (ours["by"], exact["by"]) == ("ours", "min-cost flow")
+    assert ours["smallest"] == ours["largest"] == exact["smallest"] == exact["largest"] == 32
+    assert ours["objective"] < 1.01 * exact["objective"]
 
 
 def test_an_unknown_shape_is_one_line(capsys):

@@ -110,10 +110,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "typo.yaml: step 1 (attach): unknown key 'start_sparsty'; did you mean 'start_sparsity'?",
     ),
     "family": ({"model": "mamba"}, "MambaForCausalLM has no FFN that moe-tools knows; supported"),
-    "encoder": ({"model": "bert"}, "BertForMaskedLM is no causal language model"),
+    "encoder": ({"model": "bert"}, "BertForMaskedLM is neither a causal language model nor a"),
     "expert size": (
-        {"expert_size": "7"},
-        "model.layers.0.mlp has 48 neurons, which experts of 7 do not divide; nearest sizes: 6, 8",
+        {"expert_size": "49"},
+        "model.layers.0.mlp has 48 neurons: experts of 49 are not possible",
     ),
     "no expert": ({"expert_size": "0"}, "--expert-size: '0' is no whole number of at least 1"),
     "output of others": ({"output": "other"}, "other exists and is not empty: choose another"),
@@ -134,7 +134,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "sparsity in words": ({"target_sparsity": "half"}, "invalid float value: 'half'"),
     "no target": (
         {"recipe": "dense.yaml", "target_sparsity": "0.5"},
-        "recipe d has no train step with a target_sparsity",
+        "recipe d has no step with a target_sparsity",
     ),
     "no split": ({"recipe": "dense.yaml", "expert_size": "8"}, "recipe d has no split step"),
     "no tokens": ({"tokens": "0"}, "--tokens: '0' is no whole number of at least 1"),
@@ -199,13 +199,13 @@ def test_the_same_command_again_only_measures(run: Run, work: Path) -> None:
 
 
 def test_the_options_reach_the_recipe(run: Run, work: Path) -> None:
-    options = {"target_sparsity": "0.6", "expert_size": "16", "tokens": "512", "seed": "3"}
+    options = {"target_sparsity": "0.6", "expert_size": "20", "tokens": "512", "seed": "3"}
     code, out, _ = run(*words(output="options", eval_tokens="0", **options), "--keep-steps")
     assert (code, out) == (0, "")  # no table
     written = (work / "options" / "recipe.yaml").read_text()
-    for line in ("target_sparsity: 0.6", "expert_size: 16", "tokens: 512", "seed: 3"):
+    for line in ("target_sparsity: 0.6", "expert_size: 20", "tokens: 512", "seed: 3"):
         assert line in written
-    assert {ffn.expert_size for ffn in expert_ffns(load(work / "options"))} == {16}
+    assert {ffn.division.sizes for ffn in expert_ffns(load(work / "options"))} == {(24, 24)}
     assert (work / "options" / "steps" / "0-split").is_dir()
 
 

@@ -1,0 +1,64 @@
+"""`moe-tools compare`: several recipes on one model, one table and one plot."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moe_tools.cli.options import json_target, positive
+
+SUMMARY = "run several recipes with the same tokens and set them side by side"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("recipe", nargs="+", help="a method (see `moe-tools recipes`) or a file")
+    parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
+    parser.add_argument("--output", required=True, help="folder of runs; the same command resumes")
+    parser.add_argument(
+        "--target-sparsity", type=float, nargs="+", default=[0.25, 0.5, 0.75], metavar="S"
+    )
+    parser.add_argument("--tokens", type=positive, help="of each recipe that trains")
+    parser.add_argument("--data", help="docs, a file or folder, a hub dataset, or self")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--baselines", nargs="*", choices=("teal", "cats"), default=(), help="training-free bars"
+    )
+    parser.add_argument("--eval-tokens", type=positive, default=32768)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
+    parser.add_argument(
+        "--json", type=json_target, metavar="FILE", help="write the table; - is standard output"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes OUTPUT/table.json and OUTPUT/pareto.svg beside the runs, and prints the table."""
+    from pathlib import Path
+
+    from moe_tools.cli.common import DTYPES, pick_device, quiet_transformers, write_text
+    from moe_tools.comparison import Study, compare_recipes
+    from moe_tools.measure.plot import plot
+    from moe_tools.measure.report import print_table, to_json
+
+    study = Study(
+        recipes=tuple(args.recipe),
+        model=args.model,
+        output=Path(args.output),
+        sparsities=tuple(args.target_sparsity),
+        baselines=tuple(args.baselines),
+        tokens=args.tokens,
+        data=args.data,
+        seed=args.seed,
+        eval_tokens=args.eval_tokens,
+        dtype=DTYPES[args.dtype],
+        device=pick_device(args.device),
+    )
+    with quiet_transformers():
+        rows = compare_recipes(study)
+    plot(rows, study.output / "pareto.svg")
+    write_text(to_json(rows), str(study.output / "table.json"))
+    print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
+    if args.json:
+        write_text(to_json(rows), args.json)
+    return 0

@@ -1,0 +1,142 @@
+"""`compare` and `evaluate --sweep`: several operating points of a tiny llama in one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_tools.model.checkpoint import load
+from moe_tools.model.experts import expert_ffns
+from moe_tools.recipe import read_recipe
+from tests.cli.test_verbs import EVALUATE, Run, rows_of, run, work
+
+__all__ = ["run", "work"]  # fixtures
+
+TRAINED = """
+name: trained
+block_length: 16
+steps:
+  - split: {method: random}
+  - attach: {start_sparsity: 0.1, tokens: 256}
+  - train: {mode: straight, tokens: 256, target_sparsity: 0.4}
+"""
+FITTED = """
+name: fitted
+block_length: 16
+steps:
+  - split: {expert_size: 7, method: contiguous, shared_experts: 1}
+  - attach: {router: norm, router_options: {hidden: 4}, selector: {kind: dynamic_k, tau: 0.5}}
+  - fit: {tokens: 256, epochs: 2}
+  - budget: {target_sparsity: 0.4, tokens: 256}
+"""
+COMPARE = ("--model", "donor", "--data", "text.txt", "--eval-tokens", "128", "--dtype", "fp32")
+
+
+@pytest.fixture
+def recipes(work: Path) -> list[str]:
+    (work / "trained.yaml").write_text(TRAINED)
+    (work / "fitted.yaml").write_text(FITTED)
+    return ["trained.yaml", "fitted.yaml"]
+
+
+def compared(run: Run, *words: str) -> list[dict[str, Any]]:
+    code, out, err = run("compare", *words, *COMPARE, "--json", "-")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_every_recipe_at_every_sparsity(run: Run, work: Path, recipes: list[str]) -> None:
+    sparsities = ("--target-sparsity", "0.2", "0.4")
+    rows = compared(run, *recipes, "--output", "study", *sparsities, "--baselines", "teal", "cats")
+    assert [(row["role"], row["series"]) for row in rows] == [
+        ("donor", ""),
+        ("control", ""),
+        *[("model", name) for name in ("trained", "fitted", "TEAL", "CATS") for _ in range(2)],
+    ]
+    donor, control, *models = rows
+    assert control["model"] == "study/trained-0.2/control" and control["train_tokens"] == 256
+    for row, target in zip(models, [0.2, 0.4] * 4, strict=True):
+        assert row["ratio_to_donor"] == pytest.approx(row["perplexity"] / donor["perplexity"])
+        if row["series"] == "fitted":
+            assert row["ffn_sparsity"] == pytest.approx(target, abs=0.1)
+        if row["series"] == "TEAL":  # of every matrix; CATS computes the gate in full
+            assert row["ffn_share"] == pytest.approx(1 - target, abs=0.05)
+        if row["series"] == "CATS":
+            assert row["ffn_share"] == pytest.approx(1 - target * 2 / 3, abs=0.05)
+    assert json.loads((work / "study" / "table.json").read_text()) == rows
+    assert (work / "study" / "pareto.svg").read_text().startswith("<?xml")
+
+
+def test_what_does_not_depend_on_the_sparsity_is_done_once(
+    run: Run, work: Path, recipes: list[str]
+) -> None:
+    words = (recipes[1], "--output", "once", "--target-sparsity", "0.2", "0.4")
+    first = compared(run, *words)
+    fits = [work / "once" / f"fitted-{s}" / "steps" / "2-fit" / "metrics.json" for s in (0.2, 0.4)]
+    assert fits[0].samefile(fits[1])
+    assert read_recipe(work / "once" / "fitted-0.4" / "recipe.yaml").name == "fitted"
+    stamps = [fit.stat().st_mtime_ns for fit in fits]
+    again = compared(run, *words)
+    assert [fit.stat().st_mtime_ns for fit in fits] == stamps
+    assert [row["perplexity"] for row in again] == [row["perplexity"] for row in first]
+
+
+def test_another_text_adopts_nothing(run: Run, work: Path, recipes: list[str]) -> None:
+    compared(run, recipes[1], "--output", "seeds", "--target-sparsity", "0.2", "--seed", "1")
+    code, _, err = run(
+        *("compare", recipes[1], "--output", "seeds", "--target-sparsity", "0.2", *COMPARE),
+    )
+    assert code == 2 and "holds another run" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nope"], "unknown recipe 'nope'"),
+        (["fitted.yaml", "--target-sparsity", "1.5"], "target_sparsity is 1.5, but must be"),
+        (["fitted.yaml", "--baselines", "wanda"], "invalid choice: 'wanda'"),
+    ],
+)
+def test_mistakes(run: Run, recipes: list[str], work: Path, words: list[str], message: str) -> None:
+    code, out, err = run("compare", *words, "--output", "never", *COMPARE)
+    assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
+    assert not (work / "never").exists()
+
+
+def test_a_sweep_is_one_row_a_setting(run: Run, work: Path) -> None:
+    before = {file: file.read_bytes() for file in (work / "out").iterdir() if file.is_file()}
+    donor, control, *points = rows_of(run, "out", "--sweep", "0.2", "0.5", "0.8")
+    assert (donor["role"], control["role"]) == ("donor", "control")
+    assert [point["setting"] for point in points] == [{"tau": tau} for tau in (0.2, 0.5, 0.8)]
+    sparsities = [point["ffn_sparsity"] for point in points]
+    assert sparsities == sorted(sparsities) and sparsities[0] < sparsities[-1]
+    *_, saved = rows_of(run, "out")  # whose tau is 0.5
+    assert points[1]["perplexity"] == saved["perplexity"]
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:
+    code, out, _ = run("evaluate", "out", *EVALUATE, "--sweep", "--plot", "curve.png")
+    assert code == 0 and "tau 0.1" in out and "tau 0.9" in out
+    assert (work / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["out", "donor", "--sweep"], "--sweep takes one folder, not 2"),
+        (["donor", "--sweep"], "donor has no router: there is nothing to sweep"),
+        (["out", "--plot", "curve.txt"], "'curve.txt' is no picture: use .png, .svg, .pdf"),
+    ],
+)
+def test_sweep_mistakes(run: Run, words: list[str], message: str) -> None:
+    code, out, err = run("evaluate", *words, *EVALUATE)
+    assert (code, out) == (2, "") and message in err
+
+
+def test_loading_a_swept_folder_finds_its_own_setting(run: Run, work: Path) -> None:
+    rows_of(run, "out", "--sweep", "0.9")
+    assert {ffn.selector.tau for ffn in expert_ffns(load(work / "out"))} == {0.5}

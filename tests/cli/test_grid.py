@@ -1,0 +1,75 @@
+"""`grid`: every split with every router on a tiny llama, resumed, and never over another grid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_verbs import Run, run, work
+
+__all__ = ["run", "work"]  # fixtures
+
+GRID = (
+    *("--model", "donor", "--data", "text.txt", "--expert-size", "8", "--dtype", "fp32"),
+    *("--tokens", "256", "--fit-tokens", "1024", "--block-length", "16"),
+)
+ROUTERS = ("oracle", "ridge", "similarity", "mlp")
+
+
+def grid(run: Run, *words: str) -> list[dict[str, Any]]:
+    code, out, err = run("grid", *GRID, *words, "--json", "-")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_every_combination_has_a_line(run: Run, work: Path) -> None:
+    words = ("--output", "all.jsonl", "--splits", "random", "kmeans:marks")
+    routers = ("--routers", *ROUTERS, "--target-sparsity", "0.5")
+    donor, *cells = grid(run, *words, *routers, "--baselines", "teal")
+    assert (donor["router"], donor["sparsity"], donor["ffn_share"]) == ("dense", 0.0, 1.0)
+    assert [(cell["split"], cell["router"]) for cell in cells] == [
+        ("-", "teal"),
+        *[(split, router) for split in ("random", "kmeans:marks") for router in ROUTERS],
+    ]
+    for cell in cells:
+        assert cell["sparsity"] == pytest.approx(0.5, abs=0.05)
+    for oracle, *others in (cells[1:5], cells[5:]):
+        assert oracle["recall"] > 0.95  # the cache rounds to bf16
+        assert all(other["captured"] < oracle["captured"] for other in others)
+
+
+def test_a_grid_goes_on_where_it_was_cut(run: Run, work: Path) -> None:
+    words = ("--output", "cut.jsonl", "--splits", "random", "--routers", "oracle", "ridge")
+    cells = grid(run, *words, "--target-sparsity", "0.25", "0.5")
+    file = work / "cut.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], lines[3][:20]]) + "\n")
+    again = grid(run, *words, "--target-sparsity", "0.25", "0.5")
+    assert again == cells
+    assert file.read_text().splitlines()[:3] == lines[:3]
+    more = grid(run, *words, "--target-sparsity", "0.25", "0.75")
+    assert more[0] == cells[0] and more[1] == cells[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--splits", "kmean"], "unknown value 'kmean'; did you mean 'kmeans'?"),
+        (["--routers", "mpl"], "unknown router 'mpl'; did you mean 'mlp'?"),
+        (["--target-sparsity", "2"], "target sparsity is 2.0, but must be strictly between"),
+    ],
+)
+def test_mistakes(run: Run, work: Path, words: list[str], message: str) -> None:
+    code, out, err = run("grid", *GRID, "--output", "wrong.jsonl", *words)
+    assert (code, out) == (2, "") and message in err
+    assert not (work / "wrong.jsonl").exists()
+
+
+def test_another_grid_is_not_mixed_in(run: Run, work: Path) -> None:
+    words = ("--output", "mine.jsonl", "--splits", "random", "--routers", "oracle")
+    grid(run, *words, "--target-sparsity", "0.5")
+    code, _, err = run("grid", *GRID, *words, "--when-off", "mean")
+    assert code == 2 and "mine.jsonl holds another grid" in err
