@@ -44,7 +44,7 @@ class RunText:
         if self.recipe.data != "self":
             _ = self.train_blocks
         if self.recipe.task == "classify":
-            self._labelled()
+            _ = self.labelled
 
     @cached_property
     def train_blocks(self) -> Tensor:
@@ -85,13 +85,15 @@ class RunText:
         tokens = [s.tokens if isinstance(s, Train) else 0 for s in self.recipe.steps]
         before, after, whole = sum(tokens[:index]), sum(tokens[: index + 1]), sum(tokens)
         if self.recipe.task == "classify":
-            return _between(self._labelled(), before, after, whole)
+            return _between(self.labelled, before, after, whole)
         wanted = max(1, whole // self.recipe.block_length)
         have = min(wanted, len(self.train_blocks))
         start = min(have - 1, have * before // whole)
         return self.train_blocks[start : max(start + 1, have * after // whole)]
 
-    def _labelled(self) -> list[Batch]:
+    @cached_property
+    def labelled(self) -> list[Batch]:
+        """What all train steps of a classifier see together."""
         (first, *_) = [step for step in self.recipe.steps if isinstance(step, Train)]
         return labelled_batches(
             self.recipe.data,

@@ -73,7 +73,11 @@ def _example(line: str, where: str) -> Example:
 
 def label_names(source: str) -> list[str]:
     """The labels of a file, sorted: label i is the i-th."""
-    return sorted({example.label for example in read_labelled(source)})
+    return _names(read_labelled(source))
+
+
+def _names(examples: list[Example]) -> list[str]:
+    return sorted({example.label for example in examples})
 
 
 def labelled_batches(
@@ -106,8 +110,9 @@ def labelled_batches(
     check_split(split)
     check_size("length", length)
     check_size("batch_size", batch_size)
-    names = label_names(source)
-    examples = [e for e in read_labelled(source) if _held_out(e.text) == (split == "heldout")]
+    everything = read_labelled(source)
+    names = _names(everything)
+    examples = [e for e in everything if _held_out(e.text) == (split == "heldout")]
     if not examples:
         raise ValueError(f"{source!r} has no {split} example: give more")
     encoded = tokenizer(

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import LearnedRouter, in_fp32
-from moe_tools.model.routers.labels import label_loss
+from moe_tools.model.routers.base import in_fp32
+from moe_tools.model.routers.labels import LabelRouter
 from moe_tools.model.routers.rows import mean_rows_RD
 
 
-class MLPRouter(LearnedRouter):
+class MLPRouter(LabelRouter):
     """sigmoid(W_2 tanh(W_1 x / ||x||)) (MoEfication, arXiv 2110.01786).
 
     W_1 starts at the mean rows of the experts, W_2 at the identity.
@@ -34,23 +34,12 @@ class MLPRouter(LearnedRouter):
             nn.init.eye_(router.second.weight)
         return router
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """scores_TR in (0, 1)."""
-        return torch.sigmoid(self._logits_TR(x_TD))
-
-    def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:
-        """The experts' magnitudes."""
-        return importance.magnitude_TR(h_TF)
-
-    def loss(self, x_TD: Tensor, target_TR: Tensor) -> Tensor:
-        """Binary cross entropy."""
-        return label_loss(self._logits_TR(x_TD), target_TR)
-
     def flops(self) -> int:
         """Multiply and add for each weight."""
         return 2 * (self.first.weight.numel() + self.second.weight.numel())
 
-    def _logits_TR(self, x_TD: Tensor) -> Tensor:
+    def logits_TR(self, x_TD: Tensor) -> Tensor:
+        """Scores before the sigmoid."""
         with in_fp32(x_TD):
             unit_TD = nn.functional.normalize(x_TD.float(), dim=-1)
             return self.second(torch.tanh(self.first(unit_TD)))

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import LearnedRouter, in_fp32
-from moe_tools.model.routers.labels import label_loss
+from moe_tools.model.routers.base import in_fp32
+from moe_tools.model.routers.labels import LabelRouter
 
 
-class SigmoidRouter(LearnedRouter):
+class SigmoidRouter(LabelRouter):
     """G = sigmoid(W x + b), one independent score an expert (LTE, arXiv 2402.06126).
 
     The bias is ours: with it training starts from "every expert on" (G near 1).
@@ -29,22 +29,11 @@ class SigmoidRouter(LearnedRouter):
         """Every expert on, for every token."""
         return cls(ffn.weights().up_FD.shape[1], importance.routed, **options)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """scores_TR in (0, 1)."""
-        return torch.sigmoid(self._logits_TR(x_TD))
-
-    def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:
-        """The experts' magnitudes."""
-        return importance.magnitude_TR(h_TF)
-
-    def loss(self, x_TD: Tensor, target_TR: Tensor) -> Tensor:
-        """As MoEfication's router has it."""
-        return label_loss(self._logits_TR(x_TD), target_TR)
-
     def flops(self) -> int:
         """Multiply and add for each weight."""
         return 2 * self.weight.numel()
 
-    def _logits_TR(self, x_TD: Tensor) -> Tensor:
+    def logits_TR(self, x_TD: Tensor) -> Tensor:
+        """Scores before the sigmoid."""
         with in_fp32(x_TD):
             return nn.functional.linear(x_TD.float(), self.weight.float(), self.bias.float())
