@@ -86,14 +86,14 @@ def run(
     """
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
     work = _Run(folder, device)
-    if not folder.claim(work.check):
-        logger.info("%s is complete", output)
-    else:
+    unfinished = folder.claim(work.check)
+    if unfinished:
         if like is not None:
             folder.adopt(like)
         work.execute()
-        folder.finish(keep_steps)
-    if control:
+    else:
+        logger.info("%s is complete", output)
+    if control:  # before the steps go: it begins with the dense ones among them
         run(
             control_recipe(recipe),
             model,
@@ -101,7 +101,10 @@ def run(
             dtype=dtype,
             device=device,
             keep_steps=keep_steps,
+            like=Path(output),
         )
+    if unfinished:
+        folder.finish(keep_steps)
     return Path(output)
 
 
@@ -204,8 +207,8 @@ class _Run:
         if isinstance(step, Budget):
             return budget(model, step, self.text.calibration(step.tokens))
         seen = self.text.of_step(index)
-        donor = self.donor() if set(step.losses) & set(DONOR_LOSSES) else None
-        measured = train(model, step, seen, work, donor=donor, seed=self.recipe.seed)
+        teacher = self._teacher(index) if set(step.losses) & set(DONOR_LOSSES) else None
+        measured = train(model, step, seen, work, donor=teacher, seed=self.recipe.seed)
         return {**measured, "data": fingerprint(seen)}
 
     @cached_property
@@ -213,8 +216,19 @@ class _Run:
         """What it calibrates and trains on."""
         return RunText(self.recipe, self.tokenizer, self.folder.steps, self.donor)
 
+    def _teacher(self, index: int) -> PreTrainedModel:
+        """What the model of a train step was before a router changed what it computes.
+
+        Dense training before `attach` makes a better teacher than the donor: it knows the text.
+        """
+        before = self.recipe.steps[:index]
+        changed = next((i for i, step in enumerate(before) if isinstance(step, Attach)), 0)
+        if not changed:
+            return self.donor()
+        return load(self.folder.step(changed - 1), dtype=self.dtype, device=self.device)
+
     def donor(self) -> PreTrainedModel:
-        """The dense model that all starts from, and the teacher."""
+        """The dense model that all starts from."""
         if self.recipe.task == "classify":
             labels = label_names(self.recipe.data)
             return load_classifier(self.source, labels, dtype=self.dtype, device=self.device)

@@ -357,21 +357,24 @@ def _require_takers(
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The dense control: the same tokens in the same order, no router, the language loss alone.
+    """The dense control: the same train steps on the same text, no router, the language loss alone.
 
     Raises:
         ValueError: the recipe trains nothing.
     """
-    trains = [step for step in recipe.steps if isinstance(step, Train)]
+    trains = tuple(_dense(step) for step in recipe.steps if isinstance(step, Train))
     if not trains:
         raise ValueError(f"recipe {recipe.name} trains nothing: its dense control is the donor")
-    first = trains[0]
-    dense = Train(  # what only concerns routers stays at its default
-        tokens=recipe.train_tokens(),
-        lr=max(step.lr for step in trains),
-        batch_size=first.batch_size,
-        accumulate=first.accumulate,
-        warmup=first.warmup,
-        checkpoint_every=first.checkpoint_every,
+    return replace(recipe, name=f"{recipe.name}-control", steps=trains)
+
+
+def _dense(step: Train) -> Train:
+    """What only concerns routers goes back to its default."""
+    return Train(
+        tokens=step.tokens,
+        lr=step.lr,
+        batch_size=step.batch_size,
+        accumulate=step.accumulate,
+        warmup=step.warmup,
+        checkpoint_every=step.checkpoint_every,
     )
-    return replace(recipe, name=f"{recipe.name}-control", steps=(dense,))

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.data import Batch, Text, blocks, generate_blocks, labelled_batches, token_count
+from moe_tools.data import Batch, Text, blocks, generate_blocks, labelled_batches
 from moe_tools.recipe import Recipe, Train
 
 SAMPLES = "samples.safetensors"
@@ -43,17 +44,16 @@ class RunText:
         """
         if self.recipe.data != "self":
             _ = self.train_blocks
-        if self.recipe.task == "classify":
-            _ = self.labelled
 
     @cached_property
     def train_blocks(self) -> Tensor:
         """blocks_BT of all train steps together; at least what calibration asks for.
 
-        To classify, what training sees are labelled batches, and blocks only calibrate.
+        To classify, they are the labelled rows end to end: those that training sees.
         """
-        trained = self.recipe.train_tokens() if self.recipe.task == "lm" else 0
-        wanted = max(trained, *self._calibration_tokens(), 1)
+        wanted = self._wanted()
+        if self.recipe.task == "classify":
+            return _packed(self.labelled, self.recipe.block_length)
         if self.recipe.data != "self":
             return blocks(
                 self.recipe.data,
@@ -69,8 +69,10 @@ class RunText:
         length = self.recipe.block_length
         return generate_blocks(self.donor(), length=length, tokens=tokens, seed=self.recipe.seed)
 
-    def _calibration_tokens(self) -> list[int]:
-        return [step.tokens for step in self.recipe.steps if not isinstance(step, Train)]
+    def _wanted(self) -> int:
+        """Tokens that the hungriest reader asks for: all train steps, or one that calibrates."""
+        calibrate = [step.tokens for step in self.recipe.steps if not isinstance(step, Train)]
+        return max(self.recipe.train_tokens(), *calibrate, 1)
 
     def calibration(self, tokens: int) -> Tensor:
         """The first blocks."""
@@ -85,7 +87,7 @@ class RunText:
         tokens = [s.tokens if isinstance(s, Train) else 0 for s in self.recipe.steps]
         before, after, whole = sum(tokens[:index]), sum(tokens[: index + 1]), sum(tokens)
         if self.recipe.task == "classify":
-            return _between(self.labelled, before, after, whole)
+            return _between(self.labelled, before, after)
         wanted = max(1, whole // self.recipe.block_length)
         have = min(wanted, len(self.train_blocks))
         start = min(have - 1, have * before // whole)
@@ -93,24 +95,31 @@ class RunText:
 
     @cached_property
     def labelled(self) -> list[Batch]:
-        """What all train steps of a classifier see together."""
-        (first, *_) = [step for step in self.recipe.steps if isinstance(step, Train)]
+        """What calibrates a classifier, and what all of its train steps see together."""
+        trains = [step for step in self.recipe.steps if isinstance(step, Train)]
         return labelled_batches(
             self.recipe.data,
             self.tokenizer,
             split="train",
             length=self.recipe.block_length,
-            batch_size=first.batch_size,
-            tokens=self.recipe.train_tokens(),
+            batch_size=trains[0].batch_size if trains else Train.batch_size,
+            tokens=self._wanted(),
             seed=self.recipe.seed,
         )
 
 
-def _between(batches: list[Batch], before: int, after: int, whole: int) -> list[Batch]:
-    """The batches that begin from the share before / whole of all tokens up to after / whole."""
-    total, seen, chosen = token_count(batches), 0, []
+def _packed(batches: list[Batch], length: int) -> Tensor:
+    """blocks_BT of the batches' tokens end to end; fewer than one block are one short block."""
+    ids_T = torch.cat([batch.ids_BT.flatten() for batch in batches])
+    whole = len(ids_T) // length * length
+    return ids_T[:whole].view(-1, length) if whole else ids_T[None]
+
+
+def _between(batches: list[Batch], before: int, after: int) -> list[Batch]:
+    """The batches that begin between two numbers of tokens."""
+    seen, chosen = 0, []
     for batch in batches:
-        if before * total <= seen * whole < after * total:
+        if before <= seen < after:
             chosen.append(batch)
         seen += batch.ids_BT.numel()
     return chosen

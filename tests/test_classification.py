@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from moe_tools.data import labelled_batches
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.model.checkpoint import load, load_classifier, save
 from moe_tools.model.experts import expert_ffns
+from moe_tools.pipeline import run
+from moe_tools.recipe import Attach, Recipe, Split, read_recipe
+from moe_tools.run_text import RunText
 from tests.cli.test_verbs import WORDS, build_tokenizer
 
 RECIPE = """
@@ -86,6 +90,28 @@ def test_both_train_steps_go_through_the_text_in_turn(work: Path) -> None:
     trained = [step["trained_tokens"] for step in steps if "trained_tokens" in step]
     assert trained == [pytest.approx(20000, abs=300), pytest.approx(10000, abs=300)]
     assert control["train_tokens"] == pytest.approx(sum(trained), abs=600)
+
+
+def test_what_calibrates_is_what_trains(work: Path) -> None:
+    """Rows that are held out must not choose experts or routers."""
+    recipe = replace(read_recipe(work / "mails.yaml"), data=str(work / "mails.jsonl"))
+    text = RunText(recipe, build_tokenizer(WORDS), work / "kept", lambda: load(work / "donor"))
+    rows = [row.tolist() for batch in (*text.of_step(0), *text.of_step(3)) for row in batch.ids_BT]
+    packed_T = text.train_blocks.flatten()
+    assert torch.equal(packed_T, torch.tensor([i for row in rows for i in row])[: len(packed_T)])
+    assert len(text.calibration(512)) == 512 // 16
+    held = labelled_batches(
+        recipe.data, build_tokenizer(WORDS), split="heldout", length=16, batch_size=8
+    )
+    assert not {tuple(row) for row in rows} & {tuple(r.tolist()) for b in held for r in b.ids_BT}
+
+
+def test_a_classifier_may_be_converted_without_training(work: Path, tmp_path: Path) -> None:
+    """Whatever its calibration asks for; a text shorter than a block is one block."""
+    steps = (Split(expert_size=7, tokens=64), Attach(router="mean_gate", tokens=10**5))
+    recipe = Recipe("still", steps, data=str(work / "mails.jsonl"), task="classify")
+    run(recipe, str(work / "out" / "control"), tmp_path / "still", dtype=torch.float32)
+    assert len(expert_ffns(load(tmp_path / "still"))) == 2
 
 
 def test_the_table_shows_accuracies(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,17 @@ from moe_tools.model.checkpoint import load, load_tokenizer, save
 from moe_tools.model.conversion import read_conversion
 from moe_tools.model.experts import every_expert_on, expert_ffns
 from moe_tools.pipeline import run
-from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Train, read_recipe, with_options
+from moe_tools.recipe import (
+    Attach,
+    Budget,
+    Fit,
+    Recipe,
+    Split,
+    Step,
+    Train,
+    read_recipe,
+    with_options,
+)
 from tests.families import EXPERT_SIZE, aligned, build, force_on, is_router, logits
 
 ROOT = Path(__file__).parents[1]
@@ -278,8 +288,8 @@ def test_train_steps_share_the_text_and_the_control_sees_all_of_it(
     *_, soft, hard = metrics(done)["steps"]
     assert soft["data"] == fingerprint(text[:48])
     assert hard["data"] == fingerprint(text[48:])
-    (control,) = metrics(done / "control")["steps"]
-    assert control["data"] == fingerprint(text)
+    control = metrics(done / "control")["steps"]
+    assert [step["data"] for step in control] == [soft["data"], hard["data"]]
     assert metrics(done / "control")["train_tokens"] == metrics(done)["train_tokens"]
 
 
@@ -306,8 +316,10 @@ def trained_text(
     return got
 
 
-def dense(*tokens: int) -> tuple[Train, ...]:
-    return tuple(Train(tokens=count) for count in tokens)
+def sparse(*tokens: int) -> tuple[Step, ...]:
+    """Train steps none of which the control can share."""
+    trains = (Train(tokens=count, losses={"l1": 1.0}) for count in tokens)
+    return tuple(trains)
 
 
 @pytest.mark.parametrize("tokens", [(104, 104), (24, 40, 24), (500, 15, 500), (17,), (33, 1)])
@@ -319,13 +331,14 @@ def test_the_control_sees_what_the_steps_see(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where a step's tokens do not fill its last block."""
-    steps = replace(recipe, steps=dense(*tokens))
-    *parts, control = trained_text(monkeypatch, steps, work, tmp_path / "out")
+    steps = replace(recipe, steps=sparse(*tokens))
+    got = trained_text(monkeypatch, steps, work, tmp_path / "out")
+    parts, control = got[: len(tokens)], got[len(tokens) :]
     assert all(len(part) for part in parts)
-    enough = [part for part, count in zip(parts, tokens, strict=True) if count >= LENGTH]
-    if len(enough) == len(parts):
-        assert torch.equal(torch.cat(parts), control)
-    assert torch.equal(control, whole_text(steps, work)[: sum(tokens) // LENGTH])
+    assert all(torch.equal(a, b) for a, b in zip(parts, control, strict=True))
+    if all(count >= LENGTH for count in tokens):
+        text = whole_text(steps, work)[: sum(tokens) // LENGTH]
+        assert torch.equal(torch.cat(parts), text)
 
 
 def test_a_text_too_short_is_shared_by_the_steps(
@@ -333,11 +346,51 @@ def test_a_text_too_short_is_shared_by_the_steps(
 ) -> None:
     """The first train step must not leave the second without a token."""
     have = len(whole_text(recipe, work, tokens=10**9))
-    steps = replace(recipe, steps=dense(300_000, 100_000))
-    first, second, control = trained_text(monkeypatch, steps, work, tmp_path / "out")
-    assert len(control) == have
-    assert torch.equal(torch.cat([first, second]), control)
+    steps = replace(recipe, steps=sparse(300_000, 100_000))
+    first, second, *control = trained_text(monkeypatch, steps, work, tmp_path / "out")
+    assert len(first) + len(second) == have
+    assert torch.equal(torch.cat([first, second]), torch.cat(control))
     assert len(first) == pytest.approx(0.75 * have, abs=1)
+
+
+def test_the_control_begins_with_the_dense_steps_that_the_run_did(
+    recipe: Recipe, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, attach, soft, _ = recipe.steps
+    dense = Train(tokens=8 * LENGTH, lr=1e-3)
+    late = replace(recipe, steps=(dense, split, attach, replace(soft, tokens=8 * LENGTH)))
+    got = trained_text(monkeypatch, late, work, tmp_path / "out")
+    first, second, control = got  # not four
+    assert torch.equal(control, second) and not torch.equal(first, second)
+
+
+def test_the_teacher_is_the_model_before_it_was_routed(
+    recipe: Recipe, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The donor where nothing was trained before; else what dense training made of it."""
+    split, attach, soft, _ = recipe.steps
+    distilled = replace(soft, tokens=8 * LENGTH, losses={"lm": 1.0, "distill": 1.0})
+    dense = Train(tokens=8 * LENGTH, lr=1e-2)
+    teachers: dict[str, Any] = {}
+    real = pipeline.train
+
+    def spy(model: Any, step: Train, *args: Any, **kwargs: Any) -> Any:
+        teachers[step.mode] = kwargs["donor"]
+        return real(model, step, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "train", spy)
+
+    def taught(name: str, *steps: Step) -> Tensor:
+        run(replace(recipe, steps=steps), str(work / "donor"), tmp_path / name, **FP32)
+        return logits(teachers["soft"])
+
+    donor = logits(load(work / "donor"))
+    assert (taught("early", split, attach, distilled) - donor).abs().max() <= 2e-6
+    late = taught("late", dense, split, attach, distilled)
+    run(replace(recipe, steps=(dense,)), str(work / "donor"), tmp_path / "dense", **FP32)
+    assert (late - logits(load(tmp_path / "dense"))).abs().max() <= 2e-6
+    assert (late - donor).abs().max() > 1e-3
+    assert teachers["dense"] is None
 
 
 def test_calibration_asks_for_its_own_tokens(

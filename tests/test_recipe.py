@@ -305,17 +305,19 @@ def test_an_option_that_no_step_can_take(options: dict[str, Any], lacks: str) ->
 # --- the dense control
 
 
-def test_the_control_sees_the_same_tokens_and_no_router() -> None:
+def test_the_control_takes_the_same_train_steps_without_a_router() -> None:
     control = control_recipe(TWO_STAGES)
-    (step,) = control.steps
-    assert isinstance(step, Train)
-    assert step.tokens == control.train_tokens() == TWO_STAGES.train_tokens() == 400
-    assert (step.mode, step.parts, step.target_sparsity) == ("dense", "all", None)
-    assert step.losses == {"lm": 1.0}
-    assert step.lr == 3e-4  # the best chance: the largest of the method's
+    assert control.steps == (Train(tokens=300, lr=1e-4), Train(tokens=100, lr=3e-4))
     assert (control.data, control.seed, control.block_length) == ("docs", 0, 512)
     assert control.name == "two-stages-control"
     assert again(control) == control
+
+
+def test_the_control_keeps_what_sets_the_pace() -> None:
+    pace = {"lr": 2e-4, "batch_size": 2, "accumulate": 3, "warmup": 0.1, "checkpoint_every": 7}
+    step = Train(tokens=9, mode="straight", target_sparsity=0.3, ramp=0.1, router_lr=1.0, **pace)
+    (dense,) = control_recipe(Recipe("x", (Split(), Attach(), step))).steps
+    assert dense == Train(tokens=9, **pace)
 
 
 def test_a_recipe_that_trains_nothing_has_no_control() -> None:
