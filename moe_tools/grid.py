@@ -208,8 +208,9 @@ class _Bench:
     ) -> Cell:
         """Evaluates a model as it stands."""
         found = evaluate(model, self.held_BT)
-        share = (found.flops.ffn + found.flops.router) / found.flops.ffn_dense
-        return Cell(*key, found.perplexity, found.ffn_sparsity, share, *(judged or ()))
+        return Cell(
+            *key, found.perplexity, found.ffn_sparsity, found.flops.ffn_share, *(judged or ())
+        )
 
     def baseline(self, key: Key) -> Cell:
         """Evaluates the donor under thresholds."""

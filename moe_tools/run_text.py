@@ -9,12 +9,11 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.data import Batch, Text, blocks, generate_blocks, labelled_batches
+from moe_tools.data import Batch, Text, blocks, generate_blocks, labelled_batches, labelled_blocks
 from moe_tools.recipe import Recipe, Train
 
 SAMPLES = "samples.safetensors"
@@ -53,7 +52,7 @@ class RunText:
         """
         wanted = self._wanted()
         if self.recipe.task == "classify":
-            return _packed(self.labelled, self.recipe.block_length)
+            return labelled_blocks(self.labelled, self.recipe.block_length)
         if self.recipe.data != "self":
             return blocks(
                 self.recipe.data,
@@ -106,13 +105,6 @@ class RunText:
             tokens=self._wanted(),
             seed=self.recipe.seed,
         )
-
-
-def _packed(batches: list[Batch], length: int) -> Tensor:
-    """blocks_BT of the batches' tokens end to end; fewer than one block are one short block."""
-    ids_T = torch.cat([batch.ids_BT.flatten() for batch in batches])
-    whole = len(ids_T) // length * length
-    return ids_T[:whole].view(-1, length) if whole else ids_T[None]
 
 
 def _between(batches: list[Batch], before: int, after: int) -> list[Batch]:

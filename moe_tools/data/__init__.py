@@ -4,6 +4,7 @@
     blocks(source, tokenizer, ...)        blocks_BT: documents joined by EOS, cut into equal rows
     generate_blocks(model, ...)           blocks_BT: what the donor itself says, from BOS on
     labelled_batches(source, ...)         labelled documents, as batches of rows of one length
+    labelled_blocks(batches, length)      blocks_BT: the rows of such batches end to end
     fingerprint(blocks_BT)                shows that two runs saw the same tokens
 
 A source is "docs" (docstrings of installed packages: no download), a .txt, .md, .jsonl or .parquet
@@ -14,7 +15,7 @@ and tokenizer give the same tensor on every run, and a larger budget of tokens o
 from moe_tools.data.batch import Batch, Text, token_count
 from moe_tools.data.generate import generate_blocks
 from moe_tools.data.holdout import Split
-from moe_tools.data.labelled import label_names, labelled_batches
+from moe_tools.data.labelled import label_names, labelled_batches, labelled_blocks
 from moe_tools.data.packing import blocks, fingerprint
 from moe_tools.data.sources import texts
 
@@ -27,6 +28,7 @@ __all__ = [
     "generate_blocks",
     "label_names",
     "labelled_batches",
+    "labelled_blocks",
     "texts",
     "token_count",
 ]

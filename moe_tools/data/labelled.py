@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 from moe_tools.data.batch import Batch
 from moe_tools.data.holdout import Split, check_split, digest, normalise
@@ -128,6 +129,13 @@ def labelled_batches(
             batches.append(batch)
             found += batch.ids_BT.numel()
     return batches
+
+
+def labelled_blocks(batches: Sequence[Batch], length: int) -> Tensor:
+    """blocks_BT of the batches' tokens end to end; fewer than one block are one short block."""
+    ids_T = torch.cat([batch.ids_BT.flatten() for batch in batches])
+    whole = len(ids_T) // length * length
+    return ids_T[:whole].view(-1, length) if whole else ids_T[None]
 
 
 def _held_out(text: str) -> bool:

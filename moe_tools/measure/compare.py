@@ -6,13 +6,15 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.data import Text, blocks, labelled_batches, token_count
+from moe_tools.data import Batch, Text, blocks, labelled_batches, labelled_blocks, token_count
+from moe_tools.data.holdout import Split
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, evaluate
@@ -83,7 +85,8 @@ class Bench:
         """The tokenizer of the model `first` decides what the tokens are."""
         self.setup = setup
         self.tokenizer = load_tokenizer(first)
-        self.text = _text(setup, self.tokenizer, classify=is_classifier_source(first))
+        read = _labelled if is_classifier_source(first) else _blocks
+        self.text: Text = read(setup, self.tokenizer, "heldout", setup.tokens)
         self.done: dict[str, Evaluation] = {}
         self.sources: dict[str, str] = {}
         """Name of a row that was asked for -> its folder."""
@@ -129,12 +132,8 @@ class Bench:
 
     def baseline(self, kind: Baseline, sparsity: float, source: str) -> None:
         """Evaluates a dense model under thresholds, calibrated on the training text."""
-        setup = self.setup
-        calibration_BT = blocks(
-            setup.data, self.tokenizer, split="train", length=setup.block_length, tokens=CALIBRATION
-        )
         model, name = self.load(source), f"{kind} at {sparsity:g}"
-        with thresholded(model, kind, sparsity, calibration_BT) as sites:
+        with thresholded(model, kind, sparsity, self.calibration_BT) as sites:
             self.evaluate(name, model)
         seen = self.done[name]
         saved = sum(site.saved for site in sites) / token_count(self.text)
@@ -142,6 +141,15 @@ class Bench:
         off = saved / seen.flops.ffn_dense
         self.done[name] = replace(seen, flops=flops, ffn_sparsity=off)
         self.sources[name], self.series[name] = source, kind.upper()
+
+    @cached_property
+    def calibration_BT(self) -> Tensor:
+        """Training text."""
+        setup, classify = self.setup, not isinstance(self.text, Tensor)
+        if classify:
+            batches = _labelled(setup, self.tokenizer, "train", CALIBRATION)
+            return labelled_blocks(batches, setup.block_length)
+        return _blocks(setup, self.tokenizer, "train", CALIBRATION)
 
     def rows(self, donor: str | None = None) -> list[Row]:
         """Donors first, then each row that was asked for, after its control."""
@@ -209,19 +217,21 @@ class Bench:
         )
 
 
-def _text(setup: Setup, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
-    if classify:
-        return labelled_batches(
-            setup.data,
-            tokenizer,
-            split="heldout",
-            length=setup.block_length,
-            batch_size=setup.batch_size,
-            tokens=setup.tokens,
-        )
-    return blocks(
-        setup.data, tokenizer, split="heldout", length=setup.block_length, tokens=setup.tokens
+def _labelled(
+    setup: Setup, tokenizer: PreTrainedTokenizerBase, split: Split, tokens: int
+) -> list[Batch]:
+    return labelled_batches(
+        setup.data,
+        tokenizer,
+        split=split,
+        length=setup.block_length,
+        batch_size=setup.batch_size,
+        tokens=tokens,
     )
+
+
+def _blocks(setup: Setup, tokenizer: PreTrainedTokenizerBase, split: Split, tokens: int) -> Tensor:
+    return blocks(setup.data, tokenizer, split=split, length=setup.block_length, tokens=tokens)
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -41,6 +41,11 @@ class Flops:
     total_dense: float = field(init=False)
     """ffn_dense + attention_and_rest."""
 
+    @property
+    def ffn_share(self) -> float:
+        """FFNs, our routers included, over the dense FFNs."""
+        return (self.ffn + self.router) / self.ffn_dense
+
     def __post_init__(self) -> None:
         rest = self.attention_and_rest
         object.__setattr__(self, "total", self.ffn + self.router + rest)
