@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moe_tools.measure.baselines import Baseline
-from moe_tools.measure.compare import Bench, Setup
+from moe_tools.measure.compare import Bench, Setup, find_control
 from moe_tools.measure.report import Row
 from moe_tools.pipeline import run
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
@@ -26,7 +26,7 @@ class Study:
     """A folder for the runs: OUTPUT/RECIPE-SPARSITY."""
     sparsities: tuple[float, ...]
     baselines: tuple[Baseline, ...] = ()
-    """At the same sparsities."""
+    """At the same sparsities; on the dense control where there is one, else on the donor."""
     tokens: int | None = None
     """Training tokens of each recipe that trains; None: what it says."""
     data: str | None = None
@@ -65,10 +65,11 @@ def compare_recipes(study: Study) -> list[Row]:
             like=first.get(name),
         )
         first.setdefault(name, folder)
-        bench.measure(str(folder), series=recipe.name)
+        bench.measure(str(folder), series=recipe.name, control=find_control(str(first[name])))
+    control = next(filter(None, (find_control(str(folder)) for folder in first.values())), None)
     for kind in study.baselines:
         for sparsity in study.sparsities:
-            bench.baseline(kind, sparsity, study.model)
+            bench.baseline(kind, sparsity, study.model, control)
     return bench.rows(study.model)
 
 

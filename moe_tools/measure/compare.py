@@ -94,12 +94,15 @@ class Bench:
         """Name of a row -> the knob of its selectors, where it is not the saved one."""
         self.series: dict[str, str] = {}
         """Name of a row -> the line of a plot that it belongs to, where that is not the folder."""
+        self.controls: dict[str, str | None] = {}
+        """Name of a row -> its dense control."""
         self.named_donors: dict[str, str | None] = {}
 
-    def measure(self, source: str, series: str = "") -> None:
+    def measure(self, source: str, series: str = "", control: str | None = None) -> None:
         """Loads and evaluates a model, unless that is done."""
         self.sources.setdefault(source, source)
         self.series.setdefault(source, series)
+        self.controls.setdefault(source, control or find_control(source))
         self._measure_once(source)
 
     def _measure_once(self, source: str) -> None:
@@ -130,9 +133,9 @@ class Bench:
             seed=self.setup.seed,
         )
 
-    def baseline(self, kind: Baseline, sparsity: float, source: str) -> None:
-        """Evaluates a dense model under thresholds, calibrated on the training text."""
-        model, name = self.load(source), f"{kind} at {sparsity:g}"
+    def baseline(self, kind: Baseline, sparsity: float, source: str, control: str | None) -> None:
+        """Evaluates a donor, or its dense control, under thresholds set on the training text."""
+        model, name = self.load(control or source), f"{kind} at {sparsity:g}"
         with thresholded(model, kind, sparsity, self.calibration_BT) as sites:
             self.evaluate(name, model)
         seen = self.done[name]
@@ -141,6 +144,7 @@ class Bench:
         off = saved / seen.flops.ffn_dense
         self.done[name] = replace(seen, flops=flops, ffn_sparsity=off)
         self.sources[name], self.series[name] = source, kind.upper()
+        self.controls[name] = control
 
     @cached_property
     def calibration_BT(self) -> Tensor:
@@ -159,7 +163,7 @@ class Bench:
         donors = {folder: donor or self.find_donor(folder) for folder in folders}
         rows = {name: self.row(name, "donor") for name in donors.values() if name is not None}
         for name, folder in self.sources.items():
-            control = _control(folder)
+            control = self.controls.get(name, find_control(folder))
             if control is not None:
                 self._measure_once(control)
                 rows.setdefault(control, self.row(control, "control", donors[folder]))
@@ -246,7 +250,8 @@ def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _control(source: str) -> str | None:
+def find_control(source: str) -> str | None:
+    """The dense control inside a run's folder."""
     folder = Path(source) / CONTROL
     return str(folder) if (folder / "config.json").is_file() else None
 

@@ -60,6 +60,11 @@ def test_every_recipe_at_every_sparsity(run: Run, work: Path, recipes: list[str]
     assert control["model"] == "study/trained-0.2/control" and control["train_tokens"] == 256
     for row, target in zip(models, [0.2, 0.4] * 4, strict=True):
         assert row["ratio_to_donor"] == pytest.approx(row["perplexity"] / donor["perplexity"])
+        if row["series"] == "fitted":  # trains nothing: the donor is its control
+            assert row["ratio_to_control"] is None
+        else:
+            ratio = row["perplexity"] / control["perplexity"]
+            assert row["ratio_to_control"] == pytest.approx(ratio)
         if row["series"] == "fitted":
             assert row["ffn_sparsity"] == pytest.approx(target, abs=0.1)
         if row["series"] == "TEAL":  # of every matrix; CATS computes the gate in full
