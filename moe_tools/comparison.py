@@ -50,7 +50,8 @@ def compare_recipes(study: Study) -> list[Row]:
         for name in study.recipes
         for sparsity in study.sparsities
     ]
-    bench = Bench(_setup(study, plan[0][2]), study.model)
+    task = plan[0][2].task
+    bench = Bench(_setup(study, plan[0][2]), study.model, task == "classify")
     first: dict[str, Path] = {}
     for name, sparsity, recipe in plan:
         folder = study.output / f"{recipe.name}-{sparsity:g}"
@@ -70,7 +71,7 @@ def compare_recipes(study: Study) -> list[Row]:
     for kind in study.baselines:
         for sparsity in study.sparsities:
             bench.baseline(kind, sparsity, study.model, control)
-    return bench.rows(study.model)
+    return bench.rows(study.model if task == "lm" else None)  # a body without a head has no row
 
 
 def _recipe(study: Study, name: str, sparsity: float) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ steps:
   - attach: {start_sparsity: 0.1, tokens: 512}
   - train: {mode: straight, tokens: 10000, target_sparsity: 0.4, lr: 1e-3, batch_size: 16}
 """
-Run = Callable[..., tuple[int, str, str]]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +113,7 @@ def test_a_classifier_may_be_converted_without_training(work: Path, tmp_path: Pa
     assert len(expert_ffns(load(tmp_path / "still"))) == 2
 
 
-def test_the_table_shows_accuracies(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_accuracies(work: Path, capsys: Capture) -> None:
     table = ["--data", str(work / "mails.jsonl"), "--block-length", "16", "--dtype", "fp32"]
     assert main(["evaluate", str(work / "out"), *table, "--json", "-"]) == 0
     out, err = capsys.readouterr()
@@ -132,10 +131,24 @@ def test_a_head_of_other_labels_is_refused(work: Path) -> None:
     assert type(again).__name__ == "BertForSequenceClassification"
 
 
-def test_a_language_model_and_a_classifier_do_not_compare(
-    work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_language_model_and_a_classifier_do_not_compare(work: Path, capsys: Capture) -> None:
     words = ["--data", str(work / "mails.jsonl"), "--block-length", "16"]
     folders = [str(work / "out"), str(work / "donor")]
     assert main(["evaluate", *folders, *words]) == 2
     assert "classifiers and language models do not compare" in capsys.readouterr().err
+
+
+def test_recipes_compare_by_accuracy(work: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The donor has no head, so the control is the only bar; thresholds stand on the control."""
+    words = ["--data", str(work / "mails.jsonl"), "--dtype", "fp32", "--baselines", "cats"]
+    folders = ["--model", str(work / "donor"), "--output", str(tmp_path / "study")]
+    sparsity = ["--target-sparsity", "0.2", "0.4", "--tokens", "3000", "--json", "-"]
+    assert main(["compare", str(work / "mails.yaml"), *folders, *words, *sparsity]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["series"] or row["role"] for row in rows] == [
+        "control",
+        *["mails"] * 2,
+        *["CATS"] * 2,
+    ]
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert len({row["tokens"] for row in rows}) == 1

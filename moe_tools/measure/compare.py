@@ -81,11 +81,12 @@ def compare(sources: Sequence[str], setup: Setup, *, donor: str | None = None) -
 class Bench:
     """Evaluates each model once, and sets it beside its donor and its control."""
 
-    def __init__(self, setup: Setup, first: str) -> None:
-        """The tokenizer of the model `first` decides what the tokens are."""
+    def __init__(self, setup: Setup, first: str, classify: bool | None = None) -> None:
+        """The model `first` decides what the tokens are, and whether texts are classified."""
         self.setup = setup
         self.tokenizer = load_tokenizer(first)
-        read = _labelled if is_classifier_source(first) else _blocks
+        classify = is_classifier_source(first) if classify is None else classify
+        read = _labelled if classify else _blocks
         self.text: Text = read(setup, self.tokenizer, "heldout", setup.tokens)
         self.done: dict[str, Evaluation] = {}
         self.sources: dict[str, str] = {}
@@ -97,6 +98,8 @@ class Bench:
         self.controls: dict[str, str | None] = {}
         """Name of a row -> its dense control."""
         self.named_donors: dict[str, str | None] = {}
+        self.refused: set[str] = set()
+        """Donors that cannot be evaluated."""
 
     def measure(self, source: str, series: str = "", control: str | None = None) -> None:
         """Loads and evaluates a model, unless that is done."""
@@ -172,12 +175,13 @@ class Bench:
 
     def find_donor(self, source: str) -> str | None:
         """The donor that a converted folder names, if it can still be evaluated."""
-        donor = self.named_donors[source]
-        if donor is None:
+        donor = self.named_donors.get(source)
+        if donor is None or donor in self.refused:
             return None
         try:
             self._measure_once(donor)
         except ValueError as error:
+            self.refused.add(donor)
             logger.warning("no row for the donor of %s, give --donor: %s", source, error)
             return None
         return donor
