@@ -92,7 +92,7 @@ class Stage:
     """A part of a train step, and the weight that a loss has at its end."""
 
     until: float
-    """Share of the optimizer steps at which it ends; the last stage ends at 1."""
+    """Where it ends, in any unit, e.g. thousands of steps: the last stage ends with the step."""
     weight: float
     curve: Literal["sine", "constant"] = "sine"
     """From the weight of the stage before along half a sine (ProSparse, arXiv 2402.13516), or the
@@ -335,7 +335,8 @@ def _check_drive(step: Train) -> None:
 def _check_stages(step: Train, key: str, stages: tuple[Stage, ...]) -> None:
     ends = [0.0, *(stage.until for stage in stages)]
     rising = all(before < after for before, after in itertools.pairwise(ends))
-    _require(rising and ends[-1] == 1, step, f"until of {key}", ends[1:], "rising, and 1 at last")
+    known = rising and 0 < ends[-1] < math.inf
+    _require(known, step, f"until of {key}", ends[1:], "rising numbers above 0, at least one")
     for i, stage in enumerate(stages):
         valid = 0 <= stage.weight < math.inf
         _require(valid, step, f"{key}[{i}].weight", stage.weight, "0 or more, and finite")

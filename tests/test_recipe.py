@@ -153,12 +153,12 @@ FULL = {"until": 1.0, "weight": 1.0}
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([], r"until of losses.l1 is \[\], but must be rising, and 1 at last"),
-        ([{"until": 0.9, "weight": 1.0}], r"until of losses.l1 is \[0.9\], but must be rising"),
+        ([], r"until of losses.l1 is \[\], but must be rising numbers above 0, at least one"),
         ([FULL, FULL], r"until of losses.l1 is \[1.0, 1.0\], but must be rising"),
         ([{"until": 0.0, "weight": 1.0}, FULL], r"is \[0.0, 1.0\], but must be rising"),
         ([{"until": float("nan"), "weight": 1.0}, FULL], r"is \[nan, 1.0\], but must be rising"),
-        ([{"until": 30, "weight": 1.0}], r"is \[30.0\], but must be rising, and 1 at last"),
+        ([FULL, {"until": float("inf"), "weight": 1.0}], r"is \[1.0, inf\], but must be rising"),
+        ([{"until": -1, "weight": 1.0}], r"is \[-1.0\], but must be rising"),
         ([{"until": 1, "weight": -1}], r"losses.l1\[0\].weight is -1.0, but must be 0 or more"),
         ([{"until": 1, "weight": float("nan")}], r"losses.l1\[0\].weight is nan, but must be 0"),
         ([{"until": 1, "weight": float("inf")}], r"losses.l1\[0\].weight is inf, but must be 0"),

@@ -24,18 +24,19 @@ def weight_at(weight: Weight, step: int, steps: int) -> float:
     lambda(t) = lambda_{i-1} + eta (lambda_i - lambda_{i-1}); the first stage is constant.
 
     Args:
-        weight: a number, or stages whose T_i are shares of the steps.
+        weight: a number, or stages; `steps` is where the last one ends.
         step: t, counted from 1.
         steps: optimizer steps of the train step.
     """
     if not isinstance(weight, tuple):
         return weight
     share, begin, before = step / steps, 0.0, weight[0].weight
-    for stage in weight:
-        if share <= stage.until:
+    for stage in weight:  # shares: 29 of 100 steps is 0.29 of them, though 0.29 * 100 < 29
+        end = stage.until / weight[-1].until
+        if share <= end:
             break
-        begin, before = stage.until, stage.weight
+        begin, before = end, stage.weight
     if stage.curve == "constant":
         return stage.weight
-    eta = 0.5 * (math.sin(math.pi * ((share - begin) / (stage.until - begin) - 0.5)) + 1)
+    eta = 0.5 * (math.sin(math.pi * ((share - begin) / (end - begin) - 0.5)) + 1)
     return before + eta * (stage.weight - before)

@@ -194,10 +194,11 @@ def test_stages_are_those_of_prosparse_in_every_step(parts: list[tuple[int, floa
     ends = list(itertools.accumulate(length for length, _ in parts))
     lambdas = [weight for _, weight in parts]
     steps = ends[-1]
-    stages = tuple(Stage(end / steps, weight) for end, weight in zip(ends, lambdas, strict=True))
-    for t in range(1, steps + 1):
-        expected = prosparse(lambdas, ends, t)
-        assert weight_at(stages, t, steps) == pytest.approx(expected, abs=1e-12), t
+    for unit in (1, steps, 1000):
+        stages = [Stage(end / unit, weight) for end, weight in zip(ends, lambdas, strict=True)]
+        for t in range(1, steps + 1):
+            expected = prosparse(lambdas, ends, t)
+            assert weight_at(tuple(stages), t, steps) == pytest.approx(expected, abs=1e-12), t
 
 
 def test_a_stage_ends_with_its_weight_and_starts_with_the_last_one() -> None:
