@@ -7,17 +7,29 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from moe_tools.cli.options import json_target
+from moe_tools.cli.options import json_target, not_negative, positive
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from moe_tools.measure.diagnose import Diagnosis
 
+LENGTH = 256
+"""Tokens of a block, at most."""
 SUMMARY = "say whether and how a model can be converted, and what this machine has"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("model", help="folder, hub id or GGUF file")
+    parser.add_argument("--data", default="docs", help="text for its sparsity; default: docs")
+    parser.add_argument("--tokens", type=positive, default=256, help="of that text; default: 256")
+    parser.add_argument(
+        "--ppl",
+        type=not_negative,
+        metavar="P",
+        help="also the sparsity at which perplexity is P %% higher; takes minutes",
+    )
     parser.add_argument(
         "--json", type=json_target, metavar="FILE", help="write the facts; - is standard output"
     )
@@ -30,15 +42,37 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.model.checkpoint import load
 
     with quiet_transformers():
-        found = diagnose(load(args.model))
+        model = load(args.model)
+        found = diagnose(model)
         tokenizer = _tokenizer(args.model)
+        natural = _natural(args, model) if tokenizer else None
     machine = _machine()
     if args.json:
-        write_text(json.dumps(_facts(found, tokenizer, machine), indent=1), args.json)
+        write_text(json.dumps(_facts(found, natural, tokenizer, machine), indent=1), args.json)
     if args.json != "-":
-        for name, value in _lines(found, tokenizer, machine):
+        for name, value in _lines(found, natural, tokenizer, machine):
             print(f"{name:<12} {value}")
     return 0
+
+
+def _natural(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
+    """Sparsity of the dense model on a little training text."""
+    from dataclasses import asdict
+
+    from moe_tools.data import blocks
+    from moe_tools.measure.natural import natural_sparsity, observe
+    from moe_tools.measure.truncation import sparsity_within
+    from moe_tools.model.checkpoint import load_tokenizer
+
+    context = getattr(model.config, "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, args.tokens, context)
+    tokenizer = load_tokenizer(args.model)
+    text_BT = blocks(args.data, tokenizer, split="train", length=length, tokens=args.tokens)
+    facts = {"data": args.data, "tokens": text_BT.numel()}
+    facts |= asdict(natural_sparsity(observe(model, text_BT)))
+    if args.ppl is not None:
+        facts["within"] = asdict(sparsity_within(model, text_BT, args.ppl / 100))
+    return facts
 
 
 def _tokenizer(source: str) -> str | None:
@@ -71,18 +105,27 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _facts(found: Diagnosis, tokenizer: str | None, machine: dict[str, Any]) -> dict[str, Any]:
+def _facts(
+    found: Diagnosis,
+    natural: dict[str, Any] | None,
+    tokenizer: str | None,
+    machine: dict[str, Any],
+) -> dict[str, Any]:
     from dataclasses import asdict
 
     shares = {
         "ffn_parameter_share": found.ffn_parameter_share,
         "ffn_flop_share": found.ffn_flop_share,
     }
-    return {**asdict(found), **shares, "tokenizer": tokenizer, "machine": machine}
+    facts = {"natural": natural, "tokenizer": tokenizer, "machine": machine}
+    return {**asdict(found), **shares, **facts}
 
 
 def _lines(
-    found: Diagnosis, tokenizer: str | None, machine: dict[str, Any]
+    found: Diagnosis,
+    natural: dict[str, Any] | None,
+    tokenizer: str | None,
+    machine: dict[str, Any],
 ) -> Iterator[tuple[str, str]]:
     yield "model", f"{found.host}, {found.parameters / 1e6:.1f}M parameters, {found.dtype}"
     for shape in found.shapes:
@@ -92,12 +135,27 @@ def _lines(
         yield "expert size", sizes
     share, flops = found.ffn_parameter_share, found.ffn_flop_share
     yield "in the FFNs", f"{share:.0%} of the parameters, {flops:.0%} of the FLOPs of a short text"
+    if natural is not None:
+        yield from _sparsity(natural)
     yield "converted", _conversion(found)
     yield "tokenizer", tokenizer or "none: it cannot be trained or evaluated from this folder"
     yield "software", f"torch {machine['torch']}, transformers {machine['transformers']}"
     for device, dtype in machine["auto_dtype"].items():
         yield "device", f"{device}, {dtype} by default"
     yield "kernels", ", ".join(machine["kernels"])
+
+
+def _sparsity(natural: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    shares = [ffn["sparsity"] for ffn in natural["ffns"]]
+    yield (
+        "sparsity",
+        f"{natural['zeros']:.1%} exact zeros; {natural['sparsity']:.1%} of the neurons can go at "
+        f"CETT {natural['cett']:g}, {min(shares):.0%} to {max(shares):.0%} an FFN "
+        f"({natural['tokens']} tokens of {natural['data']})",
+    )
+    if within := natural.get("within"):
+        rise = f"perplexity {within['dense_perplexity']:.2f} -> {within['perplexity']:.2f}"
+        yield f"PPL-{100 * within['increase']:g}%", f"{within['sparsity']:.1%} can go: {rise}"
 
 
 def _conversion(found: Diagnosis) -> str:

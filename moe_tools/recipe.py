@@ -11,9 +11,11 @@ steps:
 
 from __future__ import annotations
 
+import itertools
+import math
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar
@@ -86,6 +88,22 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a train step, and the weight that a loss has at its end."""
+
+    until: float
+    """Where it ends, in any unit, e.g. thousands of steps: the last stage ends with the step."""
+    weight: float
+    curve: Literal["sine", "constant"] = "sine"
+    """From the weight of the stage before along half a sine (ProSparse, arXiv 2402.13516), or the
+    stage's own weight from its first step. The first stage is constant."""
+
+
+Weight = float | tuple[Stage, ...]
+"""Of a loss: the same in every optimizer step, or led through stages."""
+
+
+@dataclass(frozen=True)
 class Train:
     """Gradient steps on token blocks."""
 
@@ -93,11 +111,12 @@ class Train:
     """Training tokens of this step; every step goes on where the last one stopped."""
     mode: Literal["dense", "soft", "straight", "hard"] = "dense"
     """How scores switch experts; see `moe_tools.model.experts.Mode`."""
-    losses: dict[str, float] = field(default_factory=lambda: {"lm": 1.0})
-    """Name of a loss -> its weight. `efficiency` is driven by the controller under a target."""
+    losses: dict[str, Weight] = field(default_factory=lambda: {"lm": 1.0})
+    """Name of a loss -> its weight, a number or stages. What `drive` turns starts from there."""
     target_sparsity: float | None = None
-    """Share of neurons off, over tokens and FFNs, that this step has to reach."""
-    drive: Literal["shift", "eta"] = "shift"
+    """Share of neurons off, over tokens and FFNs, that this step has to reach; under the drives
+    l1 and hoyer, of a dense model, the share that is exactly 0."""
+    drive: Literal["shift", "eta", "l1", "hoyer"] = "shift"
     """What brings the sparsity there; see `moe_tools.steps.controller`."""
     ramp: float = 0.6
     """Share of the steps in which the target is reached; 0: at once."""
@@ -248,7 +267,16 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     """The value, if it is of the annotated type; an int or a YAML 1e-4 may stand for a float."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        return None if value is None else _convert(value, arguments[0], where)
+        if value is None and types.NoneType in arguments:
+            return None
+        listed = isinstance(value, list)
+        fits = [kind for kind in arguments if (typing.get_origin(kind) is tuple) == listed]
+        return _convert(value, (fits or arguments)[0], where)
+    if origin is tuple and isinstance(value, list):
+        pairs = enumerate(value)
+        return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in pairs)
+    if is_dataclass(hint):
+        return _build(hint, value, where)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{where}: {unknown('value', str(value), map(str, arguments))}")
@@ -289,6 +317,29 @@ def check_step(step: Step) -> None:
             _require(0 <= value <= 1, step, item.name, value, "in [0, 1]")
         if item.name in ("target_sparsity", "start_sparsity") and value is not None:
             _require(0 < value < 1, step, item.name, value, "strictly between 0 and 1")
+    if isinstance(step, Train):
+        _check_drive(step)
+        for name, weight in step.losses.items():
+            if isinstance(weight, tuple):
+                _check_stages(step, f"losses.{name}", weight)
+
+
+def _check_drive(step: Train) -> None:
+    if step.drive != "shift" and step.target_sparsity is None:
+        raise ValueError(f"train: drive {step.drive} needs a target_sparsity to drive to")
+    loss = {"eta": "efficiency"}.get(step.drive, step.drive)
+    if isinstance(step.losses.get(loss), tuple):
+        raise ValueError(f"train: drive {step.drive} sets the weight of {loss}: give it no stages")
+
+
+def _check_stages(step: Train, key: str, stages: tuple[Stage, ...]) -> None:
+    ends = [0.0, *(stage.until for stage in stages)]
+    rising = all(before < after for before, after in itertools.pairwise(ends))
+    known = rising and 0 < ends[-1] < math.inf
+    _require(known, step, f"until of {key}", ends[1:], "rising numbers above 0, at least one")
+    for i, stage in enumerate(stages):
+        valid = 0 <= stage.weight < math.inf
+        _require(valid, step, f"{key}[{i}].weight", stage.weight, "0 or more, and finite")
 
 
 def _require(holds: bool, step: Step, key: str, value: Any, rule: str) -> None:

@@ -17,6 +17,7 @@ from moe_tools.recipe import (
     Attach,
     Recipe,
     Split,
+    Stage,
     Train,
     control_recipe,
     parse_recipe,
@@ -71,6 +72,16 @@ def test_a_shipped_recipe_says_its_paper_and_its_command(path: Path) -> None:
     assert read_recipe(path).paper
 
 
+STAGES = st.lists(
+    st.builds(
+        Stage,
+        until=st.floats(0.01, 0.99),
+        weight=st.floats(0, 10),
+        curve=st.sampled_from(["sine", "constant"]),
+    ),
+    max_size=3,
+    unique_by=lambda stage: stage.until,
+).map(lambda stages: (*sorted(stages, key=lambda stage: stage.until), Stage(1.0, 0.5)))
 STEPS = st.one_of(
     st.builds(
         Split,
@@ -89,7 +100,7 @@ STEPS = st.one_of(
         Train,
         tokens=st.integers(1, 10**9),
         mode=st.sampled_from(["dense", "soft", "straight", "hard"]),
-        losses=st.dictionaries(st.sampled_from(["lm", "distill"]), st.floats(0, 10)),
+        losses=st.dictionaries(st.sampled_from(["lm", "distill"]), st.floats(0, 10) | STAGES),
         target_sparsity=st.none() | st.floats(0.01, 0.99),
         lr=st.floats(0, 1),
         ramp=st.floats(0, 1),
@@ -126,6 +137,52 @@ def test_a_number_may_be_written_as_yaml_reads_it_wrong(text: str) -> None:
     """YAML 1.1 takes 1e-4 for a string."""
     recipe = parse_recipe(yaml.safe_load(f"name: x\nsteps: [train: {{tokens: 8, lr: {text}}}]"))
     assert recipe.steps == (Train(tokens=8, lr=1e-4),)
+
+
+def test_a_weight_may_have_stages() -> None:
+    stages = [{"until": 0.3, "weight": 0}, {"until": 1, "weight": "1e-4", "curve": "constant"}]
+    (step,) = parse_recipe(block(losses={"lm": 1, "l1": stages})).steps
+    expected = (Stage(0.3, 0.0), Stage(1.0, 1e-4, "constant"))
+    assert step == Train(tokens=8, losses={"lm": 1.0, "l1": expected})
+    assert again(Recipe("x", (step,))).steps == (step,)
+
+
+FULL = {"until": 1.0, "weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], r"until of losses.l1 is \[\], but must be rising numbers above 0, at least one"),
+        ([FULL, FULL], r"until of losses.l1 is \[1.0, 1.0\], but must be rising"),
+        ([{"until": 0.0, "weight": 1.0}, FULL], r"is \[0.0, 1.0\], but must be rising"),
+        ([{"until": float("nan"), "weight": 1.0}, FULL], r"is \[nan, 1.0\], but must be rising"),
+        ([FULL, {"until": float("inf"), "weight": 1.0}], r"is \[1.0, inf\], but must be rising"),
+        ([{"until": -1, "weight": 1.0}], r"is \[-1.0\], but must be rising"),
+        ([{"until": 1, "weight": -1}], r"losses.l1\[0\].weight is -1.0, but must be 0 or more"),
+        ([{"until": 1, "weight": float("nan")}], r"losses.l1\[0\].weight is nan, but must be 0"),
+        ([{"until": 1, "weight": float("inf")}], r"losses.l1\[0\].weight is inf, but must be 0"),
+        ([{"until": 1}], r"losses.l1\[0\]: `weight` is required"),
+        ([{**FULL, "curv": 1}], r"losses.l1\[0\]: unknown key 'curv'; did you mean 'curve'"),
+        ([{**FULL, "curve": "sin"}], r"curve: unknown value 'sin'; did you mean 'sine'"),
+        ([0.5], r"losses.l1\[0\]: expected keys and values, not 0.5"),
+        (None, r"losses.l1: expected float, not None"),
+    ],
+)
+def test_stages_that_are_none_are_named(stages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(block(losses={"l1": stages}))
+
+
+@pytest.mark.parametrize(
+    ("drive", "loss"), [("eta", "efficiency"), ("l1", "l1"), ("hoyer", "hoyer")]
+)
+def test_a_drive_needs_a_target_and_a_weight_of_its_own(drive: str, loss: str) -> None:
+    with pytest.raises(ValueError, match=f"drive {drive} needs a target_sparsity"):
+        parse_recipe(block(drive=drive))
+    with pytest.raises(ValueError, match=f"drive {drive} sets the weight of {loss}: give it no"):
+        parse_recipe(block(drive=drive, target_sparsity=0.5, losses={loss: [FULL]}))
+    assert parse_recipe(block(drive=drive, target_sparsity=0.5, losses={"lm": [FULL]}))
 
 
 def test_an_integer_may_stand_for_a_float() -> None:

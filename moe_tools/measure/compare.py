@@ -222,6 +222,7 @@ class Bench:
             dtype=str(setup.dtype).removeprefix("torch."),
             device=setup.device,
             layer_sparsity=seen.layer_sparsity,
+            zeros=seen.zeros,
         )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.flops import Flops, count_flops
-from moe_tools.measure.neurons import count_neurons, sparsity
+from moe_tools.measure.neurons import count_neurons, sparsity, zeros
 
 IGNORE = -100
 ROWS = 256
@@ -46,6 +46,9 @@ class Evaluation:
     seconds: float
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
+    zeros: float | None = None
+    """Share of what enters the down projections of a dense model that is exactly 0; None: its
+    activation gives no zeros, or it is routed."""
 
 
 def evaluate(
@@ -101,6 +104,7 @@ def evaluate(
         nats_per_token=mean,
         tokens=tokens,
         ffn_sparsity=sparsity(counts),
+        zeros=zeros(counts),
         layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
         flops=others.flops(model, counts, blocks_BT.numel(), blocks_BT.shape[1]),
         seconds=time.perf_counter() - began,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.ffn import FFN, Weights, find_ffns
 from moe_tools.model.routing import Routing
+from moe_tools.model.zeros import gives_zeros
 
 
 @dataclass
@@ -31,6 +32,8 @@ class NeuronCount:
     """Tokens the FFN saw: an expert of an MoE host sees only those routed to it."""
     on: int = 0
     """Neurons that ran, summed over those tokens."""
+    zeros: int | None = None
+    """Those that were exactly 0, of a dense FFN whose activation gives zeros."""
 
     @property
     def seen(self) -> int:
@@ -52,6 +55,14 @@ def sparsity(counts: list[NeuronCount]) -> float:
     """Share of neurons off over tokens and FFNs, each FFN weighed by the tokens it saw."""
     seen = sum(count.seen for count in counts)
     return 1 - sum(count.on for count in counts) / seen if seen else 0.0
+
+
+def zeros(counts: list[NeuronCount]) -> float | None:
+    """Share of exact zeros over tokens and FFNs; None where no activation gives any."""
+    counted = [count for count in counts if count.zeros is not None and count.seen]
+    if not counted:
+        return None
+    return sum(count.zeros or 0 for count in counted) / sum(count.seen for count in counted)
 
 
 @contextmanager
@@ -98,15 +109,20 @@ def _observe(ffns: list[ExpertFFN], counts: list[NeuronCount]) -> Iterator[None]
 
 @contextmanager
 def _hook(ffns: list[FFN], counts: list[NeuronCount]) -> Iterator[None]:
-    def hook(count: NeuronCount) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(ffn: FFN, count: NeuronCount) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        if gives_zeros(ffn.act):
+            count.zeros = 0
+
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             tokens = args[0][..., 0].numel()
             count.add(tokens, tokens * count.neurons)
+            if count.zeros is not None:
+                count.zeros += int((args[0] == 0).sum())
 
         return see
 
     handles = [
-        ffn.down.register_forward_pre_hook(hook(count))
+        ffn.down.register_forward_pre_hook(hook(ffn, count))
         for ffn, count in zip(ffns, counts, strict=True)
     ]
     try:

@@ -49,6 +49,8 @@ class Row:
     """FFN name -> share of its neurons off."""
     accuracy: float | None = None
     """Share of held-out texts whose class is right; None: a language model."""
+    zeros: float | None = None
+    """Share of a dense model's hidden activations that is exactly 0; None where none can be."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
@@ -83,18 +85,20 @@ def table(rows: Sequence[Row]) -> Table:
         "x: share of dense",
     )
     made.add_column("model", overflow="fold")
+    zeros = any(row.zeros is not None for row in rows)
     for heading in (
         "perplexity" if first.accuracy is None else "accuracy",
         "/ control",
         "/ donor",
         "FFN\nsparsity",
+        *(["zeros"] if zeros else []),
         "FFN\nMFLOPs/token",
         "total\nMFLOPs/token",
         "trained on\ntokens",
     ):
         made.add_column(heading, justify="right")
     for row in rows:
-        made.add_row(*_cells(row))
+        made.add_row(*_cells(row, zeros))
     return made
 
 
@@ -104,7 +108,7 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
     Console(file=file, width=wide, highlight=False).print(table(rows))
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, zeros: bool) -> list[str]:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
     name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
     ffn = (row.ffn_flops + row.router_flops) / 1e6
@@ -114,6 +118,7 @@ def _cells(row: Row) -> list[str]:
         _ratio(row.ratio_to_control),
         _ratio(row.ratio_to_donor),
         f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense",
+        *(["-" if row.zeros is None else f"{row.zeros:.1%}"] if zeros else []),
         f"{_short(ffn)} ({row.ffn_share:.2f}x)",
         f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
         "-" if row.train_tokens is None else f"{row.train_tokens:,}",

@@ -1,17 +1,35 @@
 """How a train step reaches its target sparsity: a smooth reference, and what follows it. No torch.
 
-Two drives follow the same reference. `shift` moves the line: after every optimizer step all
+Every drive follows the same reference. `shift` moves the line: after every optimizer step all
 routers get one common constant (`trim.py`), so that sparsity is where the reference is however
-few the steps are. `eta` is LTE's own knob, the weight of the efficiency loss, which the paper
-leaves to the user (arXiv 2402.06126, eta in (0, 2]): here a controller turns it. Through Adam a
-large eta moves a logit no faster than the router's learning rate lets it, so `eta` needs hundreds
-of steps.
+few the steps are. The others turn the weight of a loss, which the papers leave to the user: `eta`
+that of the efficiency loss (LTE, arXiv 2402.06126, eta in (0, 2]), `l1` and `hoyer` lambda of the
+penalty on the activations of a dense model (ProSparse, arXiv 2402.13516; D2DMoE, arXiv
+2310.04361), whose sparsity is the share of exact zeros. Through Adam a large weight moves a model
+no faster than its learning rate lets it, so these need hundreds of steps; and they only push: a
+model that is sparser than its target comes back as far as the language loss pulls it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Driven(NamedTuple):
+    """The loss that a drive weighs."""
+
+    loss: str
+    start: float
+    """Its weight at first, if the recipe gives none: too low costs steps, too high overshoots."""
+    bounds: tuple[float, float]
+
+
+ZEROS = ("l1", "hoyer")
+"""Drives of dense models, to a share of exact zeros."""
+DRIVEN = {"eta": Driven("efficiency", 0.1, (1e-3, 10.0))}
+DRIVEN |= {name: Driven(name, 1e-6, (1e-9, 1.0)) for name in ZEROS}
 
 
 @dataclass(frozen=True)
@@ -32,22 +50,22 @@ class Reference:
 
 
 @dataclass
-class EtaController:
-    """A PI controller in velocity form on log eta: it needs no knowledge of the plant's scale."""
+class WeightController:
+    """A PI controller in velocity form on the log of a weight: no scale of the plant is assumed."""
 
-    eta: float = 0.1
+    weight: float
+    bounds: tuple[float, float]
     error: float = 0.0
     proportional: float = 30.0
-    """Change of log eta for a change of the error by 1."""
+    """Change of the log for a change of the error by 1."""
     integral: float = 1.2
-    """Change of log eta in one step for an error of 1."""
-    bounds: tuple[float, float] = field(default=(1e-3, 10.0))
+    """Change of the log in one step for an error of 1."""
 
     def update(self, reference: float, sparsity: float) -> float:
-        """Takes one step's sparsity and returns eta for the next."""
+        """Takes one step's sparsity and returns the weight for the next."""
         error = reference - sparsity
         change = self.proportional * (error - self.error) + self.integral * error
         low, high = self.bounds
         self.error = error
-        self.eta = min(high, max(low, self.eta * math.exp(max(-0.5, min(0.5, change)))))
-        return self.eta
+        self.weight = min(high, max(low, self.weight * math.exp(max(-0.5, min(0.5, change)))))
+        return self.weight

@@ -18,8 +18,10 @@ from moe_tools.model.checkpoint import is_classifier
 from moe_tools.model.conversion import set_mode
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
-from moe_tools.recipe import Train
+from moe_tools.model.zeros import gives_zeros
+from moe_tools.recipe import Train, check_step
 from moe_tools.steps.calibrate import check_sparsity
+from moe_tools.steps.controller import ZEROS
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES
 from moe_tools.steps.trainer import RecipeTrainer
 from moe_tools.steps.trim import check_trimmable
@@ -115,6 +117,7 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         ValueError: neither a causal language model nor a classifier, or a mode, loss or target
             that it cannot have.
     """
+    check_step(step)
     name = type(model).__name__
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_classifier(model):
         raise ValueError(
@@ -132,13 +135,34 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
     if (step.mode != "dense") != routed:
         state = "routed" if routed else "dense"
         raise ValueError(f"train mode {step.mode} does not fit a {state} model")
-    if step.target_sparsity is not None:
+    if step.drive in ZEROS:
+        check_zeros(model, step.drive)
+    elif step.target_sparsity is not None:
         if not routed:
-            raise ValueError("target_sparsity needs routers: put `attach` before this train step")
+            raise ValueError(
+                "target_sparsity needs routers: put `attach` before this train step, or drive the "
+                "zeros of a dense ReLU model (drive: l1)"
+            )
         check_trimmable(model)
         check_sparsity(expert_ffns(model), step.target_sparsity)
     if step.parts == "routers" and step.mode not in ("soft", "straight"):
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
+
+
+def check_zeros(model: nn.Module, drive: str) -> None:
+    """Whether the exact zeros of a model can be driven.
+
+    Raises:
+        ValueError: a routed model, or an activation that is never exactly 0.
+    """
+    if expert_ffns(model):
+        raise ValueError(f"drive {drive} counts the zeros of a dense model: put it before `attach`")
+    for ffn in find_ffns(model):
+        if not gives_zeros(ffn.act):
+            raise ValueError(
+                f"drive {drive} counts exact zeros, but {type(ffn.act).__name__} of {ffn.name} has "
+                "none: put `swap: {activation: {kind: relu}}` before this train step"
+            )
 
 
 @contextmanager

@@ -28,15 +28,17 @@ from transformers import (
 from moe_tools.data import Batch
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.routing import Routing, record_routing, routing_sparsity
+from moe_tools.model.zeros import zero_share
 from moe_tools.recipe import Train
 from moe_tools.steps.calibrate import model_inputs
-from moe_tools.steps.controller import EtaController, Reference
+from moe_tools.steps.controller import ZEROS, Reference
 from moe_tools.steps.logit_losses import IGNORE, logit_losses
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
 from moe_tools.steps.optimizer import MasterAdamW
 from moe_tools.steps.schedules import warmup_cosine
 from moe_tools.steps.trim import sample_logits, shift_routers
 from moe_tools.steps.watch import Kind, watch_ffns
+from moe_tools.steps.weights import LossWeights
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +85,8 @@ class RecipeTrainer(Trainer):
     ) -> None:
         self.step = step
         self.donor = None if donor is None else donor.eval()
-        self.weights = dict(step.losses)
+        self.weights = LossWeights(step)
         self.options = {"use_cache": False} if model.can_generate() else {}
-        self.eta = EtaController() if step.drive == "eta" and step.mode != "hard" else None
         self.start: float | None = None
         self.logits: list[Tensor] = []
         self.sums: dict[str, float] = {}
@@ -116,7 +117,8 @@ class RecipeTrainer(Trainer):
         recording: AbstractContextManager[list[Routing]] = (
             record_routing(model) if routed else nullcontext([])
         )
-        kinds = {WATCHED[name] for name in self.weights if name in WATCHED}
+        weights = self.weights.now
+        kinds = {WATCHED[name] for name in weights if name in WATCHED}
         with recording as routings, watch_ffns(model, kinds) as ffns:
             logits = self._logits(model, ids_BT)
         donor_logits, donor_outputs = self._donor_pass(ids_BT, kinds & {"outputs"})
@@ -124,18 +126,18 @@ class RecipeTrainer(Trainer):
             logits,
             next_token_labels(ids_BT).flatten() if labels_B is None else labels_B,
             donor_logits,
-            lm_weight=self.weights.get("lm", 0.0),
-            distill_weight=self.weights.get("distill", 0.0),
+            lm_weight=weights.get("lm", 0.0),
+            distill_weight=weights.get("distill", 0.0),
         )
         seen = Observed(routings, ffns.outputs, donor_outputs, ffns.hidden, ffns.pre)
         values = {"lm": parts.lm}
         if donor_logits is not None:
             values["distill"] = parts.distill
-        for name, weight in self.weights.items():
+        for name, weight in weights.items():
             if name not in LOGIT_LOSSES:
                 values[name] = LOSSES[name](seen)
                 total = total + weight * values[name]
-        self._note(values, routings)
+        self._note(values, routings, ffns.hidden)
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total.item()} at optimizer step {self.state.global_step}: lower the "
@@ -144,45 +146,51 @@ class RecipeTrainer(Trainer):
         return total
 
     def _donor_pass(self, ids_BT: Tensor, kinds: set[Kind]) -> tuple[Tensor | None, list[Tensor]]:
-        if self.donor is None or not set(self.weights) & set(DONOR_LOSSES):
+        if self.donor is None or not set(self.weights.now) & set(DONOR_LOSSES):
             return None, []
         with torch.no_grad(), watch_ffns(self.donor, kinds) as ffns:
             logits = self._logits(self.donor, ids_BT)
-        return (logits if "distill" in self.weights else None), ffns.outputs
+        return (logits if "distill" in self.weights.now else None), ffns.outputs
 
     def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
         """(tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
         return model(**model_inputs(model, ids_BT), **self.options).logits.flatten(0, -2)
 
     @torch.no_grad()
-    def _note(self, values: dict[str, Tensor], routings: list[Routing]) -> None:
+    def _note(
+        self, values: dict[str, Tensor], routings: list[Routing], hidden_TF: list[Tensor]
+    ) -> None:
         noted = {name: value.item() for name, value in values.items()}
         if routings:
             noted["sparsity"] = routing_sparsity(routings)
+        if hidden_TF:
+            noted["zeros"] = zero_share(hidden_TF)
         for name, value in noted.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.passes += 1
-        if self.step.target_sparsity is not None:
+        if routings and self.step.target_sparsity is not None:
             self.logits.append(sample_logits(self.model, routings))
 
     def end_step(self) -> None:
         """After an optimizer step: follow the reference, keep what is logged."""
         self.last = {name: value / self.passes for name, value in self.sums.items()}
         self.sums, self.passes = {}, 0
+        self.last |= self.weights.moving()
         if self.step.target_sparsity is not None:
             self._follow()
         self.state.stateful_callbacks[DRIVE] = {
             "start": self.start,
-            "eta": None if self.eta is None else [self.eta.eta, self.eta.error],
+            "controller": self.weights.state(),
             "last": self.last,
         }
 
     def _follow(self) -> None:
-        reference = self._reference().at(self.state.global_step)
-        self.last["reference"] = reference
-        if self.eta is not None:
-            self.weights["efficiency"] = self.eta.update(reference, self.last["sparsity"])
-            self.last["eta"] = self.eta.eta
+        measured = self.last["zeros" if self.step.drive in ZEROS else "sparsity"]
+        if self.start is None:
+            self.start = measured
+        self.last["reference"] = reference = self._reference().at(self.state.global_step)
+        if self.weights.controller is not None:
+            self.weights.controller.update(reference, measured)
         else:
             shift_routers(self.model, torch.cat(self.logits), reference, damping=0.5)
         self.logits = []
@@ -190,17 +198,12 @@ class RecipeTrainer(Trainer):
     def begin(self) -> None:
         """Before the first step, or the first after a resume."""
         saved = self.state.stateful_callbacks.get(DRIVE)
-        if saved is None:
-            return
-        self.start, self.last = saved["start"], saved["last"]
-        if self.eta is not None:
-            self.eta.eta, self.eta.error = saved["eta"]
-            self.weights["efficiency"] = self.eta.eta
+        if saved is not None:
+            self.start, self.last = saved["start"], saved["last"]
+            self.weights.resume(saved["controller"])
 
     def _reference(self) -> Reference:
-        assert self.step.target_sparsity is not None
-        if self.start is None:
-            self.start = self.last["sparsity"]
+        assert self.start is not None and self.step.target_sparsity is not None
         ramp = 0.0 if self.step.mode == "hard" else self.step.ramp
         return Reference(self.start, self.step.target_sparsity, self.state.max_steps, ramp)
 
@@ -280,6 +283,9 @@ class _Control(TrainerCallback):
             disable=None,
         )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.weights.enter(state.global_step + 1, state.max_steps)
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.end_step()
         self.bar.update()
@@ -290,4 +296,4 @@ class _Control(TrainerCallback):
 
 
 def _figures(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -19,6 +19,7 @@ from moe_tools.cli.common import pick_device, pick_dtype
 from moe_tools.cli.main import main
 from moe_tools.data import blocks
 from moe_tools.measure.evaluate import evaluate
+from moe_tools.measure.natural import natural_sparsity, observe
 from moe_tools.model.checkpoint import load, save
 from moe_tools.model.conversion import Conversion
 from moe_tools.model.experts import expert_ffns
@@ -290,10 +291,39 @@ def test_doctor_in_json(run: Run) -> None:
     assert facts["tokenizer"]
 
 
+def test_doctor_says_what_is_sparse_by_nature(run: Run, work: Path) -> None:
+    save(build("llama", hidden_act="relu"), work / "relu", build_tokenizer(WORDS))
+    code, out, _ = run("doctor", "relu", "--data", "text.txt", "--tokens", "64", "--json", "-")
+    natural = json.loads(out)["natural"]
+    assert code == 0 and (natural["data"], natural["tokens"]) == ("text.txt", 64)
+    text_BT = blocks(
+        str(work / "text.txt"), build_tokenizer(WORDS), split="train", length=64, tokens=64
+    )
+    expected = natural_sparsity(observe(load(work / "relu"), text_BT))
+    assert natural["zeros"] == pytest.approx(expected.zeros)
+    assert natural["sparsity"] == pytest.approx(expected.sparsity)
+    assert [ffn["name"] for ffn in natural["ffns"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    line = (
+        f"{expected.zeros:.1%} exact zeros; {expected.sparsity:.1%} of the neurons can go at CETT"
+    )
+    assert line in run("doctor", "relu", "--data", "text.txt", "--tokens", "64")[1]
+
+
+def test_doctor_says_what_perplexity_buys(run: Run) -> None:
+    words = ("doctor", "donor", "--data", "text.txt", "--tokens", "64", "--ppl", "1")
+    code, out, _ = run(*words)
+    assert code == 0 and "PPL-1%" in out and " can go: perplexity " in out
+    within = json.loads(run(*words, "--json", "-")[1])["natural"]["within"]
+    assert within["increase"] == 0.01
+    assert within["perplexity"] <= 1.01 * within["dense_perplexity"]
+    code, _, err = run("doctor", "donor", "--ppl", "0")
+    assert code == 2 and "the increase is 0.0, but must be above 0" in err
+
+
 def test_doctor_without_a_tokenizer(run: Run, work: Path) -> None:
     save(build("llama"), work / "bare")
     code, out, _ = run("doctor", "bare")
-    assert code == 0 and "tokenizer    none" in out
+    assert code == 0 and "tokenizer    none" in out and "sparsity" not in out
 
 
 def test_auto_is_a_device_and_a_dtype_that_are_there() -> None:

@@ -14,6 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.model.conversion import set_mode
 from moe_tools.model.experts import expert_ffns
+from moe_tools.model.ffn import find_ffns
 from moe_tools.model.routing import record_routing
 from tests.families import (
     EXPERTS,
@@ -170,6 +171,29 @@ def test_a_conversion_with_every_expert_on_measures_as_the_dense_model(family: s
     assert seen.flops.attention_and_rest == dense.flops.attention_and_rest
     assert dense.flops.router == 0 < seen.flops.router
     assert dense.flops.total == dense.flops.total_dense == seen.flops.total_dense
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_the_zeros_of_a_relu_model_are_counted(family: str) -> None:
+    key = "activation_function" if family in ("gpt2", "opt") else "hidden_act"
+    model = build(family, **{key: "relu"})
+    seen: list[Tensor] = []
+    handles = [
+        ffn.down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten()))
+        for ffn in find_ffns(model)
+    ]
+    found = evaluate(model, text(), batch_size=2)
+    for handle in handles:
+        handle.remove()
+    assert found.zeros == pytest.approx(torch.cat(seen).eq(0).double().mean().item())
+    assert 0.2 < found.zeros < 0.8
+    assert found.ffn_sparsity == 0  # no router turned anything off
+    assert evaluate(routed(model)[0], text()).zeros is None
+
+
+def test_a_model_that_has_no_zeros_says_so() -> None:
+    assert evaluate(build("llama"), text()).zeros is None
+    assert evaluate(build("bert"), text(), mask_token=MASK).zeros is None
 
 
 def test_an_expert_that_saw_no_token_has_no_sparsity() -> None:

@@ -69,6 +69,16 @@ def test_a_sparsity_of_zero_is_not_dense() -> None:
     assert any("0.0%" in words for words in line)
 
 
+def test_zeros_have_a_column_where_some_model_has_any() -> None:
+    relu = replace(DENSE, model="relu", role="model", zeros=0.6125)
+    words = "relu 21.50 - - dense 61.3% 160.0 (1.00x) 266.0 (1.00x) -"
+    assert words.split() in shown(DENSE, relu, ROW)
+    expected = "donor (donor) 21.50 - - dense - 160.0 (1.00x) 266.0 (1.00x) -"
+    assert expected.split() in shown(DENSE, relu)
+    assert not any("zeros" in line for line in shown(DENSE, ROW))
+    assert json.loads(to_json([relu, ROW]))[0]["zeros"] == 0.6125
+
+
 def test_tiny_models_keep_their_digits() -> None:
     tiny = replace(ROW, ffn_flops=5000.0, router_flops=376.0, ffn_dense_flops=9216.0)
     assert any("0.00538" in words for words in shown(tiny))

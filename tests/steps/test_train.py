@@ -18,7 +18,7 @@ from moe_tools.model.conversion import Conversion, read_conversion, set_mode
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
 from moe_tools.model.routing import record_routing
-from moe_tools.recipe import Attach, Train
+from moe_tools.recipe import Attach, Stage, Train
 from moe_tools.steps.attach import attach
 from moe_tools.steps.losses import Observed, efficiency, separability
 from moe_tools.steps.train import newest_checkpoint, train, trainable_parts
@@ -337,8 +337,74 @@ def test_eta_reaches_the_target(tmp_path: Path) -> None:
     step = replace(SOFT, losses=losses, target_sparsity=0.4, drive="eta", router_lr=3e-3)
     model = converted()
     measured = train(model, step, text(4 * 300), tmp_path)
-    assert measured["eta"] > 0 and "efficiency" in measured
+    assert measured["efficiency_weight"] > 0 and "efficiency" in measured
     assert sparsity(model, text(64)) == pytest.approx(0.4, abs=0.04)
+
+
+def sparse_donor() -> PreTrainedModel:
+    """A dense ReLU model, the same on every call."""
+    torch.manual_seed(0)
+    return build("llama", hidden_act="relu")
+
+
+@torch.no_grad()
+def zeros(model: PreTrainedModel, blocks_BT: Tensor) -> float:
+    """Share of exact zeros among what enters the down projections."""
+    seen: list[Tensor] = []
+    for ffn in find_ffns(model):
+        ffn.down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(input_ids=blocks_BT)
+    return torch.cat(seen).eq(0).float().mean().item()
+
+
+def test_the_zeros_of_a_batch_are_logged(tmp_path: Path) -> None:
+    model = sparse_donor()
+    expected = zeros(model, text(4))
+    measured = train(model, replace(DENSE, losses={"lm": 1.0, "l1": 0.0}), text(4), tmp_path)
+    assert 0.2 < expected < 0.8
+    assert measured["zeros"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("drive", ["l1", "hoyer"])
+@pytest.mark.parametrize("target", [0.7, 0.9])
+def test_lambda_reaches_the_target(drive: Any, target: float, tmp_path: Path) -> None:
+    step = replace(DENSE, target_sparsity=target, drive=drive, lr=3e-3, batch_size=8)
+    model = sparse_donor()
+    measured = train(model, step, text(8 * 200), tmp_path)
+    assert measured["reference"] == pytest.approx(target)
+    assert 1e-9 < measured[f"{drive}_weight"] < 1
+    assert zeros(model, text(256)) == pytest.approx(target, abs=0.03)
+
+
+def test_lambda_starts_where_the_recipe_says(tmp_path: Path) -> None:
+    step = replace(DENSE, target_sparsity=0.9, drive="l1", losses={"lm": 1.0, "l1": 2e-3})
+    measured = train(sparse_donor(), step, text(4), tmp_path)
+    assert measured["l1_weight"] == 2e-3
+
+
+STAGES = (Stage(0.2, 0.0), Stage(0.6, 2e-2), Stage(1.0, 1e-2))
+
+
+def test_a_staged_weight_is_that_of_every_step(tmp_path: Path) -> None:
+    """Logged every ten steps of fifty: the ends of the stages are among them."""
+    step = replace(DENSE, losses={"lm": 1.0, "l1": STAGES})
+    history = train(sparse_donor(), step, text(200), tmp_path)["history"]
+    weights = [entry["l1_weight"] for entry in history][:5]
+    assert weights == pytest.approx([0.0, 1e-2, 2e-2, 1.5e-2, 1e-2])
+    assert all("lm_weight" not in entry for entry in history)
+
+
+def test_a_stage_of_weight_zero_trains_as_without_the_loss(tmp_path: Path) -> None:
+    stages = (Stage(0.5, 0.0), Stage(1.0, 1.0, "constant"))
+    one, other, third = sparse_donor(), sparse_donor(), sparse_donor()
+    train(one, DENSE, text(4), tmp_path / "one")
+    train(other, replace(DENSE, losses={"lm": 1.0, "l1": (Stage(1.0, 0.0),)}), text(4), tmp_path)
+    assert equal(one, other)
+    losses = {"lm": 1.0, "l1": stages}
+    measured = train(third, replace(DENSE, losses=losses, warmup=0), text(40), tmp_path / "third")
+    without = train(sparse_donor(), replace(DENSE, warmup=0), text(40), tmp_path / "without")
+    assert measured["l1_weight"] == 1.0
+    assert measured["history"][0]["lm"] != without["history"][0]["lm"]
 
 
 def test_hard_mode_asks_for_the_target_at_once(tmp_path: Path) -> None:
@@ -454,6 +520,26 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
     assert measured["steps"] == expected["steps"] == 12
     for name in set(expected) - {"history"}:
         assert measured[name] == pytest.approx(expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        replace(DENSE, losses={"lm": 1.0, "l1": STAGES}),
+        replace(DENSE, target_sparsity=0.8, drive="l1"),
+    ],
+    ids=["stages", "drive l1"],
+)
+def test_a_killed_dense_run_ends_where_an_undisturbed_one_does(step: Train, tmp_path: Path) -> None:
+    step = replace(step, checkpoint_every=3, lr=1e-2)
+    through, killed, resumed = sparse_donor(), sparse_donor(), sparse_donor()
+    expected = train(through, step, text(40), tmp_path / "through")
+    kill_at(killed, 8)
+    with pytest.raises(Killed):
+        train(killed, step, text(40), tmp_path / "work")
+    measured = train(resumed, step, text(40), tmp_path / "work")
+    assert equal(resumed, through)
+    assert measured["l1_weight"] == pytest.approx(expected["l1_weight"])
 
 
 def test_dropout_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -597,6 +683,12 @@ NEEDS_ROUTERS = "needs routers: put `attach` before this train step"
         (replace(DENSE, losses={"distill_ffn": 1.0}), "loss distill_ffn needs the donor"),
         (replace(DENSE, losses={"eficiency": 1.0}), "unknown loss 'eficiency'; did you mean 'ef"),
         (replace(DENSE, target_sparsity=0.5), "target_sparsity needs routers: put `attach`"),
+        (
+            replace(DENSE, target_sparsity=0.5, drive="l1"),
+            "drive l1 counts exact zeros, but SiLUActivation of model.layers.0.mlp has none: put",
+        ),
+        (replace(DENSE, drive="l1"), "drive l1 needs a target_sparsity"),
+        (replace(DENSE, losses={"l1": (Stage(0.0, 1.0),)}), "but must be rising numbers"),
         (replace(DENSE, parts="routers"), "mode dense gives routers no gradient"),
         (replace(SOFT, losses={"lm": 1.0}), "train mode soft does not fit a dense model"),
         (HARD, "train mode hard does not fit a dense model"),
@@ -616,6 +708,10 @@ def test_what_a_dense_model_cannot_have(step: Train, message: str, tmp_path: Pat
     [
         (DENSE, "train mode dense does not fit a routed model"),
         (replace(HARD, parts="routers"), "mode hard gives routers no gradient"),
+        (
+            replace(HARD, target_sparsity=0.5, drive="l1"),
+            "drive l1 counts the zeros of a dense mod",
+        ),
         (replace(SOFT, target_sparsity=0.5), "target sparsity needs sigmoid routers under a thr"),
     ],
 )

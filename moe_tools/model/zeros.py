@@ -1,0 +1,27 @@
+"""Exact zeros among hidden activations: which activations give them, and how many there are.
+
+Letters: T tokens, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def gives_zeros(act: nn.Module) -> bool:
+    """Whether an activation is exactly 0 for what is clearly negative: ReLU and its relatives.
+
+    SiLU and GELU come close to 0 far out, and may round to it there: that is no sparsity.
+    """
+    return bool((act(torch.tensor([-1.0])) == 0).all())
+
+
+@torch.no_grad()
+def zero_share(hidden_TF: Sequence[Tensor]) -> float:
+    """Share of the entries that are exactly 0, over tokens, neurons and FFNs; 0 of no tensor."""
+    zeros = sum(int((h_TF == 0).sum()) for h_TF in hidden_TF)
+    return zeros / max(1, sum(h_TF.numel() for h_TF in hidden_TF))
