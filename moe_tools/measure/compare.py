@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from moe_tools.model.checkpoint import (
     load_tokenizer,
 )
 from moe_tools.model.conversion import read_conversion
+from moe_tools.model.prediction import together
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +208,7 @@ class Bench:
             dtype=str(setup.dtype).removeprefix("torch."),
             device=setup.device,
             layer_sparsity=seen.layer_sparsity,
+            **_prediction(seen),
         )
 
 
@@ -239,6 +242,15 @@ def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
 def _control(source: str) -> str | None:
     folder = Path(source) / CONTROL
     return str(folder) if (folder / "config.json").is_file() else None
+
+
+def _prediction(seen: Evaluation) -> dict[str, Any]:
+    """The fields of a row that speak of neuron predictors."""
+    if not seen.predictions:
+        return {}
+    overall = together(seen.predictions.values())
+    each = {name: one.figures() for name, one in seen.predictions.items() if one.seen}
+    return {"recall": overall.recall, "precision": overall.precision, "layer_prediction": each}
 
 
 def _train_tokens(source: str) -> int | None:

@@ -49,6 +49,12 @@ class Row:
     """FFN name -> share of its neurons off."""
     accuracy: float | None = None
     """Share of held-out texts whose class is right; None: a language model."""
+    recall: float | None = None
+    """Of neuron predictors: share of the non-zero neurons that are predicted on; None: none."""
+    precision: float | None = None
+    """Share of the neurons predicted on that are non-zero."""
+    layer_prediction: dict[str, dict[str, float]] = field(default_factory=dict)
+    """FFN name -> its recall, precision and predicted sparsity, and the counts they are of."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
@@ -74,8 +80,11 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows as a table; the caption names the text, the dtype and the device."""
-    first = rows[0]
+    """The rows as a table; the caption names the text, the dtype and the device.
+
+    Recall and precision have columns only where a model has neuron predictors.
+    """
+    first, predict = rows[0], any(row.recall is not None for row in rows)
     made = Table(
         box=box.SIMPLE,
         caption_justify="left",
@@ -88,13 +97,14 @@ def table(rows: Sequence[Row]) -> Table:
         "/ control",
         "/ donor",
         "FFN\nsparsity",
+        *(("recall", "precision") if predict else ()),
         "FFN\nMFLOPs/token",
         "total\nMFLOPs/token",
         "trained on\ntokens",
     ):
         made.add_column(heading, justify="right")
     for row in rows:
-        made.add_row(*_cells(row))
+        made.add_row(*_cells(row, predict))
     return made
 
 
@@ -104,7 +114,7 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
     Console(file=file, width=wide, highlight=False).print(table(rows))
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, predict: bool) -> list[str]:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
     name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
     ffn = (row.ffn_flops + row.router_flops) / 1e6
@@ -114,6 +124,7 @@ def _cells(row: Row) -> list[str]:
         _ratio(row.ratio_to_control),
         _ratio(row.ratio_to_donor),
         f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense",
+        *((_share(row.recall), _share(row.precision)) if predict else ()),
         f"{_short(ffn)} ({row.ffn_share:.2f}x)",
         f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
         "-" if row.train_tokens is None else f"{row.train_tokens:,}",
@@ -122,6 +133,10 @@ def _cells(row: Row) -> list[str]:
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _short(mega: float) -> str:
