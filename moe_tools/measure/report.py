@@ -87,6 +87,7 @@ def table(rows: Sequence[Row]) -> Table:
     first, predict = rows[0], any(row.recall is not None for row in rows)
     made = Table(
         box=box.SIMPLE,
+        collapse_padding=True,
         caption_justify="left",
         caption=f"{_text(first)}, {first.dtype} on {first.device}; FFN includes the router; "
         "x: share of dense",
