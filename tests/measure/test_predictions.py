@@ -82,12 +82,13 @@ def test_an_evaluation_has_every_predictor(family: str) -> None:
     assert 0 < overall.recall < 1
 
 
-def test_int8_with_all_of_its_margin_changes_no_relu_model() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_int8_with_all_of_its_margin_changes_no_relu_model(dtype: torch.dtype) -> None:
     """Recall 1, and so the donor's own output, with neurons off."""
     torch.manual_seed(0)
-    donor = build("opt")
+    donor = build("opt").to(dtype)
     torch.manual_seed(0)
-    model = predicted("opt", "int8_gate", tau=0.0)
+    model = predicted("opt", "int8_gate", tau=0.0).to(dtype)
     assert torch.equal(logits(model), logits(donor))
     overall = together(evaluate(model, text()).predictions.values())
     assert overall.recall == 1 and overall.precision > 0.9 and overall.sparsity > 0.3
