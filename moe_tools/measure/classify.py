@@ -16,6 +16,7 @@ from moe_tools.data.progress import progress
 from moe_tools.measure.evaluate import Evaluation
 from moe_tools.measure.flops import count_flops
 from moe_tools.measure.neurons import count_neurons, sparsity, zeros
+from moe_tools.measure.predictions import count_predictions
 
 
 @torch.no_grad()
@@ -38,6 +39,7 @@ def evaluate_classifier(
     began, nats, hits, rows = time.perf_counter(), 0.0, 0, 0
     with (
         count_neurons(model) as counts,
+        count_predictions(model) as predictions,
         count_flops(model) as others,
         evaluating(model),
         progress(title or "evaluate", len(batches), "batch") as bar,
@@ -62,6 +64,7 @@ def evaluate_classifier(
         layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
         flops=others.flops(model, counts, token_count(batches), _context(batches)),
         seconds=time.perf_counter() - began,
+        predictions=predictions,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from moe_tools.model.checkpoint import (
     load_tokenizer,
 )
 from moe_tools.model.conversion import read_conversion
+from moe_tools.model.prediction import together
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +225,7 @@ class Bench:
             device=setup.device,
             layer_sparsity=seen.layer_sparsity,
             zeros=seen.zeros,
+            **_prediction(seen),
         )
 
 
@@ -259,6 +262,15 @@ def find_control(source: str) -> str | None:
     """The dense control inside a run's folder."""
     folder = Path(source) / CONTROL
     return str(folder) if (folder / "config.json").is_file() else None
+
+
+def _prediction(seen: Evaluation) -> dict[str, Any]:
+    """The fields of a row that speak of neuron predictors."""
+    if not seen.predictions:
+        return {}
+    overall = together(seen.predictions.values())
+    each = {name: one.figures() for name, one in seen.predictions.items() if one.seen}
+    return {"recall": overall.recall, "precision": overall.precision, "layer_prediction": each}
 
 
 def _train_tokens(source: str) -> int | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons, sparsity, zeros
+from moe_tools.measure.predictions import count_predictions
+from moe_tools.model.prediction import Prediction
 
 IGNORE = -100
 ROWS = 256
@@ -49,6 +51,9 @@ class Evaluation:
     zeros: float | None = None
     """Share of what enters the down projections of a dense model that is exactly 0; None: its
     activation gives no zeros, or it is routed."""
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    """FFN name -> how its predictor did; empty without neuron predictors. An MoE host's expert that
+    saw no token has counts of 0."""
 
 
 def evaluate(
@@ -87,6 +92,7 @@ def evaluate(
     began, nats = time.perf_counter(), 0.0
     with (
         count_neurons(model) as counts,
+        count_predictions(model) as predictions,
         count_flops(model) as others,
         evaluating(model),
         progress(title or "evaluate", len(blocks_BT), "block") as bar,
@@ -108,6 +114,7 @@ def evaluate(
         layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
         flops=others.flops(model, counts, blocks_BT.numel(), blocks_BT.shape[1]),
         seconds=time.perf_counter() - began,
+        predictions=predictions,
     )
 
 

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 Role = Literal["donor", "control", "model"]
+SHARES = ("zeros", "recall", "precision")
+"""Fields of a row with a column of their own where any row has a value."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Row:
     """Share of held-out texts whose class is right; None: a language model."""
     zeros: float | None = None
     """Share of a dense model's hidden activations that is exactly 0; None where none can be."""
+    recall: float | None = None
+    """Of neuron predictors: share of the non-zero neurons that are predicted on; None: none."""
+    precision: float | None = None
+    """Share of the neurons predicted on that are non-zero."""
+    layer_prediction: dict[str, dict[str, float]] = field(default_factory=dict)
+    """FFN name -> its recall, precision and predicted sparsity, and the counts they are of."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
@@ -76,29 +84,33 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows as a table; the caption names the text, the dtype and the device."""
+    """The rows as a table; the caption names the text, the dtype and the device.
+
+    What few models have (`SHARES`) has a column only where one of them has it.
+    """
     first = rows[0]
+    shares = [name for name in SHARES if any(getattr(row, name) is not None for row in rows)]
     made = Table(
         box=box.SIMPLE,
+        collapse_padding=True,
         caption_justify="left",
         caption=f"{_text(first)}, {first.dtype} on {first.device}; FFN includes the router; "
         "x: share of dense",
     )
     made.add_column("model", overflow="fold")
-    zeros = any(row.zeros is not None for row in rows)
     for heading in (
         "perplexity" if first.accuracy is None else "accuracy",
         "/ control",
         "/ donor",
         "FFN\nsparsity",
-        *(["zeros"] if zeros else []),
+        *shares,
         "FFN\nMFLOPs/token",
         "total\nMFLOPs/token",
         "trained on\ntokens",
     ):
         made.add_column(heading, justify="right")
     for row in rows:
-        made.add_row(*_cells(row, zeros))
+        made.add_row(*_cells(row, shares))
     return made
 
 
@@ -108,7 +120,7 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
     Console(file=file, width=wide, highlight=False).print(table(rows))
 
 
-def _cells(row: Row, zeros: bool) -> list[str]:
+def _cells(row: Row, shares: Sequence[str]) -> list[str]:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
     name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
     ffn = (row.ffn_flops + row.router_flops) / 1e6
@@ -118,7 +130,7 @@ def _cells(row: Row, zeros: bool) -> list[str]:
         _ratio(row.ratio_to_control),
         _ratio(row.ratio_to_donor),
         f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense",
-        *(["-" if row.zeros is None else f"{row.zeros:.1%}"] if zeros else []),
+        *(_share(getattr(row, name)) for name in shares),
         f"{_short(ffn)} ({row.ffn_share:.2f}x)",
         f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
         "-" if row.train_tokens is None else f"{row.train_tokens:,}",
@@ -127,6 +139,10 @@ def _cells(row: Row, zeros: bool) -> list[str]:
 
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _short(mega: float) -> str:

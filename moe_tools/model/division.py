@@ -41,12 +41,22 @@ class Division:
         """Neurons of each expert."""
         return tuple(size for count, size in self._runs() for _ in range(count))
 
+    @property
+    def of_neurons(self) -> bool:
+        """Every expert is one neuron: a mask of experts is a mask of neurons."""
+        return self.num_experts == self.neurons
+
+    def count(self, mask_TE: Tensor) -> int:
+        """Neurons of the experts in the mask, summed over the tokens."""
+        runs = mask_TE.split([count for count, _ in self._runs()], dim=-1)
+        return sum(n * int(run.sum()) for run, (_, n) in zip(runs, self._runs(), strict=True))
+
     def sum_TE(self, values_TF: Tensor) -> Tensor:
         """Sum over the neurons of each expert."""
         return self.reduce(values_TF, lambda piece_TEN: piece_TEN.sum(-1))
 
     def spread_TF(self, values_TE: Tensor) -> Tensor:
-        """Each expert's value, once for each of its neurons."""
+        """Each expert's value, once for each of its neurons; the same memory if it has one."""
         runs = values_TE.split([count for count, _ in self._runs()], dim=-1)
         pairs = zip(runs, self._runs(), strict=True)
         return _joined([run[..., None].expand(*run.shape, n).flatten(-2) for run, (_, n) in pairs])

@@ -141,6 +141,8 @@ class Projections:
     def hidden_TK(self, x_TD: Tensor, neurons_K: Tensor) -> Tensor:
         """h of some neurons, whose rows alone are read."""
         weights = self.weights()
+        if len(neurons_K) == len(weights.up_FD):  # all of them: a copy of h, not of the rows
+            return self.hidden_TF(x_TD)[..., neurons_K]
         up_TK = _some_rows(x_TD, weights.up_FD, weights.up_F, neurons_K)
         if weights.gate_FD is None:
             return self.act(up_TK)

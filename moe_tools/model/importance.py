@@ -1,4 +1,4 @@
-"""How much each expert adds to the output on each token: what routers predict.
+"""Whether and how much each expert adds to the output on each token: what routers predict.
 
 Letters: T tokens, D model width, F neurons, E experts, R experts that are routed (all but the
 shared ones, which come first), N neurons of one expert.
@@ -19,7 +19,7 @@ LEAST_ENERGY = 1e-12
 
 @dataclass(frozen=True)
 class Importance:
-    """The experts of one FFN, and three answers to "how much"."""
+    """The experts of one FFN, and four answers to "how much"."""
 
     division: Division
     shared: int
@@ -46,6 +46,16 @@ class Importance:
         with a mean, that of G-MoEfication for any activation.
         """
         return self._routed(self.division.sum_TE(self._moved_TF(h_TF).abs()))
+
+    def nonzero_TR(self, h_TF: Tensor, zero_below: float = 0.0) -> Tensor:
+        """Whether any neuron of an expert is non-zero: what a neuron predictor predicts.
+
+        A neuron is non-zero when |h - off| is more than `zero_below` times the token's largest: at
+        0, exactly as ReLU leaves it; other activations have no exact zeros and need more.
+        """
+        moved_TF = self._moved_TF(h_TF).abs()
+        nonzero_TF = moved_TF > zero_below * moved_TF.amax(-1, keepdim=True)
+        return self._routed(self.division.reduce(nonzero_TF, lambda piece_TEN: piece_TEN.any(-1)))
 
     def log_energy_TR(self, h_TF: Tensor) -> Tensor:
         """log sum over an expert's neurons of ((h - off) ||w_down||)^2.

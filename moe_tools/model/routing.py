@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from moe_tools.model.division import Division
@@ -30,8 +29,7 @@ class Routing(NamedTuple):
     @property
     def neurons_on(self) -> int:
         """Neurons that ran, summed over the tokens."""
-        sizes_E = torch.tensor(self.division.sizes, device=self.mask_TE.device)
-        return int((self.mask_TE * sizes_E).sum())
+        return self.division.count(self.mask_TE)
 
 
 def routing_sparsity(routings: Sequence[Routing]) -> float:
@@ -66,15 +64,25 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
     Raises:
         ValueError: the model has no routed FFN.
     """
+    records: list[Routing] = []
+    with observe_routing(model, records.append):
+        yield records
+
+
+@contextmanager
+def observe_routing(model: nn.Module, observe: Callable[[Routing], None]) -> Iterator[None]:
+    """While it lasts, `observe` is shown every decision of every FFN; what it keeps is its own.
+
+    Raises:
+        ValueError: the model has no routed FFN.
+    """
     routed = routed_ffns(model)
     if not routed:
         raise ValueError(f"{type(model).__name__} has no routed FFN to record: convert it first")
-    records: list[Routing] = []
-    observe = records.append
     for ffn in routed:
         ffn.observers.append(observe)
     try:
-        yield records
+        yield
     finally:
         for ffn in routed:
             ffn.observers.remove(observe)

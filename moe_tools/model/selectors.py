@@ -18,6 +18,9 @@ from torch import Tensor
 
 from moe_tools.registry import Registry
 
+SAMPLE = 2**23
+"""Scores that are enough to tune a selector on: 64 MB in double precision."""
+
 
 class Selector(ABC):
     """Turns scores_TR into a boolean mask_TR: which experts run for each token."""
@@ -188,17 +191,23 @@ class Everything(Selector):
         return self
 
 
+def sample_stride(scores: int) -> int:
+    """Every how many-th token leaves at most about `SAMPLE` of that many scores."""
+    return max(1, -(-scores // SAMPLE))
+
+
 def tune_selector(selector: Selector, scores_TR: Tensor, density: float) -> Selector:
     """The knob at which the share of the experts that run on these scores is nearest to `density`.
 
-    Experts of one limit run together.
+    Experts of one limit run together. Of more than `SAMPLE` scores, every n-th token is looked at.
 
     Raises:
         ValueError: a density outside [0, 1].
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density is {density}, but must be in [0, 1]")
-    limits = selector.limits_TR(scores_TR).double().flatten().sort().values
+    flat_TR = scores_TR.reshape(-1, scores_TR.shape[-1])[:: sample_stride(scores_TR.numel())]
+    limits = selector.limits_TR(flat_TR).double().flatten().sort().values
     wanted = density * len(limits)
     last = limits[max(0, round(wanted) - 1)]
     fewer = int(torch.searchsorted(limits, last))

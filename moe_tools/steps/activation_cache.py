@@ -19,14 +19,14 @@ from moe_tools.steps.calibrate import visit_activations
 
 COMPLETE = "complete.json"
 """Written last: without it the cache is made again."""
-Target = Callable[[ExpertFFN, Tensor], Tensor]
-"""target_TR of an FFN from its h_TF."""
+Target = Callable[[ExpertFFN, Tensor], Tensor | None]
+"""target_TR of an FFN from its h_TF; None: it has none."""
 DTYPE = torch.bfloat16
-"""Of everything on disk: labels need no more than its three digits."""
+"""Of inputs on disk."""
 
 
 class ActivationCache:
-    """A folder with the inputs, the targets and the experts' output norms of every FFN."""
+    """A folder with the inputs and the targets of every FFN."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,18 +39,25 @@ class ActivationCache:
         self.folder.mkdir(parents=True)
 
         def visit(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
-            _append(self._file(index, "x"), x_TD)
-            _append(self._file(index, "target"), of(ffns[index], h_TF))
-            _append(self._file(index, "norm"), ffns[index].importance().norm_TR(h_TF))
+            _append(self._file(index, "x"), x_TD.to(DTYPE))
+            target_TR = of(ffns[index], h_TF)
+            if target_TR is not None:
+                _append(self._file(index, "target"), target_TR)
 
         visit_activations(model, blocks_BT, visit, title="cache activations")
         (self.folder / COMPLETE).write_text(json.dumps({"tokens": blocks_BT.numel()}))
 
-    def read(self, index: int, what: Literal["x", "target", "norm"], columns: int) -> Tensor:
-        """x_TD, target_TR or norm_TR of one FFN, mapped from the disk."""
+    def read(
+        self,
+        index: int,
+        what: Literal["x", "target"],
+        columns: int,
+        dtype: torch.dtype = DTYPE,
+    ) -> Tensor:
+        """x_TD or target_TR of one FFN, mapped from the disk; targets are of the dtype they had."""
         file = self._file(index, what)
-        numbers = file.stat().st_size // DTYPE.itemsize
-        flat = torch.from_file(str(file), shared=False, size=numbers, dtype=DTYPE)
+        numbers = file.stat().st_size // dtype.itemsize
+        flat = torch.from_file(str(file), shared=False, size=numbers, dtype=dtype)
         return flat.view(-1, columns)
 
     def _file(self, index: int, what: str) -> Path:
@@ -59,4 +66,4 @@ class ActivationCache:
 
 def _append(file: Path, values: Tensor) -> None:
     with file.open("ab") as out:
-        out.write(values.to(DTYPE).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        out.write(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())

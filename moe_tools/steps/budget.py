@@ -6,8 +6,8 @@ Letters: T tokens, D model width, F neurons, R experts that are routed.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from moe_tools.data.generate import evaluating
 from moe_tools.model.conversion import set_selectors
 from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
-from moe_tools.model.routing import Routing, record_routing, routing_sparsity
-from moe_tools.model.selectors import Selector, tune_selector
+from moe_tools.model.routing import Routing, observe_routing
+from moe_tools.model.selectors import Selector, sample_stride, tune_selector
 from moe_tools.recipe import Budget
 from moe_tools.steps.calibrate import check_routed, check_sparsity, model_inputs
 from moe_tools.steps.spending import error_curves, spend_by_error
@@ -49,17 +49,16 @@ def budget(model: nn.Module, step: Budget, blocks_BT: Tensor) -> dict[str, Any]:
     ffns = check_routed(model, "budget")
     check_sparsity(ffns, step.target_sparsity)
     with every_expert_on(model):
-        routings = _watch(model, blocks_BT)
+        seen = _watch(model, blocks_BT)
     given = {ffn.name: _off_of_routed(ffn, step.target_sparsity) for ffn in ffns}
     if step.spend == "error":
-        seen = {name: sum(r.tokens for r in found) for name, found in routings.items()}
-        work = {ffn.name: seen[ffn.name] * ffn.importance().routed_neurons for ffn in ffns}
+        work = {ffn.name: seen[ffn.name].tokens * ffn.importance().routed_neurons for ffn in ffns}
         saved = sum(given[name] * work[name] for name in given)
         given = spend_by_error(error_curves(model, ffns, blocks_BT), work, saved)
     for _ in range(ROUNDS):
-        set_selectors(model, [_tuned(f, routings[f.name], given[f.name]) for f in ffns])
-        routings = _watch(model, blocks_BT)
-    reached = routing_sparsity([routing for found in routings.values() for routing in found])
+        set_selectors(model, [_tuned(f, seen[f.name], given[f.name]) for f in ffns])
+        seen = _watch(model, blocks_BT)
+    reached = _sparsity(ffns, seen)
     if abs(reached - step.target_sparsity) > CLOSE:
         logger.warning(
             "the budget is %.1f %%, but %.1f %% of the neurons are off: too many scores are equal, "
@@ -70,25 +69,49 @@ def budget(model: nn.Module, step: Budget, blocks_BT: Tensor) -> dict[str, Any]:
     return {"sparsity": reached, "given": given}
 
 
-def _watch(model: nn.Module, blocks_BT: Tensor) -> dict[str, list[Routing]]:
+@dataclass
+class _Seen:
+    """What one FFN decided on the text; of many scores, a sample."""
+
+    tokens: int = 0
+    on: int = 0
+    """Neurons, summed over the tokens."""
+    scores: list[Tensor] = field(default_factory=list)
+
+    def add(self, routing: Routing, tokens: int) -> None:
+        """One batch of a text of so many tokens."""
+        scores_TE = routing.scores_TE.flatten(0, -2)
+        self.scores.append(scores_TE[:: sample_stride(tokens * scores_TE.shape[-1])].clone())
+        self.tokens += routing.tokens
+        self.on += routing.neurons_on
+
+
+def _watch(model: nn.Module, blocks_BT: Tensor) -> dict[str, _Seen]:
     """Every decision on the text, by FFN."""
-    found: dict[str, list[Routing]] = defaultdict(list)
+    found = {ffn.name: _Seen() for ffn in expert_ffns(model)}
     device = next(model.parameters()).device
-    for batch_BT in blocks_BT.split(BATCH):
-        with evaluating(model), record_routing(model) as routings:
+
+    def see(routing: Routing) -> None:
+        found[routing.ffn].add(routing, blocks_BT.numel())
+
+    with evaluating(model), observe_routing(model, see):
+        for batch_BT in blocks_BT.split(BATCH):
             model(**model_inputs(model, batch_BT.to(device)))
-        for routing in routings:
-            found[routing.ffn].append(routing)
-    for ffn in expert_ffns(model):
-        if ffn.name not in found:
-            raise ValueError(f"{ffn.name} saw no calibration token: give more calibration tokens")
+    for name, seen in found.items():
+        if not seen.tokens:
+            raise ValueError(f"{name} saw no calibration token: give more calibration tokens")
     return found
 
 
-def _tuned(ffn: ExpertFFN, routings: Sequence[Routing], off: float) -> Selector:
+def _tuned(ffn: ExpertFFN, seen: _Seen, off: float) -> Selector:
     """The FFN's selector with the share `off` of its routed experts off."""
-    scores_TR = torch.cat([r.scores_TE.flatten(0, -2)[:, ffn.shared :] for r in routings])
-    return tune_selector(ffn.selector, scores_TR, 1 - off)
+    return tune_selector(ffn.selector, torch.cat(seen.scores)[:, ffn.shared :], 1 - off)
+
+
+def _sparsity(ffns: list[ExpertFFN], seen: Mapping[str, _Seen]) -> float:
+    """Share of neurons off, over tokens and FFNs."""
+    neurons = sum(seen[ffn.name].tokens * ffn.division.neurons for ffn in ffns)
+    return 1 - sum(one.on for one in seen.values()) / neurons
 
 
 def _off_of_routed(ffn: ExpertFFN, sparsity: float) -> float:

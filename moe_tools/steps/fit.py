@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_tools.model.experts import ExpertFFN
+from moe_tools.model.prediction import Prediction, together
 from moe_tools.model.routers import LearnedRouter
 from moe_tools.recipe import Fit
 from moe_tools.steps.activation_cache import ActivationCache
@@ -47,8 +49,10 @@ def fit(
         seed: of the order of the tokens.
 
     Returns:
-        For every FFN, by name: held-out loss, recall and captured mass, see `judge`; and router
-        FLOPs, over those of the FFN.
+        `routers`: for every FFN, by name: held-out loss, recall and captured mass, see `judge`;
+        router FLOPs, over those of the FFN; and of routers over single neurons, what their
+        selector makes of the scores, as a `Prediction` of the non-zero neurons of held-out tokens,
+        dense. `prediction`: that of all of them together, if there are any.
 
     Raises:
         ValueError: the model is dense, or an MoE expert saw too few tokens.
@@ -68,36 +72,56 @@ def fit(
             partial.rename(report)  # a report that is there is whole, and so is its router
         ffn.router.load_state_dict(load_file(finished))
         measured[ffn.name] = json.loads(report.read_text())
-    return {"routers": measured}
+    return {"routers": measured, **_overall(measured)}
 
 
-def _target_TR(ffn: ExpertFFN, h_TF: Tensor) -> Tensor:
-    importance = ffn.importance()
-    if isinstance(ffn.router, LearnedRouter):
-        return ffn.router.target_TR(h_TF, importance)
-    return importance.norm_TR(h_TF)
+def _overall(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The predictions of all FFNs together, if there are any."""
+    counts = [
+        Prediction(**{name: one["prediction"][name] for name in asdict(Prediction())})
+        for one in measured.values()
+        if "prediction" in one
+    ]
+    return {"prediction": together(counts).figures()} if counts else {}
+
+
+def _target_TR(ffn: ExpertFFN, h_TF: Tensor) -> Tensor | None:
+    if not isinstance(ffn.router, LearnedRouter):
+        return None
+    return ffn.router.target_TR(h_TF, ffn.importance()).to(ffn.router.target_dtype)
 
 
 def _fit_one(
     ffn: ExpertFFN, cache: ActivationCache, index: int, step: Fit, seed: int
 ) -> dict[str, Any]:
-    weights, routed = ffn.weights(), ffn.importance().routed
-    x_TD = cache.read(index, "x", weights.up_FD.shape[1])
+    x_TD = cache.read(index, "x", ffn.weights().up_FD.shape[1])
     held = max(1, round(HELD_OUT * len(x_TD)))
     if len(x_TD) < 2 * held:
         raise ValueError(f"{ffn.name} saw {len(x_TD)} calibration tokens: give more")
     loss = None
     if isinstance(ffn.router, LearnedRouter) and step.epochs:
-        text = _Text(x_TD, cache.read(index, "target", routed), held)
-        loss = _train(ffn.router, text, step, seed)
-    with torch.no_grad():
-        scores_TR = ffn.router(x_TD[-held:].to(weights.up_FD)).cpu()
+        target_dtype = ffn.router.target_dtype
+        target_TR = cache.read(index, "target", ffn.importance().routed, target_dtype)
+        loss = _train(ffn.router, _Text(x_TD, target_TR, held), step, seed)
+    return {"loss": loss, **_measured(ffn, x_TD[-held:])}
+
+
+@torch.no_grad()
+def _measured(ffn: ExpertFFN, x_TD: Tensor) -> dict[str, Any]:
+    """What the router is worth on these tokens, dense."""
+    weights, importance = ffn.weights(), ffn.importance()
+    x_TD = x_TD.to(weights.up_FD)
+    scores_TR, h_TF = ffn.router(x_TD), ffn.hidden(x_TD)
     dense_flops = 2 * sum(matrix.numel() for matrix in weights.matrices())
-    return {
-        "loss": loss,
-        **judge(scores_TR, cache.read(index, "norm", routed)[-held:].float()),
+    found: dict[str, Any] = {
+        **judge(scores_TR.cpu(), importance.norm_TR(h_TF).cpu()),
         "router_share": ffn.router.flops() / dense_flops,
     }
+    if ffn.division.of_neurons:
+        prediction = Prediction()
+        prediction.add(ffn.selector(scores_TR), importance.nonzero_TR(h_TF, ffn.router.zero_below))
+        found["prediction"] = prediction.figures()
+    return found
 
 
 class _Text(NamedTuple):
@@ -107,7 +131,14 @@ class _Text(NamedTuple):
     target_TR: Tensor
     held: int
 
-    def loss(self, router: LearnedRouter, tokens: Tensor | slice) -> Tensor:
+    @torch.no_grad()
+    def held_loss(self, router: LearnedRouter, batch_size: int) -> float:
+        """Of the tokens that only measure, a batch at a time."""
+        held = torch.arange(len(self.x_TD) - self.held, len(self.x_TD))
+        parts = held.split(batch_size)
+        return sum(len(part) * self.loss(router, part).item() for part in parts) / self.held
+
+    def loss(self, router: LearnedRouter, tokens: Tensor) -> Tensor:
         """Of some tokens."""
         device = next(router.parameters()).device
         target_TR = self.target_TR[tokens].to(device).float()
@@ -117,7 +148,7 @@ class _Text(NamedTuple):
 def _train(router: LearnedRouter, text: _Text, step: Fit, seed: int) -> float:
     """Adam on shuffled tokens; keeps the epoch of the least held-out loss and returns that."""
     tokens = len(text.x_TD) - text.held
-    router.prepare(text.target_TR[:tokens].float())
+    router.prepare(text.target_TR[:tokens])
     steps = step.epochs * -(-tokens // step.batch_size)
     optimizer = torch.optim.Adam(router.parameters(), lr=step.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -132,8 +163,7 @@ def _train(router: LearnedRouter, text: _Text, step: Fit, seed: int) -> float:
             loss.backward()
             optimizer.step()
             schedule.step()
-        with torch.no_grad():
-            held = text.loss(router, slice(tokens, None)).item()
+        held = text.held_loss(router, step.batch_size)
         if held < best:
             best, kept = held, copy.deepcopy(router.state_dict())
     if best == math.inf:

@@ -84,6 +84,16 @@ def test_tiny_models_keep_their_digits() -> None:
     assert any("0.00538" in words for words in shown(tiny))
 
 
+def test_predictors_have_two_columns_of_their_own() -> None:
+    predicted = replace(ROW, recall=0.9, precision=0.755)
+    assert not {"recall", "precision"} & {word for line in shown(ROW) for word in line}
+    lines = shown(DENSE, predicted)
+    assert {"recall", "precision"} <= {word for line in lines for word in line}
+    model = "out/lte 21.50 1.052 - 50.0% 90.0% 75.5% 84.0 (0.53x) 190.0 (0.71x) 500,000"
+    donor = "donor (donor) 21.50 - - dense - - 160.0 (1.00x) 266.0 (1.00x) -"
+    assert model.split() in lines and donor.split() in lines
+
+
 def test_the_caption_names_text_and_machine() -> None:
     words = [word for line in shown(ROW) for word in line]
     for word in ("1022", "docs,", "512,", "bfloat16", "cpu;"):

@@ -67,6 +67,28 @@ def test_a_spread_gives_each_neuron_its_experts_value(
     assert torch.equal(neuron_mask(values_TE, division.neurons), expected_TF)
 
 
+@given(divisions(), leadings)
+@property_test
+def test_a_mask_counts_its_experts_neurons(division: Division, leading: list[int]) -> None:
+    mask_TE = torch.rand(*leading, division.num_experts) < 0.5
+    assert division.count(mask_TE) == int(division.spread_TF(mask_TE).sum())
+
+
+@pytest.mark.parametrize("neurons", [1, 7])
+def test_experts_of_one_neuron_are_spread_without_a_copy(neurons: int) -> None:
+    division = Division(neurons, neurons)
+    mask_TE = torch.rand(2, 3, neurons) < 0.5
+    mask_TF = division.spread_TF(mask_TE)
+    assert torch.equal(mask_TF, mask_TE)
+    assert mask_TF.data_ptr() == mask_TE.data_ptr()
+
+
+@given(divisions())
+@property_test
+def test_experts_are_neurons_when_there_are_as_many(division: Division) -> None:
+    assert division.of_neurons == (set(division.sizes) == {1})
+
+
 @given(divisions())
 @property_test
 def test_spread_is_the_adjoint_of_sum(division: Division) -> None:

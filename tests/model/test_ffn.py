@@ -41,6 +41,17 @@ def test_a_fused_linear_holds_gate_rows_then_up_rows(family: str) -> None:
     assert weights.routing_FD is weights.gate_FD
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+@torch.no_grad()
+def test_some_neurons_are_those_of_all(family: str) -> None:
+    projections, x_TD = find_ffns(build(family))[0].projections, torch.randn(2, 3, 16)
+    h_TF = projections.hidden_TF(x_TD)
+    few_K = torch.tensor([5, 0, 47])
+    few_TK = projections.hidden_TK(x_TD, few_K)
+    torch.testing.assert_close(few_TK, h_TF[..., few_K], rtol=1e-5, atol=1e-6)
+    assert torch.equal(projections.hidden_TK(x_TD, REVERSED), h_TF[..., REVERSED])
+
+
 def test_ungated_neurons_fire_by_their_up_rows() -> None:
     weights = find_ffns(build("gpt2"))[0].weights()
     assert weights.gate_FD is None

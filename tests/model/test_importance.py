@@ -51,6 +51,20 @@ def test_magnitude_is_the_sum_of_what_neurons_do(case: tuple[Importance, Tensor]
         assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@given(cases(), st.sampled_from([0.0, 0.1, 0.5]))
+@property_test
+def test_an_expert_is_non_zero_when_a_neuron_is(
+    case: tuple[Importance, Tensor], zero_below: float
+) -> None:
+    importance, h_TF = case
+    h_TF = h_TF.round()  # some are exactly 0
+    off_F = 0 if importance.off_F is None else importance.off_F
+    for token, row in enumerate(importance.nonzero_TR(h_TF, zero_below).tolist()):
+        least = zero_below * float((h_TF[token].float() - off_F).abs().max())
+        experts = moved(importance, h_TF, token)
+        assert row == [any(abs(h) > least + 1e-6 for h, _ in neurons) for neurons in experts]
+
+
 @given(cases())
 @property_test
 def test_energy_weighs_neurons_by_their_way_down(case: tuple[Importance, Tensor]) -> None:

@@ -207,7 +207,7 @@ def test_ratio_scale_scores_are_never_negative(kind: str) -> None:
     assert ffn.router.ratio_scale == (kind != "similarity")
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "mlp", "norm", "similarity", "mean_gate"])
+@pytest.mark.parametrize("kind", sorted(set(ROUTERS) - {"representative", "oracle"}))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_scores_are_float32_under_any_dtype(kind: str, dtype: torch.dtype) -> None:
@@ -262,6 +262,9 @@ def test_flops_count_a_multiply_and_an_add_a_weight(kind: str, family: str) -> N
         "mean_gate": width * routed,
         "representative": rows * width * routed,
         "oracle": rows * width * NEURONS,
+        "low_rank": width * 128 + 128 * routed,
+        "int8_gate": width * NEURONS,
+        "sign": 2 * NEURONS,  # the sign bits of a row are one word
     }
     assert made(kind, family)[1].router.flops() == 2 * weights[kind]
 
@@ -309,9 +312,9 @@ def test_a_kind_nobody_knows_is_named() -> None:
 # --- what they learn
 
 
-def test_three_kinds_learn() -> None:
+def test_four_kinds_learn() -> None:
     learned = {name for name, kind in ROUTERS.items() if issubclass(kind, LearnedRouter)}
-    assert learned == {"sigmoid", "mlp", "norm"}
+    assert learned == {"sigmoid", "mlp", "norm", "low_rank"}
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "mlp", "norm"])

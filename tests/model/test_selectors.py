@@ -217,6 +217,19 @@ def test_tuning_is_exact_on_many_tokens(kind: str) -> None:
         assert mask_TR.double().mean() == pytest.approx(density, abs=1e-3)
 
 
+@every_kind
+def test_tuning_looks_at_a_sample_of_very_many_scores(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third token: the others may score whatever they like."""
+    monkeypatch.setattr("moe_tools.model.selectors.SAMPLE", 1500)
+    scores_TR = torch.rand(4, 100, 10) + 0.01
+    sample_TR = scores_TR.flatten(0, 1)[::3]
+    expected = tune_selector(KINDS[kind], sample_TR.clone(), 0.3)
+    scores_TR.flatten(0, 1)[1::3] = 99
+    assert tune_selector(KINDS[kind], scores_TR, 0.3) == expected
+
+
 @pytest.mark.parametrize("kind", ["threshold", "topk"])
 def test_tuning_takes_negative_scores_where_shares_are_not_asked(kind: str) -> None:
     scores_TR = -torch.rand(100, 5) - 3

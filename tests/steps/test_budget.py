@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from dataclasses import replace
@@ -21,11 +22,13 @@ from moe_tools.model.checkpoint import load, save
 from moe_tools.model.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.routing import record_routing
+from moe_tools.model.selectors import tune_selector
 from moe_tools.recipe import Budget
 from moe_tools.steps.budget import budget
 from moe_tools.steps.spending import STEPS, Point, error_curves, spend_by_error
 from tests.families import EXPERT_SIZE, NEURONS, UNEVEN, build, per_neuron
 
+budget_module = importlib.import_module(budget.__module__)
 SELECTORS: dict[str, dict[str, Any]] = {
     "threshold": {"kind": "threshold", "tau": 0.5},
     "dynamic_k": {"kind": "dynamic_k", "tau": 0.5},
@@ -90,6 +93,24 @@ def test_every_selector_comes_near(kind: str, spend: Any, router: str) -> None:
     assert budget(model, Budget(0.5, spend), text())["sparsity"] == near
     if kind == "topk" and spend == "uniform":
         assert all((mask_TE.sum(-1) == 3).all() for mask_TE in masks(model, text()))
+
+
+def test_many_scores_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 x 4 x 32 tokens every third one, in every batch, at every round."""
+    seen = []
+
+    def tune(selector: Any, scores_TR: Tensor, density: float) -> Any:
+        seen.append(tuple(scores_TR.shape))
+        return tune_selector(selector, scores_TR, density)
+
+    monkeypatch.setattr("moe_tools.model.selectors.SAMPLE", 256 * NEURONS // 3)
+    monkeypatch.setattr(budget_module, "tune_selector", tune)
+    model = attached(router="norm", size=1)
+    found = budget(model, Budget(0.6), text())
+    assert set(seen) == {(2 * 43, NEURONS)}
+    assert found["sparsity"] == pytest.approx(0.6, abs=0.03)
+    on = torch.cat([mask_TE.flatten() for mask_TE in masks(model, text())])
+    assert found["sparsity"] == pytest.approx(1 - on.double().mean().item(), abs=1e-9)
 
 
 def test_uniform_gives_every_ffn_the_same() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
 from moe_tools.model.routers.base import LearnedRouter, Router
+from moe_tools.model.routers.few_bits import Int8GateRouter, SignRouter
+from moe_tools.model.routers.low_rank import LowRankRouter
 from moe_tools.model.routers.mlp import MLPRouter
 from moe_tools.model.routers.neurons import OracleRouter, RepresentativeRouter
 from moe_tools.model.routers.norm import NormRouter
@@ -16,7 +18,9 @@ from moe_tools.registry import Registry
 
 __all__ = [
     "ROUTERS",
+    "Int8GateRouter",
     "LearnedRouter",
+    "LowRankRouter",
     "MLPRouter",
     "MeanGateRouter",
     "NormRouter",
@@ -24,6 +28,7 @@ __all__ = [
     "RepresentativeRouter",
     "Router",
     "SigmoidRouter",
+    "SignRouter",
     "SimilarityRouter",
     "build_router",
 ]
@@ -33,10 +38,13 @@ ROUTERS: Registry[type[Router]] = Registry(
     {
         "sigmoid": SigmoidRouter,
         "mlp": MLPRouter,
+        "low_rank": LowRankRouter,
         "norm": NormRouter,
         "similarity": SimilarityRouter,
         "representative": RepresentativeRouter,
         "mean_gate": MeanGateRouter,
+        "sign": SignRouter,
+        "int8_gate": Int8GateRouter,
         "oracle": OracleRouter,
     },
 )

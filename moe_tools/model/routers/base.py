@@ -17,6 +17,8 @@ class Router(nn.Module, ABC):
 
     ratio_scale: bool = True
     """Scores are 0 or more, and twice the score means twice the expert: shares make sense."""
+    zero_below: float = 0.0
+    """What its experts are predicted to be: see `Importance.nonzero_TR`."""
 
     @classmethod
     @abstractmethod
@@ -39,6 +41,9 @@ class Router(nn.Module, ABC):
 class LearnedRouter(Router):
     """A router that the `fit` step trains on the donor's activations, one FFN at a time."""
 
+    target_dtype: torch.dtype = torch.bfloat16
+    """Of targets on disk: labels need no more than its three digits."""
+
     @abstractmethod
     def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:
         """What this kind learns to predict from the donor's hidden activations."""
@@ -48,8 +53,13 @@ class LearnedRouter(Router):
         """How far the predictions are from the targets: a scalar."""
 
     def prepare(self, target_TR: Tensor) -> None:
-        """Sees targets once, before the training."""
+        """Sees all targets once, in `target_dtype` and maybe on disk, before the training."""
         del target_TR
+
+
+def matrix_flops(*matrices: Tensor) -> int:
+    """A multiply and an add for each weight."""
+    return 2 * sum(matrix.numel() for matrix in matrices)
 
 
 def in_fp32(x: Tensor) -> torch.autocast:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import in_fp32
+from moe_tools.model.routers.base import in_fp32, matrix_flops
 from moe_tools.model.routers.labels import LabelRouter
 from moe_tools.model.routers.rows import mean_rows_RD
 
@@ -35,8 +35,8 @@ class MLPRouter(LabelRouter):
         return router
 
     def flops(self) -> int:
-        """Multiply and add for each weight."""
-        return 2 * (self.first.weight.numel() + self.second.weight.numel())
+        """Both layers."""
+        return matrix_flops(self.first.weight, self.second.weight)
 
     def logits_TR(self, x_TD: Tensor) -> Tensor:
         """Scores before the sigmoid."""

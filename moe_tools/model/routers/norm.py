@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import LearnedRouter, in_fp32
+from moe_tools.model.routers.base import LearnedRouter, in_fp32, matrix_flops
 
 
 class NormRouter(LearnedRouter):
@@ -44,15 +44,15 @@ class NormRouter(LearnedRouter):
 
     def prepare(self, target_TR: Tensor) -> None:
         """The mean norm becomes the unit."""
-        self.scale.copy_(target_TR.mean().clamp_min(1e-12))
+        self.scale.copy_(target_TR.float().mean().clamp_min(1e-12))
 
     def loss(self, x_TD: Tensor, target_TR: Tensor) -> Tensor:
         """Mean squared error, in units of the mean norm."""
         return nn.functional.mse_loss(self._multiples_TR(x_TD), target_TR / self.scale)
 
     def flops(self) -> int:
-        """Multiply and add for each weight."""
-        return 2 * (self.first.weight.numel() + self.second.weight.numel())
+        """Both layers."""
+        return matrix_flops(self.first.weight, self.second.weight)
 
     def _multiples_TR(self, x_TD: Tensor) -> Tensor:
         with in_fp32(x_TD):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import Router, in_fp32
+from moe_tools.model.routers.base import Router, in_fp32, matrix_flops
 
 
 def mean_rows_RD(rows_FD: Tensor, importance: Importance) -> Tensor:
@@ -44,7 +44,7 @@ class SimilarityRouter(Router):
 
     def flops(self) -> int:
         """The product of x and the rows."""
-        return 2 * self.rows.numel()
+        return matrix_flops(self.rows)
 
 
 class MeanGateRouter(Router):
@@ -83,4 +83,4 @@ class MeanGateRouter(Router):
 
     def flops(self) -> int:
         """The product of x and the rows."""
-        return 2 * self.rows.numel()
+        return matrix_flops(self.rows)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import in_fp32
+from moe_tools.model.routers.base import in_fp32, matrix_flops
 from moe_tools.model.routers.labels import LabelRouter
 
 
@@ -30,8 +30,8 @@ class SigmoidRouter(LabelRouter):
         return cls(ffn.weights().up_FD.shape[1], importance.routed, **options)
 
     def flops(self) -> int:
-        """Multiply and add for each weight."""
-        return 2 * self.weight.numel()
+        """One layer."""
+        return matrix_flops(self.weight)
 
     def logits_TR(self, x_TD: Tensor) -> Tensor:
         """Scores before the sigmoid."""
