@@ -163,7 +163,8 @@ def _conversion(found: Diagnosis) -> str:
     if made is None:
         return "no"
     if made.router is None:
-        return f"split into experts of {made.expert_size} neurons, no router yet"
+        experts = f"split into experts of {made.expert_size} neurons, no router yet"
+        return experts if made.expert_size else f"activation swapped; from {made.donor}"
     selector = ", ".join(f"{key} {value}" for key, value in (made.selector or {}).items())
     return (
         f"experts of {made.expert_size} neurons, router {made.router}, selector ({selector}), "

@@ -25,7 +25,7 @@ from moe_tools.data import blocks
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.model.checkpoint import load, load_tokenizer
-from moe_tools.model.conversion import Conversion
+from moe_tools.model.conversion import conversion_so_far
 from moe_tools.model.routers import ROUTERS
 from moe_tools.recipe import Attach, Budget, Fit, Split, parse_recipe
 from moe_tools.steps.attach import attach
@@ -192,7 +192,8 @@ class _Bench:
             start="regression" if router == RIDGE else "open",
             when_off=grid.when_off,
         )
-        attach(model, step, Conversion(grid.model, grid.expert_size), self.train_BT)
+        split = replace(conversion_so_far(model, grid.model), expert_size=grid.expert_size)
+        attach(model, step, split, self.train_BT)
         fitting = replace(grid.fit, epochs=0) if router == RIDGE else grid.fit
         with tempfile.TemporaryDirectory() as work:
             found = fit(model, fitting, self.train_BT, Path(work), seed=grid.seed)

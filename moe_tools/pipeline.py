@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from moe_tools.model.checkpoint import (
     new_folder,
     save,
 )
-from moe_tools.model.conversion import Conversion, read_conversion, write_conversion
+from moe_tools.model.conversion import Conversion, conversion_so_far, write_conversion
 from moe_tools.model.ffn import find_ffns
 from moe_tools.recipe import (
     Attach,
@@ -34,6 +34,7 @@ from moe_tools.recipe import (
     Recipe,
     Split,
     Step,
+    Swap,
     Train,
     control_recipe,
     read_recipe,
@@ -49,6 +50,7 @@ from moe_tools.steps.calibrate import check_routed, check_sparsity
 from moe_tools.steps.fit import fit
 from moe_tools.steps.losses import DONOR_LOSSES
 from moe_tools.steps.split import planned_division, split
+from moe_tools.steps.swap import rehearse_swap, swap
 from moe_tools.steps.train import check_train, train
 
 logger = logging.getLogger(__name__)
@@ -155,12 +157,14 @@ class _Run:
         """Every step's own checks, in order, on the donor: no text is read, nothing is trained."""
         model = self.donor()
         for step in self.recipe.steps:
-            if isinstance(step, Split):
+            if isinstance(step, Swap):
+                rehearse_swap(model, step, self._so_far(model))
+            elif isinstance(step, Split):
                 for ffn in find_ffns(model):
                     planned_division(ffn, step)
-                write_conversion(model, self._split_only(step))
+                write_conversion(model, self._with_split(model, step))
             elif isinstance(step, Attach):
-                rehearse_attach(model, step, _split_of(model))
+                rehearse_attach(model, step, self._so_far(model))
             elif isinstance(step, Train):
                 check_train(model, step, donor=model)
             elif isinstance(step, Budget):
@@ -168,8 +172,13 @@ class _Run:
             else:
                 check_routed(model, "fit")
 
-    def _split_only(self, step: Split) -> Conversion:
-        return Conversion(self.source, step.expert_size, shared_experts=step.shared_experts)
+    def _so_far(self, model: PreTrainedModel) -> Conversion:
+        """What the steps before did to a model, and from which donor it came."""
+        return conversion_so_far(model, self.source)
+
+    def _with_split(self, model: PreTrainedModel, step: Split) -> Conversion:
+        size, shared = step.expert_size, step.shared_experts
+        return replace(self._so_far(model), expert_size=size, shared_experts=shared)
 
     def execute(self) -> None:
         """Every step that is not complete yet."""
@@ -194,12 +203,14 @@ class _Run:
         shutil.rmtree(work, ignore_errors=True)
 
     def _apply(self, step: Step, model: PreTrainedModel, index: int, work: Path) -> dict[str, Any]:
+        if isinstance(step, Swap):
+            return swap(model, step, self._so_far(model), self.text.calibration(step.tokens))
         if isinstance(step, Split):
             split(model, step, self.text.calibration(step.tokens), self.recipe.seed)
-            write_conversion(model, self._split_only(step))
+            write_conversion(model, self._with_split(model, step))
             return {}
         if isinstance(step, Attach):
-            attach(model, step, _split_of(model), self.text.calibration(step.tokens))
+            attach(model, step, self._so_far(model), self.text.calibration(step.tokens))
             return {}
         if isinstance(step, Fit):
             text = self.text.calibration(step.tokens)
@@ -217,12 +228,13 @@ class _Run:
         return RunText(self.recipe, self.tokenizer, self.folder.steps, self.donor)
 
     def _teacher(self, index: int) -> PreTrainedModel:
-        """What the model of a train step was before a router changed what it computes.
+        """What the model of a train step was before a step changed what it computes.
 
-        Dense training before `attach` makes a better teacher than the donor: it knows the text.
+        Dense training before `swap` or `attach` makes a better teacher than the donor: it knows
+        the text.
         """
         before = self.recipe.steps[:index]
-        changed = next((i for i, step in enumerate(before) if isinstance(step, Attach)), 0)
+        changed = next((i for i, step in enumerate(before) if isinstance(step, Swap | Attach)), 0)
         if not changed:
             return self.donor()
         return load(self.folder.step(changed - 1), dtype=self.dtype, device=self.device)
@@ -238,13 +250,6 @@ class _Run:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The donor's."""
         return load_tokenizer(self.source)
-
-
-def _split_of(model: PreTrainedModel) -> Conversion:
-    conversion = read_conversion(model)
-    if conversion is None:
-        raise ValueError("attach needs experts: put `split` before it in the recipe")
-    return conversion
 
 
 def _lasting(source: str) -> str:

@@ -28,6 +28,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Swap:
+    """Another activation in every FFN."""
+
+    activation: dict[str, Any]
+    """Its kind and what that takes, e.g. {kind: fatrelu, theta: 0.01}."""
+    max_error: float | None = None
+    """Chooses theta of fatrelu: in every FFN the largest at which ||y - y_theta||^2 / ||y||^2, of
+    its output y on calibration text, is at most this."""
+    tokens: int = 8192
+    """Calibration tokens; only `max_error` needs them."""
+
+
+@dataclass(frozen=True)
 class Split:
     """Which neurons share an expert; reorders them, changes no output."""
 
@@ -136,8 +149,9 @@ class Train:
     """Optimizer steps, not micro-batches."""
 
 
-Step = Split | Attach | Fit | Budget | Train
+Step = Swap | Split | Attach | Fit | Budget | Train
 STEPS: dict[str, type[Step]] = {
+    "swap": Swap,
     "split": Split,
     "attach": Attach,
     "fit": Fit,
@@ -299,6 +313,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 AT_LEAST_1 = ("tokens", "expert_size", "batch_size", "accumulate", "checkpoint_every")
+SHARES = ("target_sparsity", "start_sparsity", "max_error")
+"""Strictly between 0 and 1."""
 
 
 def check_step(step: Step) -> None:
@@ -315,7 +331,7 @@ def check_step(step: Step) -> None:
             _require(value >= 0, step, item.name, value, "0 or more")
         if item.name in ("warmup", "ramp"):
             _require(0 <= value <= 1, step, item.name, value, "in [0, 1]")
-        if item.name in ("target_sparsity", "start_sparsity") and value is not None:
+        if item.name in SHARES and value is not None:
             _require(0 < value < 1, step, item.name, value, "strictly between 0 and 1")
     if isinstance(step, Train):
         _check_drive(step)

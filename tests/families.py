@@ -30,6 +30,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -38,8 +40,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
@@ -85,6 +91,9 @@ _BODY = {
 }
 _GROUPED = _BODY | {"num_key_value_heads": 1}
 _GEMMA = _GROUPED | {"head_dim": 8}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+_QWEN_MOE = _GROUPED | _MOE | {"moe_intermediate_size": NEURONS, "mlp_only_layers": [0]}
+_EAGER = {"experts_implementation": "eager"}
 _GPT2 = {"vocab_size": 64, "n_embd": 16, "n_inner": NEURONS, "n_layer": 2, "n_head": 2}
 _OPT = {
     "vocab_size": 64,
@@ -127,9 +136,23 @@ FAMILIES: dict[str, Family] = {
         MixtralForCausalLM,
         MixtralConfig,
         _GROUPED | {"num_local_experts": 4},
-        stock={"experts_implementation": "eager"},
+        stock=_EAGER,
+    ),
+    "qwen2_moe": Family(
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        _QWEN_MOE | {"shared_expert_intermediate_size": NEURONS},
+        stock=_EAGER,
+    ),
+    "qwen3_moe": Family(
+        Qwen3MoeForCausalLM, Qwen3MoeConfig, _QWEN_MOE | {"head_dim": 8}, stock=_EAGER
+    ),
+    "olmoe": Family(
+        OlmoeForCausalLM, OlmoeConfig, _GROUPED | _MOE | {"eos_token_id": 2}, stock=_EAGER
     ),
 }
+MOE = [name for name, family in FAMILIES.items() if family.stock]
+"""Families with experts of their own, the stock class running them one by one."""
 
 
 def build(name: str, *, dropout: float = 0.0, **config: Any) -> PreTrainedModel:
@@ -208,9 +231,7 @@ def randomize(model: nn.Module) -> None:
 
 def host_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """A model's tensors under the host's names, without the routers'."""
-    renames = {ours: host for ffn in expert_ffns(model) for ours, host in ffn.renames.items()}
-    state = host_state_dict(model, renames)
-    return {key: value for key, value in state.items() if not is_router(key)}
+    return {key: value for key, value in host_state_dict(model).items() if not is_router(key)}
 
 
 def host_gradients(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -45,7 +45,9 @@ ARROWS = {
 }
 KERNEL_USERS = {"moe_tools.model.experts", "moe_tools.measure.bench"}
 WITHOUT_TORCH = ["moe_tools.registry", "moe_tools.recipe", "moe_tools.measure.report"]
-VERBS = {f"moe_tools.steps.{verb}" for verb in ("split", "attach", "fit", "budget", "train")}
+VERBS = {
+    f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "fit", "budget", "train")
+}
 
 
 def find_modules() -> dict[str, Path]:

@@ -11,7 +11,7 @@ from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons
 from moe_tools.model.conversion import Conversion, read_conversion
 from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.ffn import FFN, child_name, find_ffns
+from moe_tools.model.ffn import FFN, find_ffns
 
 SIZES = (4, 8, 16, 32, 64)
 """Neurons of an expert that are worth trying."""
@@ -99,8 +99,4 @@ def _shape(ffn: FFN | ExpertFFN) -> tuple[int, int, str, bool, tuple[int, ...]]:
 
 def _activation(ffn: FFN | ExpertFFN) -> str:
     """Its class: SiLUActivation is SiLU."""
-    if isinstance(ffn, FFN):
-        act = ffn.act
-    else:
-        act = ffn.get_submodule(child_name(ffn.layout, ffn.layout.act))
-    return type(act).__name__.removesuffix("Activation")
+    return type(ffn.projections.act).__name__.removesuffix("Activation")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.ffn import FFN, Weights, find_ffns
+from moe_tools.model.ffn import FFN, find_ffns
+from moe_tools.model.projections import Weights
 from moe_tools.model.routing import Routing
 from moe_tools.model.zeros import gives_zeros
 

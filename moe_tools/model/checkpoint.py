@@ -28,9 +28,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from moe_tools.model.conversion import attach_experts, read_conversion
+from moe_tools.model.conversion import attach_experts, read_block
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import host_state_dict
+from moe_tools.model.swapped import restore_stock_name, swap_activations
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -73,18 +74,15 @@ def load_classifier(
             )
         return model
     names = dict(enumerate(labels))
-    with quiet_transformers():
-        try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                dtype=dtype,
-                id2label=names,
-                label2id={name: index for index, name in names.items()},
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"cannot load {source}: {_first_line(error)}") from error
+    with quiet_transformers(), _named_errors(f"cannot load {source}: "):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=dtype,
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     prefix = f"{model.base_model_prefix}."  # a pooler stands before the head, and is new with it
     missing = {key for key in report["missing_keys"] if key.startswith(prefix)}
     body = {key for key in missing if not key.startswith(f"{prefix}pooler.")}
@@ -147,8 +145,7 @@ def save(
         ValueError: `folder` exists and is not empty.
     """
     with new_folder(folder) as partial:
-        renames = {ours: host for ffn in expert_ffns(model) for ours, host in ffn.renames.items()}
-        state = host_state_dict(model, renames)
+        state = host_state_dict(model)
         with quiet_transformers():
             model.save_pretrained(partial, state_dict=state, save_original_format=False)
             if tokenizer is not None:
@@ -191,9 +188,13 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
 
 def _load_folder(source: str, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
     stored = _stored_tensors(Path(source)) if Path(source).is_dir() else None
-    try:
+    place = "" if stored is not None else "no such folder, and as a hub id: "
+    with _named_errors(f"cannot load {source}: {place}"):
         config = AutoConfig.from_pretrained(source)
-        host: Any = _host_class(config)
+    conversion = read_block(config)
+    restore_stock_name(config, conversion)
+    host: Any = _host_class(config)
+    with _named_errors(f"cannot load {source}: {place}"):
         model, report = host.from_pretrained(
             source,
             config=config,
@@ -202,21 +203,28 @@ def _load_folder(source: str, dtype: torch.dtype | None) -> transformers.PreTrai
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        place = "" if stored is not None else "no such folder, and as a hub id: "
-        raise ValueError(f"cannot load {source}: {place}{_first_line(error)}") from error
     if report["mismatched_keys"]:
         key, shape, expected = min(report["mismatched_keys"])
         raise ValueError(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks the tensors {_some(report['missing_keys'])}")
-    conversion = read_conversion(model)
+    if conversion is not None and conversion.stock_activation is not None:
+        swap_activations(model, conversion)
     if conversion is not None and conversion.router is not None:
         attach_experts(model, conversion)
         if stored is None:  # from the hub: by now in its cache
             stored = _stored_tensors(Path(snapshot_download(source, local_files_only=True)))
         _load_routers(model, source, stored)
     return model
+
+
+@contextmanager
+def _named_errors(prefix: str) -> Iterator[None]:
+    """A user's mistake, whatever transformers makes of it; no activation of a name: a KeyError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{prefix}{_first_line(error)}") from error
 
 
 def _load_routers(model: nn.Module, source: str, stored: dict[str, Path]) -> None:

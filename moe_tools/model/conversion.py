@@ -29,10 +29,11 @@ class Conversion:
 
     donor: str
     """The dense model it was made from: folder, hub id or GGUF file, as the user gave it."""
-    expert_size: int
-    """Neurons of one expert; see `Division.of_size` where it does not divide them."""
+    expert_size: int | None = None
+    """Neurons of one expert, see `Division.of_size` where it does not divide them; None: the
+    neurons are as the donor has them."""
     router: str | None = None
-    """Kind of router; None: the neurons are reordered, and the model is still dense."""
+    """Kind of router; None: the model is still dense."""
     selector: dict[str, Any] | None = None
     mode: Mode = "hard"
     when_off: Off = "zero"
@@ -41,11 +42,20 @@ class Conversion:
     router_options: dict[str, Any] = field(default_factory=dict)
     selector_of: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name of an FFN -> its selector, where it is not `selector`."""
+    activation: dict[str, Any] | None = None
+    """What every FFN has in place of the donor's activation, e.g. {"kind": "relu"}; None: the
+    donor's."""
+    activation_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of an FFN -> its activation, where it is not `activation`."""
+    stock_activation: str | None = None
+    """Where no stock class knows the activation: the one to build the host with, by its name."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if not isinstance(self.expert_size, int):
+        if not isinstance(self.expert_size, int | None):
             raise ValueError(f"expert_size is a number of neurons, not {self.expert_size!r}")
+        if self.router is not None and self.expert_size is None:
+            raise ValueError(f"router {self.router} needs experts: expert_size is missing")
         for kind, value, known in (("mode", self.mode, Mode), ("when_off", self.when_off, Off)):
             if value not in get_args(known):
                 raise unknown(kind, str(value), get_args(known))
@@ -73,18 +83,34 @@ class Conversion:
         for key in block:
             if key not in known:
                 raise unknown("key in the moe_tools block of config.json", key, known)
-        missing = {"donor", "expert_size"} - set(block)
-        if missing:
-            raise ValueError(
-                f"the moe_tools block of config.json lacks {', '.join(sorted(missing))}"
-            )
+        if "donor" not in block:
+            raise ValueError("the moe_tools block of config.json lacks donor")
         return cls(**block)
+
+    def divide(self, neurons: int, name: str) -> Division:
+        """The experts of an FFN.
+
+        Raises:
+            ValueError: an expert exceeds the FFN called `name`.
+        """
+        assert self.expert_size is not None
+        return Division.of_size(neurons, self.expert_size, name)
 
 
 def read_conversion(model: nn.Module) -> Conversion | None:
     """The model's block, or None for a model moe-tools never touched."""
-    block = getattr(model.config, "moe_tools", None)
+    return read_block(model.config)
+
+
+def read_block(config: Any) -> Conversion | None:
+    """The same, of a host's config."""
+    block = getattr(config, "moe_tools", None)
     return None if block is None else Conversion.from_dict(block)
+
+
+def conversion_so_far(model: nn.Module, donor: str) -> Conversion:
+    """The model's block, now with this donor; an empty one where moe-tools changed nothing yet."""
+    return replace(read_conversion(model) or Conversion(donor), donor=donor)
 
 
 def write_conversion(model: nn.Module, conversion: Conversion) -> None:
@@ -103,7 +129,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
 
 def set_selectors(model: nn.Module, selectors: Sequence[Selector]) -> None:
-    """Gives every routed FFN its selector, in forward order, in the model and in the config."""
+    """Gives every routed FFN its selector, in the host's order, in the model and in the config."""
     conversion = read_conversion(model)
     if conversion is None:
         raise ValueError(f"{type(model).__name__} is dense: it has no selector to set")
@@ -126,7 +152,6 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     found = find_ffns(model)
     made = [_expert_ffn(ffn, conversion) for ffn in found]
     for ffn, module in zip(found, made, strict=True):  # first all checks, then the first change
-        module.train(ffn.layer.training)
         graft(model, ffn, module)
     write_conversion(model, conversion)
     return made
@@ -136,7 +161,7 @@ def _expert_ffn(ffn: FFN, conversion: Conversion) -> ExpertFFN:
     assert conversion.router is not None
     weights = ffn.weights()
     neurons, shared = len(weights.up_FD), conversion.shared_experts
-    division = Division.of_size(neurons, conversion.expert_size, ffn.name)
+    division = conversion.divide(neurons, ffn.name)
     if not 0 <= shared < division.num_experts:
         raise ValueError(f"{ffn.name}: {shared} of {division.num_experts} experts cannot be shared")
     importance = Importance(division, shared, weights.down_FD)

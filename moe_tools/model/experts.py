@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.model.division import Division
-from moe_tools.model.ffn import FFN, Projections, Weights, child_name, host_names
+from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
 from moe_tools.model.routers import Router
 from moe_tools.model.routing import RoutedFFN, Routing
@@ -32,8 +32,7 @@ straight-through estimator, arXiv 1308.3432): routers learn without a gap to clo
 class ExpertFFN(RoutedFFN):
     """An FFN whose neurons run only when their expert is selected.
 
-    The children keep the host's names, so adapters and quantisers written for the host still
-    find them. With every expert on, in hard mode, the output equals the dense FFN's exactly.
+    With every expert on, in hard mode, the output equals the dense FFN's exactly.
     """
 
     def __init__(
@@ -45,10 +44,7 @@ class ExpertFFN(RoutedFFN):
         mode: Mode,
         shared: int = 0,
     ) -> None:
-        super().__init__(ffn.name)
-        self.layout = ffn.layout
-        for path in ffn.layout.parts():
-            self.add_module(child_name(ffn.layout, path), ffn.part(path))
+        super().__init__(ffn)
         self.division = division
         self.shared = shared
         """Experts that always run: the first ones."""
@@ -76,10 +72,6 @@ class ExpertFFN(RoutedFFN):
             observe(routing)
         return routing
 
-    def hidden(self, x_TD: Tensor) -> Tensor:
-        """h_TF of every neuron, as the host computes it."""
-        return self.projections.hidden_TF(x_TD)
-
     def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
         """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
         if self.off_F is not None and self.mode == "hard":  # an infinite h that is off stays off
@@ -96,46 +88,9 @@ class ExpertFFN(RoutedFFN):
             return scores_TE
         return mask_TE if self.mode == "hard" else scores_TE + (mask_TE - scores_TE).detach()
 
-    def project(self, h_TF: Tensor) -> Tensor:
-        """y_TD from h_TF, with the host's own dropouts."""
-        if self.layout.hidden_dropout is not None:
-            h_TF = self._part(self.layout.hidden_dropout)(h_TF)
-        down = self.down
-        if not torch.is_autocast_enabled(h_TF.device.type):
-            # T5 keeps this one in fp32 when loaded in fp16
-            h_TF = h_TF.to(down.weight.dtype)  # type: ignore[arg-type]
-        y_TD: Tensor = down(h_TF)
-        if self.layout.output_dropout is not None:
-            y_TD = self._part(self.layout.output_dropout)(y_TD)
-        return y_TD
-
-    def weights(self) -> Weights:
-        """Neuron-major views of the weights."""
-        return self.projections.weights()
-
-    @property
-    def projections(self) -> Projections:
-        """The host's modules."""
-        layout = self.layout
-        gate = None if layout.gate is None else self._part(layout.gate)
-        return Projections(gate, self._part(layout.up), self._part(layout.act), self.down)
-
     def importance(self) -> Importance:
         """Its experts, and what their neurons are worth."""
         return Importance(self.division, self.shared, self.weights().down_FD, self.off_F)
-
-    @property
-    def down(self) -> nn.Module:
-        """The host's down projection."""
-        return self._part(self.layout.down)
-
-    @property
-    def renames(self) -> dict[str, str]:
-        """Prefixes of our tensors -> the host's, where they differ."""
-        return host_names(self.name, self.layout)
-
-    def _part(self, path: str) -> nn.Module:
-        return self.get_submodule(child_name(self.layout, path))
 
 
 @contextmanager
@@ -153,5 +108,5 @@ def every_expert_on(model: nn.Module) -> Iterator[None]:
 
 
 def expert_ffns(model: nn.Module) -> list[ExpertFFN]:
-    """The converted FFNs of a model, in forward order; empty when it is dense."""
+    """The converted FFNs of a model, in the host's order; empty when it is dense."""
     return [module for module in model.modules() if isinstance(module, ExpertFFN)]

@@ -1,96 +1,33 @@
-"""Where each family keeps its FFNs: the only file that knows a host's names.
+"""The FFNs of a host: found by `LAYOUTS`, reordered, given another activation, replaced by ours.
 
-A family is a row of `LAYOUTS`. `find_ffns` reads the rows, `graft` puts our module in place of
-the host's, `host_state_dict` gives every tensor its host name back.
+`graft` puts our module in place of the host's, `host_state_dict` gives every tensor its host name
+back.
 
-Letters: D model width, F neurons of one FFN.
+Letters: T tokens (any leading dimensions), D model width, F neurons of one FFN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from moe_tools.model.activations import Activation, JointActivation
+from moe_tools.model.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, join
 from moe_tools.model.moe_host import HostExperts, unfuse_experts
-from moe_tools.model.routing import routed_ffns
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The parts of an FFN, as paths below the host module that holds them all."""
-
-    up: str
-    down: str
-    act: str
-    gate: str | None = None
-    """The GLU projection; the same path as `up` when one linear holds gate rows, then up rows."""
-    hidden_dropout: str | None = None
-    """Dropout between the activation and the down projection."""
-    output_dropout: str | None = None
-    """Dropout after the down projection, where the FFN itself applies it."""
-    slot: str = ""
-    """What our module replaces; empty: the holder itself."""
-    bypass: tuple[str, ...] = ()
-    """Parts the host calls outside the slot: they become Identity."""
-
-    def parts(self) -> tuple[str, ...]:
-        """Every path, each once, in the order of the forward pass."""
-        paths = (self.gate, self.up, self.act, self.hidden_dropout, self.down, self.output_dropout)
-        return tuple(dict.fromkeys(path for path in paths if path is not None))
-
-
-_GATED = Layout(gate="gate_proj", up="up_proj", act="act_fn", down="down_proj")
-_FUSED = Layout(gate="gate_up_proj", up="gate_up_proj", act="activation_fn", down="down_proj")
-_BERT = Layout(
-    up="intermediate.dense",
-    act="intermediate.intermediate_act_fn",
-    down="output.dense",
-    slot="intermediate",
-    bypass=("output.dense",),
-)
-
-LAYOUTS: dict[str, Layout] = {
-    "LlamaMLP": _GATED,
-    "MistralMLP": _GATED,
-    "Qwen2MLP": _GATED,
-    "Qwen3MLP": _GATED,
-    "GemmaMLP": _GATED,
-    "Gemma2MLP": _GATED,
-    "Gemma3MLP": _GATED,
-    "Phi3MLP": _FUSED,
-    "HostExpert": _FUSED,
-    "GPT2MLP": Layout(up="c_fc", act="act", down="c_proj", output_dropout="dropout"),
-    "GPTNeoXMLP": Layout(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),
-    "OPTDecoderLayer": Layout(
-        up="fc1", act="activation_fn", down="fc2", slot="fc1", bypass=("activation_fn", "fc2")
-    ),
-    "BertLayer": _BERT,
-    "RobertaLayer": _BERT,
-    "T5DenseActDense": Layout(up="wi", act="act", down="wo", hidden_dropout="dropout"),
-    "T5DenseGatedActDense": Layout(
-        gate="wi_0", up="wi_1", act="act", down="wo", hidden_dropout="dropout"
-    ),
-}
-"""Class of the host module that holds an FFN -> where its parts are."""
-
-FAMILIES = (
-    "llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3, gpt2, gpt_neox, opt, "
-    "bert, roberta, t5, mixtral"
-)
+from moe_tools.model.projections import Projections, Weights
 
 
 @dataclass(frozen=True)
 class FFN:
-    """An FFN found in a dense model and not yet changed."""
+    """An FFN found in a dense model."""
 
     name: str
     """Path of the slot: the module that `graft` replaces."""
     layer: nn.Module
-    """The host module that holds every part."""
+    """The module that holds every part: the host's, or ours where the activation is a joint one."""
     layout: Layout
 
     def part(self, path: str) -> nn.Module:
@@ -118,124 +55,99 @@ class FFN:
         return self.projections.weights()
 
 
-@dataclass(frozen=True)
-class Projections:
-    """The modules of an FFN that hold its weights, wherever in a model they now are."""
+class GraftedFFN(nn.Module, ABC):
+    """A module of ours in place of the host's: its own linears and activation, our forward pass.
 
-    gate: nn.Module | None
-    """The same module as `up` when one linear holds gate rows, then up rows."""
-    up: nn.Module
-    act: nn.Module
-    down: nn.Module
+    The children keep the host's names, so adapters and quantisers written for the host still find
+    them.
+    """
 
-    def hidden_TF(self, x_TD: Tensor) -> Tensor:
-        """h of every neuron, as the host computes it."""
-        if self.gate is None:
-            return self.act(self.up(x_TD))
-        if self.gate is self.up:
-            gate_TF, up_TF = self.up(x_TD).chunk(2, dim=-1)
-        else:
-            gate_TF, up_TF = self.gate(x_TD), self.up(x_TD)
-        return self.act(gate_TF) * up_TF
+    def __init__(self, ffn: FFN) -> None:
+        super().__init__()
+        self.name = ffn.name
+        """Its path in the model."""
+        self.layout = ffn.layout
+        for path in ffn.layout.parts():
+            self.add_module(child_name(ffn.layout, path), ffn.part(path))
 
-    def hidden_TK(self, x_TD: Tensor, neurons_K: Tensor) -> Tensor:
-        """h of some neurons, whose rows alone are read."""
-        weights = self.weights()
-        if len(neurons_K) == len(weights.up_FD):  # all of them: a copy of h, not of the rows
-            return self.hidden_TF(x_TD)[..., neurons_K]
-        up_TK = _some_rows(x_TD, weights.up_FD, weights.up_F, neurons_K)
-        if weights.gate_FD is None:
-            return self.act(up_TK)
-        return self.act(_some_rows(x_TD, weights.gate_FD, weights.gate_F, neurons_K)) * up_TK
+    @abstractmethod
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD."""
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """h_TF of every neuron, as the host computes it."""
+        return self.projections.hidden_TF(x_TD)
+
+    def project(self, h_TF: Tensor) -> Tensor:
+        """y_TD from h_TF, with the host's own dropouts."""
+        if self.layout.hidden_dropout is not None:
+            h_TF = self._part(self.layout.hidden_dropout)(h_TF)
+        down = self.down
+        if not torch.is_autocast_enabled(h_TF.device.type):
+            # T5 keeps this one in fp32 when loaded in fp16
+            h_TF = h_TF.to(down.weight.dtype)  # type: ignore[arg-type]
+        y_TD: Tensor = down(h_TF)
+        if self.layout.output_dropout is not None:
+            y_TD = self._part(self.layout.output_dropout)(y_TD)
+        return y_TD
 
     def weights(self) -> Weights:
         """Neuron-major views of the weights."""
-        return read_weights(self.gate, self.up, self.down)
-
-
-def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: Tensor) -> Tensor:
-    bias_K = None if bias_F is None else bias_F[chosen_K]
-    return nn.functional.linear(x_TD, rows_FD[chosen_K], bias_K)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Views of an FFN's weights, a neuron a row. Writing to them writes to the host."""
-
-    gate_FD: Tensor | None
-    up_FD: Tensor
-    down_FD: Tensor
-    gate_F: Tensor | None
-    up_F: Tensor | None
-    down_D: Tensor | None
-    """The bias of the down projection: added once, whatever is routed off."""
-
-    def matrices(self) -> Iterator[Tensor]:
-        """Gate, up and down."""
-        for tensor in (self.gate_FD, self.up_FD, self.down_FD):
-            if tensor is not None:
-                yield tensor
-
-    def per_neuron(self) -> Iterator[Tensor]:
-        """Every tensor whose first dimension is the neuron."""
-        for tensor in (self.gate_FD, self.up_FD, self.down_FD, self.gate_F, self.up_F):
-            if tensor is not None:
-                yield tensor
+        return self.projections.weights()
 
     @property
-    def row_numbers(self) -> int:
-        """Weights that computing h of one neuron reads."""
-        return self.up_FD.shape[1] * (1 if self.gate_FD is None else 2)
+    def projections(self) -> Projections:
+        """The host's modules."""
+        layout = self.layout
+        gate = None if layout.gate is None else self._part(layout.gate)
+        return Projections(gate, self._part(layout.up), self._part(layout.act), self.down)
 
     @property
-    def routing_FD(self) -> Tensor:
-        """The rows that decide when a neuron fires: gate rows when gated, else up rows."""
-        return self.up_FD if self.gate_FD is None else self.gate_FD
+    def down(self) -> nn.Module:
+        """The host's down projection."""
+        return self._part(self.layout.down)
 
     @property
-    def down_norm_F(self) -> Tensor:
-        """How much one unit of each neuron moves the output: ||column of W_down||."""
-        return self.down_FD.detach().float().norm(dim=1)
+    def renames(self) -> dict[str, str]:
+        """Prefixes of our tensors -> the host's, where they differ."""
+        return host_names(self.name, self.layout)
+
+    def _part(self, path: str) -> nn.Module:
+        return self.get_submodule(child_name(self.layout, path))
 
 
-def read_weights(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> Weights:
-    """Neuron-major views of three projections; `gate is up` means one fused linear."""
-    up_rows, up_bias = _rows(up), _bias(up)
-    gate_rows, gate_bias = (None, None) if gate is None else (_rows(gate), _bias(gate))
-    if gate is up:
-        gate_rows, up_rows = up_rows.chunk(2)
-        if up_bias is not None:
-            gate_bias, up_bias = up_bias.chunk(2)
-    return Weights(gate_rows, up_rows, _rows(down).T, gate_bias, up_bias, _bias(down))
+class SwappedFFN(GraftedFFN):
+    """A dense FFN whose activation joins gate and up rows as no host does (`JointActivation`)."""
 
+    def __init__(self, ffn: FFN) -> None:
+        assert not ffn.layout.slot  # so every part has its host name here, and is found again
+        super().__init__(ffn)
 
-def _rows(module: nn.Module) -> Tensor:
-    """The (outputs, inputs) view of a linear: Conv1D stores the transpose."""
-    weight = module.get_parameter("weight")
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD."""
+        return self.project(self.hidden(x_TD))
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """The FFNs of a dense model, in forward order; an MoE host's experts are FFNs too.
+    """The FFNs of a dense model, in the host's order; an MoE host's experts are FFNs too.
 
-    The fused experts of an MoE host are first taken apart in place (`unfuse_experts`).
+    The host's order is that of the forward pass, but for the shared expert of Qwen2-MoE, which
+    runs before the others. The fused experts of an MoE host are first taken apart in place
+    (`unfuse_experts`).
 
     Raises:
-        ValueError: the model has no FFN of a known family, or its FFNs are routed already.
+        ValueError: the model has no FFN of a known family, its FFNs are routed already, or it is
+            an MoE host whose experts cannot be taken apart.
     """
-    if routed_ffns(model):
+    if any(not isinstance(module, SwappedFFN) for module in grafted_ffns(model)):
         raise ValueError(f"{type(model).__name__} is routed already: start from the dense model")
     unfuse_experts(model)
     found = []
     for path, module in model.named_modules():
-        layout = LAYOUTS.get(type(module).__name__)
-        if layout is not None:
-            found.append(FFN(_join(path, layout.slot), module, layout))
+        if isinstance(module, SwappedFFN):
+            found.append(FFN(path, module, module.layout))
+        elif (layout := LAYOUTS.get(type(module).__name__)) is not None:
+            found.append(FFN(join(path, layout.slot), module, layout))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no FFN that moe-tools knows; supported: {FAMILIES}"
@@ -258,30 +170,45 @@ def permute_neurons(ffn: FFN, order_F: Tensor) -> None:
         tensor.copy_(tensor[order_F.to(tensor.device)])
 
 
+def set_activation(model: nn.Module, ffn: FFN, act: Activation) -> None:
+    """Gives an FFN another activation, in place; its own forward pass stays, if it can.
+
+    Raises:
+        ValueError: an activation that joins gate and up rows, and an FFN without a gate.
+    """
+    check_activation(ffn, act)
+    ffn.layer.set_submodule(ffn.layout.act, act.train(ffn.layer.training))
+    if isinstance(act, JointActivation) and not isinstance(ffn.layer, SwappedFFN):
+        graft(model, ffn, SwappedFFN(ffn))
+
+
+def check_activation(ffn: FFN, act: Activation) -> None:
+    """Whether an FFN can have an activation; changes nothing.
+
+    Raises:
+        ValueError: as `set_activation`.
+    """
+    if isinstance(act, JointActivation) and ffn.layout.gate is None:
+        raise ValueError(
+            f"{ffn.name} has no gate, which {type(act).__name__} needs: use relu or fatrelu"
+        )
+
+
 def graft(model: nn.Module, ffn: FFN, module: nn.Module) -> None:
     """Puts `module` in the FFN's slot; parts that the host calls elsewhere become Identity."""
     for path in ffn.layout.bypass:
         ffn.layer.set_submodule(path, nn.Identity())
-    model.set_submodule(ffn.name, module)
+    model.set_submodule(ffn.name, module.train(ffn.layer.training))
 
 
-def child_name(layout: Layout, path: str) -> str:
-    """What a part is called inside our module: its host name wherever it already lived there."""
-    inside = f"{layout.slot}." if layout.slot else ""
-    return path.removeprefix(inside) if path.startswith(inside) else path.replace(".", "_")
+def grafted_ffns(model: nn.Module) -> list[GraftedFFN]:
+    """Our modules in a model, in the host's order."""
+    return [module for module in model.modules() if isinstance(module, GraftedFFN)]
 
 
-def host_names(name: str, layout: Layout) -> dict[str, str]:
-    """Prefixes of our module's tensors -> the host's own, where the two differ."""
-    holder = name.removesuffix(layout.slot).removesuffix(".")
-    pairs = {
-        f"{name}.{child_name(layout, path)}.": f"{_join(holder, path)}." for path in layout.parts()
-    }
-    return {ours: host for ours, host in pairs.items() if ours != host}
-
-
-def host_state_dict(model: nn.Module, renames: dict[str, str]) -> dict[str, Tensor]:
+def host_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict under the host's own names and shapes, our `router.*` tensors beside."""
+    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
     state = {_rename(key, renames): tensor for key, tensor in model.state_dict().items()}
     for path, module in model.named_modules():
         if isinstance(module, HostExperts):
@@ -294,7 +221,3 @@ def _rename(key: str, renames: dict[str, str]) -> str:
         if key.startswith(ours):
             return host + key.removeprefix(ours)
     return key
-
-
-def _join(holder: str, path: str) -> str:
-    return ".".join(part for part in (holder, path) if part)

@@ -6,23 +6,28 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moe_tools.model.ffn import Projections
+from moe_tools.model.activations import Activation, DReLU
+from moe_tools.model.projections import Projections
 
 
 class Rows(NamedTuple):
-    """Pre-activations that decide: rows_FD x + bias_F."""
+    """Pre-activations that decide: rows_FD x + bias_F, against a threshold."""
 
     rows_FD: Tensor
     bias_F: Tensor | None
+    threshold: float
 
 
 def firing_rows(projections: Projections) -> list[Rows]:
-    """A neuron is zero unless each of these pre-activations of it is above 0.
+    """A neuron is zero unless each of these pre-activations of it is above its threshold.
 
-    They are those of the gate, or of the up projection where there is no gate. The rule is ReLU's;
-    SiLU and GELU only come near zero below it.
+    They are those of the gate, or of the up projection where there is no gate; under dReLU, of
+    both. The rule is ReLU's; SiLU and GELU only come near zero below it.
     """
-    weights = projections.weights()
+    weights, act = projections.weights(), projections.act
+    threshold = act.threshold if isinstance(act, Activation) else 0.0
+    up = Rows(weights.up_FD, weights.up_F, threshold)
     if weights.gate_FD is None:
-        return [Rows(weights.up_FD, weights.up_F)]
-    return [Rows(weights.gate_FD, weights.gate_F)]
+        return [up]
+    gate = Rows(weights.gate_FD, weights.gate_F, threshold)
+    return [gate, up] if isinstance(act, DReLU) else [gate]

@@ -1,4 +1,4 @@
-"""MoE hosts (Mixtral): their fused experts taken apart, so that each is an ordinary FFN.
+"""MoE hosts, like Mixtral: their fused experts taken apart, so that each is an ordinary FFN.
 
 transformers 5 keeps all experts of a layer in two 3-D parameters. `unfuse_experts` replaces that
 module by `HostExperts`, whose children are views of the same storage; `fuse_into` is its inverse.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FUSED_EXPERTS = ("MixtralExperts",)
+FUSED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
 """Host classes with gate_up_proj (X, 2F, D), down_proj (X, D, F) and act_fn."""
 
 

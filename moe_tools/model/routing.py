@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_tools.model.division import Division
+from moe_tools.model.ffn import FFN, GraftedFFN
 
 
 class Routing(NamedTuple):
@@ -38,19 +39,17 @@ def routing_sparsity(routings: Sequence[Routing]) -> float:
     return 1 - sum(routing.neurons_on for routing in routings) / seen
 
 
-class RoutedFFN(nn.Module):
+class RoutedFFN(GraftedFFN):
     """An FFN that routes and can be watched. `ExpertFFN` is the one there is."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
-        """Its path in the model."""
+    def __init__(self, ffn: FFN) -> None:
+        super().__init__(ffn)
         self.observers: list[Callable[[Routing], None]] = []
         """Each is shown every decision."""
 
 
 def routed_ffns(model: nn.Module) -> list[RoutedFFN]:
-    """The routed FFNs of a model, in forward order; empty when it is dense."""
+    """The routed FFNs of a model, in the host's order; empty when it is dense."""
     return [module for module in model.modules() if isinstance(module, RoutedFFN)]
 
 

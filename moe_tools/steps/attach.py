@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.division import Division
 from moe_tools.model.experts import ExpertFFN
 from moe_tools.model.ffn import FFN, find_ffns
 from moe_tools.model.importance import Importance
@@ -35,7 +34,8 @@ def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Tensor)
     the normal equations of a ridge regression, accumulated over batches.
 
     Raises:
-        ValueError: an unknown router or selector, or an MoE expert that saw no token.
+        ValueError: no split was made, an unknown router or selector, or an MoE expert that saw no
+            token.
     """
     conversion = _conversion(step, split)
     watchers = [_watchers(ffn, step, conversion) for ffn in find_ffns(model)]
@@ -61,6 +61,8 @@ def rehearse_attach(model: nn.Module, step: Attach, split: Conversion) -> None:
 
 
 def _conversion(step: Attach, split: Conversion) -> Conversion:
+    if split.expert_size is None:
+        raise ValueError("attach needs experts: put `split` before it in the recipe")
     return replace(
         split,
         router=step.router,
@@ -80,7 +82,7 @@ class _Watcher(Protocol):
 
 def _watchers(ffn: FFN, step: Attach, conversion: Conversion) -> list[_Watcher]:
     down_FD = ffn.weights().down_FD
-    division = Division.of_size(len(down_FD), conversion.expert_size, ffn.name)
+    division = conversion.divide(len(down_FD), ffn.name)
     importance = Importance(division, conversion.shared_experts, down_FD)
     kind = ROUTERS[step.router]
     found: list[_Watcher] = []

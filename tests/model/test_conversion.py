@@ -54,7 +54,7 @@ def test_the_block_gives_the_conversion_back(conversion: Conversion) -> None:
         (BLOCK | {"format": FORMAT + 1}, "moe_tools format 2; this version reads 1: install"),
         (BLOCK | {"format": 2, "new": 0}, "moe_tools format 2; this version reads 1: install"),
         ({"donor": "donor", "expert_size": 8}, "moe_tools format None; this version reads 1"),
-        ({"format": FORMAT}, "the moe_tools block of config.json lacks donor, expert_size"),
+        ({"format": FORMAT}, "the moe_tools block of config.json lacks donor"),
         ("yes", "the moe_tools block of config.json is no mapping: 'yes'"),
         (BLOCK | {"mode": "sotf"}, "unknown mode 'sotf'; did you mean 'soft'"),
         (BLOCK | {"mode": None}, "unknown mode 'None'"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_tools.model import ffn as host
-from moe_tools.model.ffn import find_ffns, graft, host_names, host_state_dict, permute_neurons
+from moe_tools.model import layouts as host
+from moe_tools.model.ffn import find_ffns, graft, host_state_dict, permute_neurons
+from moe_tools.model.layouts import host_names
 from tests.families import FAMILIES, NEURONS, build, logits
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -74,7 +75,7 @@ def test_reordering_back_gives_the_same_weights(family: str) -> None:
 
 
 def host_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return host_state_dict(model, {})
+    return host_state_dict(model)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,6 @@ def test_fused_tensors_come_back_in_order() -> None:
     expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     twin = copy.deepcopy(model)
     find_ffns(twin)
-    state = host_state_dict(twin, {})
+    state = host_state_dict(twin)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())

@@ -19,9 +19,13 @@ def test_every_ffn_is_recorded_in_forward_order(family: str) -> None:
     model, ffns = routed(build(family))
     randomize(model)
     expected = logits(model)
+    called: list[str] = []
+    for ffn in ffns:
+        ffn.register_forward_pre_hook(lambda ffn, _: called.append(ffn.name))
     with record_routing(model) as records:
         assert torch.equal(logits(model), expected)
-    assert [record.ffn for record in records] == [ffn.name for ffn in ffns]
+    assert [record.ffn for record in records] == called
+    assert sorted(called) == sorted(ffn.name for ffn in ffns)
     assert all(model.get_submodule(record.ffn) in ffns for record in records)
     for record in records:
         assert record.scores_TE.shape == record.mask_TE.shape

@@ -67,7 +67,7 @@ class SignRouter(FewBitsRouter):
 
     arXiv 2411.12692: a neuron is off if N_neg > alpha N_pos, alpha >= 1 being a margin, 0 counting
     as positive. That is `Threshold(tau)` with tau just below 1 / (1 + alpha). Ours: a bias is one
-    more product, with 1.
+    more product, with 1. The threshold of a FATReLU has no sign bits: it is taken for 0.
     """
 
     def score_TF(self, x_TD: Tensor, rows: Rows) -> Tensor:
@@ -109,6 +109,7 @@ class Int8GateRouter(FewBitsRouter):
         estimate_TF = nn.functional.linear(q_TD, q_FD) * scale_T1 * scale_F1.T
         if rows.bias_F is not None:
             estimate_TF = estimate_TF + rows.bias_F.float()
+        estimate_TF = estimate_TF - rows.threshold
         l1_F = q_FD.abs().sum(1) * scale_F1.squeeze(1)
         bound_TF = (scale_T1 * l1_F + x_TD.abs().sum(-1, keepdim=True) * scale_F1.T) / 2
         bound_TF = (bound_TF * (1 + (x_TD.shape[-1] + 4) * ROUNDING)).clamp_min(1e-12)

@@ -1,0 +1,139 @@
+"""Activations that an FFN can be given in place of its own, and the one form of what any computes.
+
+Without a gate h = act(up x), with one h = act(gate x) * up x: this holds for the host's own modules
+and for all of ours but those that join the two rows in their own way (`JointActivation`).
+
+Letters: T tokens (any leading dimensions), F neurons.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from moe_tools.registry import Registry
+
+
+class Activation(nn.Module, ABC):
+    """An activation that a recipe can name."""
+
+    in_stock: ClassVar[bool] = False
+    """transformers' ACT2FN has it, under the same name."""
+    threshold: float = 0.0
+    """The result is exactly 0 wherever what enters is below."""
+
+    @abstractmethod
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """What becomes of the gate's row, of the up row where there is no gate."""
+
+
+class JointActivation(Activation):
+    """Needs a gate: what it computes is no product with the up row as it is."""
+
+    @abstractmethod
+    def join_TF(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        """h_TF from both rows."""
+
+
+def hidden_TF(act: nn.Module, up_TF: Tensor, gate_TF: Tensor | None = None) -> Tensor:
+    """h_TF of an FFN with the activation `act`, a host's or ours, from its rows."""
+    if gate_TF is None:
+        return act(up_TF)
+    if isinstance(act, JointActivation):
+        return act.join_TF(gate_TF, up_TF)
+    return act(gate_TF) * up_TF
+
+
+class ReLU(Activation):
+    """max(x, 0); in place of SiLU or GELU as in ReLU Strikes Back (arXiv 2310.04564)."""
+
+    in_stock = True
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """Of the same shape."""
+        return nn.functional.relu(x_TF)
+
+
+class SquaredReLU(Activation):
+    """max(x, 0)^2 (Primer, arXiv 2109.08668)."""
+
+    in_stock = True
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """Of the same shape."""
+        return nn.functional.relu(x_TF).square()
+
+
+class ShiftedReLU(Activation):
+    """max(x - shift, 0): moved, so that it has no jump (ReLU Strikes Back, arXiv 2310.04564).
+
+    FATReLU has the same zeros at theta = shift, and does not move what is left.
+    """
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = self.threshold = _checked("shift", shift)
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """Of the same shape."""
+        return nn.functional.relu(x_TF - self.shift)
+
+
+class FATReLU(Activation):
+    """x where x >= theta, else 0 (ProSparse, arXiv 2402.13516, whose theta is 0.01)."""
+
+    def __init__(self, theta: float = 0.01) -> None:
+        super().__init__()
+        self.theta = self.threshold = _checked("theta", theta)
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """Of the same shape; NaN stays NaN."""
+        return x_TF.masked_fill(x_TF < self.theta, 0.0)
+
+
+class DReLU(JointActivation):
+    """max(gate x, 0) * max(up x, 0): a neuron is off when either is (TurboSparse, 2406.05955)."""
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """The gate's half of it."""
+        return nn.functional.relu(x_TF)
+
+    def join_TF(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        """h_TF."""
+        return self(gate_TF) * nn.functional.relu(up_TF)
+
+
+def _checked(name: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r}, but must be a number of 0 or more")
+    return float(value)
+
+
+ACTIVATIONS: Registry[type[Activation]] = Registry(
+    "activation",
+    {
+        "relu": ReLU,
+        "relu2": SquaredReLU,
+        "shifted_relu": ShiftedReLU,
+        "fatrelu": FATReLU,
+        "drelu": DReLU,
+    },
+)
+
+
+def build_activation(spec: dict[str, Any]) -> Activation:
+    """An activation from its config entry, e.g. {"kind": "fatrelu", "theta": 0.01}.
+
+    Raises:
+        ValueError: no or an unknown kind, or arguments that this kind does not take.
+    """
+    arguments = {key: value for key, value in spec.items() if key != "kind"}
+    kind = ACTIVATIONS[spec.get("kind", "")]
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"activation {spec}: {error}") from error
