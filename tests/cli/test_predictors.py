@@ -31,7 +31,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("\n\n".join(passages))
     save(build("opt"), folder / "donor", build_tokenizer(WORDS))
     shipped = recipe_path("predictors").read_text()
-    (folder / "small.yaml").write_text(shipped.replace("65536", "8192"))
+    small = shipped.replace("tokens: 65536, epochs: 10", "tokens: 4096, batch_size: 128, epochs: 4")
+    assert small != shipped
+    (folder / "small.yaml").write_text(small)
     for router in ("sign", "int8_gate"):
         (folder / f"{router}.yaml").write_text(
             f"name: {router}\nsteps:\n  - split: {{expert_size: 1, method: contiguous}}\n"

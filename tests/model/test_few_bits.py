@@ -25,7 +25,7 @@ from tests.families import NEURONS, SIZES, UNEVEN, build
 KINDS: dict[str, type[Router]] = {"sign": SignRouter, "int8_gate": Int8GateRouter}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_family = pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "t5-gated"])
-property_test = settings(deadline=None, max_examples=60, derandomize=True, database=None)
+property_test = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 
 
 def attached(kind: str, family: str, size: int = 1, shared: int = 0) -> ExpertFFN:

@@ -131,7 +131,7 @@ def text() -> torch.Tensor:
 def test_training_finds_what_chance_does_not(family: str, tmp_path: Path) -> None:
     """At the same share of neurons on, chance would have a recall of that share."""
     model = predictors(family, rank=8)
-    found = fit(model, Fit(epochs=20, lr=1e-2, batch_size=64), text(), tmp_path)
+    found = fit(model, Fit(epochs=8, lr=1e-2, batch_size=64), text(), tmp_path)
     assert len(found["routers"]) == len(expert_ffns(model))
     for one in [*(r["prediction"] for r in found["routers"].values()), found["prediction"]]:
         truth = one["nonzero"] / one["seen"]
