@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from moe_tools.model.conversion import Conversion, attach_experts
+from moe_tools.model.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.model.division import Division
 from moe_tools.model.experts import ExpertFFN
 from moe_tools.model.ffn import FFN, Layout
-from moe_tools.model.firing import Rows, firing_rows
+from moe_tools.model.firing import firing_rows
 from moe_tools.model.importance import Importance
 from moe_tools.model.routers import Int8GateRouter, Router, SignRouter
 from moe_tools.model.selectors import Threshold
+from moe_tools.model.swapped import swap_activations
 from tests.families import NEURONS, SIZES, UNEVEN, build
 
 KINDS: dict[str, type[Router]] = {"sign": SignRouter, "int8_gate": Int8GateRouter}
@@ -65,18 +67,45 @@ def products(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
 # --- when a neuron fires
 
 
+SWAPS: list[dict[str, Any]] = [
+    {"kind": "relu"},
+    {"kind": "fatrelu", "theta": 0.3},
+    {"kind": "shifted_relu", "shift": 0.2},
+    {"kind": "drelu"},
+]
+
+
+def swapped(kind: str, family: str, activation: dict[str, Any]) -> ExpertFFN:
+    model = build(family)
+    swap_activations(model, Conversion("donor", activation=activation))
+    conversion = read_conversion(model)
+    assert conversion is not None
+    routed = {"expert_size": 1, "router": kind, "selector": {"kind": "threshold"}}
+    return attach_experts(model, replace(conversion, **routed))[0]
+
+
+@pytest.mark.parametrize("activation", SWAPS, ids=lambda spec: spec["kind"])
 @every_family
 @torch.no_grad()
-def test_a_neuron_fires_where_its_rows_say(family: str) -> None:
-    """Under a ReLU in place of the host's activation."""
-    ffn = attached("sign", family)
-    projections = ffn.projections
-    relu = type(projections)(projections.gate, projections.up, nn.ReLU(), projections.down)
+def test_a_neuron_fires_where_its_rows_say(family: str, activation: dict[str, Any]) -> None:
+    if activation["kind"] == "drelu" and family in ("gpt2", "opt"):
+        pytest.skip("dReLU needs a gate")
+    projections = swapped("sign", family, activation).projections
     x_TD = torch.randn(50, 16)
     fires_TF = torch.ones(50, NEURONS, dtype=torch.bool)
-    for rows_FD, bias_F in firing_rows(relu):
-        fires_TF &= nn.functional.linear(x_TD, rows_FD, bias_F) > 0
-    assert torch.equal(relu.hidden_TF(x_TD) != 0, fires_TF)
+    for rows_FD, bias_F, threshold in firing_rows(projections):
+        fires_TF &= nn.functional.linear(x_TD, rows_FD, bias_F) > threshold
+    assert torch.equal(projections.hidden_TF(x_TD) != 0, fires_TF)
+
+
+@torch.no_grad()
+def test_int8_misses_nothing_above_a_threshold() -> None:
+    ffn = swapped("int8_gate", "llama", {"kind": "fatrelu", "theta": 0.3})
+    x_TD = torch.randn(200, 16)
+    fires_TF = ffn.projections.hidden_TF(x_TD) != 0
+    scores_TF = ffn.router(x_TD)
+    assert (Threshold(0.0)(scores_TF) >= fires_TF).all()
+    assert (Threshold(0.5)(scores_TF) == fires_TF).double().mean() > 0.97
 
 
 # --- sign
@@ -196,7 +225,7 @@ def test_any_ffn_can_be_scored(kind: str, family: str) -> None:
     x_TD = torch.randn(200, 16)
     scores_TF = ffn.router(x_TD)
     assert scores_TF.shape == (200, NEURONS) and not list(ffn.router.parameters())
-    ((rows_FD, bias_F),) = firing_rows(ffn.projections)
+    ((rows_FD, bias_F, _),) = firing_rows(ffn.projections)
     fires_TF = nn.functional.linear(x_TD, rows_FD, bias_F) > 0
     right = (Threshold(0.5)(scores_TF) == fires_TF).double().mean()
     assert right > (0.7 if kind == "sign" else 0.97)
@@ -216,24 +245,15 @@ def test_an_expert_is_its_best_neuron(kind: str) -> None:
 
 @every_kind
 @torch.no_grad()
-def test_a_neuron_with_two_conditions_has_to_meet_both(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_neuron_with_two_conditions_has_to_meet_both(kind: str) -> None:
     """As of h = max(0, gate x) max(0, up x)."""
-
-    def both(projections: Any) -> list[Rows]:
-        weights = projections.weights()
-        assert weights.gate_FD is not None
-        return [Rows(weights.gate_FD, weights.gate_F), Rows(weights.up_FD, weights.up_F)]
-
-    ffn = attached(kind, "llama")
-    x_TD, gate, up = torch.randn(30, 16), *both(ffn.projections)
-    score = ffn.router.score_TF
-    expected_TF = torch.minimum(score(x_TD, gate), score(x_TD, up))
-    flops = ffn.router.flops()
-    monkeypatch.setattr("moe_tools.model.routers.few_bits.firing_rows", both)
-    assert torch.equal(ffn.router(x_TD), expected_TF)
-    assert ffn.router.flops() == 2 * flops
+    single = swapped(kind, "llama", {"kind": "relu"}).router
+    router = swapped(kind, "llama", {"kind": "drelu"}).router
+    x_TD = torch.randn(30, 16)
+    gate, up = firing_rows(router.projections)
+    expected_TF = torch.minimum(router.score_TF(x_TD, gate), router.score_TF(x_TD, up))
+    assert torch.equal(router(x_TD), expected_TF)
+    assert router.flops() == 2 * single.flops()
 
 
 @every_kind
