@@ -15,7 +15,7 @@ from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.evaluate import Evaluation
 from moe_tools.measure.flops import count_flops
-from moe_tools.measure.neurons import count_neurons, sparsity
+from moe_tools.measure.neurons import count_neurons, sparsity, two_level_sparsity
 
 
 @torch.no_grad()
@@ -61,6 +61,7 @@ def evaluate_classifier(
         layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
         flops=others.flops(model, counts, token_count(batches), _context(batches)),
         seconds=time.perf_counter() - began,
+        two_level_sparsity=two_level_sparsity(counts),
     )
 
 

@@ -206,6 +206,7 @@ class Bench:
             dtype=str(setup.dtype).removeprefix("torch."),
             device=setup.device,
             layer_sparsity=seen.layer_sparsity,
+            two_level_sparsity=seen.two_level_sparsity,
         )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.flops import Flops, count_flops
-from moe_tools.measure.neurons import count_neurons, sparsity
+from moe_tools.measure.neurons import count_neurons, sparsity, two_level_sparsity
 
 IGNORE = -100
 ROWS = 256
@@ -44,6 +44,9 @@ class Evaluation:
     flops: Flops
     """Per token of the text."""
     seconds: float
+    two_level_sparsity: float | None = None
+    """Share of neurons off, where the experts that an MoE host does not choose for a token are
+    off, too; None without such a host."""
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
 
@@ -104,6 +107,7 @@ def evaluate(
         layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
         flops=others.flops(model, counts, blocks_BT.numel(), blocks_BT.shape[1]),
         seconds=time.perf_counter() - began,
+        two_level_sparsity=two_level_sparsity(counts),
     )
 
 
