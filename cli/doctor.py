@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from moe_tools.measure.diagnose import Diagnosis
+    from moe_tools.model.conversion import Conversion
 
 LENGTH = 256
 """Tokens of a block, at most."""
@@ -162,11 +163,28 @@ def _conversion(found: Diagnosis) -> str:
     made = found.conversion
     if made is None:
         return "no"
+    activation = f"{_activation(made)}, " if made.activation else ""
+    return f"{activation}{_experts(made)}; from {made.donor}"
+
+
+def _activation(made: Conversion) -> str:
+    options = dict(made.activation or {})
+    kind = options.pop("kind")
+    if made.activation_of:
+        return f"activation {kind} (its own in every FFN)"
+    return f"activation {kind} ({_words(options)})" if options else f"activation {kind}"
+
+
+def _experts(made: Conversion) -> str:
+    if made.expert_size is None:
+        return "not split"
     if made.router is None:
-        experts = f"split into experts of {made.expert_size} neurons, no router yet"
-        return experts if made.expert_size else f"activation swapped; from {made.donor}"
-    selector = ", ".join(f"{key} {value}" for key, value in (made.selector or {}).items())
+        return f"split into experts of {made.expert_size} neurons, no router yet"
     return (
-        f"experts of {made.expert_size} neurons, router {made.router}, selector ({selector}), "
-        f"mode {made.mode}; from {made.donor}"
+        f"experts of {made.expert_size} neurons, router {made.router}, "
+        f"selector ({_words(made.selector or {})}), mode {made.mode}"
     )
+
+
+def _words(options: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in options.items())

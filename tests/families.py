@@ -153,6 +153,8 @@ FAMILIES: dict[str, Family] = {
 }
 MOE = [name for name, family in FAMILIES.items() if family.stock]
 """Families with experts of their own, the stock class running them one by one."""
+UNGATED = ("gpt2", "opt", "gpt_neox", "bert", "roberta", "t5-relu")
+"""Families whose FFNs have no gate."""
 
 
 def build(name: str, *, dropout: float = 0.0, **config: Any) -> PreTrainedModel:

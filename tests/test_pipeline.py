@@ -28,6 +28,7 @@ from moe_tools.measure.evaluate import evaluate
 from moe_tools.model.checkpoint import load, load_tokenizer, save
 from moe_tools.model.conversion import read_conversion
 from moe_tools.model.experts import every_expert_on, expert_ffns
+from moe_tools.model.ffn import find_ffns
 from moe_tools.pipeline import run
 from moe_tools.recipe import (
     Attach,
@@ -36,6 +37,7 @@ from moe_tools.recipe import (
     Recipe,
     Split,
     Step,
+    Swap,
     Train,
     read_recipe,
     with_options,
@@ -198,6 +200,64 @@ def test_bf16_weights_beside_fp32_routers(work: Path, recipe: Recipe, tmp_path: 
     out = run(recipe, str(work / "donor"), tmp_path / "out")
     for name, tensor in tensors(out).items():
         assert tensor.dtype == (torch.float32 if is_router(name) else torch.bfloat16), name
+
+
+FATRELU = Swap({"kind": "fatrelu"}, max_error=0.05, tokens=256)
+PROSPARSE = (Swap({"kind": "relu"}), Train(tokens=4 * 4 * LENGTH), FATRELU)
+
+
+def test_a_swap_a_training_and_another_swap(recipe: Recipe, work: Path, tmp_path: Path) -> None:
+    steps = (*PROSPARSE, Split(EXPERT_SIZE, tokens=256), Attach(tokens=512))
+    out = run(
+        replace(recipe, steps=steps), str(work / "donor"), tmp_path / "out", keep_steps=True, **FP32
+    )
+    relu, trained, fatrelu, split, attached = sorted((out / "steps").iterdir())
+    assert LlamaForCausalLM.from_pretrained(trained).config.hidden_act == "relu"
+    assert not same_weights(relu, trained) and same_weights(trained, fatrelu)
+    for folder in (fatrelu, split, attached, out):
+        with pytest.raises(KeyError, match=r"moe_tools\.fatrelu: load this folder with moe_tools"):
+            LlamaForCausalLM.from_pretrained(folder)
+    thetas = {name: found["theta"] for name, found in metrics(out)["steps"][2]["thetas"].items()}
+    assert {ffn.name: ffn.act.theta for ffn in find_ffns(load(split))} == thetas
+    assert all(theta > 0 for theta in thetas.values())
+
+    cut, dense = logits(aligned(load(fatrelu))), logits(aligned(load(trained)))
+    assert (cut - dense).abs().max() > 0
+    with every_expert_on(model := load(out)):
+        assert (logits(aligned(model)) - cut).abs().max() <= 2e-6
+    made = read_conversion(model)
+    assert made is not None and made.router == "sigmoid" and made.stock_activation == "relu"
+    assert {name: own["theta"] for name, own in made.activation_of.items()} == thetas
+
+
+def test_a_swapped_folder_is_a_donor_like_any_other(
+    recipe: Recipe, work: Path, tmp_path: Path
+) -> None:
+    swap = replace(recipe, steps=(Swap({"kind": "drelu"}),))
+    first = run(swap, str(work / "donor"), tmp_path / "first", **FP32)
+    split = replace(recipe, steps=(Split(EXPERT_SIZE, tokens=256),))
+    second = run(split, str(first), tmp_path / "second", **FP32)
+    one, other = read_conversion(load(first)), read_conversion(load(second))
+    assert one is not None and one.donor == str(work / "donor") and one.expert_size is None
+    assert other == replace(one, donor=str(first), expert_size=EXPERT_SIZE)
+    dense = logits(aligned(load(first)))
+    assert (logits(aligned(load(second))) - dense).abs().max() <= 2e-6
+    assert (dense - logits(aligned(load(work / "donor")))).abs().max() > 1e-3
+
+
+def test_the_relu_recipe_gives_a_stock_model(work: Path, tmp_path: Path) -> None:
+    out = moe_tools.convert(
+        str(work / "donor"),
+        tmp_path / "out",
+        method="relu",
+        data=str(work / "text.txt"),
+        block_length=LENGTH,
+        tokens=256,
+        **FP32,
+    )
+    stock = LlamaForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(aligned(stock)), logits(aligned(load(out))))
+    assert {type(layer.mlp.act_fn).__name__ for layer in stock.model.layers} == {"ReLU"}
 
 
 @pytest.mark.parametrize("name", ["lte", "lte_paper"])
@@ -546,6 +606,17 @@ MISTAKES: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
         "train mode dense does not fit a routed model",
     ),
     "split after attach": (with_steps(Split(), Attach(), Split()), "is routed already"),
+    "swap after attach": (
+        with_steps(Split(), Attach(), Swap({"kind": "relu"})),
+        "is routed already: start from the dense model",
+    ),
+    "activation": (with_steps(Swap({"kind": "drellu"})), "did you mean 'drelu'"),
+    "theta": (with_steps(Swap({"kind": "fatrelu", "theta": -1})), "theta is -1, but must be"),
+    "max_error": (with_steps(Swap({"kind": "relu"}, 0.1)), "swap: max_error chooses theta"),
+    "swap without split": (
+        with_steps(Swap({"kind": "relu"}), Attach()),
+        "attach needs experts: put `split` before it",
+    ),
     "attach twice": (with_steps(Split(), Attach(), Attach()), "is routed already"),
     "target of top-k": (
         with_steps(Split(), Attach(selector={"kind": "topk", "k": 2}), SOFT),

@@ -18,6 +18,7 @@ from moe_tools.recipe import (
     Recipe,
     Split,
     Stage,
+    Swap,
     Train,
     control_recipe,
     parse_recipe,
@@ -83,6 +84,11 @@ STAGES = st.lists(
     unique_by=lambda stage: stage.until,
 ).map(lambda stages: (*sorted(stages, key=lambda stage: stage.until), Stage(1.0, 0.5)))
 STEPS = st.one_of(
+    st.builds(
+        Swap,
+        activation=st.sampled_from([{"kind": "relu"}, {"kind": "fatrelu", "theta": 0.01}]),
+        max_error=st.none() | st.floats(0.001, 0.999),
+    ),
     st.builds(
         Split,
         expert_size=st.integers(1, 64),
@@ -258,11 +264,29 @@ def test_a_value_out_of_range_is_named_with_the_rule(key: str, value: float, rul
 
 
 @pytest.mark.parametrize(
-    "step", [{"split": {"expert_size": 0}}, {"attach": {"start_sparsity": 1.0}}]
+    "step",
+    [
+        {"split": {"expert_size": 0}},
+        {"attach": {"start_sparsity": 1.0}},
+        {"swap": {"activation": {"kind": "fatrelu"}, "max_error": 0}},
+    ],
 )
 def test_ranges_hold_in_every_step(step: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="but must be"):
         parse_recipe({"name": "x", "steps": [step]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "`activation` is required"),
+        ({"activation": "relu"}, "activation: expected dict, not 'relu'"),
+        ({"activation": {"kind": "relu"}, "theta": 1}, "unknown key 'theta'"),
+    ],
+)
+def test_a_swap_names_its_activation(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^recipe: step 0 \(swap\): {message}"):
+        parse_recipe({"name": "x", "steps": [{"swap": options}]})
 
 
 def test_blocks_have_a_length() -> None:

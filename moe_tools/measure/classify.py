@@ -15,7 +15,7 @@ from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.evaluate import Evaluation
 from moe_tools.measure.flops import count_flops
-from moe_tools.measure.neurons import count_neurons, sparsity, zeros
+from moe_tools.measure.neurons import count_neurons, sparsity, two_level_sparsity, zeros
 from moe_tools.measure.predictions import count_predictions
 
 
@@ -65,6 +65,7 @@ def evaluate_classifier(
         flops=others.flops(model, counts, token_count(batches), _context(batches)),
         seconds=time.perf_counter() - began,
         predictions=predictions,
+        two_level_sparsity=two_level_sparsity(counts),
     )
 
 

@@ -226,6 +226,7 @@ class Bench:
             layer_sparsity=seen.layer_sparsity,
             zeros=seen.zeros,
             **_prediction(seen),
+            two_level_sparsity=seen.two_level_sparsity,
         )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.flops import Flops, count_flops
-from moe_tools.measure.neurons import count_neurons, sparsity, zeros
+from moe_tools.measure.neurons import count_neurons, sparsity, two_level_sparsity, zeros
 from moe_tools.measure.predictions import count_predictions
 from moe_tools.model.prediction import Prediction
 
@@ -46,6 +46,9 @@ class Evaluation:
     flops: Flops
     """Per token of the text."""
     seconds: float
+    two_level_sparsity: float | None = None
+    """Share of neurons off or exactly 0, where the experts that an MoE host does not choose for a
+    token are off, too; None without such a host."""
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
     zeros: float | None = None
@@ -115,6 +118,7 @@ def evaluate(
         flops=others.flops(model, counts, blocks_BT.numel(), blocks_BT.shape[1]),
         seconds=time.perf_counter() - began,
         predictions=predictions,
+        two_level_sparsity=two_level_sparsity(counts),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns
+from moe_tools.model.moe_host import HostExperts
 from moe_tools.model.projections import Weights
 from moe_tools.model.routing import Routing
 from moe_tools.model.zeros import gives_zeros
@@ -35,6 +36,13 @@ class NeuronCount:
     """Neurons that ran, summed over those tokens."""
     zeros: int | None = None
     """Those that were exactly 0, of a dense FFN whose activation gives zeros."""
+    elsewhere: int = 0
+    """Tokens that an MoE host gave to other experts of the layer."""
+
+    @property
+    def working(self) -> int:
+        """Neurons that ran, and not for nothing."""
+        return self.on - (self.zeros or 0)
 
     @property
     def seen(self) -> int:
@@ -66,6 +74,17 @@ def zeros(counts: list[NeuronCount]) -> float | None:
     return sum(count.zeros or 0 for count in counted) / sum(count.seen for count in counted)
 
 
+def two_level_sparsity(counts: list[NeuronCount]) -> float | None:
+    """The same, where the experts that an MoE host did not choose for a token are off, too.
+
+    So are neurons that are exactly 0, as TurboSparse (arXiv 2406.05955) counts both levels. None
+    where the host has no experts of its own, or chose all of them.
+    """
+    unseen = sum(count.elsewhere * count.neurons for count in counts)
+    seen = sum(count.seen for count in counts)
+    return 1 - sum(count.working for count in counts) / (seen + unseen) if unseen else None
+
+
 @contextmanager
 def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
     """Yields a count for every FFN, in forward order; counts grow with each forward pass.
@@ -80,7 +99,8 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
     dense = [] if routed else find_ffns(model)
     ffns: Sequence[ExpertFFN | FFN] = routed or dense
     counts = [_count(ffn.name, ffn.weights()) for ffn in ffns]
-    with _observe(routed, counts) if routed else _hook(dense, counts):
+    running = _observe(routed, counts) if routed else _hook(dense, counts)
+    with running, _count_elsewhere(model, {count.name: count for count in counts}):
         yield counts
 
 
@@ -106,6 +126,27 @@ def _observe(ffns: list[ExpertFFN], counts: list[NeuronCount]) -> Iterator[None]
     finally:
         for ffn, observe in zip(ffns, observers, strict=True):
             ffn.observers.remove(observe)
+
+
+@contextmanager
+def _count_elsewhere(model: nn.Module, counts: dict[str, NeuronCount]) -> Iterator[None]:
+    def hook(experts: list[NeuronCount]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            for index, count in enumerate(experts):
+                count.elsewhere += int((args[1] != index).all(-1).sum())  # chosen_TK
+
+        return see
+
+    hosts = [(path, m) for path, m in model.named_modules() if isinstance(m, HostExperts)]
+    handles = [
+        host.register_forward_pre_hook(hook([counts[f"{path}.{i}"] for i in range(len(host))]))
+        for path, host in hosts
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

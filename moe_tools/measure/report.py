@@ -49,6 +49,9 @@ class Row:
     device: str
     layer_sparsity: dict[str, float] = field(default_factory=dict)
     """FFN name -> share of its neurons off."""
+    two_level_sparsity: float | None = None
+    """Share of neurons off or exactly 0, where the experts that an MoE host does not choose for a
+    token are off, too; None without such a host."""
     accuracy: float | None = None
     """Share of held-out texts whose class is right; None: a language model."""
     zeros: float | None = None
@@ -129,12 +132,19 @@ def _cells(row: Row, shares: Sequence[str]) -> list[str]:
         f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}",
         _ratio(row.ratio_to_control),
         _ratio(row.ratio_to_donor),
-        f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense",
+        _sparsity(row),
         *(_share(getattr(row, name)) for name in shares),
         f"{_short(ffn)} ({row.ffn_share:.2f}x)",
         f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
         "-" if row.train_tokens is None else f"{row.train_tokens:,}",
     ]
+
+
+def _sparsity(row: Row) -> str:
+    """Below it, of an MoE host, the figure that counts the experts it does not choose."""
+    own = f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense"
+    both = row.two_level_sparsity
+    return own if both is None else f"{own}\n{both:.1%} with the host's"
 
 
 def _ratio(value: float | None) -> str:

@@ -52,10 +52,38 @@ class HostExperts(nn.ModuleList):
 
 
 def unfuse_experts(model: nn.Module) -> None:
-    """Takes every fused experts module of `model` apart in place; no weight is copied."""
-    for path, module in list(model.named_modules()):
-        if type(module).__name__ in FUSED_EXPERTS:
-            model.set_submodule(path, _unfuse(module))
+    """Takes every fused experts module of `model` apart in place; no weight is copied.
+
+    Whatever `experts_implementation` the model has, from here on our module runs.
+
+    Raises:
+        ValueError: fused experts of an unknown class, or spread over devices: both would go on
+            computing what they did, whatever is done to the other FFNs.
+    """
+    fused = {path: module for path, module in model.named_modules() if _is_fused(module)}
+    for path, module in fused.items():  # first all checks, then the first change
+        _check(path, module)
+    for path, module in fused.items():
+        model.set_submodule(path, _unfuse(module))
+
+
+def _is_fused(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    return "gate_up_proj" in own and own["gate_up_proj"].ndim == 3
+
+
+def _check(path: str, fused: nn.Module) -> None:
+    name = type(fused).__name__
+    if name not in FUSED_EXPERTS:
+        raise ValueError(
+            f"{path}: moe-tools does not know experts of class {name}; known: "
+            f"{', '.join(FUSED_EXPERTS)}"
+        )
+    if fused._is_expert_parallel:
+        raise ValueError(
+            f"{path}: its experts are spread over devices: load the model without expert "
+            "parallelism"
+        )
 
 
 def _unfuse(fused: nn.Module) -> HostExperts:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from moe_tools.model.activations import Activation, build_activation
-from moe_tools.model.conversion import Conversion, write_conversion
+from moe_tools.model.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.model.ffn import FFN, check_activation, find_ffns, set_activation
 from moe_tools.model.layouts import ALSO_ACTIVATED
 
@@ -44,11 +44,16 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
         _set_elsewhere(model, conversion.activation)
     name = kind if in_stock else FOREIGN.format(kind)
     before = found[0].layout.name_activation(model.config, name)
-    if in_stock:
-        stock = None
-    else:
-        stock = conversion.stock_activation if before.startswith("moe_tools.") else before
+    stock = None if in_stock else _stock_name(model, before)
     write_conversion(model, replace(conversion, stock_activation=stock))
+
+
+def _stock_name(model: nn.Module, before: str) -> str | None:
+    """The name in the host's config, or the one that the last swap took from there."""
+    if not before.startswith("moe_tools."):
+        return before
+    made = read_conversion(model)
+    return None if made is None else made.stock_activation
 
 
 def restore_stock_name(config: Any, conversion: Conversion | None) -> None:

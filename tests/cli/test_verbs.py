@@ -23,6 +23,7 @@ from moe_tools.measure.natural import natural_sparsity, observe
 from moe_tools.model.checkpoint import load, save
 from moe_tools.model.conversion import Conversion
 from moe_tools.model.experts import expert_ffns
+from moe_tools.model.swapped import swap_activations
 from tests.families import EXPERT_SIZE, build, randomize, routed
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -279,6 +280,22 @@ def test_doctor_on_a_split_model(run: Run, work: Path) -> None:
     config["moe_tools"] = Conversion("donor", EXPERT_SIZE).to_dict()
     (work / "split" / "config.json").write_text(json.dumps(config))
     assert "split into experts of 8 neurons, no router yet" in run("doctor", "split")[1]
+
+
+def test_doctor_on_a_swapped_model(run: Run, work: Path) -> None:
+    model = build("llama")
+    theta = {"kind": "fatrelu", "theta": 0.5}
+    swap_activations(model, Conversion("the donor", activation=theta))
+    save(model, work / "swapped")
+    _, out, _ = run("doctor", "swapped")
+    assert "activation fatrelu (theta 0.5), not split; from the donor" in out
+    assert "2 x gated FATReLU, D=16 F=48" in out
+    own = {"model.layers.0.mlp": {"kind": "relu"}}
+    conversion = Conversion("the donor", EXPERT_SIZE, activation=theta, activation_of=own)
+    swap_activations(model, conversion)
+    save(model, work / "own")
+    words = "activation fatrelu (its own in every FFN), split into experts of 8 neurons, no router"
+    assert words in run("doctor", "own")[1]
 
 
 def test_doctor_in_json(run: Run) -> None:

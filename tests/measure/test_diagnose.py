@@ -5,13 +5,19 @@ import pytest
 from moe_tools.measure.bench import backends
 from moe_tools.measure.diagnose import Shape, diagnose
 from moe_tools.model.routing import record_routing
-from tests.families import EXPERT_SIZE, FAMILIES, NEURONS, THRESHOLD, build, logits, routed
+from tests.families import (
+    EXPERT_SIZE,
+    FAMILIES,
+    NEURONS,
+    THRESHOLD,
+    UNGATED,
+    build,
+    logits,
+    routed,
+)
 
-GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"} | {
-    "mixtral",
-    "t5-gated",
-}
-FFNS = {"mixtral": 8, "t5-relu": 4, "t5-gated": 4}
+FFNS = {"mixtral": 8, "olmoe": 8, "qwen2_moe": 6, "qwen3_moe": 5, "t5-relu": 4, "t5-gated": 4}
+"""Of Qwen-MoE, one layer is dense; in the other, four experts, one of Qwen2 shared beside them."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -19,7 +25,7 @@ def test_every_family_has_one_shape(family: str) -> None:
     found = diagnose(build(family))
     (shape,) = found.shapes
     assert (shape.count, shape.width, shape.neurons) == (FFNS.get(family, 2), 16, NEURONS)
-    assert shape.gated == (family in GATED)
+    assert shape.gated == (family not in UNGATED)
     assert shape.expert_sizes == (4, 8, 16)
     assert found.conversion is None
     assert 0 < found.ffn_parameter_share < 1 and 0 < found.ffn_flop_share < 1

@@ -111,3 +111,10 @@ def test_json_holds_every_field_of_every_row() -> None:
 def test_json_never_holds_what_json_does_not_have() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_json([replace(ROW, perplexity=math.inf)])
+
+
+def test_an_moe_host_shows_both_levels() -> None:
+    lines = shown(replace(ROW, two_level_sparsity=0.75))
+    assert any("50.0%" in line for line in lines)
+    assert any(line[:3] == ["75.0%", "with", "the"] for line in lines)
+    assert not any("with" in line for line in shown(ROW))

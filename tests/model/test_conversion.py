@@ -29,6 +29,12 @@ BLOCK = THRESHOLD.to_dict()
     [
         THRESHOLD,
         Conversion("donor", 8),
+        Conversion(
+            "donor",
+            activation={"kind": "fatrelu"},
+            activation_of={"model.layers.0.mlp": {"kind": "fatrelu", "theta": 0.5}},
+            stock_activation="relu",
+        ),
         Conversion("hub/id", 1, "sigmoid", {"kind": "topk", "k": 2}, "straight", "mean"),
         Conversion(
             "donor",
@@ -40,7 +46,7 @@ BLOCK = THRESHOLD.to_dict()
             selector_of={"model.layers.0.mlp": {"kind": "dynamic_k", "tau": 0.25}},
         ),
     ],
-    ids=["threshold", "dense", "topk", "everything"],
+    ids=["threshold", "split", "swapped", "topk", "everything"],
 )
 def test_the_block_gives_the_conversion_back(conversion: Conversion) -> None:
     assert Conversion.from_dict(conversion.to_dict()) == conversion
@@ -60,6 +66,7 @@ def test_the_block_gives_the_conversion_back(conversion: Conversion) -> None:
         (BLOCK | {"mode": None}, "unknown mode 'None'"),
         (BLOCK | {"when_off": "meen"}, "unknown when_off 'meen'; did you mean 'mean'"),
         (BLOCK | {"expert_size": "8"}, "expert_size is a number of neurons, not '8'"),
+        (BLOCK | {"expert_size": None}, "router sigmoid needs experts: expert_size is missing"),
     ],
     ids=[
         "unknown-key",
@@ -72,6 +79,7 @@ def test_the_block_gives_the_conversion_back(conversion: Conversion) -> None:
         "no-mode",
         "when_off",
         "expert_size",
+        "no-expert_size",
     ],
 )  # fmt: skip
 def test_a_wrong_block_is_refused(block: Any, message: str) -> None:
