@@ -289,7 +289,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         pairs = enumerate(value)
         return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in pairs)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return _build(hint, value, where)
     if origin is Literal:
         if value not in arguments:

@@ -163,11 +163,13 @@ def natural_sparsity(seen: Sequence[Activations], cett: float = CETT) -> Natural
     """
     if not 0 <= cett <= 1:
         raise ValueError(f"cett is {cett}, but must be in [0, 1]")
-    ffns = tuple(
-        FFNSparsity(acts.name, *acts.hidden_TF.shape, acts.zeros, acts.sparsity(acts.cut(cett)))
-        for acts in seen
-    )
+    ffns = tuple(_measure(acts, cett) for acts in seen)
     ran = sum(ffn.tokens * ffn.neurons for ffn in ffns)
     zeros = sum(ffn.zeros * ffn.tokens * ffn.neurons for ffn in ffns) / ran
     sparsity = sum(ffn.sparsity * ffn.tokens * ffn.neurons for ffn in ffns) / ran
     return NaturalSparsity(cett, zeros, sparsity, ffns)
+
+
+def _measure(acts: Activations, cett: float) -> FFNSparsity:
+    tokens, neurons = acts.hidden_TF.shape
+    return FFNSparsity(acts.name, tokens, neurons, acts.zeros, acts.sparsity(acts.cut(cett)))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moe_tools.measure.evaluate import evaluate
@@ -73,7 +74,7 @@ def truncated(model: nn.Module, cuts: dict[str, float]) -> Iterator[Truncated]:
             handle.remove()
 
 
-def _drop(ffn: FFN | ExpertFFN, cut: float, count: Truncated) -> nn.modules.module.RemovableHandle:
+def _drop(ffn: FFN | ExpertFFN, cut: float, count: Truncated) -> RemovableHandle:
     norm_F = ffn.weights().down_norm_F
 
     def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
