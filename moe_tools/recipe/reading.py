@@ -1,0 +1,128 @@
+"""Recipes from YAML: every key known, every value of its type."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from moe_tools.recipe.recipe import Recipe
+from moe_tools.recipe.step import STEPS, Step
+from moe_tools.registry import unknown
+
+T = TypeVar("T")
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe that comes with moe-tools.
+
+    Raises:
+        ValueError: no recipe of this name.
+    """
+    found = known_recipes()
+    if name not in found:
+        raise unknown("recipe", name, found)
+    return found[name]
+
+
+def known_recipes() -> dict[str, Path]:
+    """Name -> file, in the order of the names."""
+    paths = (Path(str(entry)) for entry in files("moe_tools.recipes").iterdir())
+    return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        ValueError: no such file, no YAML, an unknown key, a wrong type or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; `moe-tools recipes` lists the recipes there are")
+    try:
+        block = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    return parse_recipe(block, str(path))
+
+
+def parse_recipe(block: Any, where: str = "recipe") -> Recipe:
+    """A recipe from plain data; every key must be known and of its type.
+
+    Raises:
+        ValueError: as `read_recipe`.
+    """
+    if not isinstance(block, dict):
+        raise ValueError(f"{where}: expected keys and values, not {type(block).__name__}")
+    steps = block.get("steps")
+    if not isinstance(steps, list):
+        raise ValueError(f"{where}: `steps` must be a list")
+    parsed = tuple(_parse_step(step, f"{where}: step {i}") for i, step in enumerate(steps))
+    return _build(Recipe, {**block, "steps": parsed}, where)
+
+
+def _parse_step(block: Any, where: str) -> Step:
+    if not isinstance(block, dict) or len(block) != 1:
+        raise ValueError(f"{where}: expected one `verb: {{...}}`")
+    ((verb, options),) = block.items()
+    if verb not in STEPS:
+        raise ValueError(f"{where}: {unknown('step', str(verb), STEPS)}")
+    return _build(STEPS[verb], options or {}, f"{where} ({verb})")
+
+
+def _build(kind: type[T], options: Any, where: str) -> T:
+    if not isinstance(options, dict):
+        raise ValueError(f"{where}: expected keys and values, not {options!r}")
+    known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{where}: {unknown('key', str(key), known)}")
+        if key != "steps":
+            options = {**options, key: _convert(value, hints[key], f"{where}: {key}")}
+    for item in known.values():
+        required = item.default is MISSING and item.default_factory is MISSING
+        if required and item.name not in options:
+            raise ValueError(f"{where}: `{item.name}` is required")
+    return kind(**options)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """The value, if it is of the annotated type; an int or a YAML 1e-4 may stand for a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None and types.NoneType in arguments:
+            return None
+        listed = isinstance(value, list)
+        fits = [kind for kind in arguments if (typing.get_origin(kind) is tuple) == listed]
+        return _convert(value, (fits or arguments)[0], where)
+    if origin is tuple and isinstance(value, list):
+        pairs = enumerate(value)
+        return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in pairs)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _build(hint, value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: {unknown('value', str(value), map(str, arguments))}")
+        return value
+    if origin is dict and isinstance(value, dict):
+        for key in value:
+            _convert(key, arguments[0], f"{where}: key")
+        return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    expected = origin or hint
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ValueError(f"{where}: expected {expected.__name__}, not {value!r}")
+    return value
