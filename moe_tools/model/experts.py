@@ -95,7 +95,7 @@ class ExpertFFN(RoutedFFN):
 
 @contextmanager
 def every_expert_on(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a converted model computes what its dense host would."""
+    """While it lasts, a converted model computes what its dense model would."""
     ffns = expert_ffns(model)
     kept = [(ffn.selector, ffn.mode) for ffn in ffns]
     for ffn in ffns:

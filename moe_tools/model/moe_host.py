@@ -64,7 +64,7 @@ def unfuse_experts(model: nn.Module) -> None:
     for path, module in fused.items():  # first all checks, then the first change
         _check(path, module)
     for path, module in fused.items():
-        model.set_submodule(path, _unfuse(module))
+        model.set_submodule(path, _unfuse(module).train(module.training))
 
 
 def _is_fused(module: nn.Module) -> bool:
