@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tools.recipe import (
@@ -123,6 +123,7 @@ RECIPES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(RECIPES)
 def test_every_recipe_survives_its_yaml(recipe: Recipe) -> None:
     assert again(recipe) == recipe

@@ -12,9 +12,15 @@ model that is sparser than its target comes back as far as the language loss pul
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+MISSED = 0.05
+"""Distance from the target that is worth a warning."""
 
 
 class Driven(NamedTuple):
@@ -69,3 +75,16 @@ class WeightController:
         self.error = error
         self.weight = min(high, max(low, self.weight * math.exp(max(-0.5, min(0.5, change)))))
         return self.weight
+
+
+def followed(figures: dict[str, float], drive: str) -> float:
+    """The sparsity, among the figures of a step, that a drive leads to its target."""
+    return figures["zeros" if drive in ZEROS else "sparsity"]
+
+
+def warn_if_missed(sparsity: float, target: float, drive: str) -> None:
+    """Says so when a train step ends far from its target."""
+    if abs(sparsity - target) > MISSED:
+        remedy = "more steps" if drive == "shift" else "more steps or a higher learning rate"
+        ends = f"{sparsity:.1%} at the end, {target:.1%} asked for"
+        logger.warning("sparsity: %s; drive %s needs %s", ends, drive, remedy)

@@ -21,7 +21,7 @@ from moe_tools.model.ffn import find_ffns
 from moe_tools.model.zeros import gives_zeros
 from moe_tools.recipe import Train, check_step
 from moe_tools.steps.calibrate import check_sparsity
-from moe_tools.steps.controller import ZEROS
+from moe_tools.steps.controller import ZEROS, followed, warn_if_missed
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES
 from moe_tools.steps.trainer import RecipeTrainer
 from moe_tools.steps.trim import check_trimmable
@@ -68,7 +68,10 @@ def train(
     if step.mode in ("soft", "straight"):
         set_mode(model, "hard")
     model.eval()
-    return {**trainer.summary(), "trained_tokens": token_count(batches)}
+    measured = trainer.summary()
+    if step.target_sparsity is not None:
+        warn_if_missed(followed(measured, step.drive), step.target_sparsity, step.drive)
+    return {**measured, "trained_tokens": token_count(batches)}
 
 
 def whole_batches(text: Text, step: Train) -> list[Batch]:

@@ -31,7 +31,7 @@ from moe_tools.model.routing import Routing, record_routing, routing_sparsity
 from moe_tools.model.zeros import zero_share
 from moe_tools.recipe import Train
 from moe_tools.steps.calibrate import model_inputs
-from moe_tools.steps.controller import ZEROS, Reference
+from moe_tools.steps.controller import Reference, followed
 from moe_tools.steps.logit_losses import IGNORE, logit_losses
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
 from moe_tools.steps.optimizer import MasterAdamW
@@ -185,7 +185,7 @@ class RecipeTrainer(Trainer):
         }
 
     def _follow(self) -> None:
-        measured = self.last["zeros" if self.step.drive in ZEROS else "sparsity"]
+        measured = followed(self.last, self.step.drive)
         if self.start is None:
             self.start = measured
         self.last["reference"] = reference = self._reference().at(self.state.global_step)

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tools.recipe import Stage
@@ -189,6 +189,7 @@ def prosparse(lambdas: list[float], ends: list[int], t: int) -> float:
     raise AssertionError(t)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1)), min_size=1, max_size=6))
 def test_stages_are_those_of_prosparse_in_every_step(parts: list[tuple[int, float]]) -> None:
     ends = list(itertools.accumulate(length for length, _ in parts))

@@ -376,6 +376,16 @@ def test_lambda_reaches_the_target(drive: Any, target: float, tmp_path: Path) ->
     assert zeros(model, text(256)) == pytest.approx(target, abs=0.03)
 
 
+def test_a_target_that_is_missed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    step = replace(DENSE, target_sparsity=0.95, drive="l1")
+    train(sparse_donor(), step, text(8), tmp_path / "few")
+    assert "at the end, 95.0% asked for; drive l1 needs more steps or a higher" in caplog.text
+    caplog.clear()
+    steps = replace(SOFT, target_sparsity=0.3, batch_size=32)
+    train(converted(), steps, text(32 * 40), tmp_path / "many")
+    assert "asked for" not in caplog.text
+
+
 def test_lambda_starts_where_the_recipe_says(tmp_path: Path) -> None:
     step = replace(DENSE, target_sparsity=0.9, drive="l1", losses={"lm": 1.0, "l1": 2e-3})
     measured = train(sparse_donor(), step, text(4), tmp_path)
