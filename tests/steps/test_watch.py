@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
 from moe_tools.steps.watch import Kind, watch_ffns
-from tests.families import FAMILIES, build, logits, randomize, routed
+from tests.families import FAMILIES, MOE, build, logits, randomize, routed
 
 KINDS: set[Kind] = {"outputs", "hidden", "pre"}
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -39,7 +39,7 @@ def test_what_is_seen_fits_together(family: str, sparse: bool) -> None:
     with watch_ffns(model, KINDS) as seen:
         assert torch.equal(logits(model), expected)
     assert len(seen.outputs) == len(seen.hidden) == len(seen.pre) > 0
-    if family != "mixtral":
+    if family not in MOE:  # whose experts may see no token, and do not run in the order of modules
         assert len(seen.outputs) == len(ffns)
         for ffn, y_TD, h_TF in zip(ffns, seen.outputs, seen.hidden, strict=True):
             assert torch.equal(ffn.projections.down(h_TF), y_TD)
