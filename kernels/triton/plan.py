@@ -41,11 +41,14 @@ class Launch:
         """The kernel's name."""
         return str(self.kernel.__name__)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. FP fusion is said because its default is to change."""
+        return {"num_warps": self.warps, "num_stages": 2, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Launches it; returns at once."""
-        # Triton 3.9 announces that the default of FP fusion will change: say it.
-        options = {"num_warps": self.warps, "num_stages": 2, "enable_fp_fusion": True}
-        self.kernel[self.grid](**self.arguments, **options)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
