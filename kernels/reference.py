@@ -5,7 +5,7 @@ Letters: T tokens, D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ def sparse_ffn_reference(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | No
     The mask may be boolean (an expert is on or off), floating (a soft weight per expert), or None
     (every expert is on).
     """
-    h_TF = math.prod(act(linear(x_TD, rows_FD, b_F)) for rows_FD, b_F, act in weights.inputs)
+    parts = [act(linear(x_TD, rows_FD, bias_F)) for rows_FD, bias_F, act in weights.inputs]
+    h_TF = reduce(torch.mul, parts)
     if mask_TE is not None:
         h_TF = h_TF * neuron_mask(mask_TE, weights.neurons).to(h_TF.dtype)
     return linear(h_TF, weights.down_FD.T, weights.down_D)
