@@ -6,7 +6,9 @@ Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +22,7 @@ from moe_tools.kernels.quantize import rounded
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
 
-Backend = Literal["auto", "cpu", "reference"]
+Backend = Literal["auto", "cpu", "triton", "reference"]
 
 _log = logging.getLogger("moe_tools.kernels")
 
@@ -49,6 +51,7 @@ def sparse_ffn(
 
     Differentiable in every floating input, the mask included. A native backend wants its weights
     packed: pack once with `pack` and call the result; `backend="cpu"` packs for this one call.
+    `backend="triton"` takes them as they are and is differentiable too; `auto` does not choose it.
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or one that cannot run this.
@@ -57,6 +60,8 @@ def sparse_ffn(
     weights.check_call(x_TD, mask_TE)
     if _known(backend) == "cpu":
         return pack(weights, backend=backend)(x_TD, mask_TE)
+    if backend == "triton":
+        return _triton().sparse_ffn_triton(weights, x_TD, mask_TE)
     return sparse_ffn_reference(weights, x_TD, mask_TE)
 
 
@@ -79,6 +84,8 @@ def pack(
         return CpuFFN(weights, dtype)
     if backend == "cpu":
         return CpuFFN(weights, dtype, or_dense=False)
+    if backend == "triton":
+        return _triton().TritonFFN(weights, dtype)
     return ReferenceFFN(rounded(weights, dtype))
 
 
@@ -96,7 +103,24 @@ def native_cpu() -> bool:
 
 def backends() -> list[str]:
     """The backends of `sparse_ffn` that run here, `auto` left out; the fastest first."""
-    return [name for name in get_args(Backend)[1:] if name != "cpu" or native_cpu()]
+    missing = {"cpu": not native_cpu(), "triton": not _has_gpu_and_triton()}
+    return [name for name in get_args(Backend)[1:] if not missing.get(name)]
+
+
+def _has_gpu_and_triton() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def _triton() -> ModuleType:
+    """The Triton kernels, loaded when they are asked for."""
+    try:
+        return importlib.import_module("moe_tools.kernels.triton.ffn")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError(
+            "backend 'triton' needs Triton, which is not installed: pip install 'moe-tools[gpu]'"
+        ) from error
 
 
 def _known(backend: Backend) -> Backend:

@@ -19,9 +19,11 @@ def expert_of(neuron_N, F, E):
 
 @triton.jit
 def load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E):
-    """What the mask gives each neuron's expert for each token; zero outside."""
-    expert_N = expert_of(neuron_N, F, E)
+    """What the mask gives each neuron's expert for each token, 1 without a mask; 0 outside."""
     inside_TN = (token_T < T)[:, None] & on_N[None, :]
+    if mask is None:
+        return inside_TN.to(tl.float32)
+    expert_N = expert_of(neuron_N, F, E)
     at_TN = token_T[:, None].to(tl.int64) * E + expert_N[None, :]
     return tl.load(mask + at_TN, mask=inside_TN, other=0).to(tl.float32)
 
@@ -113,47 +115,47 @@ def project_TN(
 
 
 @triton.jit
-def activate(a, threshold, ACT: tl.constexpr):
-    """The activation; of drelu, the gate's half."""
-    if ACT == "silu":
+def activate(a, theta, ACT: tl.constexpr):
+    """The activations of `kernels.activations`, by their names."""
+    if ACT == "identity":
+        return a
+    elif ACT == "relu":
+        return tl.where(a < 0.0, 0.0, a)
+    elif ACT == "relu2":
+        return tl.where(a < 0.0, 0.0, a * a)
+    elif ACT == "fatrelu":
+        return tl.where(a < theta, 0.0, a)
+    elif ACT == "shifted_relu":
+        return tl.where(a < theta, 0.0, a - theta)
+    elif ACT == "silu":
         return a * tl.sigmoid(a)
     elif ACT == "gelu":
         return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
-        return a * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
     else:
-        return tl.where(a > threshold, a, 0.0)
+        tl.static_assert(ACT == "gelu_tanh", "unknown activation")
+        return a * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
 
 
 @triton.jit
-def slope(a, threshold, ACT: tl.constexpr):
-    """The activation's derivative."""
-    if ACT == "silu":
+def slope(a, theta, ACT: tl.constexpr):
+    """Their derivatives; at the kinks, PyTorch's."""
+    if ACT == "identity":
+        return tl.full(a.shape, 1.0, tl.float32)
+    elif ACT == "relu":
+        return tl.where(a > 0.0, 1.0, 0.0)
+    elif ACT == "relu2":
+        return tl.where(a > 0.0, 2.0 * a, 0.0)
+    elif ACT == "fatrelu":
+        return tl.where(a < theta, 0.0, 1.0)
+    elif ACT == "shifted_relu":
+        return tl.where(a > theta, 1.0, 0.0)
+    elif ACT == "silu":
         on = tl.sigmoid(a)
         return on * (1.0 + a * (1.0 - on))
     elif ACT == "gelu":
         below = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
         return below + a * 0.3989422804014327 * tl.exp(-0.5 * a * a)
-    elif ACT == "gelu_tanh":
+    else:
+        tl.static_assert(ACT == "gelu_tanh", "unknown activation")
         on = tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
         return on + a * on * (1.0 - on) * 1.5957691216057308 * (1.0 + 0.134145 * a * a)
-    else:
-        return tl.where(a > threshold, 1.0, 0.0)
-
-
-@triton.jit
-def clip(u, ACT: tl.constexpr):
-    """What `up` contributes: dReLU rectifies it too (TurboSparse, arXiv 2406.05955, eq. 3)."""
-    if ACT == "drelu":
-        return tl.maximum(u, 0.0)
-    else:
-        return u
-
-
-@triton.jit
-def clip_slope(u, ACT: tl.constexpr):
-    """The derivative of `clip`."""
-    if ACT == "drelu":
-        return tl.where(u > 0.0, 1.0, 0.0)
-    else:
-        return u * 0.0 + 1.0

@@ -12,8 +12,6 @@ import triton.language as tl
 
 from moe_tools.kernels.triton.device import (
     activate,
-    clip,
-    clip_slope,
     load_bias_N,
     load_weight_TN,
     neuron_major,
@@ -47,11 +45,12 @@ def take_neurons(
 @triton.jit
 def compute_hidden(
     x, gate, up, gate_stride, up_stride, gate_bias, up_bias, mask, gates, hidden,
-    neurons, counts, packed, T, D, F, E, num_tiles, threshold,
-    ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    neurons, counts, packed, T, D, F, E, num_tiles, theta, up_theta,
+    ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """h = weight act(gate x) up x. gate x is computed, or read from `gates` if gate is None."""
+    """h = weight * act(gate x) * up_act(up x); without `gate`, gate x is read from `gates`."""
     tile, tokens = tl.program_id(0) // (TILE // BLOCK_N), tl.program_id(1)
     first = (tl.program_id(0) % (TILE // BLOCK_N)) * BLOCK_N
     count = tl.load(counts + tokens * num_tiles + tile)
@@ -70,11 +69,11 @@ def compute_hidden(
         gate_TN = tl.load(from_TN, mask=on_N[None, :], other=0.0)
     elif gate_bias is not None:
         gate_TN += load_bias_N(gate_bias, neuron_N, on_N)[None, :]
-    hidden_TN = activate(gate_TN, threshold, ACT)
+    hidden_TN = activate(gate_TN, theta, ACT)
     if GATED:
         if up_bias is not None:
             up_TN += load_bias_N(up_bias, neuron_N, on_N)[None, :]
-        hidden_TN *= clip(up_TN, ACT)
+        hidden_TN *= activate(up_TN, up_theta, UP_ACT)
     weight_TN = load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E)
     hidden_TN = tl.where(weight_TN != 0, weight_TN * hidden_TN, 0.0)
     to_TN = hidden + neuron_major(tokens, neuron_N, F, BLOCK_T)
@@ -84,9 +83,11 @@ def compute_hidden(
 @triton.jit
 def compute_hidden_grads(
     x, dy, gate, up, down, gate_stride, up_stride, down_stride, gate_bias, up_bias, mask,
-    hidden, d_gate, d_up, d_weight, neurons, counts, packed, T, D, F, E, num_tiles, threshold,
-    ACT: tl.constexpr, GATED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    hidden, d_gate, d_up, d_weight, neurons, counts, packed,
+    T, D, F, E, num_tiles, theta, up_theta,
+    ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """h again, and the gradients of gate x, of up x, and of each neuron's weight."""
     tile, tokens = tl.program_id(0) // (TILE // BLOCK_N), tl.program_id(1)
@@ -104,8 +105,8 @@ def compute_hidden_grads(
     )  # fmt: skip
     if gate_bias is not None:
         gate_TN += load_bias_N(gate_bias, neuron_N, on_N)[None, :]
-    act_TN = activate(gate_TN, threshold, ACT)
-    d_gate_TN = dh_TN * slope(gate_TN, threshold, ACT)
+    act_TN = activate(gate_TN, theta, ACT)
+    d_gate_TN = dh_TN * slope(gate_TN, theta, ACT)
     h_TN = act_TN
     weight_TN = load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E)
     runs_TN = weight_TN != 0
@@ -115,9 +116,11 @@ def compute_hidden_grads(
     if GATED:
         if up_bias is not None:
             up_TN += load_bias_N(up_bias, neuron_N, on_N)[None, :]
-        h_TN *= clip(up_TN, ACT)
-        d_gate_TN *= clip(up_TN, ACT)
-        d_up_TN = tl.where(runs_TN, weight_TN * dh_TN * act_TN * clip_slope(up_TN, ACT), 0.0)
+        factor_TN = activate(up_TN, up_theta, UP_ACT)
+        h_TN *= factor_TN
+        d_gate_TN *= factor_TN
+        d_up_TN = weight_TN * dh_TN * act_TN * slope(up_TN, up_theta, UP_ACT)
+        d_up_TN = tl.where(runs_TN, d_up_TN, 0.0)
         tl.store(d_up + at_TN, d_up_TN.to(dtype), mask=listed_TN)
     d_gate_TN = tl.where(runs_TN, weight_TN * d_gate_TN, 0.0)
     tl.store(d_gate + at_TN, d_gate_TN.to(dtype), mask=listed_TN)

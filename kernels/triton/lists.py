@@ -53,7 +53,7 @@ def list_experts(
 @triton.jit
 def list_firing(
     x, gate, gate_stride, gate_bias, mask, gates, neurons, counts, tickets,
-    T, D, F, E, num_columns, threshold,
+    T, D, F, E, num_columns, theta,
     ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def list_firing(
     )  # fmt: skip
     if gate_bias is not None:
         gate_TN += load_bias_N(gate_bias, neuron_N, on_N)[None, :]
-    fires_TN = on_TN & (activate(gate_TN, threshold, ACT) != 0)
+    fires_TN = on_TN & (activate(gate_TN, theta, ACT) != 0)
     fires_N = tl.max(fires_TN.to(tl.int32), 0) > 0
     to_TN = gates + neuron_major(tokens, neuron_N, F, BLOCK_T)
     tl.store(to_TN, gate_TN, mask=fires_N[None, :])

@@ -155,8 +155,8 @@ def _row_loads(text: str) -> Iterator[int]:
 
 
 def _load_bits(line: str) -> int | None:
-    if "cp.async" in line and "shared.global" in line:
-        return 8 * int(line.split(",")[1].strip(), 0)
+    if found := re.search(r"cp\.async\.c\w\.shared\.global.*?\], \[.*?\], (\w+)", line):
+        return 8 * int(found[1], 0)
     if found := re.search(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", line):
         return int(found[1] or 1) * int(found[2])
     if found := re.search(r"\b(?:global|buffer)_load_(dwordx?(\d)?|[us]?short|[us]byte)", line):
