@@ -1,20 +1,23 @@
 """What the kernels need of a GPU, read from their compiled code; no GPU takes part.
 
-    python -m moe_tools.kernels.triton.resources [--shape D F] [--json]
+    python -m moe_tools.kernels.triton.resources [--shape D F] [--tokens T ...] [--json]
 
 compiles every launch of the plans of `cases` for every target and prints a table: registers,
-spills, local and shared memory of a program, and how wide the loads of the weight rows are.
+spilled and shared bytes of a program, and how wide the loads of the weight rows are. It exits
+with 1 if a kernel is over the budget.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from inspect import getsourcelines
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +26,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.device import load_rows_ND
-from moe_tools.kernels.triton.plan import Act, Call, Launch, plan_backward, plan_forward
+from moe_tools.kernels.triton.plan import Launch, plan_forward
+from moe_tools.kernels.triton.plan_backward import plan_backward
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -35,6 +40,8 @@ REGISTERS = 255
 """Budget of one thread: with more the compiler spills. Below it, four warps always fit."""
 SHARED = 64 * 1024
 """Bytes of one program: two fit an sm_80 (163 KiB) and an sm_90 (227 KiB), one a gfx942 (64)."""
+TOKENS = (1, 16, 64)
+"""Of the cases: the smallest, the middle and the largest tile of tokens."""
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -67,46 +74,45 @@ class Usage:
         return lean and self.load_bits in ((), (128,))
 
 
-def cases(width: int, neurons: int) -> Iterator[tuple[str, list[Launch]]]:
-    """Name and launches of what is compiled: experts of 8, each token count, each direction."""
-    for tokens in (1, 16, 64):
-        for dtype in (torch.bfloat16, torch.float32) if tokens == 1 else (torch.bfloat16,):
-            end = f"{_TYPES[dtype]}, {tokens} tokens"
-            yield f"experts {end}", plan_forward(_call(tokens, width, neurons, dtype, "silu"))[0]
-            exact = _call(tokens, width, neurons, dtype, "relu", gate_first=True)
-            yield f"gate first {end}", plan_forward(exact)[0]
-            both = _call(tokens, width, neurons, dtype, "silu")
-            yield f"backward {end}", plan_backward(both, torch.empty_like(both.x_TD))[0]
+def cases(width: int, neurons: int, tokens: int) -> Iterator[tuple[str, list[Launch]]]:
+    """Name and launches of what is compiled, in bf16 with experts of 8; fp32 for one token."""
+    for dtype in (torch.bfloat16, torch.float32) if tokens == 1 else (torch.bfloat16,):
+        end = f"{_TYPES[dtype]}, {tokens} tokens"
+        call = _call(tokens, width, neurons, dtype, "silu")
+        exact = _call(tokens, width, neurons, dtype, "relu", gate_first=True)
+        yield f"experts {end}", plan_forward(call)[0]
+        yield f"gate first {end}", plan_forward(exact)[0]
+        yield f"backward {end}", plan_backward(call, torch.empty_like(call.x_TD))[0]
 
 
 def _call(
-    tokens: int, width: int, neurons: int, dtype: torch.dtype, act: Act, gate_first: bool = False
+    tokens: int, width: int, neurons: int, dtype: torch.dtype, act: str, gate_first: bool = False
 ) -> Call:
     def blank(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weights = [blank(neurons, width) for _ in range(3)]
     mask_TE = blank(tokens, max(1, neurons // 8))
-    return Call(blank(tokens, width), *weights, mask_TE, act, gate_first=gate_first)
+    return Call(blank(tokens, width), *weights, mask_TE, act=act, gate_first=gate_first)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The kernel as this launch would compile it on `target`."""
-    names, kernel = launch.kernel.arg_names, launch.kernel
-    kinds = {name: _kind(launch.arguments[name], name) for name in names}
-    constants = {name: launch.arguments[name] for name in names if kinds[name] == "constexpr"}
+    kernel, values = launch.kernel, launch.arguments
+    fixed = {one.name for one in kernel.params if one.is_constexpr or values[one.name] is None}
+    kinds = {
+        name: "constexpr" if name in fixed else _kind(values[name]) for name in kernel.arg_names
+    }
     attributes = {
         (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if kinds[name] != "constexpr" and _divides(launch.arguments[name])
+        for index, name in enumerate(kernel.arg_names)
+        if name not in fixed and _divides(values[name])
     }
-    source = ASTSource(kernel, kinds, constants, attributes)
+    source = ASTSource(kernel, kinds, {name: values[name] for name in fixed}, attributes)
     return triton.compile(source, target=target, options=launch.options)
 
 
-def _kind(value: Any, name: str) -> str:
-    if value is None or name.isupper() and len(name) > 1:
-        return "constexpr"
+def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"*{_TYPES[value.dtype]}"
     return "fp32" if isinstance(value, float) else "i32"
@@ -162,3 +168,41 @@ def _load_bits(line: str) -> int | None:
     if found := re.search(r"\b(?:global|buffer)_load_(dwordx?(\d)?|[us]?short|[us]byte)", line):
         return 32 * int(found[2] or 1) if "dword" in found[1] else 16 if "short" in found[1] else 8
     return None
+
+
+def measure_all(width: int, neurons: int, tokens: tuple[int, ...] = TOKENS) -> Iterator[Usage]:
+    """Every kernel of every case, once for each target; twins across cases are compiled once."""
+    for count in tokens:
+        for case, launches in cases(width, neurons, count):
+            for launch in launches:
+                for target in TARGETS:
+                    yield measure(case, launch, target)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 0 if every kernel is within the budget."""
+    parser = argparse.ArgumentParser(description="registers, spills and load widths, without a GPU")
+    parser.add_argument("--shape", nargs=2, type=int, default=(4096, 11008), metavar=("D", "F"))
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
+    fits = True
+    for usage in measure_all(*options.shape, tuple(options.tokens)):
+        print(json.dumps(asdict(usage)) if options.json else _row(usage), flush=True)
+        fits &= usage.fits
+    return 0 if fits else 1
+
+
+def _row(usage: Usage) -> str:
+    widths = "/".join(map(str, usage.load_bits)) or "-"
+    return (
+        f"{usage.case:<28}{usage.kernel:<22}{usage.target:<8}{usage.registers:>4} registers"
+        f"{usage.spills:>4} B spilled{usage.shared:>7} B shared{widths:>5} bit loads"
+        f"{'' if usage.fits else '  OVER BUDGET'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""`sparse_ffn` in Triton: forward and backward, for NVIDIA and AMD GPUs. See docs/kernels.md."""
