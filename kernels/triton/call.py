@@ -6,7 +6,7 @@ Letters: T tokens, D model width, F neurons, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,8 @@ class Call:
     """Compute act(gate x) first and list only the neurons where it is not zero."""
     atomic: bool = False
     config: Config | None = None
+    tickets: bool = field(default_factory=lambda: torch.version.hip is None)
+    """Whether launch three adds its own shares; not on AMD, see `combine`."""
 
     @classmethod
     def of(cls, *operands: Any, config: Sequence[int]) -> Call:

@@ -60,12 +60,17 @@ def tokens_of_a_program(tokens: int) -> int:
 
 
 ONE_TOKEN = Config(128, 16, 8, 512, 64, 128, 8, 4)
-MANY_TOKENS = Config(128, 16, 16, 128, 32, 128, 4, 4)
+FEW_TOKENS = Config(128, 16, 16, 128, 32, 128, 4, 4)
+MANY_TOKENS = Config(128, 32, 32, 64, 32, 128, 4, 4)
+"""64 tokens: half the columns, for sm_90 keeps both operands in shared memory; twice the rows, for
+fewer than 8 elements a thread make narrow loads."""
 
 
 def pinned(tokens: int) -> Config:
     """The default. Chosen by registers, spills and load widths: no GPU has timed it yet."""
-    return ONE_TOKEN if tokens == 1 else MANY_TOKENS
+    if tokens == 1:
+        return ONE_TOKEN
+    return FEW_TOKENS if tokens <= 32 else MANY_TOKENS
 
 
 def candidates(tokens: int) -> list[Config]:
@@ -79,8 +84,8 @@ def candidates(tokens: int) -> list[Config]:
         ]
     else:
         tried = [
-            Config(128, 16, 16, columns, 32, down_columns, splits, 4)
-            for columns in (64, 128)
+            Config(128, rows, rows, columns, 32, down_columns, splits, 4)
+            for rows, columns in ((16, 128), (32, 64))
             for down_columns in (64, 128)
             for splits in (4, 8)
         ]

@@ -115,6 +115,13 @@ def project_TN(
 
 
 @triton.jit
+def sigmoid(a):
+    """1 / (1 + exp(-a)), without an overflow on the way."""
+    small = tl.exp(-tl.abs(a))
+    return tl.where(a < 0.0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
 def activate(a, theta, ACT: tl.constexpr):
     """The activations of `kernels.activations`, by their names."""
     if ACT == "identity":
@@ -128,12 +135,12 @@ def activate(a, theta, ACT: tl.constexpr):
     elif ACT == "shifted_relu":
         return tl.where(a < theta, 0.0, a - theta)
     elif ACT == "silu":
-        return a * tl.sigmoid(a)
+        return a * sigmoid(a)
     elif ACT == "gelu":
         return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
     else:
         tl.static_assert(ACT == "gelu_tanh", "unknown activation")
-        return a * tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
+        return a * sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
 
 
 @triton.jit
@@ -150,12 +157,12 @@ def slope(a, theta, ACT: tl.constexpr):
     elif ACT == "shifted_relu":
         return tl.where(a > theta, 1.0, 0.0)
     elif ACT == "silu":
-        on = tl.sigmoid(a)
+        on = sigmoid(a)
         return on * (1.0 + a * (1.0 - on))
     elif ACT == "gelu":
         below = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
         return below + a * 0.3989422804014327 * tl.exp(-0.5 * a * a)
     else:
         tl.static_assert(ACT == "gelu_tanh", "unknown activation")
-        on = tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
+        on = sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a))
         return on + a * on * (1.0 - on) * 1.5957691216057308 * (1.0 + 0.134145 * a * a)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.triton.call import Call, Lists
-from moe_tools.kernels.triton.combine import combine
+from moe_tools.kernels.triton.combine import add_shares, combine
 from moe_tools.kernels.triton.config import next_power
 from moe_tools.kernels.triton.hidden import compute_hidden
 from moe_tools.kernels.triton.lists import list_experts, list_firing
@@ -45,7 +45,10 @@ class Launch:
 
 
 def plan_forward(call: Call) -> tuple[list[Launch], Tensor]:
-    """Three launches and the y_TD they write: list the neurons, compute h, combine the rows."""
+    """The y_TD and its launches: list the neurons, compute h, combine the rows.
+
+    Three, and a fourth to add the shares where launch three does not (`Call.tickets`).
+    """
     lists = Lists.of(call, call.tiling.gate_tile if call.gate_first else call.tiling.tile)
     gates = call.values(torch.float32) if call.gate_first else None
     hidden, y_TD = call.values(), torch.empty_like(call.x_TD)
@@ -53,7 +56,7 @@ def plan_forward(call: Call) -> tuple[list[Launch], Tensor]:
     launches = [
         plan_list(call, lists) if gates is None else _plan_firing(call, lists, gates),
         _plan_hidden(call, lists, gates, hidden),
-        plan_combine(call, lists, pairs, call.down_D, y_TD, call.skips_zeros),
+        *plan_combine(call, lists, pairs, call.down_D, y_TD, call.skips_zeros),
     ]
     return launches, y_TD
 
@@ -126,13 +129,23 @@ def plan_combine(
     bias_D: Tensor | None,
     y_TD: Tensor,
     skips_zeros: bool,
-) -> Launch:
+) -> list[Launch]:
     """Launch three: y_TD from one or two pairs of values and rows."""
     (hidden, rows), (hidden_2, rows_2) = (*pairs, (None, None))[:2]
     splits, width = call.tiling.splits, y_TD.shape[1]
-    make = torch.zeros if call.atomic else torch.empty
-    places = (call.token_tiles, 1 if call.atomic else splits, call.tokens, width)
+    places, make = (1, torch.zeros) if call.atomic else (splits, torch.empty)
+    shape = (call.token_tiles, places, call.tokens, width)
+    shared = {
+        "bias": bias_D,
+        "partials": make(shape, dtype=torch.float32, device=y_TD.device),
+        "y": y_TD,
+        "T": len(y_TD),
+        "D": width,
+        "BLOCK_T": call.tokens,
+        "BLOCK_D": call.tiling.down_columns,
+    }
     arguments = {
+        **shared,
         "hidden": hidden,
         "rows": rows,
         "stride": stride(rows),
@@ -141,22 +154,22 @@ def plan_combine(
         "stride_2": stride(rows_2),
         "packed": lists.packed,
         "counts": lists.counts,
-        "bias": bias_D,
-        "partials": make(places, dtype=torch.float32, device=y_TD.device),
         "tickets": lists.tickets,
-        "y": y_TD,
-        **{name: size for name, size in call.sizes.items() if name != "E"},
+        "F": call.sizes["F"],
         "num_tiles": lists.num_tiles,
         "TILES": next_power(lists.num_tiles),
         "ATOMIC": call.atomic,
+        "TICKETS": call.tickets,
         "SKIP_ZEROS": skips_zeros,
         "SPLITS": splits,
-        "BLOCK_T": call.tokens,
         "BLOCK_N": call.tiling.down_rows,
-        "BLOCK_D": call.tiling.down_columns,
     }
-    grid = (lists.columns, splits, call.token_tiles)
-    return Launch(combine, grid, arguments, call.tiling.warps)
+    warps, grid = call.tiling.warps, (lists.columns, splits, call.token_tiles)
+    launches = [Launch(combine, grid, arguments, warps)]
+    if not call.tickets:
+        grid_of_sums = (lists.columns, call.token_tiles)
+        launches.append(Launch(add_shares, grid_of_sums, {**shared, "PLACES": places}, warps))
+    return launches
 
 
 def stride(weight_FD: Tensor | None) -> int:

@@ -54,7 +54,7 @@ class _Hidden(NamedTuple):
 
 
 def plan_backward(call: Call, dy_TD: Tensor) -> tuple[list[Launch], Gradients]:
-    """Four launches, five with a mask that learns, and the gradients they write.
+    """Four launches, five with a mask that learns (and `add_shares`), and what they write.
 
     The list is made again and h is computed again: nothing but the operands is kept for it.
     """
@@ -68,7 +68,7 @@ def plan_backward(call: Call, dy_TD: Tensor) -> tuple[list[Launch], Gradients]:
     launches = [
         plan_list(call, lists),
         _plan_hidden_grads(call, lists, dy_TD, values),
-        plan_combine(call, lists, pairs, None, made.x_TD, skips_zeros=False),
+        *plan_combine(call, lists, pairs, None, made.x_TD, skips_zeros=False),
         _plan_weight_grads(call, dy_TD, values, made),
     ]
     if d_weight is not None and made.mask_TE is not None:

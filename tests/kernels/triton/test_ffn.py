@@ -259,6 +259,17 @@ def test_the_order_of_programs_does_not_change_a_bit(
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
+def test_shares_may_be_added_by_a_launch_of_their_own(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, x_TD, mask_TE = make((40, 7, 52)), inputs(tokens, 40), MASKS["random"](tokens, 7)
+    y_TD = sparse_ffn_triton(weights, x_TD, mask_TE, config=TINY)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert torch.equal(sparse_ffn_triton(weights, x_TD, mask_TE, config=TINY), y_TD)
+    assert_equals_reference(weights, x_TD, mask_TE, 1e-5, 1e-6, config=TINY)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
 def test_atomic_sums_agree(tokens: int) -> None:
     mask_TE = MASKS["random"](tokens, 7)
     options: dict[str, Any] = {"config": TINY, "atomic": True}

@@ -46,6 +46,12 @@ def test_an_ffn_is_three_launches(tokens: int, gate_first: bool, gated: bool) ->
     assert y_TD.shape == (tokens, 64)
 
 
+def test_amd_adds_the_shares_in_a_launch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    launches, _ = plan_forward(call(1))
+    assert [launch.name for launch in launches[2:]] == ["combine", "add_shares"]
+
+
 def test_the_backward_pass_is_four_launches_and_one_for_the_mask() -> None:
     made = call(2)
     launches, grads = plan_backward(made, torch.empty_like(made.x_TD))

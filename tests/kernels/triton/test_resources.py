@@ -40,7 +40,8 @@ def table(*arguments: str) -> list[Usage]:
 def test_every_kernel_is_within_the_budget(shape: tuple[str, str], tokens: str) -> None:
     found = table("--shape", *shape, "--tokens", tokens)
     assert {usage.target for usage in found} == set(TARGETS)
-    assert len(found) == len(TARGETS) * (2 if tokens == "1" else 1) * (3 + 3 + 5)
+    launches = len(TARGETS) * (3 + 3 + 5) + 3  # gfx942 adds shares in a launch of its own
+    assert len(found) == launches * (2 if tokens == "1" else 1)
     for usage in found:
         assert usage.load_bits == ((128,) if usage.kernel in WITH_ROWS else ()), usage
         assert usage.spills == 0, usage
