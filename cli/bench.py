@@ -13,8 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("what", nargs="?", choices=tuple(_KINDS), default="ffn")
     parser.add_argument("--shape", default="smollm2-135m", help="smollm2-135m, llama2-7b or DxF")
-    parser.add_argument("--expert-size", type=positive, default=8, help="neurons; not of clustering")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="not of clustering")
+    parser.add_argument(
+        "--expert-size", type=positive, default=8, help="neurons; not of clustering"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="not of clustering"
+    )
     parser.add_argument("--repeats", type=positive, default=30, help="of kernels")
     parser.add_argument(
         "--rotate", type=not_negative, default=1.6, metavar="GB", help="of weights; of kernels"

@@ -1,4 +1,4 @@
-"""The weights of one FFN, a neuron a row. Letters: T tokens, D model width, F neurons, E experts."""
+"""The weights of one FFN, a neuron a row. Letters: T tokens, D width, F neurons, E experts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class FFNWeights:
         ):
             if bias is not None and bias.shape != (size,):
                 raise ValueError(f"{name} is {tuple(bias.shape)}; this bias has {size} numbers")
-        if self.gate_FD is None and (self.gate_F is not None or self.up_act != "identity"):
+        if self.gate_FD is None and (
+            self.gate_F is not None or named(self.up_act) != Act("identity")
+        ):
             raise ValueError("gate_F and up_act belong to an FFN with a gate: give gate_FD")
 
     @property

@@ -1,5 +1,7 @@
-"""The native CPU backend. Letters: T tokens (any leading dimensions), D model width, F neurons,
-E experts, P parts: gate (if any), up, down.
+"""The native CPU backend.
+
+Letters: T tokens (any leading dimensions), D model width, F neurons, E experts, P parts of a neuron:
+its rows of gate (if any), up and down.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ class CpuFFN(PackedFFN):
         rows_FPD = rows_FPD.to(dtype) if scales_FP is None else rows_FPD * scales_FP[..., None]
         made = _views(self.weights, replace(self.rows, rows_FPD=rows_FPD.to(dtype)))
         biases = {name: getattr(made, name) for name in ("up_F", "gate_F", "down_D")}
-        return replace(made, **{name: b if b is None else b.to(dtype) for name, b in biases.items()})
+        return replace(
+            made, **{name: b if b is None else b.to(dtype) for name, b in biases.items()}
+        )
 
 
 def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:

@@ -1,4 +1,4 @@
-"""The native CPU backend against the reference in float64, on every instruction set that runs here."""
+"""The native CPU backend against the reference in float64, on every instruction set of this CPU."""
 
 from __future__ import annotations
 

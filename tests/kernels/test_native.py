@@ -62,7 +62,9 @@ def test_without_it_the_reference_runs_and_says_so_once(caplog: pytest.LogCaptur
 @pytest.mark.usefixtures("missing")
 def test_without_it_a_backend_that_was_named_is_an_error() -> None:
     made = weights()
-    with pytest.raises(ValueError, match=r"^the native CPU kernels are not there \(.*\): reinstall"):
+    with pytest.raises(
+        ValueError, match=r"^the native CPU kernels are not there \(.*\): reinstall"
+    ):
         pack(made, backend="cpu")
     with pytest.raises(ValueError, match=r"^the native CPU kernels are not there"):
         sparse_ffn(torch.randn(1, 4), made.up_FD, made.down_FD, act="silu", backend="cpu")

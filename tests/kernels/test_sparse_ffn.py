@@ -203,7 +203,9 @@ def test_shapes_that_do_not_fit_are_named(
 
 def test_an_unknown_backend_is_named() -> None:
     arguments = make(((5,), 4, 3, 7), True)
-    with pytest.raises(ValueError, match=r"^unknown backend 'triten'; known: auto, cpu, reference$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown backend 'triten'; known: auto, cpu, reference$"
+    ):
         sparse_ffn(**arguments, mask_TE=torch.ones(5, 3), act=F.silu, backend="triten")
 
 
