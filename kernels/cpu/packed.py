@@ -1,7 +1,7 @@
 """The native CPU backend.
 
-Letters: T tokens (any leading dimensions), D model width, F neurons, E experts, P parts of a neuron:
-its rows of gate (if any), up and down.
+Letters: T tokens (any leading dimensions), D model width, F neurons, E experts, P parts of a
+neuron: its rows of gate (if any), up and down.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """Of weights, in the order of csrc/dtype.h; x and y may have the first three."""
 TOKENS_THAT_SHARE = 16
 """Tokens for which a kernel reads the weights once. Beyond, a matrix product is faster."""
-DENSE_ABOVE = 0.65
-"""Share of the neurons that several tokens want at which a matrix product is as fast."""
 
 
 class CpuFFN(PackedFFN):
@@ -33,7 +31,8 @@ class CpuFFN(PackedFFN):
     are in fp32. The result depends on the number of threads, not on their timing.
 
     Args:
-        weights: copied.
+        weights: copied; the dense path reads the original where that has the dtype of the copy.
+            After a change of the weights, pack again.
         dtype: of the copy: fp32, bf16, fp16, or int8 with one scale a row.
         or_dense: go through matrix products where they are faster, and for soft masks.
         isa: one of `isas()`; by default the fastest that this CPU runs.
@@ -58,33 +57,32 @@ class CpuFFN(PackedFFN):
         self.rows = pack_rows(weights, dtype)
         super().__init__(_views(weights, self.rows))
         self.or_dense = or_dense
+        self._original = weights if or_dense and weights.up_FD.dtype == dtype else None
         self._native = extension()
         self._isa = _isa_index(isa)
         self._handle = self._native.prepare(*_describe(self.weights, self.rows))
 
     def rows_read(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> int:
-        """Rows of weights that a call reads, every group of 16 tokens by itself."""
+        """Rows of weights that the kernels read in a call, every group of 16 tokens by itself.
+
+        Raises:
+            ValueError: arguments that do not fit, or a soft mask.
+        """
         self.weights.check_call(x_TD, mask_TE)
-        return self._call(x_TD, mask_TE, torch.empty_like(x_TD.contiguous()), 1.0)
+        _check_kinds(x_TD, mask_TE, soft=False)
+        return self._call(x_TD, mask_TE, torch.empty(x_TD.shape, dtype=x_TD.dtype), 1.0)
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+        _check_kinds(x_TD, mask_TE, soft=self.or_dense)
         tokens = x_TD.numel() // self.weights.width
-        hard = mask_TE is None or mask_TE.dtype == torch.bool
-        if self.or_dense and (not hard or tokens > TOKENS_THAT_SHARE):
+        most = dense_above(tokens, mask_TE) if self.or_dense else 1.0
+        if most == 0.0:
             return self._dense(x_TD, mask_TE)
-        if not hard:
-            raise ValueError("backend 'cpu' runs experts or not: give a boolean mask_TE, not soft")
-        most = DENSE_ABOVE if self.or_dense and tokens > 1 else 1.0
         y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
         read = self._call(x_TD, mask_TE, y_TD, most)
         return self._dense(x_TD, mask_TE) if read < 0 else y_TD
 
     def _call(self, x_TD: Tensor, mask_TE: Tensor | None, y_TD: Tensor, most: float) -> int:
-        if x_TD.dtype not in DTYPES[:3] or not x_TD.is_cpu:
-            raise ValueError(
-                f"x_TD is {x_TD.dtype} on {x_TD.device}: backend 'cpu' takes fp32, bf16 and fp16 "
-                "on the CPU"
-            )
         x_TD = x_TD.contiguous()  # both stay alive until the kernel is done
         mask_TE = None if mask_TE is None else mask_TE.contiguous()
         read: int = self._native.run(
@@ -106,14 +104,38 @@ class CpuFFN(PackedFFN):
             return sparse_ffn_reference(self._in(x_TD.dtype), x_TD, mask_TE)
 
     def _in(self, dtype: torch.dtype) -> FFNWeights:
-        """The stored weights as `dtype`: views where they have it."""
+        """The weights as `dtype`, as they were given if they had it."""
+        if self._original is not None and self._original.up_FD.dtype == dtype:
+            return self._original
         rows_FPD, scales_FP = self.rows.rows_FPD, self.rows.scales_FP
         rows_FPD = rows_FPD.to(dtype) if scales_FP is None else rows_FPD * scales_FP[..., None]
-        made = _views(self.weights, replace(self.rows, rows_FPD=rows_FPD.to(dtype)))
-        biases = {name: getattr(made, name) for name in ("up_F", "gate_F", "down_D")}
-        return replace(
-            made, **{name: b if b is None else b.to(dtype) for name, b in biases.items()}
+        made = _views(self.weights, replace(self.rows, rows_FPD=rows_FPD))
+        return made.changed(lambda rows_FD: rows_FD.to(dtype), lambda bias: bias.to(dtype))
+
+
+def dense_above(tokens: int, mask_TE: Tensor | None) -> float:
+    """Share of the neurons, wanted by some token, above which a matrix product is faster.
+
+    For one to four tokens the kernels read all rows faster than F.linear does (bf16 on Zen 5:
+    1.6 times); at sixteen, the arithmetic has caught up with the memory. A soft mask wants all.
+    """
+    if tokens > TOKENS_THAT_SHARE or (mask_TE is not None and mask_TE.dtype != torch.bool):
+        return 0.0
+    return 1.0 if tokens <= 4 else 0.65
+
+
+def _check_kinds(x_TD: Tensor, mask_TE: Tensor | None, soft: bool) -> None:
+    if x_TD.dtype not in DTYPES[:3] or not x_TD.is_cpu:
+        raise ValueError(
+            f"x_TD is {x_TD.dtype} on {x_TD.device}: backend 'cpu' takes fp32, bf16 and fp16 on "
+            "the CPU"
         )
+    if mask_TE is None:
+        return
+    if not mask_TE.is_cpu:
+        raise ValueError(f"mask_TE is on {mask_TE.device}: backend 'cpu' takes it on the CPU")
+    if mask_TE.dtype != torch.bool and not soft:
+        raise ValueError("backend 'cpu' runs experts or not: give a boolean mask_TE, not soft")
 
 
 def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:

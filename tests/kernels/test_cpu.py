@@ -59,12 +59,10 @@ def exact(
 ) -> Tensor:
     """The reference in float64, from weights as they are stored in `dtype`."""
     stored = rounded(weights, dtype)
-    names = ("up_FD", "down_FD", "gate_FD")
-    doubles = {n: getattr(stored, n) for n in names} | {
-        n: getattr(weights, n) for n in ("up_F", "gate_F", "down_D")
-    }
-    doubles = {n: None if t is None else t.double() for n, t in doubles.items()}
-    return sparse_ffn_reference(replace(weights, **doubles), x_TD.double(), mask_TE)
+    matrices = {name: getattr(stored, name) for name in ("up_FD", "down_FD", "gate_FD")}
+    stored = replace(weights, **matrices)  # biases stay in fp32
+    double = stored.changed(Tensor.double, Tensor.double)
+    return sparse_ffn_reference(double, x_TD.double(), mask_TE)
 
 
 @contextmanager
@@ -231,7 +229,7 @@ def test_x_and_mask_may_be_views() -> None:
 
 @every_dtype
 @pytest.mark.parametrize(
-    ("tokens", "mask"), [(17, "few"), (2, "all"), (16, "none"), (1, "soft"), (3, "soft")]
+    ("tokens", "mask"), [(17, "few"), (5, "all"), (16, "none"), (1, "soft"), (3, "soft")]
 )
 def test_where_dense_is_faster_the_output_is_the_same(
     dtype: torch.dtype, tokens: int, mask: str
@@ -244,15 +242,32 @@ def test_where_dense_is_faster_the_output_is_the_same(
         "none": None,
     }
     mask_TE = masks_TE[mask]
-    expected_TD = exact(weights, dtype, x_TD, mask_TE).float()
     y_TD = CpuFFN(weights, dtype)(x_TD, mask_TE)
+    expected_TD = exact(weights, dtype, x_TD, mask_TE).float()
     torch.testing.assert_close(y_TD, expected_TD, rtol=2e-5, atol=2e-5)
+    if dtype == torch.float32:  # bit for bit what the dense FFN computes
+        assert torch.equal(y_TD, sparse_ffn_reference(weights, x_TD, mask_TE))
 
 
-def test_a_mask_of_weights_needs_the_dense_path() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "on", "dense"),
+    [(1, 10, False), (4, 10, False), (5, 6, False), (5, 7, True), (16, 7, True), (17, 1, True)],
+)
+def test_tokens_and_their_union_decide_what_is_dense(tokens: int, on: int, dense: bool) -> None:
+    """In bf16 the dense path rounds h, the kernels do not: the outputs tell which one ran."""
+    weights, x_TD = make(320, 64), torch.randn(tokens, 64).bfloat16()
+    weights = rounded(weights, torch.bfloat16)
+    mask_TE = torch.arange(10).expand(tokens, 10) < on
+    expected_TD = sparse_ffn_reference(weights, x_TD, mask_TE)
+    y_TD = CpuFFN(weights, torch.bfloat16)(x_TD, mask_TE)
+    assert torch.equal(y_TD, expected_TD) == dense
+
+
+@pytest.mark.parametrize("method", ["__call__", "rows_read"])
+def test_a_mask_of_weights_needs_the_dense_path(method: str) -> None:
     packed = CpuFFN(make(30, 16), torch.float32, or_dense=False)
     with pytest.raises(ValueError, match=r"^backend 'cpu' runs experts or not: give a boolean"):
-        packed(torch.randn(1, 16), torch.rand(1, 10))
+        getattr(packed, method)(torch.randn(1, 16), torch.rand(1, 10))
 
 
 def test_a_gradient_is_refused() -> None:
@@ -277,7 +292,12 @@ def test_what_it_cannot_do_is_said(options: dict[str, Any], message: str) -> Non
         CpuFFN(weights, options.get("dtype", torch.float32), isa=options.get("isa"))
 
 
-def test_an_input_of_another_kind_is_named() -> None:
-    packed = CpuFFN(make(6, 4), torch.float32)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_inputs_of_another_kind_are_named(tokens: int) -> None:
+    packed, x_TD = CpuFFN(make(6, 4), torch.float32), torch.randn(tokens, 4)
     with pytest.raises(ValueError, match=r"^x_TD is torch.float64 on cpu: backend 'cpu' takes"):
-        packed(torch.randn(1, 4, dtype=torch.float64))
+        packed(x_TD.double())
+    with pytest.raises(ValueError, match=r"^x_TD is torch.float32 on meta: backend 'cpu' takes"):
+        packed(x_TD.to("meta"))
+    with pytest.raises(ValueError, match=r"^mask_TE is on meta: backend 'cpu' takes it on the"):
+        packed(x_TD, torch.ones(tokens, 2, dtype=torch.bool, device="meta"))

@@ -175,6 +175,7 @@ def test_the_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
         ({"down_FD": (5, 4)}, r"^down_FD is \(5, 4\); up_FD is \(6, 4\)$"),
         ({"gate_FD": (6, 3)}, r"^gate_FD is \(6, 3\); up_FD is \(6, 4\)$"),
         ({"up_FD": (6,)}, r"^up_FD is \(6,\); weights are \(neurons, width\)$"),
+        ({"up_FD": (0, 4)}, r"^up_FD is \(0, 4\); weights are \(neurons, width\)$"),
         ({"up_FD": (2, 6, 4)}, r"^up_FD is \(2, 6, 4\); weights are \(neurons, width\)$"),
         ({"x_TD": (5, 3)}, r"^x_TD is \(5, 3\); the weights have width 4$"),
         ({"x_TD": ()}, r"^x_TD is \(\); the weights have width 4$"),
