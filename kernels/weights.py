@@ -70,6 +70,13 @@ class FFNWeights:
             (self.up_FD, self.up_F, named(self.up_act)),
         ]
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of its tensors does."""
+        biases = (self.up_F, self.gate_F, self.down_D)
+        tensors = (self.up_FD, self.down_FD, self.gate_FD, *biases)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
     def changed(
         self, matrix: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]
     ) -> FFNWeights:

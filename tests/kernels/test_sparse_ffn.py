@@ -282,6 +282,19 @@ def test_a_packed_ffn_refuses_gradients_and_shapes_that_do_not_fit(backend: Any)
         packed(torch.randn(2, 5))
 
 
+@pytest.mark.skipif("cpu" not in backends(), reason="test_native.py says so")
+@pytest.mark.parametrize("name", ["x_TD", "up_FD", "down_FD", "gate_FD"])
+def test_the_native_backend_drops_no_gradient_silently(name: str) -> None:
+    arguments = make(((5,), 4, 3, 7), True, torch.float32)
+    arguments = {n: t.detach().requires_grad_(n == name) for n, t in arguments.items()}
+    with pytest.raises(ValueError, match="no gradients"):
+        sparse_ffn(**arguments, act="silu", backend="cpu")
+    with torch.no_grad():
+        y_TD = sparse_ffn(**arguments, act="silu", backend="cpu")
+    expected_TD = sparse_ffn(**arguments, act="silu")
+    torch.testing.assert_close(y_TD, expected_TD.detach(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
