@@ -43,17 +43,17 @@ fast: $(STAMP) ## the suite without the slow tests
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
 
-bench: $(STAMP) ## time an FFN dense and routed, its sparse kernels, and the clustering of its neurons
+bench: $(STAMP) ## time an FFN dense and routed, its kernels, and the clustering of its neurons
 	$(BIN)/moe-tools bench ffn
 	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b
 
-sanitize: build/check-address build/check-thread ## run the native kernels under ASan + UBSan, and TSan
+sanitize: build/check-address build/check-thread ## the native kernels under ASan, UBSan and TSan
 	./build/check-address
 	./build/check-thread
 
-# Without OpenMP, whose barriers ThreadSanitizer does not know: the kernels then make their own threads.
+# Without OpenMP, whose barriers ThreadSanitizer does not know: the kernels make their own threads.
 build/check-%: kernels/csrc/*.cpp kernels/csrc/*.h
 	@mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -pthread \

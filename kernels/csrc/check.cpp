@@ -1,5 +1,5 @@
-// Drives the kernels under a sanitizer (`make sanitize`): every instruction set, format and odd shape
-// against two plain loops, alone and from two threads at once. Exits with 1 on a difference.
+// Drives the kernels under a sanitizer (`make sanitize`): every instruction set, format and odd
+// shape against two plain loops, alone and from two threads at once. Exits with 1 on a difference.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
