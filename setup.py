@@ -1,6 +1,7 @@
 """The one thing that pyproject.toml cannot say: how the native kernels are compiled."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -13,6 +14,7 @@ setup(
         Extension(
             "moe_tools.kernels.cpu._sparse_ffn",
             sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
+            depends=[str(header) for header in sorted(Path("kernels/csrc").glob("*.h"))],
             # No -march: what needs a newer CPU says so itself and is chosen at run time.
             extra_compile_args=[
                 "-std=c++17",

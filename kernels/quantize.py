@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -29,14 +26,4 @@ def rounded(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
         rows_FD, scale_F = quantize_rows(weight_FD)
         return (rows_FD * scale_F[:, None]).to(kept)
 
-    def optional(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else change(tensor)
-
-    biases = {name: getattr(weights, name) for name in ("up_F", "gate_F", "down_D")}
-    return replace(
-        weights,
-        up_FD=matrix(weights.up_FD),
-        down_FD=matrix(weights.down_FD),
-        gate_FD=optional(matrix, weights.gate_FD),
-        **{name: optional(lambda bias: bias.to(kept), bias) for name, bias in biases.items()},
-    )
+    return weights.changed(matrix, lambda bias_F: bias_F.to(kept))

@@ -49,16 +49,23 @@ def sparse_ffn(
     `gate_FD` makes the FFN gated (h = act(gate x) * up_act(up x)); without it h = act(up x). The
     bias `down_D` is added once, the other two belong to their neurons.
 
-    Differentiable in every floating input, the mask included. A native backend wants its weights
-    packed: pack once with `pack` and call the result; `backend="cpu"` packs for this one call.
-    `backend="triton"` takes them as they are and is differentiable too; `auto` does not choose it.
+    Differentiable in every floating input, the mask included; backend "cpu" is not, and refuses.
+    A native backend wants its weights packed: pack once with `pack` and call the result;
+    `backend="cpu"` packs for this one call. `backend="triton"` takes weights as they are, where
+    each row is contiguous, and is never chosen by auto.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, or one that cannot run this.
+        ValueError: shapes that do not fit, an unknown backend, or one that cannot run this or has
+            no gradients.
     """
     weights = FFNWeights(up_FD, down_FD, act, gate_FD, up_F, gate_F, down_D, up_act)
     weights.check_call(x_TD, mask_TE)
     if _known(backend) == "cpu":
+        if weights.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "backend 'cpu' has no gradients, and a weight asks for one: use torch.no_grad(), "
+                "or backend 'reference'"
+            )
         return pack(weights, backend=backend)(x_TD, mask_TE)
     if backend == "triton":
         return _triton().sparse_ffn_triton(weights, x_TD, mask_TE)

@@ -1,9 +1,9 @@
-"""The weights of one FFN, a neuron a row. Letters: T tokens, D model width, F neurons, E experts."""
+"""The weights of one FFN, a neuron a row. Letters: T tokens, D width, F neurons, E experts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class FFNWeights:
     """relu makes the FFN that of dReLU (TurboSparse, arXiv 2406.05955)."""
 
     def __post_init__(self) -> None:
-        if self.up_FD.ndim != 2:
+        if self.up_FD.ndim != 2 or 0 in self.up_FD.shape:
             raise ValueError(f"up_FD is {tuple(self.up_FD.shape)}; weights are (neurons, width)")
         for name, tensor in (("down_FD", self.down_FD), ("gate_FD", self.gate_FD)):
             if tensor is not None and tensor.shape != self.up_FD.shape:
@@ -45,7 +45,9 @@ class FFNWeights:
         ):
             if bias is not None and bias.shape != (size,):
                 raise ValueError(f"{name} is {tuple(bias.shape)}; this bias has {size} numbers")
-        if self.gate_FD is None and (self.gate_F is not None or self.up_act != "identity"):
+        if self.gate_FD is None and (
+            self.gate_F is not None or named(self.up_act) != Act("identity")
+        ):
             raise ValueError("gate_F and up_act belong to an FFN with a gate: give gate_FD")
 
     @property
@@ -67,6 +69,27 @@ class FFNWeights:
             (self.gate_FD, self.gate_F, named(self.act)),
             (self.up_FD, self.up_F, named(self.up_act)),
         ]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of its tensors does."""
+        biases = (self.up_F, self.gate_F, self.down_D)
+        tensors = (self.up_FD, self.down_FD, self.gate_FD, *biases)
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def changed(
+        self, matrix: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]
+    ) -> FFNWeights:
+        """The same FFN with a function of each matrix and of each bias."""
+        return replace(
+            self,
+            up_FD=matrix(self.up_FD),
+            down_FD=matrix(self.down_FD),
+            gate_FD=None if self.gate_FD is None else matrix(self.gate_FD),
+            up_F=None if self.up_F is None else bias(self.up_F),
+            gate_F=None if self.gate_F is None else bias(self.gate_F),
+            down_D=None if self.down_D is None else bias(self.down_D),
+        )
 
     def check_call(self, x_TD: Tensor, mask_TE: Tensor | None) -> None:
         """Whether x and a mask fit.

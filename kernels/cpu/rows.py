@@ -1,4 +1,4 @@
-"""How the native kernels store an FFN: neuron by neuron, its rows of gate, up and W_down transposed.
+"""How the native kernels store an FFN: neuron by neuron, its rows of gate, up and W_down^T.
 
 Letters: D model width, F neurons, P parts: gate (if any), up, down.
 """

@@ -50,8 +50,8 @@ PyObject* prepare(PyObject*, PyObject* args) {
     return PyCapsule_New(weights, kCapsule, forget);
 }
 
-// run(weights, isa, threads, x, dtype, tokens, mask, experts, y, most): once a token and layer, hence
-// without the parser of format strings.
+// run(weights, isa, threads, x, dtype, tokens, mask, experts, y, most): once a token and layer,
+// hence without the parser of format strings.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (count != 10) return PyErr_Format(PyExc_TypeError, "10 arguments, not %zd", count);
     const auto* weights = static_cast<const Weights*>(PyCapsule_GetPointer(args[0], kCapsule));
@@ -87,7 +87,8 @@ PyObject* advise_huge_pages(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(args, "KK", &start, &bytes)) return nullptr;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const auto page = static_cast<unsigned long long>(sysconf(_SC_PAGESIZE));
-    const unsigned long long begin = (start + page - 1) / page * page, end = (start + bytes) / page * page;
+    const unsigned long long begin = (start + page - 1) / page * page;
+    const unsigned long long end = (start + bytes) / page * page;
     // Advice: whether the kernel follows it changes the speed only.
     if (begin < end) madvise(address<void>(begin), end - begin, MADV_HUGEPAGE);
 #endif

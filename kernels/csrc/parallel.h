@@ -2,7 +2,7 @@
 //
 // With OpenMP it is the team that torch uses: a second one would fight with it for the cores. Its
 // threads sleep after a short spin, so a core that is shared costs its share and no more. Without
-// OpenMP (and for ThreadSanitizer, which does not know OpenMP's barriers) threads are made per loop.
+// OpenMP (and for ThreadSanitizer, which does not know its barriers) threads are made per loop.
 #pragma once
 
 #include <atomic>

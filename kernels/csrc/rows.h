@@ -1,5 +1,5 @@
-// The loops over rows, once for every instruction set. V is the set's vector of floats; Product says
-// how a row meets x.
+// The loops over rows, once for every instruction set. V is the set's vector of floats; Product
+// says how a row meets x.
 //
 // Included behind a `target` pragma: only what is inlined for sure may be called from here, since a
 // shared inline function that was compiled for a newer CPU would be linked into older ones' paths.
@@ -40,8 +40,8 @@ struct Streams {
         }
     }
 
-    // Calls body(d) for the columns d at which a cache line begins, and fetches lines ahead: of these
-    // rows, then of the next.
+    // Calls body(d) for the columns d at which a cache line begins, and fetches lines ahead: of
+    // these rows, then of the next.
     template <class Body>
     void each_line(std::int64_t begin, std::int64_t end, Body body) const {
         constexpr std::int64_t line = kLine / sizeof(W), far = kInFlight / R / sizeof(W);

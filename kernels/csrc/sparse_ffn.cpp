@@ -48,7 +48,8 @@ struct Slices {
 
     Slices(std::int64_t neurons, std::int64_t neuron_bytes, int threads, int tokens)
         : neurons(neurons) {
-        const std::int64_t least = std::max<std::int64_t>(kLeastNeurons, kLeastBytes / neuron_bytes);
+        const std::int64_t worth_it = kLeastBytes / neuron_bytes;
+        const std::int64_t least = std::max<std::int64_t>(kLeastNeurons, worth_it);
         const std::int64_t most = threads == 1 ? 1 : std::max(2, kSlicesAThread / tokens);
         const std::int64_t each = std::clamp<std::int64_t>(neurons / (least * threads), 1, most);
         count = int(std::clamp<std::int64_t>(neurons / least, 1, each * threads));

@@ -11,8 +11,8 @@
 
 namespace ffn {
 
-// An FFN as it is stored once: neuron by neuron its rows of gate (if any), up and W_down transposed,
-// each `padded` elements long with zeros behind column D, and on 64 bytes.
+// An FFN as it is stored once: neuron by neuron its rows of gate (if any), up and W_down
+// transposed, each on 64 bytes and `padded` elements long, with zeros behind column D.
 struct Weights {
     const std::byte* rows_FPD;
     const float* scales_FP;  // what a row of int8 is multiplied with; null: 1

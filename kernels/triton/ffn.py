@@ -5,7 +5,7 @@ Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import torch
 import triton
@@ -102,7 +102,7 @@ def _inputs(weights: FFNWeights) -> list[tuple[Tensor, Tensor | None, Act]]:
 
 
 class TritonFFN(PackedFFN):
-    """Contiguous copies of the weights, where they are not contiguous already.
+    """Copies of the weights, each row contiguous.
 
     Raises:
         ValueError: a dtype that the kernels do not read.
@@ -113,15 +113,11 @@ class TritonFFN(PackedFFN):
     def __init__(self, weights: FFNWeights, dtype: torch.dtype) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"backend 'triton' stores fp32, bf16 and fp16, not {dtype}")
-        gate_FD = weights.gate_FD
-        super().__init__(
-            replace(
-                weights,
-                up_FD=weights.up_FD.detach().to(dtype).contiguous(),
-                down_FD=weights.down_FD.detach().to(dtype).contiguous(),
-                gate_FD=None if gate_FD is None else gate_FD.detach().to(dtype).contiguous(),
-            )
-        )
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+        super().__init__(weights.changed(copy, copy))
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         with torch.no_grad():
