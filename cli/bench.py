@@ -1,20 +1,28 @@
-"""`moe-tools bench`: what routing and clustering cost in time."""
+"""`moe-tools bench`: what routing and clustering cost in time, and what sparse kernels save."""
 
 from __future__ import annotations
 
 import argparse
 
-from moe_tools.cli.options import json_target, positive
+from moe_tools.cli.options import json_target, not_negative, positive
 
-SUMMARY = "time an FFN dense and routed, or the clustering of its neurons"
+SUMMARY = "time an FFN dense and routed, its sparse kernels, or the clustering of its neurons"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    parser.add_argument("what", nargs="?", choices=("ffn", "clustering"), default="ffn")
-    parser.add_argument("--shape", default="smollm2-135m", help="smollm2-135m or llama2-7b")
-    parser.add_argument("--expert-size", type=positive, default=8, help="neurons; of ffn")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of ffn")
+    parser.add_argument("what", nargs="?", choices=tuple(_KINDS), default="ffn")
+    parser.add_argument("--shape", default="smollm2-135m", help="smollm2-135m, llama2-7b or DxF")
+    parser.add_argument(
+        "--expert-size", type=positive, default=8, help="neurons; not of clustering"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="not of clustering"
+    )
+    parser.add_argument("--repeats", type=positive, default=30, help="of kernels")
+    parser.add_argument(
+        "--rotate", type=not_negative, default=1.6, metavar="GB", help="of weights; of kernels"
+    )
     parser.add_argument(
         "--json", type=json_target, metavar="FILE", help="write the figures; - is standard output"
     )
@@ -27,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moe_tools.cli.common import write_text
 
-    lines, figures = _ffn(args) if args.what == "ffn" else _clustering(args)
+    lines, figures = _KINDS[args.what](args)
     print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
         write_text(json.dumps({args.what: figures}, indent=1), args.json)
@@ -48,6 +56,28 @@ def _ffn(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
     return [title, *lines], [timing.to_dict() for timing in timings]
 
 
+def _kernels(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
+    import torch
+
+    from moe_tools.cli.common import DTYPES
+    from moe_tools.measure.bench_kernels import bench_kernels
+
+    timings = bench_kernels(
+        args.shape,
+        expert_size=args.expert_size,
+        dtype=DTYPES[args.dtype],
+        repeats=args.repeats,
+        rotated=int(args.rotate * 1e9),
+    )
+    lines = [
+        f"{t.operation:<14}{t.sparsity:>5.0%} off {t.ms:9.3f} ms {t.speedup:6.2f} x F.linear "
+        f"{t.gigabytes_per_second:7.1f} GB/s, {t.share_of_bandwidth:4.0%} of the bandwidth"
+        for t in timings
+    ]
+    title = f"{args.shape}, one token, {args.dtype}, {torch.get_num_threads()} threads"
+    return [title, *lines], [timing.to_dict() for timing in timings]
+
+
 def _clustering(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
     from moe_tools.measure.bench_clustering import bench_clustering
 
@@ -58,3 +88,6 @@ def _clustering(args: argparse.Namespace) -> tuple[list[str], list[dict[str, obj
         for c in found
     ]
     return lines, [one.to_dict() for one in found]
+
+
+_KINDS = {"ffn": _ffn, "kernels": _kernels, "clustering": _clustering}

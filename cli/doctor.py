@@ -90,7 +90,7 @@ def _machine() -> dict[str, Any]:
     import transformers
 
     from moe_tools.cli.common import pick_dtype
-    from moe_tools.measure.bench import backends
+    from moe_tools.measure.bench_kernels import backends
 
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return {

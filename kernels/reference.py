@@ -3,28 +3,28 @@
 Letters: T tokens, D model width, F neurons, E experts.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from functools import reduce
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
+
+from moe_tools.kernels.weights import FFNWeights
 
 
-def sparse_ffn_reference(
-    x_TD: Tensor,
-    up_FD: Tensor,
-    down_FD: Tensor,
-    mask_TE: Tensor,
-    *,
-    gate_FD: Tensor | None,
-    act: Callable[[Tensor], Tensor],
-) -> Tensor:
+def sparse_ffn_reference(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
     """y_TD = sum over the selected experts e of E_e(x); differentiable in every floating input.
 
-    The mask may be boolean (an expert is on or off) or floating (a soft weight per expert).
+    The mask may be boolean (an expert is on or off), floating (a soft weight per expert), or None
+    (every expert is on).
     """
-    up_TF = x_TD @ up_FD.T
-    h_TF = act(up_TF) if gate_FD is None else act(x_TD @ gate_FD.T) * up_TF
-    return (h_TF * neuron_mask(mask_TE, len(down_FD)).to(h_TF.dtype)) @ down_FD
+    parts = [act(linear(x_TD, rows_FD, bias_F)) for rows_FD, bias_F, act in weights.inputs]
+    h_TF = reduce(torch.mul, parts)
+    if mask_TE is not None:
+        h_TF = h_TF * neuron_mask(mask_TE, weights.neurons).to(h_TF.dtype)
+    return linear(h_TF, weights.down_FD.T, weights.down_D)
 
 
 def neuron_mask(mask_TE: Tensor, neurons: int) -> Tensor:

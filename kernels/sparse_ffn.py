@@ -1,54 +1,136 @@
-"""The one public operation of `moe_tools.kernels`: an FFN of which only some experts run."""
+"""The one public operation of `moe_tools.kernels`: an FFN of which only some experts run.
 
-from collections.abc import Callable
-from typing import Literal
+Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
+"""
 
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
 
+from moe_tools.kernels.activations import Activation
+from moe_tools.kernels.cpu.native import isas
+from moe_tools.kernels.cpu.packed import CpuFFN, unsupported
+from moe_tools.kernels.packed import PackedFFN, ReferenceFFN
+from moe_tools.kernels.quantize import rounded
 from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.weights import FFNWeights
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "cpu", "triton", "reference"]
+
+_log = logging.getLogger("moe_tools.kernels")
 
 
 def sparse_ffn(
     x_TD: Tensor,
     up_FD: Tensor,
     down_FD: Tensor,
-    mask_TE: Tensor,
+    mask_TE: Tensor | None = None,
     *,
+    act: Activation,
     gate_FD: Tensor | None = None,
-    act: Callable[[Tensor], Tensor],
+    up_F: Tensor | None = None,
+    gate_F: Tensor | None = None,
+    down_D: Tensor | None = None,
+    up_act: Activation = "identity",
     backend: Backend = "auto",
 ) -> Tensor:
     """Runs only the experts that `mask_TE` selects and returns y_TD.
 
     Experts are contiguous slices of the F neurons; where E does not divide F, the first F mod E
-    experts have one neuron more. `down_FD` is W_down transposed, so that one neuron is one row
-    of each weight. `gate_FD` makes the FFN gated (h = act(gate x) * up x); without it
-    h = act(up x).
+    experts have one neuron more; with E = F the mask chooses neurons. Without a mask every neuron
+    may run. `down_FD` is W_down transposed, so that one neuron is one row of each weight.
+    `gate_FD` makes the FFN gated (h = act(gate x) * up_act(up x)); without it h = act(up x). The
+    bias `down_D` is added once, the other two belong to their neurons.
+
+    Differentiable in every floating input, the mask included; backend "cpu" is not, and refuses.
+    A native backend wants its weights packed: pack once with `pack` and call the result;
+    `backend="cpu"` packs for this one call. `backend="triton"` takes weights as they are, where
+    each row is contiguous, and is never chosen by auto.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown backend.
+        ValueError: shapes that do not fit, an unknown backend, or one that cannot run this or has
+            no gradients.
     """
-    _check_shapes(x_TD, up_FD, down_FD, mask_TE, gate_FD)
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"unknown backend {backend!r}; known: auto, reference")
-    return sparse_ffn_reference(x_TD, up_FD, down_FD, mask_TE, gate_FD=gate_FD, act=act)
+    weights = FFNWeights(up_FD, down_FD, act, gate_FD, up_F, gate_F, down_D, up_act)
+    weights.check_call(x_TD, mask_TE)
+    if _known(backend) == "cpu":
+        if weights.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "backend 'cpu' has no gradients, and a weight asks for one: use torch.no_grad(), "
+                "or backend 'reference'"
+            )
+        return pack(weights, backend=backend)(x_TD, mask_TE)
+    if backend == "triton":
+        return _triton().sparse_ffn_triton(weights, x_TD, mask_TE)
+    return sparse_ffn_reference(weights, x_TD, mask_TE)
 
 
-def _check_shapes(
-    x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, mask_TE: Tensor, gate_FD: Tensor | None
-) -> None:
-    if up_FD.ndim != 2:
-        raise ValueError(f"up_FD is {tuple(up_FD.shape)}; weights are (neurons, width)")
-    neurons, width = up_FD.shape
-    for name, weight in (("down_FD", down_FD), ("gate_FD", gate_FD)):
-        if weight is not None and weight.shape != up_FD.shape:
-            raise ValueError(f"{name} is {tuple(weight.shape)}; up_FD is {tuple(up_FD.shape)}")
-    if x_TD.shape[-1:] != (width,):
-        raise ValueError(f"x_TD is {tuple(x_TD.shape)}; the weights have width {width}")
-    if mask_TE.ndim != x_TD.ndim or mask_TE.shape[:-1] != x_TD.shape[:-1]:
-        raise ValueError(f"mask_TE is {tuple(mask_TE.shape)}; x_TD is {tuple(x_TD.shape)}")
-    experts = mask_TE.shape[-1]
-    if not 1 <= experts <= neurons:
-        raise ValueError(f"{neurons} neurons cannot make {experts} experts")
+def pack(
+    weights: FFNWeights, *, dtype: torch.dtype | None = None, backend: Backend = "auto"
+) -> PackedFFN:
+    """Copies the weights into the form that a backend reads: packed(x_TD, mask_TE) is y_TD.
+
+    Args:
+        weights: of one FFN.
+        dtype: in which they are stored, theirs by default; int8 has one scale a row.
+        backend: auto takes the fastest that can run this, and goes through matrix products where
+            those are faster. A named backend runs whatever the speed.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run this.
+    """
+    dtype = dtype or weights.up_FD.dtype
+    if _known(backend) == "auto" and native_cpu() and unsupported(weights, dtype) is None:
+        return CpuFFN(weights, dtype)
+    if backend == "cpu":
+        return CpuFFN(weights, dtype, or_dense=False)
+    if backend == "triton":
+        return _triton().TritonFFN(weights, dtype)
+    return ReferenceFFN(rounded(weights, dtype))
+
+
+@functools.cache
+def native_cpu() -> bool:
+    """Whether the native CPU kernels are there; the log says which, or why not, once."""
+    try:
+        found = isas()
+    except ValueError as error:
+        _log.warning("sparse_ffn runs on PyTorch alone: %s", error)
+        return False
+    _log.info("sparse_ffn runs on native CPU kernels, %s", found[-1])
+    return True
+
+
+def backends() -> list[str]:
+    """The backends of `sparse_ffn` that run here, `auto` left out; the fastest first."""
+    missing = {"cpu": not native_cpu(), "triton": not _has_gpu_and_triton()}
+    return [name for name in get_args(Backend)[1:] if not missing.get(name)]
+
+
+def _has_gpu_and_triton() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def _triton() -> ModuleType:
+    """The Triton kernels, loaded when they are asked for."""
+    try:
+        return importlib.import_module("moe_tools.kernels.triton.ffn")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ValueError(
+            "backend 'triton' needs Triton, which is not installed: pip install 'moe-tools[gpu]'"
+        ) from error
+
+
+def _known(backend: Backend) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(get_args(Backend))}")
+    return backend

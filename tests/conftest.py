@@ -4,6 +4,8 @@ import os
 
 # Tiny models on two threads mostly wait for each other; the real ones ask for more themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton reads it when it is first imported, by whomever: its kernels then run on CPU tensors.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

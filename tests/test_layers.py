@@ -43,7 +43,7 @@ ARROWS = {
         "pipeline",
     },
 }
-KERNEL_USERS = {"moe_tools.model.experts", "moe_tools.measure.bench"}
+KERNEL_USERS = {"moe_tools.model.experts", "moe_tools.measure.bench_kernels"}
 WITHOUT_TORCH = ["moe_tools.registry", "moe_tools.recipe", "moe_tools.measure.report"]
 VERBS = {
     f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "fit", "budget", "train")

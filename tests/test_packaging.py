@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = {".py", ".yaml", ".json", ".typed"}
+SHIPPED = {".py", ".pyi", ".yaml", ".json", ".typed"}
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,9 +28,9 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
-def build(tree: Path, into: Path, *kinds: str) -> None:
+def build(tree: Path, into: Path, *kinds: str, **env: str) -> None:
     python_build = [sys.executable, "-m", "build", "--no-isolation"]
-    run(*python_build, *kinds, "--outdir", into, tree, cwd=into.parent)
+    run(*python_build, *kinds, "--outdir", into, tree, cwd=into.parent, **env)
 
 
 def names_in(wheel: Path) -> set[str]:
@@ -83,14 +83,41 @@ def test_wheel_holds_every_file_behind_the_links(wheel: Path, tree: Path) -> Non
             assert archive.read(entry) == path.read_bytes(), entry.filename
 
 
-def test_installed_wheel_imports_from_anywhere(wheel: Path, tmp_path: Path) -> None:
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+def native_in(wheel: Path) -> list[str]:
+    """The compiled files, and any source of them."""
+    return [name for name in names_in(wheel) if Path(name).suffix in {".so", ".pyd", ".cpp", ".h"}]
+
+
+def run_installed(wheel: Path, code: str, folder: Path) -> str:
+    """What `code` prints where only the wheel, and what it depends on, is installed."""
+    site, elsewhere = folder / "site", folder / "elsewhere"
     elsewhere.mkdir()
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     run(*pip, "--target", site, wheel, cwd=elsewhere)
+    return run(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(site)).strip()
+
+
+def test_installed_wheel_imports_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     code = "import moe_tools.kernels.sparse_ffn as it; print(it.__file__)"
-    printed = run(sys.executable, "-c", code, cwd=elsewhere, PYTHONPATH=str(site))
-    assert Path(printed.strip()) == site / "moe_tools" / "kernels" / "sparse_ffn.py"
+    printed = run_installed(wheel, code, tmp_path)
+    assert Path(printed) == tmp_path / "site" / "moe_tools" / "kernels" / "sparse_ffn.py"
+
+
+def test_wheel_holds_the_native_kernels_compiled(wheel: Path, tmp_path: Path) -> None:
+    (name,) = native_in(wheel)
+    assert name.startswith("moe_tools/kernels/cpu/_sparse_ffn.")
+    code = "from moe_tools.kernels.sparse_ffn import backends; print(*backends())"
+    assert run_installed(wheel, code, tmp_path) == "cpu reference"
+
+
+def test_without_a_compiler_a_wheel_still_builds_and_runs(tree: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, symlinks=True, ignore=shutil.ignore_patterns("build", "*.so"))
+    build(copy, tmp_path / "plain", "--wheel", CC="false", CXX="false")
+    (plain,) = (tmp_path / "plain").glob("*.whl")
+    assert native_in(plain) == []
+    code = "from moe_tools.kernels.sparse_ffn import backends; print(*backends())"
+    assert run_installed(plain, code, tmp_path) == "reference"
 
 
 def test_sdist_builds_the_same_wheel(dist: Path, wheel: Path, tmp_path: Path) -> None:

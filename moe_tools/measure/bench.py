@@ -1,7 +1,7 @@
 """Time of one FFN, dense and routed, in one interleaved run. Letters: T tokens, D width, F neurons.
 
-This version computes every neuron and masks: the figures say what routing costs on top, and they
-are the baseline that the sparse kernels will be held against.
+A converted model computes every neuron and masks: the figures say what routing costs on top.
+`bench_kernels` times the kernels that leave neurons out.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_tools.kernels.sparse_ffn import Backend
 from moe_tools.model.conversion import Conversion, attach_experts
 
 SHAPES = {"smollm2-135m": (576, 1536), "llama2-7b": (4096, 11008)}
@@ -38,9 +37,18 @@ class Timing:
         return asdict(self)
 
 
-def backends() -> list[str]:
-    """The backends of `sparse_ffn` that exist, `auto` left out."""
-    return [name for name in get_args(Backend) if name != "auto"]
+def widths(shape: str) -> tuple[int, int]:
+    """(D, F) of a name, or of "DxF".
+
+    Raises:
+        ValueError: neither.
+    """
+    if shape in SHAPES:
+        return SHAPES[shape]
+    width, _, neurons = shape.partition("x")
+    if not (width.isdecimal() and neurons.isdecimal() and int(width) and int(neurons)):
+        raise ValueError(f"unknown shape {shape!r} (known: {', '.join(SHAPES)}, or DxF)")
+    return int(width), int(neurons)
 
 
 def bench_ffn(
@@ -51,14 +59,13 @@ def bench_ffn(
     Raises:
         ValueError: an unknown shape, or a size that exceeds its neurons.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r} (known: {', '.join(SHAPES)})")
-    dense, routed = _Host(*SHAPES[shape], dtype), _Host(*SHAPES[shape], dtype)
+    width, neurons = widths(shape)
+    dense, routed = _Host(width, neurons, dtype), _Host(width, neurons, dtype)
     spec = {"kind": "threshold", "tau": 0.5}
     attach_experts(routed, Conversion("bench", expert_size, "sigmoid", spec, "straight"))
     made = []
     for operation, tokens in (("forward", 1), ("forward", 512), ("forward + backward", 512)):
-        x_TD = torch.randn(tokens, SHAPES[shape][0], dtype=dtype)
+        x_TD = torch.randn(tokens, width, dtype=dtype)
         backward = operation != "forward"
         pair = [_call(model, x_TD, backward) for model in (dense, routed)]
         made.append(_timing(operation, tokens, pair[0], pair[1], repeats))

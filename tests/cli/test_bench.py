@@ -25,3 +25,22 @@ def test_bench_clusters_beside_min_cost_flow(capsys):
 def test_an_unknown_shape_is_one_line(capsys):
     assert main(["bench", "--shape", "llama9"]) == 2
     assert "known: smollm2-135m, llama2-7b" in capsys.readouterr().err
+
+
+def test_bench_times_the_kernels_beside_the_dense_ways(capsys):
+    command = ["bench", "kernels", "--shape", "24x64", "--dtype", "bf16", "--expert-size", "8"]
+    assert main([*command, "--repeats", "2", "--rotate", "0.0001", "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)["kernels"]
+    ways = ["torch gather", "experts of 8", "neurons given", "exact gate"]
+    assert [(row["operation"], row["sparsity"]) for row in figures] == [
+        ("F.linear", 0.0),
+        ("torch.mv", 0.0),
+        *((way, sparsity) for sparsity in (0.5, 0.75, 0.9, 0.97) for way in ways),
+    ]
+    assert all(row["ms"] > 0 and row["share_of_bandwidth"] > 0 for row in figures)
+    assert figures[0]["speedup"] == 1.0
+
+
+def test_a_shape_may_be_given_in_numbers(capsys):
+    assert main(["bench", "--shape", "0x5"]) == 2
+    assert "known: smollm2-135m, llama2-7b, or DxF" in capsys.readouterr().err

@@ -304,7 +304,7 @@ def test_doctor_in_json(run: Run) -> None:
     assert code == 0
     assert facts["shapes"][0]["expert_sizes"] == [4, 8, 16]
     assert facts["conversion"]["router"] == "sigmoid"
-    assert facts["machine"]["kernels"] == ["reference"]
+    assert facts["machine"]["kernels"] == ["cpu", "reference"]
     assert facts["tokenizer"]
 
 

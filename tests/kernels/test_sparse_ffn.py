@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_tools.kernels.sparse_ffn import sparse_ffn
+from moe_tools.kernels.sparse_ffn import backends, pack, sparse_ffn
+from moe_tools.kernels.weights import FFNWeights
 
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 # (leading dimensions, D, E, F)
@@ -174,6 +175,7 @@ def test_the_output_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
         ({"down_FD": (5, 4)}, r"^down_FD is \(5, 4\); up_FD is \(6, 4\)$"),
         ({"gate_FD": (6, 3)}, r"^gate_FD is \(6, 3\); up_FD is \(6, 4\)$"),
         ({"up_FD": (6,)}, r"^up_FD is \(6,\); weights are \(neurons, width\)$"),
+        ({"up_FD": (0, 4)}, r"^up_FD is \(0, 4\); weights are \(neurons, width\)$"),
         ({"up_FD": (2, 6, 4)}, r"^up_FD is \(2, 6, 4\); weights are \(neurons, width\)$"),
         ({"x_TD": (5, 3)}, r"^x_TD is \(5, 3\); the weights have width 4$"),
         ({"x_TD": ()}, r"^x_TD is \(\); the weights have width 4$"),
@@ -202,5 +204,109 @@ def test_shapes_that_do_not_fit_are_named(
 
 def test_an_unknown_backend_is_named() -> None:
     arguments = make(((5,), 4, 3, 7), True)
-    with pytest.raises(ValueError, match=r"^unknown backend 'triten'; known: auto, reference$"):
+    with pytest.raises(
+        ValueError, match=r"^unknown backend 'triten'; known: auto, cpu, triton, reference$"
+    ):
         sparse_ffn(**arguments, mask_TE=torch.ones(5, 3), act=F.silu, backend="triten")
+
+
+def test_biases_belong_to_their_neurons_and_the_output() -> None:
+    arguments = make(((5,), 4, 3, 7), True)
+    x, up, down, gate = (arguments[name] for name in ("x_TD", "up_FD", "down_FD", "gate_FD"))
+    up_F, gate_F, down_D = (torch.randn(n, dtype=torch.float64) for n in (7, 7, 4))
+    mask_TE = torch.rand(5, 3) < 0.5
+    y_TD = sparse_ffn(
+        **arguments, mask_TE=mask_TE, act="silu", up_F=up_F, gate_F=gate_F, down_D=down_D
+    )
+    h_TF = F.silu(x @ gate.T + gate_F) * (x @ up.T + up_F)
+    mask_TF = torch.cat([mask_TE[:, :1].expand(5, 3), mask_TE[:, 1:].repeat_interleave(2, 1)], 1)
+    torch.testing.assert_close(y_TD, (h_TF * mask_TF) @ down + down_D, rtol=1e-12, atol=1e-12)
+
+
+def test_an_activation_of_up_makes_drelu() -> None:
+    arguments = make(((5,), 4, 3, 7), True)
+    x, up, down, gate = (arguments[name] for name in ("x_TD", "up_FD", "down_FD", "gate_FD"))
+    y_TD = sparse_ffn(**arguments, act="relu", up_act="relu")
+    expected_TD = (F.relu(x @ gate.T) * F.relu(x @ up.T)) @ down
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-12, atol=1e-12)
+
+
+@every_shape
+@pytest.mark.parametrize("mask", ["random", "empty", "full"])
+@gated_or_not
+@pytest.mark.parametrize("backend", backends())
+def test_every_backend_equals_the_loop(
+    shape: tuple[Any, ...], mask: str, gated: bool, backend: Any
+) -> None:
+    arguments = make(shape, gated, torch.float32)
+    mask_TE = MASKS[mask](*shape[0], shape[2])
+    expected_TD = expert_by_expert(**arguments, mask_TE=mask_TE, act=ACTS["silu"])
+    arguments = {name: None if t is None else t.detach() for name, t in arguments.items()}
+    y_TD = sparse_ffn(**arguments, mask_TE=mask_TE, act="silu", backend=backend)
+    torch.testing.assert_close(y_TD, expected_TD.detach(), rtol=1e-4, atol=1e-4)
+    x_TD = arguments.pop("x_TD")
+    packed = pack(FFNWeights(**arguments, act="silu"), backend=backend)
+    assert packed.backend == backend
+    torch.testing.assert_close(packed(x_TD, mask_TE), y_TD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_packed_weights_are_stored_as_asked(backend: Any, dtype: torch.dtype) -> None:
+    arguments = make(((2,), 40, 3, 50), True, torch.float32)
+    x_TD, up, down, gate = (arguments[n].detach() for n in ("x_TD", "up_FD", "down_FD", "gate_FD"))
+    x_TD = x_TD if dtype == torch.int8 else x_TD.to(dtype)
+    y_TD = pack(FFNWeights(up, down, "relu", gate), dtype=dtype, backend=backend)(x_TD)
+    expected_TD = sparse_ffn(x_TD.float(), up, down, gate_FD=gate, act="relu")
+    error = (y_TD.float() - expected_TD).norm() / expected_TD.norm()
+    limit = {torch.float32: 1e-6, torch.bfloat16: 0.02, torch.float16: 3e-3, torch.int8: 0.03}
+    assert error < limit[dtype]
+    assert (error > 1e-5) == (dtype != torch.float32)
+
+
+def test_what_no_kernel_knows_is_left_to_the_reference() -> None:
+    up, down = torch.randn(6, 4), torch.randn(6, 4)
+    assert pack(FFNWeights(up, down, torch.tanh)).backend == "reference"
+    assert pack(FFNWeights(up.double(), down.double(), "silu")).backend == "reference"
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_a_packed_ffn_refuses_gradients_and_shapes_that_do_not_fit(backend: Any) -> None:
+    packed = pack(FFNWeights(torch.randn(6, 4), torch.randn(6, 4), "silu"), backend=backend)
+    x_TD = torch.randn(2, 4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"^a packed FFN has no gradients: call it under"):
+        packed(x_TD)
+    with torch.no_grad():
+        assert not packed(x_TD).requires_grad
+    with pytest.raises(ValueError, match=r"^x_TD is \(2, 5\); the weights have width 4$"):
+        packed(torch.randn(2, 5))
+
+
+@pytest.mark.skipif("cpu" not in backends(), reason="test_native.py says so")
+@pytest.mark.parametrize("name", ["x_TD", "up_FD", "down_FD", "gate_FD"])
+def test_the_native_backend_drops_no_gradient_silently(name: str) -> None:
+    arguments = make(((5,), 4, 3, 7), True, torch.float32)
+    arguments = {n: t.detach().requires_grad_(n == name) for n, t in arguments.items()}
+    with pytest.raises(ValueError, match="no gradients"):
+        sparse_ffn(**arguments, act="silu", backend="cpu")
+    with torch.no_grad():
+        y_TD = sparse_ffn(**arguments, act="silu", backend="cpu")
+    expected_TD = sparse_ffn(**arguments, act="silu")
+    torch.testing.assert_close(y_TD, expected_TD.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"up_F": 5}, r"^up_F is \(5,\); this bias has 6 numbers$"),
+        ({"gate_F": 4}, r"^gate_F is \(4,\); this bias has 6 numbers$"),
+        ({"down_D": 6}, r"^down_D is \(6,\); this bias has 4 numbers$"),
+        ({"gate_F": 6}, r"^gate_F and up_act belong to an FFN with a gate: give gate_FD$"),
+        ({"up_act": "relu"}, r"^gate_F and up_act belong to an FFN with a gate: give gate_FD$"),
+    ],
+    ids=["up_F", "gate_F", "down_D", "no gate", "up_act"],
+)
+def test_biases_that_do_not_fit_are_named(arguments: dict[str, Any], message: str) -> None:
+    given = {n: torch.zeros(v) if isinstance(v, int) else v for n, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        sparse_ffn(torch.zeros(1, 4), torch.zeros(6, 4), torch.zeros(6, 4), act="relu", **given)

@@ -1,0 +1,35 @@
+"""The compiled module of csrc/module.cpp. Tensors are addresses; 0 stands for none."""
+
+Handle = object
+
+def prepare(
+    rows_FPD: int,
+    scales_FP: int,
+    biases_FP: int,
+    down_D: int,
+    neurons: int,
+    width: int,
+    padded: int,
+    inputs: int,
+    dtype: int,
+    act: int,
+    theta: float,
+    up_act: int,
+    up_theta: float,
+    /,
+) -> Handle: ...
+def run(
+    weights: Handle,
+    isa: int,
+    threads: int,
+    x_TD: int,
+    dtype: int,
+    tokens: int,
+    mask_TE: int,
+    experts: int,
+    y_TD: int,
+    most: float,
+    /,
+) -> int: ...
+def isas() -> list[str]: ...
+def advise_huge_pages(start: int, size: int, /) -> None: ...

@@ -1,0 +1,187 @@
+"""The native CPU backend.
+
+Letters: T tokens (any leading dimensions), D model width, F neurons, E experts, P parts of a
+neuron: its rows of gate (if any), up and down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moe_tools.kernels.activations import Act, named
+from moe_tools.kernels.cpu.native import extension, isas
+from moe_tools.kernels.cpu.rows import Rows, pack_rows
+from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.weights import FFNWeights
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+"""Of weights, in the order of csrc/dtype.h; x and y may have the first three."""
+TOKENS_THAT_SHARE = 16
+"""Tokens for which a kernel reads the weights once. Beyond, a matrix product is faster."""
+
+
+class CpuFFN(PackedFFN):
+    """Reads the rows of the experts that some token wants and, behind a gate that is zero, no more.
+
+    An expert that is off contributes nothing, whatever its weights: not even 0 * infinity. Sums
+    are in fp32. The result depends on the number of threads, not on their timing.
+
+    Args:
+        weights: copied; the dense path reads the original where that has the dtype of the copy.
+            After a change of the weights, pack again.
+        dtype: of the copy: fp32, bf16, fp16, or int8 with one scale a row.
+        or_dense: go through matrix products where they are faster, and for soft masks.
+        isa: one of `isas()`; by default the fastest that this CPU runs.
+
+    Raises:
+        ValueError: an activation without a name, a dtype or an instruction set that is not there.
+    """
+
+    backend = "cpu"
+
+    def __init__(
+        self,
+        weights: FFNWeights,
+        dtype: torch.dtype,
+        *,
+        or_dense: bool = True,
+        isa: str | None = None,
+    ) -> None:
+        refusal = unsupported(weights, dtype)
+        if refusal:
+            raise ValueError(refusal)
+        self.rows = pack_rows(weights, dtype)
+        super().__init__(_views(weights, self.rows))
+        self.or_dense = or_dense
+        self._original = weights if or_dense and weights.up_FD.dtype == dtype else None
+        self._native = extension()
+        self._isa = _isa_index(isa)
+        self._handle = self._native.prepare(*_describe(self.weights, self.rows))
+
+    def rows_read(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> int:
+        """Rows of weights that the kernels read in a call, every group of 16 tokens by itself.
+
+        Raises:
+            ValueError: arguments that do not fit, or a soft mask.
+        """
+        self.weights.check_call(x_TD, mask_TE)
+        _check_kinds(x_TD, mask_TE, soft=False)
+        return self._call(x_TD, mask_TE, torch.empty(x_TD.shape, dtype=x_TD.dtype), 1.0)
+
+    def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+        _check_kinds(x_TD, mask_TE, soft=self.or_dense)
+        tokens = x_TD.numel() // self.weights.width
+        most = dense_above(tokens, mask_TE) if self.or_dense else 1.0
+        if most == 0.0:
+            return self._dense(x_TD, mask_TE)
+        y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+        read = self._call(x_TD, mask_TE, y_TD, most)
+        return self._dense(x_TD, mask_TE) if read < 0 else y_TD
+
+    def _call(self, x_TD: Tensor, mask_TE: Tensor | None, y_TD: Tensor, most: float) -> int:
+        x_TD = x_TD.contiguous()  # both stay alive until the kernel is done
+        mask_TE = None if mask_TE is None else mask_TE.contiguous()
+        read: int = self._native.run(
+            self._handle,
+            self._isa,
+            torch.get_num_threads(),
+            x_TD.data_ptr(),
+            DTYPES.index(x_TD.dtype),
+            x_TD.numel() // self.weights.width,
+            0 if mask_TE is None else mask_TE.data_ptr(),
+            1 if mask_TE is None else mask_TE.shape[-1],
+            y_TD.data_ptr(),
+            most,
+        )
+        return read
+
+    def _dense(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return sparse_ffn_reference(self._in(x_TD.dtype), x_TD, mask_TE)
+
+    def _in(self, dtype: torch.dtype) -> FFNWeights:
+        """The weights as `dtype`, as they were given if they had it."""
+        if self._original is not None and self._original.up_FD.dtype == dtype:
+            return self._original
+        rows_FPD, scales_FP = self.rows.rows_FPD, self.rows.scales_FP
+        rows_FPD = rows_FPD.to(dtype) if scales_FP is None else rows_FPD * scales_FP[..., None]
+        made = _views(self.weights, replace(self.rows, rows_FPD=rows_FPD))
+        return made.changed(lambda rows_FD: rows_FD.to(dtype), lambda bias: bias.to(dtype))
+
+
+def dense_above(tokens: int, mask_TE: Tensor | None) -> float:
+    """Share of the neurons, wanted by some token, above which a matrix product is faster.
+
+    For one to four tokens the kernels read all rows faster than F.linear does (bf16 on Zen 5:
+    1.6 times); at sixteen, the arithmetic has caught up with the memory. A soft mask wants all.
+    """
+    if tokens > TOKENS_THAT_SHARE or (mask_TE is not None and mask_TE.dtype != torch.bool):
+        return 0.0
+    return 1.0 if tokens <= 4 else 0.65
+
+
+def _check_kinds(x_TD: Tensor, mask_TE: Tensor | None, soft: bool) -> None:
+    if x_TD.dtype not in DTYPES[:3] or not x_TD.is_cpu:
+        raise ValueError(
+            f"x_TD is {x_TD.dtype} on {x_TD.device}: backend 'cpu' takes fp32, bf16 and fp16 on "
+            "the CPU"
+        )
+    if mask_TE is None:
+        return
+    if not mask_TE.is_cpu:
+        raise ValueError(f"mask_TE is on {mask_TE.device}: backend 'cpu' takes it on the CPU")
+    if mask_TE.dtype != torch.bool and not soft:
+        raise ValueError("backend 'cpu' runs experts or not: give a boolean mask_TE, not soft")
+
+
+def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot store these weights; None when it can."""
+    if dtype not in DTYPES:
+        return f"backend 'cpu' stores fp32, bf16, fp16 and int8, not {dtype}"
+    if not weights.up_FD.is_cpu:
+        return f"backend 'cpu' runs on the CPU, the weights are on {weights.up_FD.device}"
+    if not all(isinstance(act, Act) for _, _, act in weights.inputs):
+        return "backend 'cpu' knows activations by name: give a name or an Act, not a function"
+    return None
+
+
+def _views(weights: FFNWeights, rows: Rows) -> FFNWeights:
+    """`weights`, but with the stored numbers."""
+    *inputs, down_FD = rows.rows_FPD[..., : weights.width].unbind(1)
+    biases = [None] * len(inputs) if rows.biases_FP is None else list(rows.biases_FP.unbind(1))
+    gate_FD, gate_F = (inputs[0], biases[0]) if len(inputs) == 2 else (None, None)
+    return replace(
+        weights,
+        up_FD=inputs[-1],
+        down_FD=down_FD,
+        gate_FD=gate_FD,
+        up_F=biases[-1],
+        gate_F=gate_F,
+        down_D=rows.down_D,
+    )
+
+
+def _describe(weights: FFNWeights, rows: Rows) -> tuple[int | float, ...]:
+    """The arguments of `prepare` in module.cpp."""
+    tensors = (rows.rows_FPD, rows.scales_FP, rows.biases_FP, rows.down_D)
+    neurons, parts, padded = rows.rows_FPD.shape
+    up_act = named(weights.up_act) if parts == 3 else Act("identity")
+    acts = [act for act in (named(weights.act), up_act) if isinstance(act, Act)]
+    return (
+        *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
+        *(neurons, weights.width, padded, parts - 1, DTYPES.index(rows.rows_FPD.dtype)),
+        *(value for act in acts for value in (act.code, act.theta)),
+    )
+
+
+def _isa_index(isa: str | None) -> int:
+    known = isas()
+    if isa is None:
+        return len(known) - 1
+    if isa not in known:
+        raise ValueError(f"unknown instruction set {isa!r}; this CPU runs: {', '.join(known)}")
+    return known.index(isa)

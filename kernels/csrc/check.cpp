@@ -1,0 +1,153 @@
+// Drives the kernels under a sanitizer (`make sanitize`): every instruction set, format and odd
+// shape against two plain loops, alone and from two threads at once. Exits with 1 on a difference.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "sparse_ffn.h"
+
+namespace {
+
+using namespace ffn;
+
+struct Case {
+    int tokens, width, neurons, experts, inputs, threads;
+    DType dtype;
+    Act act;
+    bool masked, biased;
+};
+
+struct Problem {
+    Case c;
+    std::int64_t padded;
+    std::vector<float> values;  // of rows_FPD, as stored
+    std::vector<std::byte> rows;
+    std::vector<float> scales, biases, down, x;
+    std::vector<std::uint8_t> mask;
+};
+
+template <class W>
+void store(Problem& p, std::size_t i, W& to) {
+    from_float(p.values[i], to);
+    p.values[i] = to_float(to);
+}
+
+void store_all(Problem& p) {
+    for (std::size_t i = 0; i < p.values.size(); ++i) {
+        if (p.c.dtype == DType::f32) store(p, i, reinterpret_cast<float*>(p.rows.data())[i]);
+        if (p.c.dtype == DType::bf16) store(p, i, reinterpret_cast<Bf16*>(p.rows.data())[i]);
+        if (p.c.dtype == DType::f16) store(p, i, reinterpret_cast<Half*>(p.rows.data())[i]);
+        if (p.c.dtype == DType::i8) {
+            const auto rounded = std::int8_t(p.values[i] * 50);
+            reinterpret_cast<std::int8_t*>(p.rows.data())[i] = rounded;
+            p.values[i] = rounded / 64.0f;
+        }
+    }
+}
+
+Problem make(const Case& c, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const int line = c.dtype == DType::f32 ? 16 : c.dtype == DType::i8 ? 64 : 32;
+    Problem p{c, (c.width + line - 1) / line * line, {}, {}, {}, {}, {}, {}, {}};
+    const std::size_t rows = std::size_t(c.neurons) * (c.inputs + 1);
+    p.values.resize(rows * p.padded);
+    for (std::size_t i = 0; i < p.values.size(); ++i)
+        p.values[i] = int(i % p.padded) < c.width ? normal(random) / 4 : 0;
+    p.rows.resize(rows * p.padded * 64 / line);
+    store_all(p);
+    if (c.dtype == DType::i8) p.scales.assign(rows, 1 / 64.0f);
+    for (int i = 0; c.biased && i < c.neurons * c.inputs; ++i) p.biases.push_back(normal(random));
+    for (int i = 0; c.biased && i < c.width; ++i) p.down.push_back(normal(random));
+    for (int i = 0; i < c.tokens * c.width; ++i) p.x.push_back(normal(random) / 4);
+    for (int i = 0; c.masked && i < c.tokens * c.experts; ++i) p.mask.push_back(random() % 2);
+    return p;
+}
+
+float hidden(const Problem& p, int token, int neuron) {
+    float h = 1;
+    for (int part = 0; part < p.c.inputs; ++part) {
+        float z = p.biases.empty() ? 0 : p.biases[neuron * p.c.inputs + part];
+        const float* row = &p.values[(neuron * (p.c.inputs + 1) + part) * p.padded];
+        for (int d = 0; d < p.c.width; ++d) z += row[d] * p.x[token * p.c.width + d];
+        h *= part ? z : Activation{p.c.act, 0}(z);
+    }
+    return h;
+}
+
+std::vector<float> slow(const Problem& p) {
+    std::vector<float> y(p.x.size());
+    for (int t = 0; t < p.c.tokens; ++t) {
+        float* y_D = &y[t * p.c.width];
+        for (int d = 0; d < p.c.width && !p.down.empty(); ++d) y_D[d] = p.down[d];
+        const int size = p.c.neurons / p.c.experts, longer = p.c.neurons % p.c.experts;
+        for (int e = 0, n = 0; e < p.c.experts; ++e)
+            for (const int end = n + size + (e < longer); n < end; ++n) {
+                if (!p.mask.empty() && !p.mask[t * p.c.experts + e]) continue;
+                const float h = hidden(p, t, n);
+                const float* row = &p.values[(n * (p.c.inputs + 1) + p.c.inputs) * p.padded];
+                for (int d = 0; d < p.c.width; ++d) y_D[d] += h * row[d];
+            }
+    }
+    return y;
+}
+
+std::vector<float> fast(const Problem& p, const Isa& isa) {
+    std::vector<float> y(p.x.size());
+    const auto data = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
+    const Weights weights{p.rows.data(), data(p.scales), data(p.biases), data(p.down),
+                          p.c.neurons,   p.c.width,      p.padded,       p.c.inputs,
+                          p.c.dtype,     {Activation{p.c.act, 0}, Activation{}}};
+    const Batch batch{p.x.data(), y.data(), DType::f32, p.c.tokens, data(p.mask), p.c.experts};
+    sparse_ffn(weights, batch, isa, p.c.threads, 1.0);
+    return y;
+}
+
+void compare(const Problem& p, const Isa& isa) {
+    const std::vector<float> expected = slow(p), y = fast(p, isa);
+    for (std::size_t i = 0; i < y.size(); ++i) {
+        if (std::abs(y[i] - expected[i]) <= 1e-4f * (1 + std::abs(expected[i]))) continue;
+        std::fprintf(stderr, "%s: y[%zu] is %g, should be %g (T %d, D %d, F %d, dtype %d)\n",
+                     isa.name, i, y[i], expected[i], p.c.tokens, p.c.width, p.c.neurons,
+                     int(p.c.dtype));
+        std::exit(1);
+    }
+}
+
+Case draw(std::mt19937& random) {
+    const auto pick = [&](std::initializer_list<int> from) {
+        return from.begin()[random() % from.size()];
+    };
+    const int neurons = pick({1, 7, 64, 65, 300});
+    return {pick({1, 2, 5, 16, 19}),
+            pick({1, 31, 64, 65, 600}),
+            neurons,
+            1 + int(random() % unsigned(neurons)),
+            pick({1, 2}),
+            pick({1, 2, 4}),
+            DType(pick({0, 1, 2, 3})),
+            Act(pick({1, 5, 6, 7})),
+            bool(pick({0, 1})),
+            bool(pick({0, 1}))};
+}
+
+void check_all(unsigned seed, int cases) {
+    std::mt19937 random(seed);
+    for (int i = 0; i < cases; ++i) {
+        const Problem problem = make(draw(random), random());
+        for (const Isa* isa : kIsas)
+            if (isa->runs_here()) compare(problem, *isa);
+    }
+}
+
+}  // namespace
+
+int main() {
+    check_all(0, 60);
+    std::thread beside(check_all, 1, 30);
+    check_all(2, 30);
+    beside.join();
+    std::puts("ok");
+}

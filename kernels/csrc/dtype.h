@@ -1,0 +1,68 @@
+// The number formats of weights and activations, and their way to and from float.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace ffn {
+
+enum class DType : int { f32, bf16, f16, i8 };
+
+struct Bf16 {
+    std::uint16_t bits;
+};
+struct Half {
+    std::uint16_t bits;
+};
+
+inline float from_bits(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline std::uint32_t to_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(std::int8_t value) { return value; }
+inline float to_float(Bf16 value) { return from_bits(std::uint32_t{value.bits} << 16); }
+
+inline float to_float(Half value) {
+    const std::uint32_t sign = std::uint32_t(value.bits & 0x8000) << 16;
+    const std::uint32_t rest = std::uint32_t(value.bits & 0x7fff) << 13;
+    if (rest >= 0x7c00u << 13) return from_bits(sign | rest | 0x7f800000);  // infinity, NaN
+    // 2^112 moves the exponent from half's bias to float's, and makes subnormals normal.
+    return from_bits(sign | to_bits(from_bits(rest) * 0x1p112f));
+}
+
+// All of them round to nearest, ties to even.
+inline void from_float(float value, float& out) { out = value; }
+
+inline void from_float(float value, Bf16& out) {
+    const std::uint32_t bits = to_bits(value);
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    const std::uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    out.bits = nan ? 0x7fc0 : std::uint16_t(rounded >> 16);
+}
+
+inline void from_float(float value, Half& out) {
+    const std::uint32_t bits = to_bits(value), size = bits & 0x7fffffff;
+    std::uint32_t half;
+    if (size > 0x7f800000) {
+        half = 0x7e00;  // NaN
+    } else if (size >= 0x477ff000) {
+        half = 0x7c00;  // 65520 and above round to infinity
+    } else if (size >= 0x38800000) {
+        half = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+    } else {
+        // Below 2^-14 half's last place is 2^-24, which is float's last place at 0.5.
+        half = to_bits(from_bits(size) + 0.5f) - 0x3f000000;
+    }
+    out.bits = std::uint16_t((bits >> 16 & 0x8000) | half);
+}
+
+}  // namespace ffn

@@ -1,0 +1,24 @@
+// x86-64 with AVX-512. Chosen when the program runs, not when it is compiled.
+#include "isa.h"
+
+#ifdef FFN_X86
+#include <immintrin.h>
+
+#include "target.h"
+FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f")
+#include "avx512.h"
+#include "rows.h"
+
+namespace ffn {
+
+extern const Isa kAvx512 = {
+    "avx512",
+    [] { return bool(__builtin_cpu_supports("avx512f")); },
+    {row_kernels<Avx512, float>(), row_kernels<Avx512, Bf16>(), row_kernels<Avx512, Half>(),
+     row_kernels<Avx512, std::int8_t>()},
+    &kAvx512,
+};
+
+}  // namespace ffn
+FFN_TARGET_END
+#endif

@@ -1,0 +1,140 @@
+"""Third launch: y = sum over the listed neurons of h times the neuron's row.
+
+The list is cut into SPLITS shares for each tile of columns. Each program leaves its fp32 sum in
+its own place and takes a ticket; whoever takes the last one adds the sums in the order of the
+shares. The order is fixed, so y is the same from run to run, and no fourth launch is needed. On
+AMD it is: there a barrier does not wait for the stores of the other waves of a program, and only
+the end of a launch does.
+
+Letters: T tokens of one tile, D columns of one tile, N neurons of one step, F neurons.
+"""
+
+import triton
+import triton.language as tl
+
+from moe_tools.kernels.triton.device import load_rows_ND, neuron_major
+from moe_tools.kernels.triton.hidden import count_before
+
+
+@triton.jit
+def add_rows(
+    sums, hidden, rows, stride, tokens, neuron_N, on_N, column_D, D, F,
+    SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Sums + hidden rows. With SKIP_ZEROS, rows whose hidden values are all zero are not read."""
+    from_TN = hidden + neuron_major(tokens, neuron_N, F, BLOCK_T)
+    hidden_TN = tl.load(from_TN, mask=on_N[None, :], other=0.0)
+    if SKIP_ZEROS:
+        on_N = tl.max((hidden_TN != 0).to(tl.int32), 0) > 0
+    rows_ND = load_rows_ND(rows, stride, neuron_N, on_N, column_D, D)
+    if BLOCK_T == 1:
+        return sums + tl.trans(hidden_TN).to(tl.float32) * rows_ND.to(tl.float32)
+    else:
+        return tl.dot(hidden_TN, rows_ND, sums, input_precision="ieee")
+
+
+@triton.jit
+def sum_share_TD(
+    hidden, rows, stride, hidden_2, rows_2, stride_2, packed, start, stop, tokens, column_D, D, F,
+    SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The sum over the places from `start` to `stop` of the packed list."""
+    if BLOCK_T == 1:
+        sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    else:
+        sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for place in range(start, stop, BLOCK_N):
+        place_N = place + tl.arange(0, BLOCK_N)
+        on_N = place_N < stop
+        neuron_N = tl.load(packed + tokens * F + place_N, mask=on_N, other=0)
+        sums = add_rows(
+            sums, hidden, rows, stride, tokens, neuron_N, on_N, column_D, D, F,
+            SKIP_ZEROS, BLOCK_T,
+        )  # fmt: skip
+        if rows_2 is not None:
+            sums = add_rows(
+                sums, hidden_2, rows_2, stride_2, tokens, neuron_N, on_N, column_D, D, F,
+                SKIP_ZEROS, BLOCK_T,
+            )  # fmt: skip
+    if BLOCK_T == 1:
+        return tl.sum(sums, axis=0)[None, :]
+    else:
+        return sums
+
+
+@triton.jit
+def places_TD(partials, tokens, column_D, D, PLACES: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Pointers to the first of the places of a tile; the next is BLOCK_T * D further."""
+    row_T = tokens * PLACES * BLOCK_T + tl.arange(0, BLOCK_T)
+    return partials + row_T[:, None].to(tl.int64) * D + column_D[None, :]
+
+
+@triton.jit
+def add_places(
+    first_TD, bias, y, tokens, column_D, T, D, PLACES: tl.constexpr, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """Writes y = bias + the sums of all places, in their order."""
+    inside_D = column_D < D
+    y_TD = tl.zeros(first_TD.shape, tl.float32)
+    if bias is not None:
+        y_TD += tl.load(bias + column_D, mask=inside_D, other=0.0).to(tl.float32)[None, :]
+    for place in range(PLACES):
+        # ".cg": past the first cache, which may hold lines from before the ticket
+        from_TD = first_TD + place * BLOCK_T * D
+        y_TD += tl.load(from_TD, mask=inside_D[None, :], other=0.0, cache_modifier=".cg")
+    token_T = tokens * BLOCK_T + tl.arange(0, BLOCK_T)
+    to_TD = y + token_T[:, None].to(tl.int64) * D + column_D[None, :]
+    inside_TD = (token_T < T)[:, None] & inside_D[None, :]
+    tl.store(to_TD, y_TD.to(y.dtype.element_ty), mask=inside_TD)
+
+
+@triton.jit
+def combine(
+    hidden, rows, stride, hidden_2, rows_2, stride_2, packed, counts, bias, partials, tickets, y,
+    T, D, F, num_tiles,
+    ATOMIC: tl.constexpr, TICKETS: tl.constexpr, SKIP_ZEROS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """y_TD, plus the bias; with a second pair (the backward pass: gate and up), of both pairs.
+
+    ATOMIC adds every share to one place, which must start at zero: less to write, but the order
+    of the sums, and so their last bit, may change from run to run. Without TICKETS, `add_shares`
+    has to follow.
+    """
+    tile, split, tokens = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column_D = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    count = count_before(counts, tokens, num_tiles, num_tiles, TILES)
+    share = tl.cdiv(count, SPLITS)
+    start = split * share
+    stop = tl.minimum(start + share, count)
+    sums_TD = sum_share_TD(
+        hidden, rows, stride, hidden_2, rows_2, stride_2, packed, start, stop, tokens, column_D,
+        D, F, SKIP_ZEROS, BLOCK_T, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    places: tl.constexpr = 1 if ATOMIC else SPLITS
+    first_TD = places_TD(partials, tokens, column_D, D, places, BLOCK_T)
+    inside_TD = tl.broadcast_to((column_D < D)[None, :], (BLOCK_T, BLOCK_D))
+    if ATOMIC:
+        tl.atomic_add(first_TD, sums_TD, mask=inside_TD, sem="relaxed")
+    else:
+        tl.store(first_TD + split * BLOCK_T * D, sums_TD, mask=inside_TD)
+    if TICKETS:
+        # The barrier puts every thread's sums before the ticket; the ticket, released and
+        # acquired by one thread, puts them before the loads of whoever comes last.
+        tl.debug_barrier()
+        ticket = tl.atomic_add(tickets + tokens * tl.num_programs(0) + tile, 1, sem="acq_rel")
+        if ticket == SPLITS - 1:
+            tl.debug_barrier()
+            add_places(first_TD, bias, y, tokens, column_D, T, D, places, BLOCK_T)
+
+
+@triton.jit
+def add_shares(
+    partials, bias, y, T, D, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """What the last ticket does, as a launch of its own."""
+    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tokens = tl.program_id(1)
+    first_TD = places_TD(partials, tokens, column_D, D, PLACES, BLOCK_T)
+    add_places(first_TD, bias, y, tokens, column_D, T, D, PLACES, BLOCK_T)

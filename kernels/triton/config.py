@@ -1,0 +1,92 @@
+"""Tile sizes: a pinned default for each number of tokens, and the candidates of `tune`."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the tiles, powers of two. None of them changes which rows are read."""
+
+    tile: int
+    """Neurons of one program of launch one, when it reads the mask alone."""
+    gate_tile: int
+    """The same when it reads gate rows too; a multiple of `rows`."""
+    rows: int
+    """Neurons of one program of launch two; 16 or more where tokens share a program."""
+    columns: int
+    """Columns of one step of launches one and two."""
+    down_rows: int
+    """Neurons of one step of launch three."""
+    down_columns: int
+    """Columns of one program of launch three."""
+    splits: int
+    """Shares of the list in launch three; the sums are added in their order."""
+    warps: int
+    """Warps of one program."""
+
+    def __post_init__(self) -> None:
+        wrong = [size for size in astuple(self) if size < 1 or size & (size - 1)]
+        if wrong:
+            raise ValueError(f"tile sizes {wrong} of {self}: sizes are powers of two")
+        if self.rows > min(self.tile, self.gate_tile):
+            raise ValueError(f"{self}: rows divide tile and gate_tile")
+
+    def fitted(self, tokens: int, width: int) -> Config:
+        """No more columns than the width has, and what matrix units ask for (16)."""
+        least = 1 if tokens == 1 else 16
+        columns = max(least, next_power(width))
+        return Config(
+            max(self.tile, least),
+            max(self.gate_tile, least),
+            max(self.rows, least),
+            max(least, min(self.columns, columns)),
+            max(self.down_rows, least),
+            max(least, min(self.down_columns, columns)),
+            self.splits,
+            self.warps,
+        )
+
+
+def next_power(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def tokens_of_a_program(tokens: int) -> int:
+    """One token alone; from two on, tiles of 16 to 64 share the rows that any of them needs."""
+    return 1 if tokens == 1 else min(64, max(16, next_power(tokens)))
+
+
+ONE_TOKEN = Config(128, 16, 8, 512, 64, 128, 8, 4)
+FEW_TOKENS = Config(128, 16, 16, 128, 32, 128, 4, 4)
+MANY_TOKENS = Config(128, 32, 32, 64, 32, 128, 4, 4)
+"""64 tokens: half the columns, for sm_90 keeps both operands in shared memory; twice the rows, for
+fewer than 8 elements a thread make narrow loads."""
+
+
+def pinned(tokens: int) -> Config:
+    """The default. Chosen by registers, spills and load widths: no GPU has timed it yet."""
+    if tokens == 1:
+        return ONE_TOKEN
+    return FEW_TOKENS if tokens <= 32 else MANY_TOKENS
+
+
+def candidates(tokens: int) -> list[Config]:
+    """The pinned default first, then what `tune` tries beside it."""
+    if tokens == 1:
+        tried = [
+            Config(128, gate_tile, rows, columns, down_rows, 128, splits, warps)
+            for gate_tile, rows, columns in ((16, 8, 512), (8, 4, 1024), (16, 16, 256))
+            for down_rows, splits in ((64, 8), (32, 16))
+            for warps in (4, 8)
+        ]
+    else:
+        tried = [
+            Config(128, rows, rows, columns, 32, down_columns, splits, 4)
+            for rows, columns in ((16, 128), (32, 64))
+            for down_columns in (64, 128)
+            for splits in (4, 8)
+        ]
+    return [pinned(tokens), *(config for config in tried if config != pinned(tokens))]

@@ -1,0 +1,205 @@
+"""What the kernels need of a GPU, read from their compiled code; no GPU takes part.
+
+    python -m moe_tools.kernels.triton.resources [--shape D F] [--tokens T ...] [--json]
+
+compiles every launch of the plans of `cases` for every target and prints a table: registers,
+spilled and shared bytes of a program, and how wide the loads of the weight rows are. It exits
+with 1 if a kernel is over the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from inspect import getsourcelines
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moe_tools.kernels.triton.call import Call
+from moe_tools.kernels.triton.device import load_rows_ND
+from moe_tools.kernels.triton.plan import Launch, plan_forward
+from moe_tools.kernels.triton.plan_backward import plan_backward
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+REGISTERS = 255
+"""Budget of one thread: with more the compiler spills. Below it, four warps always fit."""
+SHARED = 64 * 1024
+"""Bytes of one program: two fit an sm_80 (163 KiB) and an sm_90 (227 KiB), one a gfx942 (64)."""
+TOKENS = (1, 16, 64)
+"""Of the cases: the smallest, the middle and the largest tile of tokens."""
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One kernel of one case, compiled for one target."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    """Of a thread; on AMD, vector registers."""
+    spills: int
+    """Bytes of a thread's stack: spilled registers and local arrays."""
+    shared: int
+    """Bytes of a program."""
+    load_bits: tuple[int, ...]
+    """Widths of the loads of weight rows, each once; empty in kernels that read none."""
+
+    @property
+    def fits(self) -> bool:
+        """Within the budget, with nothing in local memory and weights read 128 bits at a time."""
+        lean = self.registers <= REGISTERS and not self.spills and self.shared <= SHARED
+        return lean and self.load_bits in ((), (128,))
+
+
+def cases(width: int, neurons: int, tokens: int, target: str) -> Iterator[tuple[str, list[Launch]]]:
+    """Name and launches of what is compiled, in bf16 with experts of 8; fp32 for one token."""
+    for dtype in (torch.bfloat16, torch.float32) if tokens == 1 else (torch.bfloat16,):
+        end = f"{_TYPES[dtype]}, {tokens} tokens"
+        call = replace(_call(tokens, width, neurons, dtype), tickets=target != "gfx942")
+        exact = replace(call, act="relu", gate_first=True)
+        yield f"experts {end}", plan_forward(call)[0]
+        yield f"gate first {end}", plan_forward(exact)[0]
+        yield f"backward {end}", plan_backward(call, torch.empty_like(call.x_TD))[0]
+
+
+def _call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> Call:
+    def blank(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    weights = [blank(neurons, width) for _ in range(3)]
+    return Call(blank(tokens, width), *weights, blank(tokens, max(1, neurons // 8)))
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel as this launch would compile it on `target`."""
+    kernel, values = launch.kernel, launch.arguments
+    fixed = {one.name for one in kernel.params if one.is_constexpr or values[one.name] is None}
+    kinds = {
+        name: "constexpr" if name in fixed else _kind(values[name]) for name in kernel.arg_names
+    }
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name not in fixed and _divides(values[name])
+    }
+    source = ASTSource(kernel, kinds, {name: values[name] for name in fixed}, attributes)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _divides(value: Any) -> bool:
+    """Whether the launcher would know that 16 divides it; of memory, that torch aligns it."""
+    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+
+
+def measure(case: str, launch: Launch, target: str) -> Usage:
+    """Compiles one launch and reads its resources."""
+    made = compile_launch(launch, TARGETS[target])
+    amd = TARGETS[target].backend == "hip"
+    text = made.asm["amdgcn" if amd else "ptx"]
+    registers, spills = _amd_usage(text) if amd else _nvidia_usage(made.asm["cubin"])
+    widths = tuple(sorted(set(_row_loads(text))))
+    return Usage(case, launch.name, target, registers, spills, made.metadata.shared, widths)
+
+
+def _amd_usage(text: str) -> tuple[int, int]:
+    found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
+    return int(found["vgpr_count"]), int(found["private_segment_fixed_size"])
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def _row_loads(text: str) -> Iterator[int]:
+    """Bits of each load that comes from a line of `load_rows_ND`, as the debug lines say."""
+    lines, first = getsourcelines(load_rows_ND.fn)
+    file = re.search(r'\.file\s+(\d+) .*device\.py"', text)
+    inside = False
+    for line in text.splitlines():
+        if at := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
+            inside = bool(file) and at[1] == file[1] and first <= int(at[2]) < first + len(lines)
+        elif inside and (bits := _load_bits(line)):
+            yield bits
+
+
+def _load_bits(line: str) -> int | None:
+    if found := re.search(r"cp\.async\.c\w\.shared\.global.*?\], \[.*?\], (\w+)", line):
+        return 8 * int(found[1], 0)
+    if found := re.search(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", line):
+        return int(found[1] or 1) * int(found[2])
+    if found := re.search(r"\b(?:global|buffer)_load_(dwordx?(\d)?|[us]?short|[us]byte)", line):
+        return 32 * int(found[2] or 1) if "dword" in found[1] else 16 if "short" in found[1] else 8
+    return None
+
+
+def measure_all(width: int, neurons: int, tokens: tuple[int, ...] = TOKENS) -> Iterator[Usage]:
+    """Every kernel of every case, once for each target; twins across cases are compiled once."""
+    for count, target in product(tokens, TARGETS):
+        for case, launches in cases(width, neurons, count, target):
+            for launch in launches:
+                yield measure(case, launch, target)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; 0 if every kernel is within the budget."""
+    parser = argparse.ArgumentParser(description="registers, spills and load widths, without a GPU")
+    parser.add_argument("--shape", nargs=2, type=int, default=(4096, 11008), metavar=("D", "F"))
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
+    fits = True
+    for usage in measure_all(*options.shape, tuple(options.tokens)):
+        print(json.dumps(asdict(usage)) if options.json else _row(usage), flush=True)
+        fits &= usage.fits
+    return 0 if fits else 1
+
+
+def _row(usage: Usage) -> str:
+    widths = "/".join(map(str, usage.load_bits)) or "-"
+    return (
+        f"{usage.case:<28}{usage.kernel:<22}{usage.target:<8}{usage.registers:>4} registers"
+        f"{usage.spills:>4} B spilled{usage.shared:>7} B shared{widths:>5} bit loads"
+        f"{'' if usage.fits else '  OVER BUDGET'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The table of `python -m moe_tools.kernels.triton.resources`: within the budget, on no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from moe_tools.kernels.triton.resources import TARGETS, Usage
+
+WITH_ROWS = {"list_firing", "compute_hidden", "compute_hidden_grads", "combine"}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # In a process of its own: here the kernels are interpreted, not compiled.
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "moe_tools.kernels.triton.resources", *arguments]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+
+
+def table(*arguments: str) -> list[Usage]:
+    done = run("--json", *arguments)
+    rows: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [Usage(**row | {"load_bits": tuple(row["load_bits"])}) for row in rows]
+    over = [usage for usage in found if not usage.fits]
+    assert (done.returncode, over) == (0, []), done.stderr
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", ["1", "16", "64"])
+@pytest.mark.parametrize("shape", [("4096", "11008"), ("576", "1536")], ids="x".join)
+def test_every_kernel_is_within_the_budget(shape: tuple[str, str], tokens: str) -> None:
+    found = table("--shape", *shape, "--tokens", tokens)
+    assert {usage.target for usage in found} == set(TARGETS)
+    launches = len(TARGETS) * (3 + 3 + 5) + 3  # gfx942 adds shares in a launch of its own
+    assert len(found) == launches * (2 if tokens == "1" else 1)
+    for usage in found:
+        assert usage.load_bits == ((128,) if usage.kernel in WITH_ROWS else ()), usage
+        assert usage.spills == 0, usage
+
+
+@pytest.mark.parametrize(
+    "changes", [{"registers": 256}, {"spills": 8}, {"shared": 65537}, {"load_bits": (64, 128)}]
+)
+def test_what_is_over_the_budget_does_not_fit(changes: dict[str, Any]) -> None:
+    lean = Usage("experts", "combine", "sm_90", 96, 0, 1024, (128,))
+    assert lean.fits
+    assert not replace(lean, **changes).fits
+
+
+def test_interpreted_kernels_are_refused() -> None:
+    done = run(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "unset it" in done.stderr
