@@ -36,8 +36,10 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
             marker="o",
             label=name,
         )
-    for row, style in [(row, ":") for row in rows if row.role != "model"]:
-        axes.axhline(_quality(row), linestyle=style, color="gray", label=f"{row.role}, dense")
+    for row in rows:
+        if row.role != "model":
+            style = {"donor": "dotted", "control": "dashed"}[row.role]
+            axes.axhline(_quality(row), linestyle=style, color="gray", label=f"{row.role}, dense")
     axes.set_xlabel("FFN FLOPs with router, share of dense")
     what = "perplexity" if rows[0].accuracy is None else "accuracy"
     axes.set_ylabel(f"{what}, held-out {Path(rows[0].data).name}")
