@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="docs", help="docs, a file or folder, a hub dataset")
     parser.add_argument("--tokens", type=positive, default=8192, help="held-out; default: 8192")
     parser.add_argument("--fit-tokens", type=positive, default=32768, help="default: 32768")
+    parser.add_argument(
+        "--calibration-tokens",
+        type=positive,
+        default=8192,
+        help="for splits, budgets and baselines; default: 8192",
+    )
     parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=json_target, metavar="FILE", help="- is standard output")
@@ -74,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         fit=Fit(tokens=args.fit_tokens, epochs=10, lr=3e-3),
         data=args.data,
         tokens=args.tokens,
+        calibration=args.calibration_tokens,
         block_length=args.block_length,
         seed=args.seed,
         dtype=pick_dtype(args.dtype, device),

@@ -17,7 +17,12 @@ from moe_tools.data.generate import evaluating
 from moe_tools.model.conversion import set_selectors
 from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.model.routing import Routing, observe_routing
-from moe_tools.model.selectors import Selector, sample_stride, tune_selector
+from moe_tools.model.selectors import (
+    Selector,
+    describe_selector,
+    sample_stride,
+    tune_selector,
+)
 from moe_tools.recipe import Budget
 from moe_tools.steps.calibrate import check_routed, check_sparsity, model_inputs
 from moe_tools.steps.spending import error_curves, spend_by_error
@@ -55,8 +60,13 @@ def budget(model: nn.Module, step: Budget, blocks_BT: Tensor) -> dict[str, Any]:
         work = {ffn.name: seen[ffn.name].tokens * ffn.importance().routed_neurons for ffn in ffns}
         saved = sum(given[name] * work[name] for name in given)
         given = spend_by_error(error_curves(model, ffns, blocks_BT), work, saved)
+    before: list[dict[str, Any]] = []
     for _ in range(ROUNDS):
-        set_selectors(model, [_tuned(f, seen[f.name], given[f.name]) for f in ffns])
+        selectors = [_tuned(f, seen[f.name], given[f.name]) for f in ffns]
+        if [describe_selector(one) for one in selectors] == before:
+            break  # top-k has no scale that could move
+        set_selectors(model, selectors)
+        before = [describe_selector(one) for one in selectors]
         seen = _watch(model, blocks_BT)
     reached = _sparsity(ffns, seen)
     if abs(reached - step.target_sparsity) > CLOSE:
