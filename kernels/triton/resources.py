@@ -90,8 +90,9 @@ def _call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> Call:
     def blank(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    weights = [blank(neurons, width) for _ in range(3)]
-    return Call(blank(tokens, width), *weights, blank(tokens, max(1, neurons // 8)))
+    gate_FD, up_FD, down_FD = (blank(neurons, width) for _ in range(3))
+    mask_TE = blank(tokens, max(1, neurons // 8))
+    return Call(blank(tokens, width), gate_FD, up_FD, down_FD, mask_TE)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -149,11 +150,11 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 def _row_loads(text: str) -> Iterator[int]:
     """Bits of each load that comes from a line of `load_rows_ND`, as the debug lines say."""
     lines, first = getsourcelines(load_rows_ND.fn)
-    file = re.search(r'\.file\s+(\d+) .*device\.py"', text)
+    files = re.findall(r'\.file\s+(\d+) .*device\.py"', text)
     inside = False
     for line in text.splitlines():
         if at := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
-            inside = bool(file) and at[1] == file[1] and first <= int(at[2]) < first + len(lines)
+            inside = at[1] in files and first <= int(at[2]) < first + len(lines)
         elif inside and (bits := _load_bits(line)):
             yield bits
 
@@ -186,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
     fits = True
-    for usage in measure_all(*options.shape, tuple(options.tokens)):
+    width, neurons = options.shape
+    for usage in measure_all(width, neurons, tuple(options.tokens)):
         print(json.dumps(asdict(usage)) if options.json else _row(usage), flush=True)
         fits &= usage.fits
     return 0 if fits else 1
