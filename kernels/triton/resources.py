@@ -108,7 +108,10 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
         if name not in fixed and _divides(values[name])
     }
     source = ASTSource(kernel, kinds, {name: values[name] for name in fixed}, attributes)
-    return triton.compile(source, target=target, options=launch.options)
+    with triton.knobs.compilation.scope():
+        # Code from the cache may carry the line numbers of an older file.
+        triton.knobs.compilation.always_compile = True
+        return triton.compile(source, target=target, options=launch.options)
 
 
 def _kind(value: Any) -> str:
