@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from inspect import getsourcelines
 from itertools import product
 from typing import Any
 
@@ -28,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_tools.kernels.triton.call import Call
-from moe_tools.kernels.triton.device import load_rows_ND
 from moe_tools.kernels.triton.plan import Launch, plan_forward
 from moe_tools.kernels.triton.plan_backward import plan_backward
 
@@ -109,7 +107,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     }
     source = ASTSource(kernel, kinds, {name: values[name] for name in fixed}, attributes)
     with triton.knobs.compilation.scope():
-        # Code from the cache may carry the line numbers of an older file.
+        # Code from the cache may name the files of an older version.
         triton.knobs.compilation.always_compile = True
         return triton.compile(source, target=target, options=launch.options)
 
@@ -151,13 +149,12 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _row_loads(text: str) -> Iterator[int]:
-    """Bits of each load that comes from a line of `load_rows_ND`, as the debug lines say."""
-    lines, first = getsourcelines(load_rows_ND.fn)
-    files = re.findall(r'\.file\s+(\d+) .*device\.py"', text)
+    """Bits of each load that comes from rows.py, as the debug lines say."""
+    files = re.findall(r'\.file\s+(\d+) .*rows\.py"', text)
     inside = False
     for line in text.splitlines():
-        if at := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
-            inside = at[1] in files and first <= int(at[2]) < first + len(lines)
+        if at := re.match(r"\s*\.loc\s+(\d+) ", line):
+            inside = at[1] in files
         elif inside and (bits := _load_bits(line)):
             yield bits
 
