@@ -87,7 +87,9 @@ def pack(
         ValueError: an unknown backend, or one that cannot run this.
     """
     dtype = dtype or weights.up_FD.dtype
-    if _known(backend) == "auto" and native_cpu() and unsupported(weights, dtype) is None:
+    auto = _known(backend) == "auto" and unsupported(weights, dtype) is None
+    if auto and (isa := native_cpu()):
+        announce(isa)
         return CpuFFN(weights, dtype)
     if backend == "cpu":
         return CpuFFN(weights, dtype, or_dense=False)
@@ -97,15 +99,22 @@ def pack(
 
 
 @functools.cache
-def native_cpu() -> bool:
-    """Whether the native CPU kernels are there; the log says which, or why not, once."""
+def native_cpu() -> str | None:
+    """The instruction set of the native CPU kernels; None where they are not there.
+
+    The log then warns, once, and says why.
+    """
     try:
-        found = isas()
+        return isas()[-1]
     except ValueError as error:
         _log.warning("sparse_ffn runs on PyTorch alone: %s", error)
-        return False
-    _log.info("sparse_ffn runs on native CPU kernels, %s", found[-1])
-    return True
+        return None
+
+
+@functools.cache
+def announce(isa: str) -> None:
+    """Logs, once, what was chosen."""
+    _log.info("sparse_ffn runs on native CPU kernels, %s", isa)
 
 
 def backends() -> list[str]:

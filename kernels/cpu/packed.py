@@ -70,7 +70,7 @@ class CpuFFN(PackedFFN):
         """
         self.weights.check_call(x_TD, mask_TE)
         _check_kinds(x_TD, mask_TE, soft=False)
-        return self._call(x_TD, mask_TE, torch.empty(x_TD.shape, dtype=x_TD.dtype), 1.0)
+        return self._call(x_TD, mask_TE, _output(x_TD), 1.0)
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         _check_kinds(x_TD, mask_TE, soft=self.or_dense)
@@ -78,7 +78,7 @@ class CpuFFN(PackedFFN):
         most = dense_above(tokens, mask_TE) if self.or_dense else 1.0
         if most == 0.0:
             return self._dense(x_TD, mask_TE)
-        y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+        y_TD = _output(x_TD)
         read = self._call(x_TD, mask_TE, y_TD, most)
         return self._dense(x_TD, mask_TE) if read < 0 else y_TD
 
@@ -111,6 +111,10 @@ class CpuFFN(PackedFFN):
         rows_FPD = rows_FPD.to(dtype) if scales_FP is None else rows_FPD * scales_FP[..., None]
         made = _views(self.weights, replace(self.rows, rows_FPD=rows_FPD))
         return made.changed(lambda rows_FD: rows_FD.to(dtype), lambda bias: bias.to(dtype))
+
+
+def _output(x_TD: Tensor) -> Tensor:
+    return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
 
 
 def dense_above(tokens: int, mask_TE: Tensor | None) -> float:

@@ -12,7 +12,7 @@ import torch
 import moe_tools.kernels.cpu
 from moe_tools.kernels.cpu.native import extension, isas
 from moe_tools.kernels.packed import ReferenceFFN
-from moe_tools.kernels.sparse_ffn import backends, native_cpu, pack, sparse_ffn
+from moe_tools.kernels.sparse_ffn import announce, backends, native_cpu, pack, sparse_ffn
 from moe_tools.kernels.weights import FFNWeights
 
 ORDER = ["portable", "avx2", "avx512", "avx512_bf16"]
@@ -42,8 +42,10 @@ def test_its_instruction_sets_build_on_each_other() -> None:
 
 
 def test_its_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    native_cpu.cache_clear()
+    announce.cache_clear()
     with caplog.at_level(logging.INFO, "moe_tools.kernels"):
+        assert backends()[0] == "cpu"
+        assert not caplog.records  # who only asks what there is hears nothing
         assert pack(weights()).backend == pack(weights()).backend == "cpu"
     (record,) = caplog.records
     assert record.getMessage() == f"sparse_ffn runs on native CPU kernels, {isas()[-1]}"
