@@ -6,7 +6,7 @@ Letters: T tokens, D model width, F neurons, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -47,7 +47,7 @@ class Call:
     @classmethod
     def of(cls, *operands: Any, config: Sequence[int]) -> Call:
         """From what an operator's schema can say: the fields in order, a config as numbers."""
-        return cls(*operands, Config(*config) if config else None)
+        return replace(cls(*operands), config=Config(*config) if config else None)
 
     @cached_property
     def sizes(self) -> dict[str, int]:

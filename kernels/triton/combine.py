@@ -12,8 +12,9 @@ Letters: T tokens of one tile, D columns of one tile, N neurons of one step, F n
 import triton
 import triton.language as tl
 
-from moe_tools.kernels.triton.device import load_rows_ND, neuron_major
+from moe_tools.kernels.triton.device import neuron_major
 from moe_tools.kernels.triton.hidden import count_before
+from moe_tools.kernels.triton.rows import load_rows_ND
 
 
 @triton.jit

@@ -7,6 +7,8 @@ experts. A neuron is one row of each weight matrix; sums are fp32.
 import triton
 import triton.language as tl
 
+from moe_tools.kernels.triton.rows import load_rows_ND
+
 
 @triton.jit
 def expert_of(neuron_N, F, E):
@@ -34,14 +36,6 @@ def load_x_TD(x, token_T, column_D, T, D):
     inside_TD = (token_T < T)[:, None] & (column_D < D)[None, :]
     at_TD = token_T[:, None].to(tl.int64) * D + column_D[None, :]
     return tl.load(x + at_TD, mask=inside_TD, other=0.0)
-
-
-@triton.jit
-def load_rows_ND(weight, stride, neuron_N, on_N, column_D, D):
-    """A tile of weight rows; the rows of neurons that are off are not read."""
-    inside_ND = on_N[:, None] & (column_D < D)[None, :]
-    at_ND = neuron_N[:, None].to(tl.int64) * stride + column_D[None, :]
-    return tl.load(weight + at_ND, mask=inside_ND, other=0.0)
 
 
 @triton.jit

@@ -83,8 +83,11 @@ def _blank(tensor: Tensor | None) -> Tensor | None:
 
 
 def _plan_hidden_grads(call: Call, lists: Lists, dy_TD: Tensor, values: _Hidden) -> Launch:
+    columns = call.tiling.columns
     arguments = {
         **for_launch_two(call, lists),
+        # With a third stream, one token, whose sums stand in registers, takes half the columns.
+        "BLOCK_D": columns if call.tokens > 1 else max(1, columns // 2),
         "dy": dy_TD,
         "gate": call.gate_FD,
         "down": call.down_FD,

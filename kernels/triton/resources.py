@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from inspect import getsourcelines
 from itertools import product
 from typing import Any
 
@@ -28,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_tools.kernels.triton.call import Call
-from moe_tools.kernels.triton.device import load_rows_ND
 from moe_tools.kernels.triton.plan import Launch, plan_forward
 from moe_tools.kernels.triton.plan_backward import plan_backward
 
@@ -90,8 +88,9 @@ def _call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> Call:
     def blank(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    weights = [blank(neurons, width) for _ in range(3)]
-    return Call(blank(tokens, width), *weights, blank(tokens, max(1, neurons // 8)))
+    gate_FD, up_FD, down_FD = (blank(neurons, width) for _ in range(3))
+    mask_TE = blank(tokens, max(1, neurons // 8))
+    return Call(blank(tokens, width), gate_FD, up_FD, down_FD, mask_TE)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -107,7 +106,10 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
         if name not in fixed and _divides(values[name])
     }
     source = ASTSource(kernel, kinds, {name: values[name] for name in fixed}, attributes)
-    return triton.compile(source, target=target, options=launch.options)
+    with triton.knobs.compilation.scope():
+        # Code from the cache may name the files of an older version.
+        triton.knobs.compilation.always_compile = True
+        return triton.compile(source, target=target, options=launch.options)
 
 
 def _kind(value: Any) -> str:
@@ -147,13 +149,12 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _row_loads(text: str) -> Iterator[int]:
-    """Bits of each load that comes from a line of `load_rows_ND`, as the debug lines say."""
-    lines, first = getsourcelines(load_rows_ND.fn)
-    file = re.search(r'\.file\s+(\d+) .*device\.py"', text)
+    """Bits of each load that comes from rows.py, as the debug lines say."""
+    files = re.findall(r'\.file\s+(\d+) .*rows\.py"', text)
     inside = False
     for line in text.splitlines():
-        if at := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
-            inside = bool(file) and at[1] == file[1] and first <= int(at[2]) < first + len(lines)
+        if at := re.match(r"\s*\.loc\s+(\d+) ", line):
+            inside = at[1] in files
         elif inside and (bits := _load_bits(line)):
             yield bits
 
@@ -186,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels are not compiled; unset it")
     fits = True
-    for usage in measure_all(*options.shape, tuple(options.tokens)):
+    width, neurons = options.shape
+    for usage in measure_all(width, neurons, tuple(options.tokens)):
         print(json.dumps(asdict(usage)) if options.json else _row(usage), flush=True)
         fits &= usage.fits
     return 0 if fits else 1

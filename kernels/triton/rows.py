@@ -1,0 +1,15 @@
+"""Where weights are read, and nowhere else: `resources` finds these loads in compiled code by file.
+
+Letters: D columns of one step, N neurons of one program.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows_ND(weight, stride, neuron_N, on_N, column_D, D):
+    """A tile of weight rows; the rows of neurons that are off are not read."""
+    inside_ND = on_N[:, None] & (column_D < D)[None, :]
+    at_ND = neuron_N[:, None].to(tl.int64) * stride + column_D[None, :]
+    return tl.load(weight + at_ND, mask=inside_ND, other=0.0)
