@@ -1,4 +1,7 @@
-"""`moe-tools bench`: what routing and clustering cost in time, and what sparse kernels save."""
+"""`moe-tools bench`: what routing and clustering cost in time, what sparse kernels save.
+
+`generate` times whole models, the other kinds one FFN.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,28 @@ import argparse
 
 from moe_tools.cli.options import json_target, not_negative, positive
 
-SUMMARY = "time an FFN dense and routed, its sparse kernels, or the clustering of its neurons"
+SUMMARY = "time an FFN, its sparse kernels, its clustering, or a whole model that generates"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("what", nargs="?", choices=tuple(_KINDS), default="ffn")
-    parser.add_argument("--shape", default="smollm2-135m", help="smollm2-135m, llama2-7b or DxF")
+    parser.add_argument("folder", nargs="?", help="converted model, of generate; else --shape")
+    parser.add_argument(
+        "--shape", default="smollm2-135m", help="smollm2-135m, llama2-7b, d2048 or DxF"
+    )
     parser.add_argument(
         "--expert-size", type=positive, default=8, help="neurons; not of clustering"
     )
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="not of clustering"
     )
-    parser.add_argument("--repeats", type=positive, default=30, help="of kernels")
+    parser.add_argument(
+        "--repeats", type=positive, help="of kernels (default: 30) and generate (default: 5)"
+    )
+    parser.add_argument("--prompt-tokens", type=positive, default=128, help="of generate")
+    parser.add_argument("--tokens", type=positive, default=64, help="decoded; of generate")
+    parser.add_argument("--threads", type=positive, help="of generate; default: PyTorch's")
     parser.add_argument(
         "--rotate", type=not_negative, default=1.6, metavar="GB", help="of weights; of kernels"
     )
@@ -35,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
     from moe_tools.cli.common import write_text
 
+    if args.folder and args.what != "generate":
+        raise ValueError(f"bench {args.what} times a shape, not {args.folder}: use --shape")
     lines, figures = _KINDS[args.what](args)
     print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
@@ -66,7 +79,7 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object
         args.shape,
         expert_size=args.expert_size,
         dtype=DTYPES[args.dtype],
-        repeats=args.repeats,
+        repeats=args.repeats or 30,
         rotated=int(args.rotate * 1e9),
     )
     lines = [
@@ -75,6 +88,33 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object
         for t in timings
     ]
     title = f"{args.shape}, one token, {args.dtype}, {torch.get_num_threads()} threads"
+    return [title, *lines], [timing.to_dict() for timing in timings]
+
+
+def _generate(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
+    from moe_tools.cli.common import DTYPES
+    from moe_tools.measure.bench_generate import (
+        bench_generate,
+        folder_models,
+        shape_models,
+        threads,
+    )
+
+    dtype, size = DTYPES[args.dtype], args.expert_size
+    with threads(args.threads) as used:
+        if args.folder:
+            models = folder_models(args.folder, dtype)
+        else:
+            models = shape_models(args.shape, size, dtype)
+        timings = bench_generate(
+            models, prompt=args.prompt_tokens, tokens=args.tokens, rounds=args.repeats or 5
+        )
+    lines = [
+        f"{t.model:<10}{t.sparsity:>5.0%} off   prefill {t.prefill:9.1f} tokens/s "
+        f"{t.prefill_speedup:5.2f}x   decode {t.decode:8.1f} tokens/s {t.decode_speedup:5.2f}x"
+        for t in timings
+    ]
+    title = f"{args.folder or args.shape}, {args.dtype}, {used} threads"
     return [title, *lines], [timing.to_dict() for timing in timings]
 
 
@@ -90,4 +130,4 @@ def _clustering(args: argparse.Namespace) -> tuple[list[str], list[dict[str, obj
     return lines, [one.to_dict() for one in found]
 
 
-_KINDS = {"ffn": _ffn, "kernels": _kernels, "clustering": _clustering}
+_KINDS = {"ffn": _ffn, "kernels": _kernels, "clustering": _clustering, "generate": _generate}

@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="default: 64")
     parser.add_argument("--temperature", type=not_negative, default=0.0, help="default: 0, greedy")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--optimize", action="store_true", help="run on the sparse kernels")
+    parser.add_argument(
+        "--packed-dtype",
+        choices=("fp32", "bf16", "int8"),
+        help="of the FFNs' weights with --optimize; default: that of --dtype",
+    )
     add_model_options(parser)
 
 
@@ -31,9 +37,12 @@ def run(args: argparse.Namespace) -> int:
     """Streams the text to standard output, then its figures to standard error."""
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to continue")
-    from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers
+    if args.packed_dtype and not args.optimize:
+        raise ValueError("--packed-dtype is of the sparse kernels: add --optimize")
+    from moe_tools.cli.common import PACKED, pick_device, pick_dtype, quiet_transformers
     from moe_tools.measure.neurons import count_neurons, sparsity
     from moe_tools.model.checkpoint import load, load_tokenizer
+    from moe_tools.model.optimized import optimize
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -42,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
         model = load(args.folder, dtype=dtype, device=device)
         prompt = _encode(args, model, tokenizer)
         with count_neurons(model) as counts:
+            if args.optimize:  # not before: a dense model that is optimised shows no FFNs
+                optimize(model, dtype=PACKED.get(args.packed_dtype))
             began = time.perf_counter()
             tokens = _stream(args, model, tokenizer, prompt)
             seconds = time.perf_counter() - began

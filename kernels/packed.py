@@ -45,5 +45,8 @@ class ReferenceFFN(PackedFFN):
     backend = "reference"
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(x_TD.dtype)
+
         with torch.no_grad():
-            return sparse_ffn_reference(self.weights, x_TD, mask_TE)
+            return sparse_ffn_reference(self.weights.changed(cast, cast), x_TD, mask_TE)

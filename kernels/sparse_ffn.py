@@ -73,7 +73,11 @@ def sparse_ffn(
 
 
 def pack(
-    weights: FFNWeights, *, dtype: torch.dtype | None = None, backend: Backend = "auto"
+    weights: FFNWeights,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+    sole: bool = False,
 ) -> PackedFFN:
     """Copies the weights into the form that a backend reads: packed(x_TD, mask_TE) is y_TD.
 
@@ -82,6 +86,8 @@ def pack(
         dtype: in which they are stored, theirs by default; int8 has one scale a row.
         backend: auto takes the fastest that can run this, and goes through matrix products where
             those are faster. A named backend runs whatever the speed.
+        sole: let go of `weights`, so that whoever owns them can free them: matrix products, too,
+            then read the copy. Only the reference keeps what already has its dtype.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this.
@@ -90,7 +96,7 @@ def pack(
     auto = _known(backend) == "auto" and unsupported(weights, dtype) is None
     if auto and (isa := native_cpu()):
         announce(isa)
-        return CpuFFN(weights, dtype)
+        return CpuFFN(weights, dtype, sole=sole)
     if backend == "cpu":
         return CpuFFN(weights, dtype, or_dense=False)
     if backend == "triton":

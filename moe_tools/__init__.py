@@ -9,18 +9,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_tools.measure.evaluate import evaluate
     from moe_tools.model.checkpoint import load, save
+    from moe_tools.model.optimized import optimize
     from moe_tools.model.routing import record_routing
     from moe_tools.pipeline import convert, run
     from moe_tools.recipe import Recipe, read_recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "convert", "evaluate", "load", "read_recipe", "record_routing", "run", "save"]
+__all__ = [
+    "Recipe",
+    "convert",
+    "evaluate",
+    "load",
+    "optimize",
+    "read_recipe",
+    "record_routing",
+    "run",
+    "save",
+]
 
 _HOME = {
     "Recipe": "moe_tools.recipe",
     "convert": "moe_tools.pipeline",
     "evaluate": "moe_tools.measure.evaluate",
     "load": "moe_tools.model.checkpoint",
+    "optimize": "moe_tools.model.optimized",
     "read_recipe": "moe_tools.recipe",
     "record_routing": "moe_tools.model.routing",
     "run": "moe_tools.pipeline",

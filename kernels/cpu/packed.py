@@ -33,6 +33,7 @@ class CpuFFN(PackedFFN):
     Args:
         weights: copied; the dense path reads the original where that has the dtype of the copy.
             After a change of the weights, pack again.
+        sole: hold on to none of them: the dense path, too, reads the copy.
         dtype: of the copy: fp32, bf16, fp16, or int8 with one scale a row.
         or_dense: go through matrix products where they are faster, and for soft masks.
         isa: one of `isas()`; by default the fastest that this CPU runs.
@@ -49,6 +50,7 @@ class CpuFFN(PackedFFN):
         dtype: torch.dtype,
         *,
         or_dense: bool = True,
+        sole: bool = False,
         isa: str | None = None,
     ) -> None:
         refusal = unsupported(weights, dtype)
@@ -57,7 +59,8 @@ class CpuFFN(PackedFFN):
         self.rows = pack_rows(weights, dtype)
         super().__init__(_views(weights, self.rows))
         self.or_dense = or_dense
-        self._original = weights if or_dense and weights.up_FD.dtype == dtype else None
+        keep = or_dense and not sole and weights.up_FD.dtype == dtype
+        self._original = weights if keep else None
         self._native = extension()
         self._isa = _isa_index(isa)
         self._handle = self._native.prepare(*_describe(self.weights, self.rows))

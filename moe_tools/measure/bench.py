@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.conversion import Conversion, attach_experts
 
-SHAPES = {"smollm2-135m": (576, 1536), "llama2-7b": (4096, 11008)}
+SHAPES = {"smollm2-135m": (576, 1536), "llama2-7b": (4096, 11008), "d2048": (2048, 8192)}
 """Name -> (D, F) of a gated FFN."""
 
 

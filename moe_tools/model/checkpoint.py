@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from moe_tools.model.conversion import attach_experts, read_block
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import host_state_dict
+from moe_tools.model.optimized import optimize as optimize_model
 from moe_tools.model.swapped import restore_stock_name, swap_activations
 
 INDEX = "model.safetensors.index.json"
@@ -92,7 +93,12 @@ def load_classifier(
 
 
 def load(
-    source: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    routed: bool = True,
+    optimize: bool = False,
 ) -> transformers.PreTrainedModel:
     """Loads a dense or converted model: a folder, a hub id or a GGUF file.
 
@@ -100,19 +106,22 @@ def load(
         source: where the model is.
         dtype: of the host's weights; None keeps the dtype they were saved in. Routers stay fp32.
         device: where to put it.
+        routed: False leaves the routers out: the dense model of the same weights.
+        optimize: for the sparse kernels, see `moe_tools.optimize`.
 
     Raises:
-        ValueError: nothing there, a missing or truncated shard, a tensor that is missing (a
-            router too: it is never replaced by a random one) or of another shape than
-            `config.json` says, or an unknown format.
+        ValueError: nothing there, nothing to optimise, a missing or truncated shard, a tensor that
+            is missing (a router too: it is never replaced by a random one) or of another shape
+            than `config.json` says, or an unknown format.
     """
     path = Path(source)
     with quiet_transformers():
         if path.suffix == ".gguf":
             model = _load_gguf(path, dtype)
         else:
-            model = _load_folder(str(source), dtype)
-    return model.to(device).eval()  # type: ignore[arg-type]
+            model = _load_folder(str(source), dtype, routed)
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    return optimize_model(model) if optimize else model
 
 
 def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
@@ -142,7 +151,7 @@ def save(
     """Writes a model folder: complete or not at all.
 
     Raises:
-        ValueError: `folder` exists and is not empty.
+        ValueError: `folder` exists and is not empty, or an optimised model that has lost digits.
     """
     with new_folder(folder) as partial:
         state = host_state_dict(model)
@@ -186,12 +195,17 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
         )
 
 
-def _load_folder(source: str, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+def _load_folder(
+    source: str, dtype: torch.dtype | None, routed: bool
+) -> transformers.PreTrainedModel:
     stored = _stored_tensors(Path(source)) if Path(source).is_dir() else None
     place = "" if stored is not None else "no such folder, and as a hub id: "
     with _named_errors(f"cannot load {source}: {place}"):
         config = AutoConfig.from_pretrained(source)
     conversion = read_block(config)
+    if conversion is not None and not routed:
+        conversion = conversion.unrouted()
+        config.moe_tools = conversion.to_dict()
     restore_stock_name(config, conversion)
     host: Any = _host_class(config)
     with _named_errors(f"cannot load {source}: {place}"):

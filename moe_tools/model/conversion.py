@@ -87,6 +87,10 @@ class Conversion:
             raise ValueError("the moe_tools block of config.json lacks donor")
         return cls(**block)
 
+    def unrouted(self) -> Conversion:
+        """The same before the routers: swapped and split, but dense."""
+        return replace(self, router=None, selector=None, router_options={}, selector_of={})
+
     def divide(self, neurons: int, name: str) -> Division:
         """The experts of an FFN.
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moe_tools.kernels.packed import PackedFFN
 from moe_tools.model.division import Division
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
@@ -54,11 +55,22 @@ class ExpertFFN(RoutedFFN):
         self.off_F: Tensor | None
         """What a neuron of an expert that is off contributes to h; None means zero."""
         self.register_buffer("off_F", None)
+        self.packed: PackedFFN | None = None
+        """Computes in place of the host's linears, once the model is optimised."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TD."""
+        """y_TD.
+
+        Raises:
+            ValueError: an optimised FFN in training, or in mode soft.
+        """
         routing = self.route(x_TD)
-        return self.project(self.switch(self.hidden(x_TD), routing))
+        if self.packed is None:
+            return self.project(self.switch(self.hidden(x_TD), routing))
+        if self.training or self.mode == "soft":
+            state = "in training" if self.training else "in mode soft"
+            raise ValueError(f"{self.name} is optimised and cannot run {state}: load it again")
+        return self.packed(x_TD, routing.mask_TE)
 
     def route(self, x_TD: Tensor) -> Routing:
         """Scores and mask, shown to the observers."""

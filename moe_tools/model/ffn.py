@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,9 @@ class GraftedFFN(nn.Module, ABC):
     The children keep the host's names, so adapters and quantisers written for the host still find
     them.
     """
+
+    done: ClassVar[str | None]
+    """What has been done to it, after which nothing else can be; None: it is dense."""
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__()
@@ -119,6 +123,8 @@ class GraftedFFN(nn.Module, ABC):
 class SwappedFFN(GraftedFFN):
     """A dense FFN whose activation joins gate and up rows as no host does (`JointActivation`)."""
 
+    done = None
+
     def __init__(self, ffn: FFN) -> None:
         assert not ffn.layout.slot  # so every part has its host name here, and is found again
         super().__init__(ffn)
@@ -136,11 +142,13 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     (`unfuse_experts`).
 
     Raises:
-        ValueError: the model has no FFN of a known family, its FFNs are routed already, or it is
-            an MoE host whose experts cannot be taken apart.
+        ValueError: the model has no FFN of a known family, its FFNs are routed or optimised
+            already, or it is an MoE host whose experts cannot be taken apart.
     """
-    if any(not isinstance(module, SwappedFFN) for module in grafted_ffns(model)):
-        raise ValueError(f"{type(model).__name__} is routed already: start from the dense model")
+    for module in grafted_ffns(model):
+        if module.done is not None:
+            name = type(model).__name__
+            raise ValueError(f"{name} is {module.done} already: start from the dense model")
     unfuse_experts(model)
     found = []
     for path, module in model.named_modules():

@@ -50,6 +50,11 @@ class Projections:
         """Neuron-major views of the weights."""
         return read_weights(self.gate, self.up, self.down)
 
+    def linears(self) -> list[nn.Module]:
+        """What holds the weights, each module once."""
+        found = [self.gate, self.up, self.down]
+        return list(dict.fromkeys(module for module in found if module is not None))
+
 
 def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: Tensor) -> Tensor:
     bias_K = None if bias_F is None else bias_F[chosen_K]

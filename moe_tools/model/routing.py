@@ -42,6 +42,8 @@ def routing_sparsity(routings: Sequence[Routing]) -> float:
 class RoutedFFN(GraftedFFN):
     """An FFN that routes and can be watched. `ExpertFFN` is the one there is."""
 
+    done = "routed"
+
     def __init__(self, ffn: FFN) -> None:
         super().__init__(ffn)
         self.observers: list[Callable[[Routing], None]] = []

@@ -1,6 +1,8 @@
 import json
 
 from moe_tools.cli.main import main
+from moe_tools.model.checkpoint import save
+from tests.families import build, routed
 
 
 def test_bench_times_dense_and_routed(capsys):
@@ -24,7 +26,7 @@ def test_bench_clusters_beside_min_cost_flow(capsys):
 
 def test_an_unknown_shape_is_one_line(capsys):
     assert main(["bench", "--shape", "llama9"]) == 2
-    assert "known: smollm2-135m, llama2-7b" in capsys.readouterr().err
+    assert "known: smollm2-135m, llama2-7b, d2048" in capsys.readouterr().err
 
 
 def test_bench_times_the_kernels_beside_the_dense_ways(capsys):
@@ -43,4 +45,27 @@ def test_bench_times_the_kernels_beside_the_dense_ways(capsys):
 
 def test_a_shape_may_be_given_in_numbers(capsys):
     assert main(["bench", "--shape", "0x5"]) == 2
-    assert "known: smollm2-135m, llama2-7b, or DxF" in capsys.readouterr().err
+    assert "known: smollm2-135m, llama2-7b, d2048, or DxF" in capsys.readouterr().err
+
+
+def test_bench_times_whole_models(tmp_path, capsys):
+    model, _ = routed(build("llama"))
+    save(model, tmp_path / "out")
+    few = ["--prompt-tokens", "4", "--tokens", "2", "--repeats", "1", "--threads", "1"]
+    assert main(["bench", "generate", str(tmp_path / "out"), *few, "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)["generate"]
+    assert [row["model"] for row in figures] == ["dense", "routed", "optimised"]
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in figures)
+    assert f"{tmp_path / 'out'}, fp32, 1 threads" in printed.err
+
+
+def test_bench_times_a_random_model_of_a_shape(capsys):
+    few = ["--prompt-tokens", "4", "--tokens", "2", "--repeats", "1"]
+    assert main(["bench", "generate", "--shape", "64x128", *few]) == 0
+    assert "optimised   88% off" in capsys.readouterr().out
+
+
+def test_only_generate_takes_a_folder(capsys):
+    assert main(["bench", "ffn", "out"]) == 2
+    assert "bench ffn times a shape, not out: use --shape" in capsys.readouterr().err

@@ -194,6 +194,8 @@ def test_an_encoder_gets_its_mask_token(run: Run, work: Path) -> None:
             ("generate", "out", "--prompt", "w1", "--max-new-tokens", "4000"),
             "exceed the context of 2048 tokens",
         ),
+        (("generate", "donor", "--prompt", "w1", "--optimize"), "has no FFN to optimise: dense"),
+        (("generate", "out", "--prompt", "w1", "--packed-dtype", "int8"), "add --optimize"),
         (("doctor", "missing"), "missing"),
     ],
 )
@@ -251,6 +253,26 @@ def test_chat_uses_the_template(run: Run, work: Path) -> None:
     plain = run("generate", "chat", *GENERATE[2:], "--prompt", "w9 w9 w1 w9")
     code, out, _ = run("generate", "chat", "--chat", *GENERATE[2:], "--prompt", "w1")
     assert code == 0 and out == plain[1]
+
+
+@pytest.mark.parametrize("packed", [(), ("--packed-dtype", "fp32")])
+def test_an_optimised_model_writes_the_same_text(run: Run, packed: tuple[str, ...]) -> None:
+    plain = run("generate", "out", *GENERATE)
+    code, out, err = run("generate", "out", *GENERATE, "--optimize", *packed)
+    assert code == 0 and out == plain[1]
+    assert err.split("; ")[-1] == plain[2].split("; ")[-1]  # the same FFN sparsity
+
+
+def test_a_dense_relu_model_is_optimised_too(run: Run, work: Path) -> None:
+    save(build("llama", hidden_act="relu"), work / "relu", build_tokenizer(WORDS))
+    plain = run("generate", "relu", *GENERATE)
+    code, out, err = run("generate", "relu", *GENERATE, "--optimize")
+    assert code == 0 and out == plain[1] and "; dense, prompt included" in err
+
+
+def test_weights_of_eight_bits_write_a_text_too(run: Run) -> None:
+    code, out, _ = run("generate", "out", *GENERATE, "--optimize", "--packed-dtype", "int8")
+    assert code == 0 and len(out.split()) == 8
 
 
 def test_an_encoder_continues_nothing(run: Run, work: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -262,6 +263,32 @@ def test_packed_weights_are_stored_as_asked(backend: Any, dtype: torch.dtype) ->
     limit = {torch.float32: 1e-6, torch.bfloat16: 0.02, torch.float16: 3e-3, torch.int8: 0.03}
     assert error < limit[dtype]
     assert (error > 1e-5) == (dtype != torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_reference_takes_tokens_of_any_dtype(dtype: torch.dtype) -> None:
+    weights = FFNWeights(torch.randn(6, 4), torch.randn(6, 4), "silu")
+    x_TD = torch.randn(3, 4).to(dtype)
+    y_TD = pack(weights, dtype=torch.bfloat16, backend="reference")(x_TD)
+    assert y_TD.dtype == dtype
+    expected_TD = sparse_ffn(x_TD.float(), weights.up_FD, weights.down_FD, act="silu")
+    torch.testing.assert_close(y_TD.float(), expected_TD, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.skipif("cpu" not in backends(), reason="test_native.py says so")
+@pytest.mark.parametrize("tokens", [1, 8, 40])  # the kernels, either, matrix products
+def test_a_sole_copy_computes_the_same_and_frees_the_weights(tokens: int) -> None:
+    up_FD, down_FD, gate_FD = torch.randn(3, 50, 24)
+    x_TD, mask_TE = torch.randn(tokens, 24), torch.rand(tokens, 7) < 0.5
+    matrices = [up_FD.clone(), down_FD.clone(), gate_FD.clone()]
+    freed = [weakref.ref(matrix) for matrix in matrices]
+    packed = pack(FFNWeights(matrices[0], matrices[1], "silu", matrices[2]), sole=True)
+    held = pack(FFNWeights(up_FD, down_FD, "silu", gate_FD))
+    y_TD = packed(x_TD, mask_TE)
+    matrices.clear()
+    assert [matrix() for matrix in freed] == [None] * 3
+    torch.testing.assert_close(packed(x_TD, mask_TE), y_TD, rtol=0, atol=0)
+    torch.testing.assert_close(y_TD, held(x_TD, mask_TE), rtol=1e-5, atol=1e-5)
 
 
 def test_what_no_kernel_knows_is_left_to_the_reference() -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from moe_tools.model.checkpoint import INDEX, SINGLE, load, load_tokenizer, new_folder, save
 from moe_tools.model.conversion import Conversion, read_conversion, set_mode, write_conversion
-from moe_tools.model.experts import expert_ffns
+from moe_tools.model.experts import every_expert_on, expert_ffns
 from tests.families import THRESHOLD, aligned, build, logits, randomize, routed, stored_shapes
 
 ROUTER = "model.layers.1.mlp.router.bias"
@@ -441,6 +441,15 @@ def test_a_tokenizer_travels_with_its_model(tmp_path: Path) -> None:
 def test_a_source_without_a_tokenizer(folder: Path, source: Callable[[Path], Path]) -> None:
     with pytest.raises(ValueError, match=f"^{source(folder)} has no tokenizer: "):
         load_tokenizer(source(folder))
+
+
+def test_the_routers_can_be_left_out(folder: Path, tmp_path: Path) -> None:
+    dense, model = load(folder, routed=False), load(folder)
+    assert expert_ffns(dense) == [] and read_conversion(dense) == THRESHOLD.unrouted()
+    with every_expert_on(model):
+        torch.testing.assert_close(logits(dense), logits(model), atol=2e-5, rtol=1e-5)
+    save(dense, tmp_path / "dense")
+    assert torch.equal(logits(load(tmp_path / "dense")), logits(dense))
 
 
 @pytest.fixture

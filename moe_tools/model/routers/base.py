@@ -17,6 +17,8 @@ class Router(nn.Module, ABC):
 
     ratio_scale: bool = True
     """Scores are 0 or more, and twice the score means twice the expert: shares make sense."""
+    reads_rows: bool = False
+    """Scores with the weights of the FFN itself, which then have to stay where they are."""
     zero_below: float = 0.0
     """What its experts are predicted to be: see `Importance.nonzero_TR`."""
 

@@ -38,6 +38,8 @@ class FewBitsRouter(Router):
     is a margin. Scores have no gradient.
     """
 
+    reads_rows = True
+
     def __init__(self, ffn: FFN, importance: Importance) -> None:
         super().__init__()
         self.projections = ffn.projections

@@ -22,6 +22,7 @@ class RepresentativeRouter(Router):
     trains the router.
     """
 
+    reads_rows = True
     neurons: Tensor
 
     def __init__(self, ffn: FFN, neurons_R: Tensor) -> None:
@@ -55,6 +56,8 @@ class OracleRouter(Router):
     It runs the whole FFN to decide what to run of it, so it saves nothing; it tells what a split
     is worth, and how far a router falls short.
     """
+
+    reads_rows = True
 
     def __init__(self, ffn: FFN, importance: Importance) -> None:
         super().__init__()

@@ -1,0 +1,170 @@
+"""A model that decodes through the sparse kernels: its FFNs are packed, in place, for inference.
+
+Letters: T tokens (any leading dimensions), D model width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.sparse_ffn import Backend, pack
+from moe_tools.model.experts import ExpertFFN, expert_ffns
+from moe_tools.model.ffn import FFN, GraftedFFN, find_ffns, graft
+from moe_tools.model.kernel_weights import kernel_weights, refusal
+from moe_tools.model.layouts import child_name
+from moe_tools.model.zeros import gives_zeros
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_log = logging.getLogger(__name__)
+
+
+class OptimizedFFN(GraftedFFN):
+    """A dense FFN that skips what its activation makes zero: the gate first, exact, no router."""
+
+    done = "optimised"
+
+    def __init__(self, ffn: FFN, packed: PackedFFN) -> None:
+        super().__init__(ffn)
+        self.packed = packed
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD.
+
+        Raises:
+            ValueError: in training.
+        """
+        if self.training:
+            raise ValueError(f"{self.name} is optimised and cannot be trained: load it again")
+        return self.packed(x_TD)
+
+
+def optimize(model: Model, *, dtype: torch.dtype | None = None, backend: Backend = "auto") -> Model:
+    """Packs the FFNs for the sparse kernels, in place, and returns the model: for inference alone.
+
+    A routed FFN computes the experts that its router selects; a dense one whose activation gives
+    exact zeros stops at the neurons that its gate turns off. Logits are what they were, but for
+    the order of the sums. Every matrix is packed by itself and then freed, so that memory stays
+    within one layer of the host above the model. Parameters no longer ask for gradients;
+    `state_dict` and `save` give what they gave before, unless `dtype` lost digits.
+
+    Left as they are, with one warning that says why: FFNs whose activation no kernel knows, whose
+    linears are not plain, whose experts give their mean when off, or whose router reads the FFN's
+    own rows. A model without any other is refused.
+
+    Args:
+        model: routed, or dense with ReLU or a relative; in eval mode.
+        dtype: of the packed matrices: fp32, bf16, fp16 or int8 (a scale a row); the model's own
+            by default.
+        backend: see `moe_tools.kernels.sparse_ffn.pack`. `auto` takes the native kernels on a CPU
+            and PyTorch elsewhere.
+
+    Raises:
+        ValueError: a model that is being trained, scores softly or has no FFN to pack, an unknown
+            dtype or backend, or one that cannot run here.
+    """
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"weights cannot be packed as {dtype}: {', '.join(map(str, DTYPES))} can")
+    ffns: list[ExpertFFN] | list[FFN] = expert_ffns(model) or find_ffns(model)
+    obstacles = [_obstacle(ffn) for ffn in ffns]
+    _report(model, obstacles)
+    for ffn, obstacle in zip(ffns, obstacles, strict=True):
+        if obstacle is None:
+            packed = pack(kernel_weights(ffn.projections), dtype=dtype, backend=backend, sole=True)
+            _free(_put(model, ffn, packed), packed, dtype)
+    return model.requires_grad_(False)
+
+
+def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
+    """Why an FFN stays as it is; None when it can be packed."""
+    if isinstance(ffn, FFN):
+        if not gives_zeros(ffn.act):
+            return f"dense, and {type(ffn.act).__name__} gives no exact zeros"
+        return refusal(ffn.projections)
+    if ffn.packed is not None:
+        return "optimised already"
+    if ffn.mode == "soft":
+        return "every expert runs in mode soft"
+    if ffn.off_F is not None:
+        return "experts that are off give their mean"
+    if ffn.router.reads_rows:
+        return f"{type(ffn.router).__name__} reads the FFN's own rows"
+    return refusal(ffn.projections)
+
+
+def _report(model: nn.Module, obstacles: list[str | None]) -> None:
+    """Says what is left as it is, in one line.
+
+    Raises:
+        ValueError: everything is.
+    """
+    reasons = Counter(obstacle for obstacle in obstacles if obstacle is not None)
+    why = "; ".join(f"{reason} ({count} FFNs)" for reason, count in reasons.items())
+    if None not in obstacles:
+        raise ValueError(f"{type(model).__name__} has no FFN to optimise: {why}")
+    if reasons:
+        _log.warning("%s: left as they are: %s", type(model).__name__, why)
+
+
+def _put(model: nn.Module, ffn: ExpertFFN | FFN, packed: PackedFFN) -> GraftedFFN:
+    """Lets the packed weights compute; the module that does."""
+    if isinstance(ffn, ExpertFFN):
+        ffn.packed = packed
+        return ffn
+    module = OptimizedFFN(ffn, packed)
+    graft(model, ffn, module)
+    return module
+
+
+def _free(ffn: GraftedFFN, packed: PackedFFN, dtype: torch.dtype | None) -> None:
+    """Leaves names, shapes and dtypes of the matrices; the state dict is read from `packed`."""
+    lossy = False
+    for linear in ffn.projections.linears():
+        weight = linear.get_parameter("weight")
+        lossy |= dtype is not None and torch.promote_types(weight.dtype, dtype) != dtype
+        linear.weight = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
+
+    def fill(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        if lossy:
+            raise ValueError(
+                f"{ffn.name} is packed as {dtype}, which lost digits: save the model that it was "
+                "made from"
+            )
+        for name, tensor in _unpacked(ffn, packed).items():
+            state[f"{prefix}{name}"] = tensor
+
+    ffn.register_state_dict_post_hook(fill)
+
+
+@torch.no_grad()
+def _unpacked(ffn: GraftedFFN, packed: PackedFFN) -> dict[str, Tensor]:
+    """The matrices as the host has them, whatever its linears fuse or transpose."""
+    layout, projections = ffn.layout, deepcopy(ffn.projections)
+    for linear in projections.linears():
+        linear.to_empty(device=packed.weights.up_FD.device)
+    made, stored = projections.weights(), packed.weights
+    for mine, packed_FD in (
+        (made.gate_FD, stored.gate_FD),
+        (made.up_FD, stored.up_FD),
+        (made.down_FD, stored.down_FD),
+    ):
+        if mine is not None and packed_FD is not None:
+            mine.copy_(packed_FD)
+    paths = (layout.gate, layout.up, layout.down)
+    linears = (projections.gate, projections.up, projections.down)
+    return {
+        f"{child_name(layout, path)}.weight": linear.get_parameter("weight").detach()
+        for path, linear in zip(paths, linears, strict=True)
+        if path is not None and linear is not None
+    }
