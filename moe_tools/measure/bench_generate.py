@@ -174,10 +174,10 @@ class _Clock(BaseStreamer):
 
 def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> tuple[float, float]:
     """Of the prefill, the first token included, and of the `tokens` after it."""
-    clock, host, new = _Clock(), model, tokens + 1
+    clock, new = _Clock(), tokens + 1
+    host: Any = model  # transformers gives `generate` a type that no model has
     began = time.perf_counter()
-    generate: Any = host.generate
-    generate(
+    host.generate(
         input_ids=ids_BT,
         attention_mask=torch.ones_like(ids_BT),
         streamer=clock,
