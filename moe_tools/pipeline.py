@@ -18,13 +18,8 @@ from moe_tools.data import (
     fingerprint,
     label_names,
 )
-from moe_tools.model.checkpoint import (
-    load,
-    load_classifier,
-    load_tokenizer,
-    new_folder,
-    save,
-)
+from moe_tools.model.atomic import new_folder
+from moe_tools.model.checkpoint import load, load_classifier, load_tokenizer, save
 from moe_tools.model.conversion import Conversion, conversion_so_far, write_conversion
 from moe_tools.model.ffn import find_ffns
 from moe_tools.recipe import (

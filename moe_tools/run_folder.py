@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from moe_tools.model.checkpoint import new_folder
+from moe_tools.model.atomic import new_file, new_folder, partial_of
 from moe_tools.recipe import Recipe, Train, read_recipe, step_name
 
 RECIPE, METRICS, STEPS = "recipe.yaml", "metrics.json", "steps"
@@ -69,8 +69,8 @@ class RunFolder:
         if self.output.exists() and not _is_free(self.output):
             raise ValueError(f"{self.output} exists and is not empty: choose another --output")
         check()
-        self.output.mkdir(parents=True, exist_ok=True)
-        _write_atomically(marker, self.identity)
+        with new_file(marker) as partial:
+            partial.write_text(self.identity)
         return True
 
     def adopt(self, output: Path) -> None:
@@ -101,7 +101,8 @@ class RunFolder:
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "steps": steps,
         }
-        _write_atomically(self.output / METRICS, json.dumps(metrics, indent=1))
+        with new_file(self.output / METRICS) as partial:
+            partial.write_text(json.dumps(metrics, indent=1))
         if not keep_steps:
             shutil.rmtree(self.steps)
 
@@ -119,7 +120,7 @@ def _same_text(one: RunFolder, other: RunFolder) -> bool:
 
 def _is_free(folder: Path) -> bool:
     """Nothing is in it, but perhaps what a run left that was killed before its first step."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {_partial(RECIPE)}
+    return folder.is_dir() and set(folder.iterdir()) <= {partial_of(folder / RECIPE)}
 
 
 def _link(source: Path, target: Path) -> None:
@@ -129,13 +130,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(_partial(path.name))
-    partial.write_text(text)
-    partial.rename(path)
-
-
-def _partial(name: str) -> str:
-    return f".{name}.partial"

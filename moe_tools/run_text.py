@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.data import Batch, Text, blocks, generate_blocks, labelled_batches, labelled_blocks
+from moe_tools.model.atomic import new_file
 from moe_tools.recipe import Recipe, Train
 
 SAMPLES = "samples.safetensors"
@@ -120,8 +121,6 @@ def _between(batches: list[Batch], before: int, after: int) -> list[Batch]:
 def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
     """The blocks in a file, made once."""
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"blocks_BT": make()}, partial)
-        partial.rename(file)
+        with new_file(file) as partial:
+            save_file({"blocks_BT": make()}, partial)
     return load_file(file)["blocks_BT"]

@@ -29,7 +29,7 @@ ARROWS = {
     },
     "comparison": {"recipe", "measure", "pipeline"},
     "grid": {"recipe", "data", "model", "steps", "measure"},
-    "run_text": {"recipe", "data"},
+    "run_text": {"recipe", "data", "model"},
     "cli": {
         "comparison",
         "grid",

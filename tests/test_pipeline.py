@@ -693,15 +693,12 @@ def die_in(monkeypatch: pytest.MonkeyPatch, name: str, when: Callable[..., bool]
 
 
 DEATHS: dict[str, tuple[str, Callable[..., bool]]] = {
-    "before the recipe is written": (
-        "_write_atomically",
-        lambda path, _: path.name == "recipe.yaml",
-    ),
+    "before the recipe is written": ("new_file", lambda path: path.name == "recipe.yaml"),
     "in a step": ("attach", lambda *args: args[1].start == "regression"),
     "before a step's folder": ("save", lambda _, folder, __: "3-train" in str(folder)),
     "before the folder is filled": ("_link", lambda source, _: source.name == "config.json"),
     "before the folder is whole": ("_link", lambda source, _: source.name == "tokenizer.json"),
-    "before the metrics": ("_write_atomically", lambda path, _: path.name == "metrics.json"),
+    "before the metrics": ("new_file", lambda path: path.name == "metrics.json"),
 }
 
 
@@ -816,7 +813,7 @@ def test_a_run_that_died_inside_a_fit_is_completed(
 
 def test_kill_9_inside_a_fit(work: Path, tmp_path: Path, moefied: Path) -> None:
     recipe, out = untrained("moefication", work), tmp_path / "out"
-    kill_9("open", "2-fit.work/1.partial", recipe, work, out)
+    kill_9("open", "2-fit.work/.1.json.partial", recipe, work, out)
     unfinished = out / "steps" / "2-fit.work"
     assert {path.name for path in unfinished.iterdir()} == {
         "activations",

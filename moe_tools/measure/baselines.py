@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.model.ffn import FFN, find_ffns
+from moe_tools.model.inputs import model_inputs
 
 Baseline = Literal["teal", "cats"]
 SAMPLE = 65536
@@ -128,7 +129,4 @@ def _drop(site: Site, values: Tensor) -> Tensor:
 @torch.no_grad()
 def _run(model: PreTrainedModel, blocks_BT: Tensor) -> None:
     for block_BT in blocks_BT.split(1):
-        inputs = {"input_ids": block_BT.to(model.device)}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        model(**inputs)
+        model(**model_inputs(model, block_BT.to(model.device)))

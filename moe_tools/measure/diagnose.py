@@ -12,6 +12,7 @@ from moe_tools.measure.neurons import count_neurons
 from moe_tools.model.conversion import Conversion, read_conversion
 from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns
+from moe_tools.model.inputs import model_inputs
 
 SIZES = (4, 8, 16, 32, 64)
 """Neurons of an expert that are worth trying."""
@@ -73,10 +74,7 @@ def diagnose(model: PreTrainedModel) -> Diagnosis:
     with count_neurons(model) as counts, count_flops(model) as others:
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(model.config.vocab_size, (1, LENGTH), generator=generator)
-        inputs = {"input_ids": ids_BT.to(model.device)}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-        model(**inputs)
+        model(**model_inputs(model, ids_BT.to(model.device)))
     ffns = expert_ffns(model) or find_ffns(model)
     shapes = [_shape(ffn) for ffn in ffns]
     return Diagnosis(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from moe_tools.data.progress import progress
 from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons, sparsity, two_level_sparsity, zeros
 from moe_tools.measure.predictions import count_predictions
+from moe_tools.model.inputs import model_inputs
 from moe_tools.model.prediction import Prediction
 
 IGNORE = -100
@@ -168,12 +168,8 @@ def _task(
 @torch.no_grad()
 def _nats(model: PreTrainedModel, inputs_BT: Tensor, labels_BT: Tensor) -> float:
     """Negative log-likelihood of the labelled tokens, summed; fp32 for `ROWS` tokens at a time."""
-    arguments: dict[str, Any] = {"input_ids": inputs_BT}
-    if model.can_generate():
-        arguments["use_cache"] = False
-    if model.config.is_encoder_decoder:
-        arguments["decoder_input_ids"] = inputs_BT
-    logits_TV = model(**arguments).logits.flatten(0, 1)
+    options = {"use_cache": False} if model.can_generate() else {}
+    logits_TV = model(**model_inputs(model, inputs_BT), **options).logits.flatten(0, 1)
     total = torch.zeros((), dtype=torch.float64, device=logits_TV.device)
     rows = zip(logits_TV.split(ROWS), labels_BT.flatten().split(ROWS), strict=True)
     for logits, labels in rows:

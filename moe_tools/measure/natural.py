@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from moe_tools.data.generate import evaluating
 from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns
+from moe_tools.model.inputs import model_inputs
 from moe_tools.model.zeros import zero_share
 
 CETT = 0.2
@@ -117,10 +118,7 @@ def observe(model: PreTrainedModel, blocks_BT: Tensor, *, batch_size: int = 4) -
     try:
         with evaluating(model), every_expert_on(model):
             for block_BT in blocks_BT.split(batch_size):
-                inputs = {"input_ids": block_BT.to(model.device)}
-                if model.config.is_encoder_decoder:
-                    inputs["decoder_input_ids"] = inputs["input_ids"]
-                model(**inputs)
+                model(**model_inputs(model, block_BT.to(model.device)))
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from moe_tools.model.atomic import new_folder
 from moe_tools.model.conversion import attach_experts, read_block
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import host_state_dict
@@ -159,28 +159,6 @@ def save(
             model.save_pretrained(partial, state_dict=state, save_original_format=False)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `folder`: renamed to it on success, removed on an error.
-
-    Raises:
-        ValueError: `folder` exists and is not empty.
-    """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not empty: choose another folder")
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:

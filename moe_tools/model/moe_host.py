@@ -2,6 +2,7 @@
 
 transformers 5 keeps all experts of a layer in two 3-D parameters. `unfuse_experts` replaces that
 module by `HostExperts`, whose children are views of the same storage; `fuse_into` is its inverse.
+`fill_experts` makes all experts of a layer one and the same FFN.
 
 Letters: T tokens, D model width, F neurons of one expert, X experts of the host, K experts that
 the host chooses for a token.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from moe_tools.model.projections import Weights
 
 FUSED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
 """Host classes with gate_up_proj (X, 2F, D), down_proj (X, D, F) and act_fn."""
@@ -60,11 +63,25 @@ def unfuse_experts(model: nn.Module) -> None:
         ValueError: fused experts of an unknown class, or spread over devices: both would go on
             computing what they did, whatever is done to the other FFNs.
     """
-    fused = {path: module for path, module in model.named_modules() if _is_fused(module)}
+    fused = fused_experts(model)
     for path, module in fused.items():  # first all checks, then the first change
         _check(path, module)
     for path, module in fused.items():
         model.set_submodule(path, _unfuse(module).train(module.training))
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> fused experts module of every layer that has one, in the host's order."""
+    return {path: module for path, module in model.named_modules() if _is_fused(module)}
+
+
+@torch.no_grad()
+def fill_experts(fused: nn.Module, weights: Weights) -> None:
+    """Makes every expert of a fused module a copy of one gated FFN without biases."""
+    assert weights.gate_FD is not None
+    gate_up_FD = torch.cat([weights.gate_FD, weights.up_FD])
+    fused.get_parameter("gate_up_proj").copy_(gate_up_FD)  # one for all X
+    fused.get_parameter("down_proj").copy_(weights.down_FD.T)
 
 
 def _is_fused(module: nn.Module) -> bool:

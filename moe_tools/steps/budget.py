@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_tools.data.generate import evaluating
 from moe_tools.model.conversion import set_selectors
 from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.model.inputs import model_inputs
 from moe_tools.model.routing import Routing, observe_routing
 from moe_tools.model.selectors import (
     Selector,
@@ -24,7 +25,7 @@ from moe_tools.model.selectors import (
     tune_selector,
 )
 from moe_tools.recipe import Budget
-from moe_tools.steps.calibrate import check_routed, check_sparsity, model_inputs
+from moe_tools.steps.calibrate import check_routed, check_sparsity
 from moe_tools.steps.spending import error_curves, spend_by_error
 
 logger = logging.getLogger(__name__)

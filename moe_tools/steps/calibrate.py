@@ -15,6 +15,7 @@ from tqdm import tqdm
 from moe_tools.data.generate import evaluating
 from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns
+from moe_tools.model.inputs import model_inputs
 
 Visit = Callable[[int, Tensor, Tensor], None]
 """(index of the FFN, x_TD, h_TF): input and hidden activations of one batch."""
@@ -72,14 +73,6 @@ def check_sparsity(ffns: Sequence[ExpertFFN], sparsity: float) -> None:
                 f"{ffn.name}: {sparsity:.0%} of the neurons cannot be off, {1 - routed:.0%} are in "
                 "shared experts"
             )
-
-
-def model_inputs(model: nn.Module, block_BT: Tensor) -> dict[str, Tensor]:
-    """A model's arguments for a batch of token blocks; an encoder-decoder gets it on both sides."""
-    inputs = {"input_ids": block_BT}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = block_BT
-    return inputs
 
 
 @contextmanager

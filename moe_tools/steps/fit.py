@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moe_tools.model.atomic import new_file
 from moe_tools.model.experts import ExpertFFN
 from moe_tools.model.prediction import Prediction, together
 from moe_tools.model.routers import LearnedRouter
@@ -67,9 +68,8 @@ def fit(
         if not report.is_file():
             found = _fit_one(ffn, cache, index, step, seed)
             save_file(ffn.router.state_dict(), finished)
-            partial = report.with_suffix(".partial")
-            partial.write_text(json.dumps(found))
-            partial.rename(report)  # a report that is there is whole, and so is its router
+            with new_file(report) as partial:  # last: with a report, the router is whole, too
+                partial.write_text(json.dumps(found))
         ffn.router.load_state_dict(load_file(finished))
         measured[ffn.name] = json.loads(report.read_text())
     return {"routers": measured, **_overall(measured)}

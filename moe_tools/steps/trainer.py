@@ -27,10 +27,10 @@ from transformers import (
 
 from moe_tools.data import Batch
 from moe_tools.model.experts import expert_ffns
+from moe_tools.model.inputs import model_inputs
 from moe_tools.model.routing import Routing, record_routing, routing_sparsity
 from moe_tools.model.zeros import zero_share
 from moe_tools.recipe import Train
-from moe_tools.steps.calibrate import model_inputs
 from moe_tools.steps.controller import Reference, followed
 from moe_tools.steps.logit_losses import IGNORE, logit_losses
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from moe_tools.data.generate import evaluating
 from moe_tools.model.experts import ExpertFFN, expert_ffns
+from moe_tools.model.inputs import model_inputs
 from moe_tools.model.routers import SigmoidRouter
 from moe_tools.model.routing import Routing, record_routing
 from moe_tools.model.selectors import Threshold
-from moe_tools.steps.calibrate import model_inputs
 
 ROUNDS = 3
 """An FFN's mask moves the inputs of those above it, so one shift alone misses."""

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from moe_tools.model.checkpoint import INDEX, SINGLE, load, load_tokenizer, new_folder, save
+from moe_tools.model.checkpoint import INDEX, SINGLE, load, load_tokenizer, save
 from moe_tools.model.conversion import Conversion, read_conversion, set_mode, write_conversion
 from moe_tools.model.experts import every_expert_on, expert_ffns
 from tests.families import THRESHOLD, aligned, build, logits, randomize, routed, stored_shapes
@@ -410,13 +410,6 @@ def test_a_killed_save_is_no_obstacle(tmp_path: Path) -> None:
     save(convert(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "half.safetensors").exists()
-
-
-def test_a_new_folder_appears_when_its_block_is_done(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out") as partial:
-        (partial / "file").write_text("done")
-        assert not (tmp_path / "out").exists()
-    assert files(tmp_path) == {"out/file": b"done"}
 
 
 # Tokenizers and the hub
