@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -76,7 +77,7 @@ def optimize(model: Model, *, dtype: torch.dtype | None = None, backend: Backend
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"weights cannot be packed as {dtype}: {', '.join(map(str, DTYPES))} can")
-    ffns: list[ExpertFFN] | list[FFN] = expert_ffns(model) or find_ffns(model)
+    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
     obstacles = [_obstacle(ffn) for ffn in ffns]
     _report(model, obstacles)
     for ffn, obstacle in zip(ffns, obstacles, strict=True):
@@ -144,7 +145,7 @@ def _free(ffn: GraftedFFN, packed: PackedFFN, dtype: torch.dtype | None) -> None
         for name, tensor in _unpacked(ffn, packed).items():
             state[f"{prefix}{name}"] = tensor
 
-    ffn.register_state_dict_post_hook(fill)
+    ffn.register_state_dict_post_hook(fill)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

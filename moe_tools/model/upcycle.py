@@ -83,7 +83,7 @@ def _checked_ffns(donor: PreTrainedModel, num_experts: int, chosen: int) -> list
     return ffns
 
 
-def _config(donor: Any, **experts: int) -> MixtralConfig:
+def _config(donor: Any, **experts: Any) -> MixtralConfig:
     """All that the two configs have in common, and the experts."""
     common = {one.name for one in fields(donor)} & {one.name for one in fields(MixtralConfig)}
     shared = {name: getattr(donor, name) for name in common - {"architectures"}}
