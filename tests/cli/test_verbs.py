@@ -331,21 +331,21 @@ def test_doctor_in_json(run: Run) -> None:
 
 
 def test_doctor_says_what_is_sparse_by_nature(run: Run, work: Path) -> None:
-    save(build("llama", hidden_act="relu"), work / "relu", build_tokenizer(WORDS))
-    code, out, _ = run("doctor", "relu", "--data", "text.txt", "--tokens", "64", "--json", "-")
+    save(build("llama", hidden_act="relu"), work / "zeros", build_tokenizer(WORDS))
+    code, out, _ = run("doctor", "zeros", "--data", "text.txt", "--tokens", "64", "--json", "-")
     natural = json.loads(out)["natural"]
     assert code == 0 and (natural["data"], natural["tokens"]) == ("text.txt", 64)
     text_BT = blocks(
         str(work / "text.txt"), build_tokenizer(WORDS), split="train", length=64, tokens=64
     )
-    expected = natural_sparsity(observe(load(work / "relu"), text_BT))
+    expected = natural_sparsity(observe(load(work / "zeros"), text_BT))
     assert natural["zeros"] == pytest.approx(expected.zeros)
     assert natural["sparsity"] == pytest.approx(expected.sparsity)
     assert [ffn["name"] for ffn in natural["ffns"]] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     line = (
         f"{expected.zeros:.1%} exact zeros; {expected.sparsity:.1%} of the neurons can go at CETT"
     )
-    assert line in run("doctor", "relu", "--data", "text.txt", "--tokens", "64")[1]
+    assert line in run("doctor", "zeros", "--data", "text.txt", "--tokens", "64")[1]
 
 
 def test_doctor_says_what_perplexity_buys(run: Run) -> None:

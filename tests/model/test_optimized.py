@@ -194,14 +194,16 @@ def test_a_model_that_lost_digits_is_close_and_not_saved(
 
 
 class LiveBytes:
-    """Of every CPU tensor that Python can reach, storages counted once.
+    """Of a model and of every CPU tensor that was made since, storages counted once.
 
-    What is there at the start is frozen, so that each later look is at the new objects alone.
+    What is there at the start is frozen: what other tests left behind may go at any time.
     """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.before = [weakref.ref(t) for t in (*model.parameters(), *model.buffers())]
 
     def __enter__(self) -> LiveBytes:
         gc.collect()
-        self.before = [weakref.ref(tensor) for tensor in self._tensors()]
         gc.freeze()
         return self
 
@@ -226,7 +228,7 @@ def test_memory_stays_within_a_layer_above_the_model(
     model = make(family, **depth)
     layer = sum(m.numel() for ffn in expert_ffns(model) for m in ffn.weights().matrices()) * 4 // 6
     pack, seen = optimized.pack, []
-    with LiveBytes() as live_bytes:
+    with LiveBytes(model) as live_bytes:
 
         def watched(*args: Any, **options: Any) -> Any:
             made = pack(*args, **options)
