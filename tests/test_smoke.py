@@ -3,18 +3,30 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import moe_tools
 from moe_tools.cli.demo import donor_file
 from moe_tools.cli.main import main
-from moe_tools.model.conversion import Conversion, attach_experts
+from moe_tools.data import blocks
+from moe_tools.measure.evaluate import evaluate
+from moe_tools.model.checkpoint import load_tokenizer
+from moe_tools.model.conversion import Conversion, attach_experts, conversion_so_far
 from moe_tools.model.ffn import find_ffns, permute_neurons
 from moe_tools.model.partition import random_partition
+from moe_tools.model.routing import record_routing
+from moe_tools.model.upcycle import upcycle
+from moe_tools.recipe import Attach, Split, Swap
+from moe_tools.steps.attach import attach
+from moe_tools.steps.split import split
+from moe_tools.steps.swap import swap
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -65,3 +77,54 @@ def test_minilm_keeps_its_embeddings_through_permutation_and_grafting(tmp_path):
     with torch.no_grad():
         reloaded = moe_tools.load(tmp_path / "saved")(input_ids=tokens).last_hidden_state
     assert torch.equal(reloaded, routed)
+
+
+@contextmanager
+def numbers_at_work(model: nn.Module) -> Iterator[list[int]]:
+    """For every down projection that runs: how many of the numbers that enter it are not 0."""
+    seen: list[int] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: seen.append(int(args[0].count_nonzero())))
+        for name, module in model.named_modules()
+        if name.endswith("down_proj")
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_an_upcycled_smollm2_is_sparse_on_two_levels():
+    source = str(donor_file())
+    donor = moe_tools.load(source, dtype=torch.bfloat16)
+    tokenizer = load_tokenizer(source)
+    both_BT = blocks("docs", tokenizer, split="heldout", length=128, tokens=512)
+    text_BT, calibration_BT = both_BT.split(2)
+    dense = evaluate(donor, text_BT)
+    experts, neurons = 2 * donor.config.num_hidden_layers, donor.config.intermediate_size
+    everything = text_BT.numel() * experts * neurons
+
+    model = upcycle(donor, num_experts=2, chosen=1)
+    del donor
+    seen = evaluate(model, text_BT)
+    assert seen.perplexity == pytest.approx(dense.perplexity, rel=0.01)  # of bf16
+    assert (seen.zeros, seen.two_level_sparsity) == (None, 0.5)
+
+    swap(model, Swap({"kind": "drelu"}), Conversion(source), calibration_BT)
+    with numbers_at_work(model) as working:
+        swapped = evaluate(model, text_BT)
+    assert swapped.two_level_sparsity == pytest.approx(1 - sum(working) / everything, abs=1e-12)
+    assert swapped.two_level_sparsity == pytest.approx(0.5 + swapped.zeros / 2, abs=1e-12)
+    assert swapped.zeros > 0.5
+
+    made = Split(expert_size=8, method="random")  # k-means would take most of the time
+    split(model, made, calibration_BT, seed=0)
+    so_far = replace(conversion_so_far(model, source), expert_size=made.expert_size)
+    attach(model, Attach(start_sparsity=0.5), so_far, calibration_BT)
+    with record_routing(model) as routings, numbers_at_work(model) as working:
+        routed = evaluate(model, text_BT)
+    on = sum(8 * int(routing.mask_TE.count_nonzero()) for routing in routings)
+    assert sum(working) < on < everything / 2
+    assert routed.ffn_sparsity == pytest.approx(1 - 2 * on / everything, abs=1e-12)
+    assert routed.two_level_sparsity == pytest.approx(1 - on / everything, abs=1e-12)
