@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -26,6 +26,19 @@ class Registry(Mapping[str, T]):
         if name not in self._things:
             raise unknown(self.kind, name, self._things)
         return self._things[name]
+
+    def build(self, spec: Mapping[str, Any]) -> Any:
+        """What a config entry describes, e.g. {"kind": "topk", "share": 0.5}.
+
+        Raises:
+            ValueError: no or an unknown kind, or arguments that this kind does not take.
+        """
+        arguments = {key: value for key, value in spec.items() if key != "kind"}
+        kind: Any = self[spec.get("kind", "")]
+        try:
+            return kind(**arguments)
+        except TypeError as error:
+            raise ValueError(f"{self.kind} {spec}: {error}") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self._things

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +11,7 @@ from transformers import PreTrainedModel
 from moe_tools.data import Batch, token_count
 from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
-from moe_tools.measure.evaluate import Evaluation
-from moe_tools.measure.flops import count_flops
-from moe_tools.measure.neurons import count_neurons, sparsity, two_level_sparsity, zeros
-from moe_tools.measure.predictions import count_predictions
+from moe_tools.measure.evaluate import Evaluation, tally
 
 
 @torch.no_grad()
@@ -36,11 +31,9 @@ def evaluate_classifier(
     """
     if not batches or any(batch.labels_B is None for batch in batches):
         raise ValueError("a classifier is evaluated on labelled batches, and there are none")
-    began, nats, hits, rows = time.perf_counter(), 0.0, 0, 0
+    nats, hits, rows = 0.0, 0, 0
     with (
-        count_neurons(model) as counts,
-        count_predictions(model) as predictions,
-        count_flops(model) as others,
+        tally(model) as seen,
         evaluating(model),
         progress(title or "evaluate", len(batches), "batch") as bar,
     ):
@@ -51,22 +44,8 @@ def evaluate_classifier(
             hits += int((logits.argmax(-1) == labels_B).sum())
             rows += len(labels_B)
             bar.update()
-    mean = nats / rows
-    if not mean < 700:  # NaN too
-        raise FloatingPointError(f"{type(model).__name__} has a loss of {mean} nats per text")
-    return Evaluation(
-        perplexity=math.exp(mean),
-        nats_per_token=mean,
-        accuracy=hits / rows,
-        tokens=rows,
-        ffn_sparsity=sparsity(counts),
-        zeros=zeros(counts),
-        layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
-        flops=others.flops(model, counts, token_count(batches), _context(batches)),
-        seconds=time.perf_counter() - began,
-        predictions=predictions,
-        two_level_sparsity=two_level_sparsity(counts),
-    )
+    tokens, length = token_count(batches), _context(batches)
+    return seen.evaluation(nats, rows, tokens, length, accuracy=hits / rows)
 
 
 def _context(batches: Sequence[Batch]) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +17,14 @@ from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
-from moe_tools.measure.flops import Flops, count_flops
-from moe_tools.measure.neurons import count_neurons, sparsity, two_level_sparsity, zeros
+from moe_tools.measure.flops import FlopCounter, Flops, count_flops
+from moe_tools.measure.neurons import (
+    NeuronCount,
+    count_neurons,
+    sparsity,
+    two_level_sparsity,
+    zeros,
+)
 from moe_tools.measure.predictions import count_predictions
 from moe_tools.model.inputs import model_inputs
 from moe_tools.model.prediction import Prediction
@@ -92,11 +100,9 @@ def evaluate(
     """
     _check(model, blocks_BT, batch_size, mask_token)
     inputs_BT, labels_BT = _task(model, blocks_BT.cpu(), mask_token, seed)
-    began, nats = time.perf_counter(), 0.0
+    nats = 0.0
     with (
-        count_neurons(model) as counts,
-        count_predictions(model) as predictions,
-        count_flops(model) as others,
+        tally(model) as seen,
         evaluating(model),
         progress(title or "evaluate", len(blocks_BT), "block") as bar,
     ):
@@ -104,22 +110,64 @@ def evaluate(
         for batch_BT, batch_labels_BT in pairs:
             nats += _nats(model, batch_BT.to(model.device), batch_labels_BT.to(model.device))
             bar.update(len(batch_BT))
-    tokens = int((labels_BT != IGNORE).sum())
-    mean = nats / tokens
-    if not mean < 700:  # NaN too; exp(710) is no float any more
-        raise FloatingPointError(f"{type(model).__name__} has a loss of {mean} nats per token")
-    return Evaluation(
-        perplexity=math.exp(mean),
-        nats_per_token=mean,
-        tokens=tokens,
-        ffn_sparsity=sparsity(counts),
-        zeros=zeros(counts),
-        layer_sparsity={c.name: c.sparsity for c in counts if c.routed and c.tokens},
-        flops=others.flops(model, counts, blocks_BT.numel(), blocks_BT.shape[1]),
-        seconds=time.perf_counter() - began,
-        predictions=predictions,
-        two_level_sparsity=two_level_sparsity(counts),
-    )
+    predicted = int((labels_BT != IGNORE).sum())
+    return seen.evaluation(nats, predicted, blocks_BT.numel(), blocks_BT.shape[1])
+
+
+@dataclass
+class Tally:
+    """What is counted while a model runs."""
+
+    model: PreTrainedModel
+    counts: list[NeuronCount]
+    predictions: dict[str, Prediction]
+    others: FlopCounter
+    began: float = field(default_factory=time.perf_counter)
+
+    def evaluation(
+        self, nats: float, predicted: int, tokens: int, length: int, accuracy: float | None = None
+    ) -> Evaluation:
+        """The figures of a run.
+
+        Args:
+            nats: negative log-likelihood, summed over what was predicted.
+            predicted: tokens; of a classifier, texts.
+            tokens: that the model saw.
+            length: of the block that a token is in.
+            accuracy: of a classifier.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        mean = nats / predicted
+        if not mean < 700:  # NaN too; exp(710) is no float any more
+            name = type(self.model).__name__
+            what = "token" if accuracy is None else "text"
+            raise FloatingPointError(f"{name} has a loss of {mean} nats per {what}")
+        return Evaluation(
+            perplexity=math.exp(mean),
+            nats_per_token=mean,
+            tokens=predicted,
+            accuracy=accuracy,
+            ffn_sparsity=sparsity(self.counts),
+            two_level_sparsity=two_level_sparsity(self.counts),
+            zeros=zeros(self.counts),
+            layer_sparsity={c.name: c.sparsity for c in self.counts if c.routed and c.tokens},
+            flops=self.others.flops(self.model, self.counts, tokens, length),
+            seconds=time.perf_counter() - self.began,
+            predictions=self.predictions,
+        )
+
+
+@contextmanager
+def tally(model: PreTrainedModel) -> Iterator[Tally]:
+    """Counts neurons, predictions and FLOPs while it lasts."""
+    with (
+        count_neurons(model) as counts,
+        count_predictions(model) as predictions,
+        count_flops(model) as others,
+    ):
+        yield Tally(model, counts, predictions, others)
 
 
 def _check(

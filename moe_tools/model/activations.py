@@ -131,9 +131,5 @@ def build_activation(spec: dict[str, Any]) -> Activation:
     Raises:
         ValueError: no or an unknown kind, or arguments that this kind does not take.
     """
-    arguments = {key: value for key, value in spec.items() if key != "kind"}
-    kind = ACTIVATIONS[spec.get("kind", "")]
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"activation {spec}: {error}") from error
+    built: Activation = ACTIVATIONS.build(spec)
+    return built

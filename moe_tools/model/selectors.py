@@ -229,12 +229,8 @@ def build_selector(spec: dict[str, Any]) -> Selector:
     Raises:
         ValueError: no or an unknown kind, or arguments that this kind does not take.
     """
-    arguments = {key: value for key, value in spec.items() if key != "kind"}
-    kind = SELECTORS[spec.get("kind", "")]
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"selector {spec}: {error}") from error
+    built: Selector = SELECTORS.build(spec)
+    return built
 
 
 def describe_selector(selector: Selector) -> dict[str, Any]:

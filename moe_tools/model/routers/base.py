@@ -40,6 +40,22 @@ class Router(nn.Module, ABC):
         """Matrix FLOPs of scoring one token."""
 
 
+class RowReader(Router):
+    """Scores from the FFN's own weights, whatever they are by then; it has none of its own."""
+
+    reads_rows = True
+
+    def __init__(self, ffn: FFN, importance: Importance) -> None:
+        super().__init__()
+        self.projections = ffn.projections
+        self.division, self.shared = importance.division, importance.shared
+
+    @classmethod
+    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
+        """For an FFN and its experts; there are no options."""
+        return cls(ffn, importance, **options)
+
+
 class LearnedRouter(Router):
     """A router that the `fit` step trains on the donor's activations, one FFN at a time."""
 

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import reduce
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from moe_tools.model.ffn import FFN
 from moe_tools.model.firing import Rows, firing_rows
-from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import Router, in_fp32, matrix_flops
+from moe_tools.model.routers.base import RowReader, in_fp32, matrix_flops
 
 WORD = 32
 """Sign bits that are compared at once."""
@@ -31,24 +28,12 @@ products is off by at most D 2^-24 sum |w x|, and sum |w x| is at most 127 s_w |
 its part of the bound. That is D 2^-16, once in the host and once here."""
 
 
-class FewBitsRouter(Router):
+class FewBitsRouter(RowReader):
     """A neuron scores as its weakest deciding pre-activation, an expert as its best neuron.
 
     A score of 1/2 is an estimate of 0: `Threshold(0.5)` runs what is expected to fire, a lower tau
     is a margin. Scores have no gradient.
     """
-
-    reads_rows = True
-
-    def __init__(self, ffn: FFN, importance: Importance) -> None:
-        super().__init__()
-        self.projections = ffn.projections
-        self.division, self.shared = importance.division, importance.shared
-
-    @classmethod
-    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
-        """From the FFN's own rows; there are no options."""
-        return cls(ffn, importance, **options)
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import Router
+from moe_tools.model.routers.base import Router, RowReader
 
 
 class RepresentativeRouter(Router):
@@ -50,24 +50,12 @@ class RepresentativeRouter(Router):
         return 2 * len(self.neurons) * self.projections.weights().row_numbers
 
 
-class OracleRouter(Router):
+class OracleRouter(RowReader):
     """The norm of each expert's own output: the upper bound of every router.
 
     It runs the whole FFN to decide what to run of it, so it saves nothing; it tells what a split
     is worth, and how far a router falls short.
     """
-
-    reads_rows = True
-
-    def __init__(self, ffn: FFN, importance: Importance) -> None:
-        super().__init__()
-        self.projections = ffn.projections
-        self.division, self.shared = importance.division, importance.shared
-
-    @classmethod
-    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
-        """Reads the FFN's weights whenever it scores."""
-        return cls(ffn, importance, **options)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """scores_TR, 0 or more."""
