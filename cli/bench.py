@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 from moe_tools.cli.options import json_target, not_negative, positive
 
@@ -48,14 +50,15 @@ def run(args: argparse.Namespace) -> int:
 
     if args.folder and args.what != "generate":
         raise ValueError(f"bench {args.what} times a shape, not {args.folder}: use --shape")
-    lines, figures = _KINDS[args.what](args)
+    lines, timings = _KINDS[args.what](args)
     print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
+        figures = [timing.to_dict() for timing in timings]
         write_text(json.dumps({args.what: figures}, indent=1), args.json)
     return 0
 
 
-def _ffn(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
+def _ffn(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     from moe_tools.cli.common import DTYPES
     from moe_tools.measure.bench import bench_ffn
 
@@ -66,10 +69,10 @@ def _ffn(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
         for t in timings
     ]
     title = f"{args.shape}, experts of {args.expert_size}, {args.dtype}"
-    return [title, *lines], [timing.to_dict() for timing in timings]
+    return [title, *lines], timings
 
 
-def _kernels(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
+def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     import torch
 
     from moe_tools.cli.common import DTYPES
@@ -88,10 +91,10 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object
         for t in timings
     ]
     title = f"{args.shape}, one token, {args.dtype}, {torch.get_num_threads()} threads"
-    return [title, *lines], [timing.to_dict() for timing in timings]
+    return [title, *lines], timings
 
 
-def _generate(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
+def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     from moe_tools.cli.common import DTYPES
     from moe_tools.measure.bench_generate import (
         bench_generate,
@@ -115,10 +118,10 @@ def _generate(args: argparse.Namespace) -> tuple[list[str], list[dict[str, objec
         for t in timings
     ]
     title = f"{args.folder or args.shape}, {args.dtype}, {used} threads"
-    return [title, *lines], [timing.to_dict() for timing in timings]
+    return [title, *lines], timings
 
 
-def _clustering(args: argparse.Namespace) -> tuple[list[str], list[dict[str, object]]]:
+def _clustering(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     from moe_tools.measure.bench_clustering import bench_clustering
 
     found = bench_clustering(args.shape)
@@ -127,7 +130,7 @@ def _clustering(args: argparse.Namespace) -> tuple[list[str], list[dict[str, obj
         f"objective {c.objective:.2f}   sizes {c.smallest} to {c.largest}"
         for c in found
     ]
-    return lines, [one.to_dict() for one in found]
+    return lines, found
 
 
 _KINDS = {"ffn": _ffn, "kernels": _kernels, "clustering": _clustering, "generate": _generate}

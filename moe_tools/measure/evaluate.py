@@ -55,8 +55,8 @@ class Evaluation:
     """Per token of the text."""
     seconds: float
     two_level_sparsity: float | None = None
-    """Share of neurons off or exactly 0, where the experts that an MoE host does not choose for a
-    token are off, too; None without such a host."""
+    """Share of neurons off, or exactly 0 where no router of ours decides; the experts that an MoE
+    host does not choose for a token are off, too. None without such a host."""
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
     zeros: float | None = None

@@ -77,8 +77,9 @@ def zeros(counts: list[NeuronCount]) -> float | None:
 def two_level_sparsity(counts: list[NeuronCount]) -> float | None:
     """The same, where the experts that an MoE host did not choose for a token are off, too.
 
-    So are neurons that are exactly 0, as TurboSparse (arXiv 2406.05955) counts both levels. None
-    where the host has no experts of its own, or chose all of them.
+    So are neurons that are exactly 0, as TurboSparse (arXiv 2406.05955) counts both levels; among
+    the neurons that a router of ours turned on, zeros are not counted. None where the host has no
+    experts of its own, or chose all of them.
     """
     unseen = sum(count.elsewhere * count.neurons for count in counts)
     seen = sum(count.seen for count in counts)

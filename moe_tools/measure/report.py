@@ -50,8 +50,8 @@ class Row:
     layer_sparsity: dict[str, float] = field(default_factory=dict)
     """FFN name -> share of its neurons off."""
     two_level_sparsity: float | None = None
-    """Share of neurons off or exactly 0, where the experts that an MoE host does not choose for a
-    token are off, too; None without such a host."""
+    """Share of neurons off, or exactly 0 where no router of ours decides; the experts that an MoE
+    host does not choose for a token are off, too. None without such a host."""
     accuracy: float | None = None
     """Share of held-out texts whose class is right; None: a language model."""
     zeros: float | None = None
