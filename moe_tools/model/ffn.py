@@ -178,6 +178,19 @@ def permute_neurons(ffn: FFN, order_F: Tensor) -> None:
         tensor.copy_(tensor[order_F.to(tensor.device)])
 
 
+@torch.no_grad()
+def turn_neurons(ffn: FFN, signs_F: Tensor) -> None:
+    """Multiplies up rows and down columns of a gated FFN by 1 or -1: no output changes, exactly.
+
+    h = act(gate x) * up x changes its sign where the up row does, and the down column undoes it.
+    """
+    weights = ffn.weights()
+    assert weights.gate_FD is not None  # without a gate, up x goes through the activation
+    for tensor in (weights.up_FD, weights.up_F, weights.down_FD):
+        if tensor is not None:
+            tensor.mul_(signs_F.to(tensor).view(-1, *[1] * (tensor.dim() - 1)))
+
+
 def set_activation(model: nn.Module, ffn: FFN, act: Activation) -> None:
     """Gives an FFN another activation, in place; its own forward pass stays, if it can.
 

@@ -31,10 +31,7 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
     Raises:
         ValueError: no or an unknown activation, one that an FFN cannot have, or a routed model.
     """
-    found = find_ffns(model)
-    acts = [_activation(ffn, conversion) for ffn in found]
-    for ffn, act in zip(found, acts, strict=True):  # first all checks, then the first change
-        check_activation(ffn, act)
+    found, acts = find_ffns(model), check_swap(model, conversion)
     for ffn, act in zip(found, acts, strict=True):
         set_activation(model, ffn, act)
     assert conversion.activation is not None
@@ -46,6 +43,19 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
     before = found[0].layout.name_activation(model.config, name)
     stock = None if in_stock else _stock_name(model, before)
     write_conversion(model, replace(conversion, stock_activation=stock))
+
+
+def check_swap(model: nn.Module, conversion: Conversion) -> list[Activation]:
+    """The activations of a model's FFNs under a conversion; the model stays as it is.
+
+    Raises:
+        ValueError: as `swap_activations`.
+    """
+    found = find_ffns(model)
+    acts = [_activation(ffn, conversion) for ffn in found]
+    for ffn, act in zip(found, acts, strict=True):
+        check_activation(ffn, act)
+    return acts
 
 
 def _stock_name(model: nn.Module, before: str) -> str | None:

@@ -15,8 +15,11 @@ class Swap:
     max_error: float | None = None
     """Chooses theta of fatrelu: in every FFN the largest at which ||y - y_theta||^2 / ||y||^2, of
     its output y on calibration text, is at most this."""
+    align: bool = False
+    """Of drelu: first turns neurons that mostly have a negative up row, up row and down column
+    together. The model before the swap stays the same, dReLU keeps more of it."""
     tokens: int = 8192
-    """Calibration tokens; only `max_error` needs them."""
+    """Calibration tokens; only `max_error` and `align` need them."""
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from moe_tools.model.activations import FATReLU, hidden_TF
 from moe_tools.model.conversion import Conversion
 from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.swapped import swap_activations
+from moe_tools.model.swapped import check_swap, swap_activations
 from moe_tools.recipe import Swap
 from moe_tools.steps.calibrate import visit_activations
+from moe_tools.steps.signs import align_signs
 
 ROUNDS = 14
 """Halvings of the range of each theta, each a pass over the text."""
@@ -25,12 +26,14 @@ def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) ->
 
     Args:
         model: dense; split or not.
-        step: which activation. With `max_error`, every FFN gets its own theta.
+        step: which activation. With `max_error`, every FFN gets its own theta; with `align`, the
+            signs of neurons are chosen first.
         so_far: what was done to the model before.
-        blocks_BT: calibration text; only `max_error` needs it.
+        blocks_BT: calibration text; only `max_error` and `align` need it.
 
     Returns:
-        With `max_error`, for every FFN its theta and the error that it makes; else nothing.
+        With `max_error`, for every FFN its theta and the error that it makes; with `align`, the
+        share of its energy that dReLU keeps; else nothing.
 
     Raises:
         ValueError: an activation that is unknown or that an FFN cannot have, a `max_error` that
@@ -38,8 +41,10 @@ def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) ->
     """
     _check(step)
     if step.max_error is None:
-        swap_activations(model, _conversion(step, so_far, {}))
-        return {}
+        check_swap(model, conversion := _conversion(step, so_far, {}))
+        aligned = {"kept": align_signs(model, blocks_BT)} if step.align else {}
+        swap_activations(model, conversion)
+        return aligned
     found = calibrate_thetas(model, step.max_error, blocks_BT)
     own = {name: {"kind": "fatrelu", "theta": choice.theta} for name, choice in found.items()}
     swap_activations(model, _conversion(step, so_far, own))
@@ -57,9 +62,11 @@ def rehearse_swap(model: nn.Module, step: Swap, so_far: Conversion) -> None:
 
 
 def _check(step: Swap) -> None:
+    kind = step.activation.get("kind")
+    if step.align and kind != "drelu":
+        raise ValueError(f"swap: align chooses signs for drelu; {kind} is the same with any")
     if step.max_error is None:
         return
-    kind = step.activation.get("kind")
     if kind != "fatrelu":
         raise ValueError(f"swap: max_error chooses theta, which {kind} has not: use fatrelu")
     if "theta" in step.activation:
