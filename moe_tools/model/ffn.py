@@ -9,6 +9,7 @@ Letters: T tokens (any leading dimensions), D model width, F neurons of one FFN.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.activations import Activation, JointActivation
 from moe_tools.model.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, join
-from moe_tools.model.moe_host import HostExperts, unfuse_experts
+from moe_tools.model.moe_host import HostExperts, fused_experts, unfuse_experts
 from moe_tools.model.projections import Projections, Weights
 
 
@@ -214,14 +215,31 @@ def grafted_ffns(model: nn.Module) -> list[GraftedFFN]:
     return [module for module in model.modules() if isinstance(module, GraftedFFN)]
 
 
-def host_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the host's own names and shapes, our `router.*` tensors beside."""
-    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
-    state = {_rename(key, renames): tensor for key, tensor in model.state_dict().items()}
+def stock_ffn_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors of every FFN of a stock model, as its own state dict has them."""
+    prefixes = tuple(f"{path}." for path in fused_experts(model))
     for path, module in model.named_modules():
-        if isinstance(module, HostExperts):
-            module.fuse_into(state, path)
-    return state
+        if (layout := LAYOUTS.get(type(module).__name__)) is not None:
+            prefixes += tuple(f"{join(path, part)}." for part in layout.parts())
+    return {key for key in model.state_dict() if key.startswith(prefixes)}
+
+
+def host_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state dict under the host's own names and shapes, our `router.*` tensors beside.
+
+    Args:
+        model: whose names they are.
+        state: its tensors under our names, or the host's; by default its own state dict.
+    """
+    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
+    given = model.state_dict() if state is None else state
+    renamed = {_rename(key, renames): tensor for key, tensor in given.items()}
+    for path, module in model.named_modules():
+        if isinstance(module, HostExperts) and f"{path}.gate_up_proj" not in renamed:
+            module.fuse_into(renamed, path)
+    return renamed
 
 
 def _rename(key: str, renames: dict[str, str]) -> str:

@@ -32,6 +32,7 @@ from tests.families import (
     host_gradients,
     host_tensors,
     is_router,
+    load_stock,
     logits,
     model_inputs,
     randomize,
@@ -357,7 +358,7 @@ def test_the_stock_class_runs_a_stock_activation_in_every_way(family: str, tmp_p
     model = swapped(build(family), "relu")
     save(model, tmp_path / "out")
     for way in RUNNABLE:
-        dense = FAMILIES[family].model.from_pretrained(tmp_path / "out", experts_implementation=way)
+        dense = load_stock(FAMILIES[family].model, tmp_path / "out", experts_implementation=way)
         assert (logits(dense) - logits(model)).abs().max() <= 2e-6
 
 
