@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.model.activations import Activation, JointActivation
-from moe_tools.model.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, join
+from moe_tools.model.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, inside, join
 from moe_tools.model.moe_host import HostExperts, fused_experts, unfuse_experts
 from moe_tools.model.projections import Projections, Weights
 
@@ -111,6 +111,11 @@ class GraftedFFN(nn.Module, ABC):
     def down(self) -> nn.Module:
         """The host's down projection."""
         return self._part(self.layout.down)
+
+    @property
+    def found(self) -> FFN:
+        """Itself as an FFN whose parts are what they are whenever one looks: adapters included."""
+        return FFN(self.name, self, inside(self.layout))
 
     @property
     def renames(self) -> dict[str, str]:

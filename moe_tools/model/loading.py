@@ -71,7 +71,8 @@ def load_classifier(
             )
         return model
     names = dict(enumerate(labels))
-    with quiet_transformers(), _named_errors(f"cannot load {source}: "):
+    named = _named_errors(f"cannot load {source}: ")
+    with quiet_transformers(), named, transformers_patched(True):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             dtype=dtype,

@@ -23,9 +23,10 @@ from moe_tools.model.conversion import (
     write_conversion,
 )
 from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import stock_ffn_tensors
+from moe_tools.model.ffn import GraftedFFN, stock_ffn_tensors
+from moe_tools.model.moe_host import HostExperts
 from moe_tools.model.stored import some, tensor_files
-from moe_tools.model.swapped import stand_ins, swap_activations
+from moe_tools.model.swapped import replace_stand_ins, swap_activations
 
 Tensors = Sequence[str | Path] | Mapping[str, Tensor]
 """Weight files, or the tensors themselves."""
@@ -64,14 +65,15 @@ def rebuild(
     shift = _shift(model, stored)
     conversion = _renamed(conversion, shift)
     write_conversion(model, conversion)
+    replace_stand_ins(model, conversion.stock_activation)
     if conversion.stock_activation is not None:
-        stand_ins(model, conversion.stock_activation)
         swap_activations(model, conversion)
     if conversion.router is not None:
         attach_experts(model, conversion)
         if offloaded is not None:
             _rename_offloaded(model, offloaded)
         _fill(model, {shift(key): (key, where) for key, where in stored.items()}, source, offloaded)
+    _mark_loaded(model)
     added = _added(model)
     report.unexpected_keys -= {key for key in report.unexpected_keys if shift(key) in added}
 
@@ -158,7 +160,14 @@ def _put(owner: nn.Module, leaf: str, fresh: Tensor, value: Tensor) -> None:
         fresh = nn.Parameter(real) if isinstance(fresh, nn.Parameter) else real
         setattr(owner, leaf, fresh)
     fresh.detach().copy_(value)
-    fresh._is_hf_initialized = True  # type: ignore[attr-defined]  # else transformers draws it anew
+
+
+def _mark_loaded(model: nn.Module) -> None:
+    """What transformers finds without its mark it would draw anew: fresh views, and all of ours."""
+    for module in model.modules():
+        if isinstance(module, GraftedFFN | HostExperts):
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def _read(where: Path | Tensor, key: str) -> Tensor:

@@ -73,10 +73,19 @@ class Unswapped(nn.Module):
         )
 
 
-def stand_ins(model: nn.Module, stock_activation: str) -> None:
-    """Puts the activation of the stock class where it was built with `Unswapped`."""
+def replace_stand_ins(model: nn.Module, stock_activation: str | None) -> None:
+    """Puts the activation of the stock class wherever it was built with `Unswapped`.
+
+    Raises:
+        ValueError: the config names an activation of ours, but not what it replaced.
+    """
     for path, module in list(model.named_modules()):
         if isinstance(module, Unswapped):
+            if stock_activation is None:
+                raise ValueError(
+                    f"{path} has an activation that only moe-tools knows, but the moe_tools block "
+                    "of config.json lacks stock_activation"
+                )
             model.set_submodule(path, ACT2FN[stock_activation])
 
 
