@@ -10,6 +10,7 @@ from pathlib import Path
 import transformers
 
 from moe_tools.model.atomic import new_folder
+from moe_tools.model.card import write_card
 from moe_tools.model.ffn import host_state_dict
 from moe_tools.model.quiet import quiet_transformers
 
@@ -19,7 +20,7 @@ def save(
     folder: str | Path,
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Writes a model folder: complete or not at all.
+    """Writes a model folder: complete or not at all, a converted one with its model card.
 
     Where moe-tools is imported, `save_pretrained` of a converted model writes the same files.
 
@@ -31,3 +32,4 @@ def save(
         model.save_pretrained(partial, state_dict=state, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        write_card(partial)

@@ -299,14 +299,16 @@ def test_a_block_without_its_stock_name_is_refused(tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     del config["moe_tools"]["stock_activation"]
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"^cannot load .*out: 'moe_tools\.drelu: load this fold"):
+    message = r"^cannot load .*out: .*mlp.* has an activation .* lacks stock_activation$"
+    with pytest.raises(ValueError, match=message):
         load(tmp_path / "out")
 
 
-def test_a_swapped_language_model_is_no_classifier(tmp_path: Path) -> None:
+def test_a_swapped_language_model_becomes_a_swapped_classifier(tmp_path: Path) -> None:
     save(swapped(build("llama"), "drelu"), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"^cannot load .*out: 'moe_tools\.drelu: load this fold"):
-        load_classifier(str(tmp_path / "out"), ["no", "yes"], dtype=torch.float32)
+    model = load_classifier(str(tmp_path / "out"), ["no", "yes"], dtype=torch.float32)
+    assert {type(ffn.act).__name__ for ffn in find_ffns(model)} == {"DReLU"}
+    assert logits(model).shape == (2, 2)
 
 
 # --- the experts of an MoE host, in every way that transformers has to run them
