@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from moe_tools.model.activations import Activation, JointActivation
@@ -148,7 +149,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     (`unfuse_experts`).
 
     Raises:
-        ValueError: the model has no FFN of a known family, its FFNs are routed or optimised
+        ValueError: the model has no FFN of a known family, or one whose parts were renamed; its FFNs are routed or optimised
             already, or it is an MoE host whose experts cannot be taken apart.
     """
     for module in grafted_ffns(model):
@@ -161,12 +162,33 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         if isinstance(module, SwappedFFN):
             found.append(FFN(path, module, module.layout))
         elif (layout := LAYOUTS.get(type(module).__name__)) is not None:
+            _check_parts(path, module, layout)
             found.append(FFN(join(path, layout.slot), module, layout))
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no FFN that moe-tools knows; supported: {FAMILIES}"
-        )
+        raise _unknown_host(model)
     return found
+
+
+def _check_parts(path: str, module: nn.Module, layout: Layout) -> None:
+    known = {name for name, _ in module.named_modules()}
+    lacking = [part for part in layout.parts() if part not in known]
+    if lacking:
+        raise ValueError(
+            f"{path}: {type(module).__name__} of transformers {transformers.__version__} has no "
+            f"{' and no '.join(lacking)}: it was renamed since the versions that moe-tools knows; "
+            "install one of these"
+        )
+
+
+def _unknown_host(model: nn.Module) -> ValueError:
+    said = f"{type(model).__name__} has no FFN that moe-tools knows; supported: {FAMILIES}"
+    families = FAMILIES.replace(" (text)", "_text").split(", ")
+    if getattr(getattr(model, "config", None), "model_type", None) in families:
+        said += (
+            f". It is of one of these families, but transformers {transformers.__version__} names "
+            "its FFNs otherwise: install a version of the range that moe-tools supports"
+        )
+    return ValueError(said)
 
 
 @torch.no_grad()
