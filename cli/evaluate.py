@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from moe_tools.cli.options import add_model_options, json_target, plot_target, positive
 
@@ -22,6 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
     parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="tasks of lm-evaluation-harness beside the perplexity (pip install 'moe-tools[eval]')",
+    )
+    parser.add_argument("--task-folder", metavar="DIR", help="task files of your own, in YAML")
+    parser.add_argument("--limit", type=positive, metavar="N", help="examples of each task")
+    parser.add_argument(
         "--sweep",
         nargs="*",
         type=float,
@@ -34,16 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=json_target, metavar="FILE", help="write the rows; - is standard output"
     )
+    parser.add_argument(
+        "--card", action="store_true", help="leave the figures in the folder and in its model card"
+    )
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; with `--json -` the table goes to standard error."""
     from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
+    from moe_tools.measure.card import write_figures
     from moe_tools.measure.compare import Setup, compare
     from moe_tools.measure.plot import plot
     from moe_tools.measure.report import print_table, to_json
     from moe_tools.measure.sweep import sweep
+    from moe_tools.measure.tasks import Tasks
+    from moe_tools.model.card import check_card
 
     device = pick_device(args.device)
     setup = Setup(
@@ -54,14 +70,19 @@ def run(args: argparse.Namespace) -> int:
         dtype=pick_dtype(args.dtype, device),
         device=device,
         seed=args.seed,
+        tasks=Tasks(tuple(args.tasks), args.task_folder, args.limit),
     )
-    if args.sweep is not None and len(args.folder) > 1:
-        raise ValueError(f"--sweep takes one folder, not {len(args.folder)}")
+    if args.sweep is not None:
+        _only(args.folder, "--sweep")
+    if args.card:
+        check_card(_only(args.folder, "--card"))
     with quiet_transformers():
         if args.sweep is None:
             rows = compare(args.folder, setup, donor=args.donor)
         else:
             rows = sweep(args.folder[0], setup, args.sweep, donor=args.donor)
+    if args.card:
+        write_figures(Path(args.folder[0]), rows)
     print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
     if args.plot:
         plot(rows, args.plot)
@@ -70,10 +91,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _only(folders: list[str], option: str) -> Path:
+    if len(folders) > 1:
+        raise ValueError(f"{option} takes one folder, not {len(folders)}")
+    return Path(folders[0])
+
+
 def _recipe_data(folder: str) -> str:
     """The text that the folder's run was trained on; for `self`, which nobody held out: docs."""
-    from pathlib import Path
-
     from moe_tools.recipe import read_recipe
 
     file = Path(folder) / "recipe.yaml"

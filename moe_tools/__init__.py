@@ -1,10 +1,14 @@
 """moe-tools: dense language models into models that compute only what a token needs.
 
-The public names, whole; each is imported on first use, so `import moe_tools` does no work.
+The public names, whole; each is imported on first use. `import moe_tools` does one thing: from then
+on transformers loads a converted folder as the routed model it is (`moe_tools.model.auto` says how
+and why; `unpatch_transformers` takes it back).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from moe_tools.model.auto import patch_transformers, unpatch_transformers
 
 if TYPE_CHECKING:
     from moe_tools.measure.evaluate import evaluate
@@ -21,10 +25,12 @@ __all__ = [
     "evaluate",
     "load",
     "optimize",
+    "patch_transformers",
     "read_recipe",
     "record_routing",
     "run",
     "save",
+    "unpatch_transformers",
 ]
 
 _HOME = {
@@ -44,3 +50,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'moe_tools' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+patch_transformers()

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from moe_tools.model.atomic import new_file, new_folder, partial_of
+from moe_tools.model.card import write_card
 from moe_tools.recipe import Recipe, Train, read_recipe, step_name
 
 RECIPE, METRICS, STEPS = "recipe.yaml", "metrics.json", "steps"
@@ -103,6 +104,7 @@ class RunFolder:
         }
         with new_file(self.output / METRICS) as partial:
             partial.write_text(json.dumps(metrics, indent=1))
+        write_card(self.output)
         if not keep_steps:
             shutil.rmtree(self.steps)
 

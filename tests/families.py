@@ -52,6 +52,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from moe_tools.model.auto import transformers_patched
 from moe_tools.model.conversion import Conversion, attach_experts
 from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.ffn import host_state_dict
@@ -190,9 +191,15 @@ def aligned(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def stock(name: str, folder: Path) -> PreTrainedModel:
-    """The folder, loaded by the stock class."""
+    """The folder, loaded by the stock class, as without moe-tools."""
     family = FAMILIES[name]
-    return aligned(family.model.from_pretrained(folder, **family.stock))
+    return aligned(load_stock(family.model, folder, **family.stock))
+
+
+def load_stock(model: type[PreTrainedModel], folder: Path, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` as it is without moe-tools."""
+    with transformers_patched(False):
+        return model.from_pretrained(folder, **options)
 
 
 def per_neuron(value_TE: Tensor, size: int = EXPERT_SIZE) -> Tensor:

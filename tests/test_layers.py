@@ -30,6 +30,7 @@ ARROWS = {
     "comparison": {"recipe", "measure", "pipeline"},
     "grid": {"recipe", "data", "model", "steps", "measure"},
     "run_text": {"recipe", "data", "model"},
+    "patched": set(),
     "cli": {
         "comparison",
         "grid",

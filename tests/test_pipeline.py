@@ -42,7 +42,15 @@ from moe_tools.recipe import (
     read_recipe,
     with_options,
 )
-from tests.families import EXPERT_SIZE, aligned, build, force_on, is_router, logits
+from tests.families import (
+    EXPERT_SIZE,
+    aligned,
+    build,
+    force_on,
+    is_router,
+    load_stock,
+    logits,
+)
 
 ROOT = Path(__file__).parents[1]
 WORDS = [f"w{index}" for index in range(60)]
@@ -144,7 +152,7 @@ def test_the_stock_class_loads_the_same_folder(done: Path) -> None:
     assert len(expert_ffns(ours)) == 2
     conversion = read_conversion(ours)
     assert conversion is not None and conversion.mode == "hard"
-    theirs = aligned(LlamaForCausalLM.from_pretrained(done).eval())
+    theirs = aligned(load_stock(LlamaForCausalLM, done).eval())
     ours = aligned(ours)
     assert not torch.equal(logits(ours), logits(theirs))
     force_on(ours)
@@ -212,11 +220,11 @@ def test_a_swap_a_training_and_another_swap(recipe: Recipe, work: Path, tmp_path
         replace(recipe, steps=steps), str(work / "donor"), tmp_path / "out", keep_steps=True, **FP32
     )
     relu, trained, fatrelu, split, attached = sorted((out / "steps").iterdir())
-    assert LlamaForCausalLM.from_pretrained(trained).config.hidden_act == "relu"
+    assert load_stock(LlamaForCausalLM, trained).config.hidden_act == "relu"
     assert not same_weights(relu, trained) and same_weights(trained, fatrelu)
     for folder in (fatrelu, split, attached, out):
         with pytest.raises(KeyError, match=r"moe_tools\.fatrelu: load this folder with moe_tools"):
-            LlamaForCausalLM.from_pretrained(folder)
+            load_stock(LlamaForCausalLM, folder)
     thetas = {name: found["theta"] for name, found in metrics(out)["steps"][2]["thetas"].items()}
     assert {ffn.name: ffn.act.theta for ffn in find_ffns(load(split))} == thetas
     assert all(theta > 0 for theta in thetas.values())
@@ -255,7 +263,7 @@ def test_the_relu_recipe_gives_a_stock_model(work: Path, tmp_path: Path) -> None
         tokens=256,
         **FP32,
     )
-    stock = LlamaForCausalLM.from_pretrained(out)
+    stock = load_stock(LlamaForCausalLM, out)
     assert torch.equal(logits(aligned(stock)), logits(aligned(load(out))))
     assert {type(layer.mlp.act_fn).__name__ for layer in stock.model.layers} == {"ReLU"}
 

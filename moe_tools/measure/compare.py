@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, evaluate
 from moe_tools.measure.report import Role, Row
+from moe_tools.measure.tasks import Tasks, run_tasks
 from moe_tools.model.checkpoint import (
     is_classifier,
     is_classifier_source,
@@ -52,7 +53,9 @@ class Setup:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     seed: int = 0
-    """Which tokens of an encoder's blocks are masked."""
+    """Which tokens of an encoder's blocks are masked; what tasks draw."""
+    tasks: Tasks = field(default_factory=Tasks)
+    """Of lm-evaluation-harness, beside the perplexity."""
 
 
 def compare(sources: Sequence[str], setup: Setup, *, donor: str | None = None) -> list[Row]:
@@ -85,12 +88,14 @@ class Bench:
 
     def __init__(self, setup: Setup, first: str, classify: bool | None = None) -> None:
         """The model `first` decides what the tokens are, and whether texts are classified."""
+        setup.tasks.check()
         self.setup = setup
         self.tokenizer = load_tokenizer(first)
         classify = is_classifier_source(first) if classify is None else classify
         read = _labelled if classify else _blocks
         self.text: Text = read(setup, self.tokenizer, "heldout", setup.tokens)
         self.done: dict[str, Evaluation] = {}
+        self.tasks: dict[str, dict[str, float]] = {}
         self.sources: dict[str, str] = {}
         """Name of a row that was asked for -> its folder."""
         self.settings: dict[str, dict[str, float]] = {}
@@ -128,6 +133,7 @@ class Bench:
         """Evaluates a model as it stands, under a name."""
         if not isinstance(self.text, Tensor):
             self.done[name] = evaluate_classifier(model, self.text, title=name)
+            self._run_tasks(name, model)
             return
         self.done[name] = evaluate(
             model,
@@ -137,6 +143,14 @@ class Bench:
             mask_token=self.tokenizer.mask_token_id,
             seed=self.setup.seed,
         )
+        self._run_tasks(name, model)
+
+    def _run_tasks(self, name: str, model: PreTrainedModel) -> None:
+        setup = self.setup
+        if setup.tasks.names:
+            self.tasks[name] = run_tasks(
+                model, self.tokenizer, setup.tasks, batch_size=setup.batch_size, seed=setup.seed
+            )
 
     def baseline(self, kind: Baseline, sparsity: float, source: str, control: str | None) -> None:
         """Evaluates a donor, or its dense control, under thresholds set on the training text."""
@@ -225,6 +239,7 @@ class Bench:
             device=setup.device,
             layer_sparsity=seen.layer_sparsity,
             zeros=seen.zeros,
+            tasks=self.tasks.get(source, {}),
             **_prediction(seen),
             two_level_sparsity=seen.two_level_sparsity,
         )

@@ -62,6 +62,8 @@ class Row:
     """Share of the neurons predicted on that are non-zero."""
     layer_prediction: dict[str, dict[str, float]] = field(default_factory=dict)
     """FFN name -> its recall, precision and predicted sparsity, and the counts they are of."""
+    tasks: dict[str, float] = field(default_factory=dict)
+    """"task metric" of lm-evaluation-harness -> figure."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
@@ -89,9 +91,10 @@ def to_json(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row]) -> Table:
     """The rows as a table; the caption names the text, the dtype and the device.
 
-    What few models have (`SHARES`) has a column only where one of them has it.
+    What few models have (`SHARES`, tasks) has a column only where one of them has it.
     """
     first = rows[0]
+    tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
     shares = [name for name in SHARES if any(getattr(row, name) is not None for row in rows)]
     made = Table(
         box=box.SIMPLE,
@@ -110,10 +113,11 @@ def table(rows: Sequence[Row]) -> Table:
         "FFN\nMFLOPs/token",
         "total\nMFLOPs/token",
         "trained on\ntokens",
+        *(name.replace(" ", "\n") for name in tasks),
     ):
         made.add_column(heading, justify="right")
     for row in rows:
-        made.add_row(*_cells(row, shares))
+        made.add_row(*_cells(row, shares), *(_figure(row.tasks.get(name)) for name in tasks))
     return made
 
 
@@ -145,6 +149,10 @@ def _sparsity(row: Row) -> str:
     own = f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense"
     both = row.two_level_sparsity
     return own if both is None else f"{own}\n{both:.1%} with the host's"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _ratio(value: float | None) -> str:

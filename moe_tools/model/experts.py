@@ -17,7 +17,7 @@ from moe_tools.kernels.packed import PackedFFN
 from moe_tools.model.division import Division
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers import Router
+from moe_tools.model.routers import Router, RowReader
 from moe_tools.model.routing import RoutedFFN, Routing
 from moe_tools.model.selectors import Everything, Selector
 
@@ -50,6 +50,8 @@ class ExpertFFN(RoutedFFN):
         self.shared = shared
         """Experts that always run: the first ones."""
         self.router = router
+        if isinstance(router, RowReader):
+            router.ffn = self.found
         self.selector = selector
         self.mode: Mode = mode
         self.off_F: Tensor | None

@@ -9,15 +9,17 @@ Letters: T tokens (any leading dimensions), D model width, F neurons of one FFN.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from moe_tools.model.activations import Activation, JointActivation
-from moe_tools.model.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, join
-from moe_tools.model.moe_host import HostExperts, unfuse_experts
+from moe_tools.model.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, inside, join
+from moe_tools.model.moe_host import HostExperts, fused_experts, unfuse_experts
 from moe_tools.model.projections import Projections, Weights
 
 
@@ -112,6 +114,11 @@ class GraftedFFN(nn.Module, ABC):
         return self._part(self.layout.down)
 
     @property
+    def found(self) -> FFN:
+        """Itself as an FFN whose parts are what they are whenever one looks: adapters included."""
+        return FFN(self.name, self, inside(self.layout))
+
+    @property
     def renames(self) -> dict[str, str]:
         """Prefixes of our tensors -> the host's, where they differ."""
         return host_names(self.name, self.layout)
@@ -142,7 +149,7 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     (`unfuse_experts`).
 
     Raises:
-        ValueError: the model has no FFN of a known family, its FFNs are routed or optimised
+        ValueError: the model has no FFN of a known family, or one whose parts were renamed; its FFNs are routed or optimised
             already, or it is an MoE host whose experts cannot be taken apart.
     """
     for module in grafted_ffns(model):
@@ -155,12 +162,33 @@ def find_ffns(model: nn.Module) -> list[FFN]:
         if isinstance(module, SwappedFFN):
             found.append(FFN(path, module, module.layout))
         elif (layout := LAYOUTS.get(type(module).__name__)) is not None:
+            _check_parts(path, module, layout)
             found.append(FFN(join(path, layout.slot), module, layout))
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no FFN that moe-tools knows; supported: {FAMILIES}"
-        )
+        raise _unknown_host(model)
     return found
+
+
+def _check_parts(path: str, module: nn.Module, layout: Layout) -> None:
+    known = {name for name, _ in module.named_modules()}
+    lacking = [part for part in layout.parts() if part not in known]
+    if lacking:
+        raise ValueError(
+            f"{path}: {type(module).__name__} of transformers {transformers.__version__} has no "
+            f"{' and no '.join(lacking)}: it was renamed since the versions that moe-tools knows; "
+            "install one of these"
+        )
+
+
+def _unknown_host(model: nn.Module) -> ValueError:
+    said = f"{type(model).__name__} has no FFN that moe-tools knows; supported: {FAMILIES}"
+    families = FAMILIES.replace(" (text)", "_text").split(", ")
+    if getattr(getattr(model, "config", None), "model_type", None) in families:
+        said += (
+            f". It is of one of these families, but transformers {transformers.__version__} names "
+            "its FFNs otherwise: install a version of the range that moe-tools supports"
+        )
+    return ValueError(said)
 
 
 @torch.no_grad()
@@ -227,14 +255,31 @@ def grafted_ffns(model: nn.Module) -> list[GraftedFFN]:
     return [module for module in model.modules() if isinstance(module, GraftedFFN)]
 
 
-def host_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the host's own names and shapes, our `router.*` tensors beside."""
-    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
-    state = {_rename(key, renames): tensor for key, tensor in model.state_dict().items()}
+def stock_ffn_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors of every FFN of a stock model, as its own state dict has them."""
+    prefixes = tuple(f"{path}." for path in fused_experts(model))
     for path, module in model.named_modules():
-        if isinstance(module, HostExperts):
-            module.fuse_into(state, path)
-    return state
+        if (layout := LAYOUTS.get(type(module).__name__)) is not None:
+            prefixes += tuple(f"{join(path, part)}." for part in layout.parts())
+    return {key for key in model.state_dict() if key.startswith(prefixes)}
+
+
+def host_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state dict under the host's own names and shapes, our `router.*` tensors beside.
+
+    Args:
+        model: whose names they are.
+        state: its tensors under our names, or the host's; by default its own state dict.
+    """
+    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
+    given = model.state_dict() if state is None else state
+    renamed = {_rename(key, renames): tensor for key, tensor in given.items()}
+    for path, module in model.named_modules():
+        if isinstance(module, HostExperts) and f"{path}.gate_up_proj" not in renamed:
+            module.fuse_into(renamed, path)
+    return renamed
 
 
 def _rename(key: str, renames: dict[str, str]) -> str:

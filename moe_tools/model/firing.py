@@ -24,7 +24,7 @@ def firing_rows(projections: Projections) -> list[Rows]:
     They are those of the gate, or of the up projection where there is no gate; under dReLU, of
     both. The rule is ReLU's; SiLU and GELU only come near zero below it.
     """
-    weights, act = projections.weights(), projections.act
+    weights, act = projections.computed(), projections.act
     threshold = act.threshold if isinstance(act, Activation) else 0.0
     up = Rows(weights.up_FD, weights.up_F, threshold)
     if weights.gate_FD is None:

@@ -119,6 +119,19 @@ def child_name(layout: Layout, path: str) -> str:
     return path.removeprefix(inside) if path.startswith(inside) else path.replace(".", "_")
 
 
+def inside(layout: Layout) -> Layout:
+    """The same parts, as paths below our module."""
+    return replace(
+        layout,
+        up=child_name(layout, layout.up),
+        down=child_name(layout, layout.down),
+        act=child_name(layout, layout.act),
+        gate=None if layout.gate is None else child_name(layout, layout.gate),
+        slot="",
+        bypass=(),
+    )
+
+
 def host_names(name: str, layout: Layout) -> dict[str, str]:
     """Prefixes of our module's tensors -> the host's own, where the two differ."""
     holder = name.removesuffix(layout.slot).removesuffix(".")

@@ -6,8 +6,9 @@ Letters: T tokens, D model width, F neurons of one FFN, K neurons that are asked
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,9 +37,10 @@ class Projections:
         return self.up(x_TD), None if self.gate is None else self.gate(x_TD)
 
     def hidden_TK(self, x_TD: Tensor, neurons_K: Tensor) -> Tensor:
-        """h of some neurons, whose rows alone are read."""
+        """h of some neurons, whose rows alone are read; with adapters, all rows are."""
         weights = self.weights()
-        if len(neurons_K) == len(weights.up_FD):  # all of them: a copy of h, not of the rows
+        whole = len(neurons_K) == len(weights.up_FD)  # then a copy of h, not of the rows
+        if whole or not all(is_plain(linear) for linear in self.linears()):
             return self.hidden_TF(x_TD)[..., neurons_K]
         up_TK = _some_rows(x_TD, weights.up_FD, weights.up_F, neurons_K)
         if weights.gate_FD is None:
@@ -49,6 +51,20 @@ class Projections:
     def weights(self) -> Weights:
         """Neuron-major views of the weights."""
         return read_weights(self.gate, self.up, self.down)
+
+    def computed(self) -> Weights:
+        """The weights that the modules compute with: under an adapter or a quantiser, copies.
+
+        The views of `weights` are then of what the adapter stands on.
+        """
+        made = self.weights()
+        if not is_plain(self.up):
+            rows = _computed_rows(self.up)
+            gate_up = rows.chunk(2) if self.gate is self.up else (made.gate_FD, rows)
+            made = replace(made, gate_FD=gate_up[0], up_FD=gate_up[1])
+        if self.gate is not None and self.gate is not self.up and not is_plain(self.gate):
+            made = replace(made, gate_FD=_computed_rows(self.gate))
+        return made if is_plain(self.down) else replace(made, down_FD=_computed_rows(self.down).T)
 
     def linears(self) -> list[nn.Module]:
         """What holds the weights, each module once."""
@@ -112,10 +128,31 @@ def read_weights(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> Weig
     return Weights(gate_rows, up_rows, _rows(down).T, gate_bias, up_bias, _bias(down))
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear computes with the numbers of its weight: no adapter, not quantised."""
+    if not isinstance(linear, nn.Linear | Conv1D):
+        return False
+    return type(linear.weight) is nn.Parameter
+
+
+def _computed_rows(module: nn.Module) -> Tensor:
+    """(outputs, inputs) of any module that is affine, by the outputs for each unit vector."""
+    weight = module.get_parameter("weight")
+    width = weight.shape[0] if isinstance(_base(module), Conv1D) else weight.shape[1]
+    units = torch.eye(width, dtype=weight.dtype, device=weight.device)
+    return (module(units) - module(torch.zeros_like(units[:1]))).T
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The linear below PEFT's adapters, which stand around it."""
+    inner = getattr(module, "base_layer", module)
+    return inner if isinstance(inner, nn.Module) else module
+
+
 def _rows(module: nn.Module) -> Tensor:
     """The (outputs, inputs) view of a linear: Conv1D stores the transpose."""
     weight = module.get_parameter("weight")
-    return weight.T if isinstance(module, Conv1D) else weight
+    return weight.T if isinstance(_base(module), Conv1D) else weight
 
 
 def _bias(module: nn.Module) -> Tensor | None:

@@ -2,8 +2,8 @@
 
 What transformers knows goes under its name into the host's config: the stock class loads the folder
 and computes the same. For any other activation the config gets a name that no stock class knows:
-it refuses the folder and names moe-tools, while `load` builds the host under its last stock name
-and swaps again.
+it refuses the folder and names moe-tools. Where moe-tools is imported, it is built with `Unswapped`
+instead, and the loading swaps again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from moe_tools.model.activations import Activation, build_activation
+from moe_tools.model.auto import OURS
 from moe_tools.model.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.model.ffn import FFN, check_activation, find_ffns, set_activation
 from moe_tools.model.layouts import ALSO_ACTIVATED
 
-FOREIGN = "moe_tools.{}: load this folder with moe_tools.load"
+FOREIGN = OURS + "{}: load this folder with moe_tools.load"
 """What stands in the host's config for an activation of a kind that transformers lacks."""
 
 
@@ -60,20 +62,41 @@ def check_swap(model: nn.Module, conversion: Conversion) -> list[Activation]:
 
 def _stock_name(model: nn.Module, before: str) -> str | None:
     """The name in the host's config, or the one that the last swap took from there."""
-    if not before.startswith("moe_tools."):
+    if not before.startswith(OURS):
         return before
     made = read_conversion(model)
     return None if made is None else made.stock_activation
 
 
-def restore_stock_name(config: Any, conversion: Conversion | None) -> None:
-    """Puts back into a host's config the activation that the stock class can be built with."""
-    if conversion is None or conversion.activation is None or conversion.stock_activation is None:
-        return
-    name = FOREIGN.format(conversion.activation["kind"])
-    for key, value in list(vars(config).items()):
-        if isinstance(value, str) and name in value:
-            setattr(config, key, value.replace(name, conversion.stock_activation))
+class Unswapped(nn.Module):
+    """Stands where a stock class is built with an activation that it does not know."""
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """Never what the model computes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "this model was built from the config of a converted one, without its folder: load it "
+            "with from_pretrained"
+        )
+
+
+def replace_stand_ins(model: nn.Module, stock_activation: str | None) -> None:
+    """Puts the activation of the stock class wherever it was built with `Unswapped`.
+
+    Raises:
+        ValueError: the config names an activation of ours, but not what it replaced.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Unswapped):
+            if stock_activation is None:
+                raise ValueError(
+                    f"{path} has an activation that only moe-tools knows, but the moe_tools block "
+                    "of config.json lacks stock_activation"
+                )
+            model.set_submodule(path, ACT2FN[stock_activation])
 
 
 def _activation(ffn: FFN, conversion: Conversion) -> Activation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,3 +161,22 @@ def test_fused_tensors_come_back_in_order() -> None:
     state = host_state_dict(twin)
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_renamed_class_of_a_known_family_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "__name__", "LlamaFeedForward")
+    message = r"^LlamaForCausalLM has no FFN .*It is of one of these families, but transformers \d"
+    with pytest.raises(ValueError, match=message):
+        find_ffns(model)
+
+
+def test_a_renamed_part_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    layout = replace(host.LAYOUTS["LlamaMLP"], gate="old_gate")
+    monkeypatch.setitem(host.LAYOUTS, "LlamaMLP", layout)
+    message = (
+        r"^model\.layers\.0\.mlp: LlamaMLP of transformers \S+ has no old_gate: it was renamed"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_ffns(model)

@@ -32,6 +32,7 @@ from tests.families import (
     host_gradients,
     host_tensors,
     is_router,
+    load_stock,
     logits,
     model_inputs,
     randomize,
@@ -298,14 +299,16 @@ def test_a_block_without_its_stock_name_is_refused(tmp_path: Path) -> None:
     config = json.loads(file.read_text())
     del config["moe_tools"]["stock_activation"]
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"^cannot load .*out: 'moe_tools\.drelu: load this fold"):
+    message = r"^cannot load .*out: .*mlp.* has an activation .* lacks stock_activation$"
+    with pytest.raises(ValueError, match=message):
         load(tmp_path / "out")
 
 
-def test_a_swapped_language_model_is_no_classifier(tmp_path: Path) -> None:
+def test_a_swapped_language_model_becomes_a_swapped_classifier(tmp_path: Path) -> None:
     save(swapped(build("llama"), "drelu"), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"^cannot load .*out: 'moe_tools\.drelu: load this fold"):
-        load_classifier(str(tmp_path / "out"), ["no", "yes"], dtype=torch.float32)
+    model = load_classifier(str(tmp_path / "out"), ["no", "yes"], dtype=torch.float32)
+    assert {type(ffn.act).__name__ for ffn in find_ffns(model)} == {"DReLU"}
+    assert logits(model).shape == (2, 2)
 
 
 # --- the experts of an MoE host, in every way that transformers has to run them
@@ -357,7 +360,7 @@ def test_the_stock_class_runs_a_stock_activation_in_every_way(family: str, tmp_p
     model = swapped(build(family), "relu")
     save(model, tmp_path / "out")
     for way in RUNNABLE:
-        dense = FAMILIES[family].model.from_pretrained(tmp_path / "out", experts_implementation=way)
+        dense = load_stock(FAMILIES[family].model, tmp_path / "out", experts_implementation=way)
         assert (logits(dense) - logits(model)).abs().max() <= 2e-6
 
 

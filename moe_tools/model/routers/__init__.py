@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import LearnedRouter, Router
+from moe_tools.model.routers.base import LearnedRouter, Router, RowReader
 from moe_tools.model.routers.few_bits import Int8GateRouter, SignRouter
 from moe_tools.model.routers.low_rank import LowRankRouter
 from moe_tools.model.routers.mlp import MLPRouter
@@ -27,6 +27,7 @@ __all__ = [
     "OracleRouter",
     "RepresentativeRouter",
     "Router",
+    "RowReader",
     "SigmoidRouter",
     "SignRouter",
     "SimilarityRouter",

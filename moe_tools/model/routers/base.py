@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
+from moe_tools.model.projections import Projections
 
 
 class Router(nn.Module, ABC):
@@ -47,13 +48,19 @@ class RowReader(Router):
 
     def __init__(self, ffn: FFN, importance: Importance) -> None:
         super().__init__()
-        self.projections = ffn.projections
+        self.ffn = ffn
+        """Where the rows are; `ExpertFFN` makes it itself, so that adapters are seen."""
         self.division, self.shared = importance.division, importance.shared
 
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
         """For an FFN and its experts; there are no options."""
         return cls(ffn, importance, **options)
+
+    @property
+    def projections(self) -> Projections:
+        """The FFN's modules, as they are now."""
+        return self.ffn.projections
 
 
 class LearnedRouter(Router):

@@ -5,37 +5,29 @@ Letters: T tokens, D model width, F neurons, R experts that are routed.
 
 from __future__ import annotations
 
-from typing import Any, Self
-
 import torch
 from torch import Tensor
 
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
-from moe_tools.model.routers.base import Router, RowReader
+from moe_tools.model.routers.base import RowReader
 
 
-class RepresentativeRouter(Router):
+class RepresentativeRouter(RowReader):
     """|h| of one neuron of each expert, the one most like the rest (CMoE, arXiv 2502.04416).
 
     The neuron is named by its index; its rows are read from the FFN, so that training the FFN
     trains the router.
     """
 
-    reads_rows = True
     neurons: Tensor
 
-    def __init__(self, ffn: FFN, neurons_R: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("neurons", neurons_R)
-        self.projections = ffn.projections
-
-    @classmethod
-    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
+    def __init__(self, ffn: FFN, importance: Importance) -> None:
         """The first neuron of each expert, until `represent` names better ones."""
-        first_R = torch.tensor(importance.division.sizes).cumsum(0).roll(1)
-        first_R[0] = 0
-        return cls(ffn, first_R[importance.shared :], **options)
+        super().__init__(ffn, importance)
+        first_E = torch.tensor(importance.division.sizes).cumsum(0).roll(1)
+        first_E[0] = 0
+        self.register_buffer("neurons", first_E[importance.shared :])
 
     def represent(self, neurons_R: Tensor) -> None:
         """Names the neuron of each expert."""
@@ -59,7 +51,7 @@ class OracleRouter(RowReader):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """scores_TR, 0 or more."""
-        down_FD = self.projections.weights().down_FD
+        down_FD = self.projections.computed().down_FD
         importance = Importance(self.division, self.shared, down_FD)
         return importance.norm_TR(self.projections.hidden_TF(x_TD))
 

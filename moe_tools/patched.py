@@ -1,0 +1,22 @@
+"""`python -m moe_tools.patched MODULE ARGUMENTS`: as `python -m MODULE ARGUMENTS`, and routed.
+
+For programs that load models themselves, such as `lm_eval`: with moe-tools imported first, a
+converted folder is the routed model there too (`moe_tools.model.auto`).
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+
+def main() -> None:
+    """Runs the module that the command line names."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m moe_tools.patched MODULE [ARGUMENT ...]")
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
