@@ -121,6 +121,11 @@ def unsupported(
         return f"gate_first needs an activation that can be zero: {', '.join(ZEROING)}"
     if scales is not None and x_TD.requires_grad and torch.is_grad_enabled():
         return "int8 weights have no gradients: call under torch.no_grad()"
+    return no_device(x_TD)
+
+
+def no_device(x_TD: Tensor) -> str | None:
+    """Why nothing here runs the kernels on this tensor; None when something does."""
     if x_TD.device.type == "cpu" and not triton.knobs.runtime.interpret:
         return (
             "backend 'triton' runs on a GPU and x_TD is on the CPU; TRITON_INTERPRET=1, set "

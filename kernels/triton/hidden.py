@@ -87,6 +87,31 @@ def compute_hidden(
 
 
 @triton.jit
+def write_hidden_grads(
+    hidden, d_gate, d_up, at_TN, on_N, gate_TN, up_TN, dh_TN, weight_TN, theta, up_theta,
+    ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Writes h and the gradients of gate x and up x; that of the weight comes back."""
+    runs_TN = weight_TN != 0
+    dtype = hidden.dtype.element_ty
+    act_TN = activate(gate_TN, theta, ACT)
+    h_TN = act_TN
+    d_gate_TN = dh_TN * slope(gate_TN, theta, ACT)
+    if GATED:
+        factor_TN = activate(up_TN, up_theta, UP_ACT)
+        h_TN *= factor_TN
+        d_gate_TN *= factor_TN
+        d_up_TN = weight_TN * dh_TN * act_TN * slope(up_TN, up_theta, UP_ACT)
+        d_up_TN = tl.where(runs_TN, d_up_TN, 0.0)
+        tl.store(d_up + at_TN, d_up_TN.to(dtype), mask=on_N[None, :])
+    d_gate_TN = tl.where(runs_TN, weight_TN * d_gate_TN, 0.0)
+    tl.store(d_gate + at_TN, d_gate_TN.to(dtype), mask=on_N[None, :])
+    hidden_TN = tl.where(runs_TN, weight_TN * h_TN, 0.0)
+    tl.store(hidden + at_TN, hidden_TN.to(dtype), mask=on_N[None, :])
+    return tl.where(runs_TN, h_TN * dh_TN, 0.0)
+
+
+@triton.jit
 def compute_hidden_grads(
     x, dy, gate, up, down, gate_stride, up_stride, down_stride, gate_bias, up_bias, mask,
     hidden, d_gate, d_up, d_weight, neurons, counts, packed,
@@ -108,26 +133,12 @@ def compute_hidden_grads(
         row_of(neuron_N, group, skip), on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     gate_TN = projected_TN(gate_TN, None, gate_bias, neuron_N, on_N)
-    act_TN = activate(gate_TN, theta, ACT)
-    d_gate_TN = dh_TN * slope(gate_TN, theta, ACT)
-    h_TN = act_TN
+    up_TN = projected_TN(up_TN, None, up_bias, neuron_N, on_N)
     weight_TN = load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E)
-    runs_TN = weight_TN != 0
-    at_TN = neuron_major(tokens, neuron_N, F, BLOCK_T)
-    listed_TN = on_N[None, :]
-    dtype = hidden.dtype.element_ty
-    if GATED:
-        up_TN = projected_TN(up_TN, None, up_bias, neuron_N, on_N)
-        factor_TN = activate(up_TN, up_theta, UP_ACT)
-        h_TN *= factor_TN
-        d_gate_TN *= factor_TN
-        d_up_TN = weight_TN * dh_TN * act_TN * slope(up_TN, up_theta, UP_ACT)
-        d_up_TN = tl.where(runs_TN, d_up_TN, 0.0)
-        tl.store(d_up + at_TN, d_up_TN.to(dtype), mask=listed_TN)
-    d_gate_TN = tl.where(runs_TN, weight_TN * d_gate_TN, 0.0)
-    tl.store(d_gate + at_TN, d_gate_TN.to(dtype), mask=listed_TN)
-    hidden_TN = tl.where(runs_TN, weight_TN * h_TN, 0.0)
-    tl.store(hidden + at_TN, hidden_TN.to(dtype), mask=listed_TN)
+    d_weight_TN = write_hidden_grads(
+        hidden, d_gate, d_up, neuron_major(tokens, neuron_N, F, BLOCK_T), on_N,
+        gate_TN, up_TN, dh_TN, weight_TN, theta, up_theta, ACT, UP_ACT, GATED,
+    )  # fmt: skip
     if d_weight is not None:
-        d_weight_TN = tl.where(runs_TN, h_TN * dh_TN, 0.0)
-        tl.store(d_weight + at_TN, d_weight_TN, mask=listed_TN)
+        to_TN = d_weight + neuron_major(tokens, neuron_N, F, BLOCK_T)
+        tl.store(to_TN, d_weight_TN, mask=on_N[None, :])

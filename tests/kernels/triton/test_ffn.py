@@ -299,7 +299,7 @@ def test_packed_once_called_often() -> None:
     x_TD, mask_TE = torch.randn(2, 8), MASKS["random"](2, 3)
     expected_TD = sparse_ffn_reference(weights, x_TD, mask_TE)
     torch.testing.assert_close(packed(x_TD, mask_TE), expected_TD, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="stores fp32, bf16, fp16 and int8, not torch.float64"):
+    with pytest.raises(ValueError, match=r"stores fp32, bf16, fp16 and int8, not torch\.float64"):
         pack(weights, dtype=torch.float64, backend="triton")
 
 
