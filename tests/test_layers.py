@@ -46,6 +46,7 @@ ARROWS = {
 KERNEL_USERS = {
     "moe_tools.model.experts",
     "moe_tools.model.kernel_weights",
+    "moe_tools.model.moe_kernels",
     "moe_tools.model.optimized",
     "moe_tools.measure.bench_kernels",
 }
