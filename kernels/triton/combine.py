@@ -31,11 +31,12 @@ def add_rows(
     rows_ND = load_rows_ND(rows, stride, row_N, reads_N, column_D, D)
     if scale is None:
         return add_weighted(sums, hidden_TN, rows_ND, BLOCK_T)
-    # Scales relative to the largest at hand: h times a scale would be too small for fp16.
-    scale_N = load_N(scale, neuron_N, on_N)
-    largest = tl.max(scale_N)
-    relative_TN = (hidden_TN.to(tl.float32) * (scale_N / largest)[None, :]).to(hidden_TN.dtype)
-    return sums + largest * add_weighted(tl.zeros_like(sums), relative_TN, rows_ND, BLOCK_T)
+    else:  # Scales relative to the largest at hand: h times a scale would be too small for fp16.
+        scale_N = load_N(scale, neuron_N, on_N)
+        largest = tl.max(scale_N)
+        relative_TN = hidden_TN.to(tl.float32) * (scale_N / largest)[None, :]
+        relative_TN = relative_TN.to(hidden_TN.dtype)
+        return sums + largest * add_weighted(tl.zeros_like(sums), relative_TN, rows_ND, BLOCK_T)
 
 
 @triton.jit

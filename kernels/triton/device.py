@@ -25,9 +25,10 @@ def load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E):
     inside_TN = (token_T < T)[:, None] & on_N[None, :]
     if mask is None:
         return inside_TN.to(tl.float32)
-    expert_N = expert_of(neuron_N, F, E)
-    at_TN = token_T[:, None].to(tl.int64) * E + expert_N[None, :]
-    return tl.load(mask + at_TN, mask=inside_TN, other=0).to(tl.float32)
+    else:
+        expert_N = expert_of(neuron_N, F, E)
+        at_TN = token_T[:, None].to(tl.int64) * E + expert_N[None, :]
+        return tl.load(mask + at_TN, mask=inside_TN, other=0).to(tl.float32)
 
 
 @triton.jit
