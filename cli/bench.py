@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="not of clustering"
     )
     parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of kernels (default: cpu)"
+    )
+    parser.add_argument(
         "--repeats", type=positive, help="of kernels (default: 30) and generate (default: 5)"
     )
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="of generate")
@@ -73,6 +76,8 @@ def _ffn(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
+    if args.device == "cuda":
+        return _cuda_kernels(args)
     import torch
 
     from moe_tools.cli.common import DTYPES
@@ -92,6 +97,25 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     ]
     title = f"{args.shape}, one token, {args.dtype}, {torch.get_num_threads()} threads"
     return [title, *lines], timings
+
+
+def _cuda_kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
+    from moe_tools.cli.common import DTYPES
+    from moe_tools.measure.bench_cuda import bench_cuda
+
+    timings = bench_cuda(
+        args.shape,
+        expert_size=args.expert_size,
+        dtype=DTYPES[args.dtype],
+        repeats=args.repeats or 30,
+    )
+    lines = [
+        f"{t.tokens:>4} tokens   {t.operation:<14}{t.sparsity:>4.0%} off {t.ms:9.4f} ms "
+        f"{t.speedup:6.2f} x F.linear {t.gigabytes_per_second:7.1f} GB/s, "
+        f"{t.share_of_bandwidth:4.0%} of the copy bandwidth"
+        for t in timings
+    ]
+    return [f"{args.shape}, experts of {args.expert_size}, {args.dtype}, cuda", *lines], timings
 
 
 def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:

@@ -68,7 +68,7 @@ def sparse_ffn(
             )
         return pack(weights, backend=backend)(x_TD, mask_TE)
     if backend == "triton":
-        return _triton().sparse_ffn_triton(weights, x_TD, mask_TE)
+        return triton_kernels("ffn").sparse_ffn_triton(weights, x_TD, mask_TE)
     return sparse_ffn_reference(weights, x_TD, mask_TE)
 
 
@@ -100,7 +100,7 @@ def pack(
     if backend == "cpu":
         return CpuFFN(weights, dtype, or_dense=False)
     if backend == "triton":
-        return _triton().TritonFFN(weights, dtype)
+        return triton_kernels("ffn").TritonFFN(weights, dtype)
     return ReferenceFFN(rounded(weights, dtype))
 
 
@@ -133,10 +133,14 @@ def _has_gpu_and_triton() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
-def _triton() -> ModuleType:
-    """The Triton kernels, loaded when they are asked for."""
+def triton_kernels(module: Literal["ffn", "moe"]) -> ModuleType:
+    """The Triton kernels, loaded when they are asked for.
+
+    Raises:
+        ValueError: Triton is not installed.
+    """
     try:
-        return importlib.import_module("moe_tools.kernels.triton.ffn")
+        return importlib.import_module(f"moe_tools.kernels.triton.{module}")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

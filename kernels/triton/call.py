@@ -21,7 +21,11 @@ ZEROING = ("relu", "relu2", "fatrelu", "shifted_relu")
 
 @dataclass(frozen=True)
 class Call:
-    """One FFN and its input. A plain FFN has no `up`: its one projection stands in `gate`."""
+    """One FFN and its input. A plain FFN has no `up`: its one projection stands in `gate`.
+
+    Weights may also be (X, N, D), F = X N: the experts of an MoE host, X of N neurons. Gate and up
+    may then stand in one tensor, expert by expert; the rows of `down` follow each other.
+    """
 
     x_TD: Tensor
     gate_FD: Tensor
@@ -33,6 +37,10 @@ class Call:
     gate_F: Tensor | None = None
     up_F: Tensor | None = None
     down_D: Tensor | None = None
+    gate_scale_F: Tensor | None = None
+    """Of int8 weights: a row stands for its numbers times its scale."""
+    up_scale_F: Tensor | None = None
+    down_scale_F: Tensor | None = None
     act: str = "silu"
     up_act: str = "identity"
     theta: float = 0.0
@@ -52,9 +60,22 @@ class Call:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """T, D, F and E as the kernels take them."""
-        (tokens, width), (neurons, _) = self.x_TD.shape, self.gate_FD.shape
+        tokens, width = self.x_TD.shape
         experts = 1 if self.mask_TE is None else self.mask_TE.shape[1]
-        return {"T": tokens, "D": width, "F": neurons, "E": experts}
+        return {"T": tokens, "D": width, "F": self.neurons, "E": experts}
+
+    @cached_property
+    def neurons(self) -> int:
+        """F, of all experts of a host together."""
+        return self.gate_FD.shape[:-1].numel()
+
+    @cached_property
+    def grouping(self) -> dict[str, int]:
+        """How the rows of gate and up stand, see `rows.row_of`."""
+        if self.gate_FD.ndim == 2:
+            return {"group": self.neurons, "skip": 0}
+        _, group, _ = self.gate_FD.shape
+        return {"group": group, "skip": self.gate_FD.stride(0) // self.gate_FD.stride(1) - group}
 
     @cached_property
     def activation(self) -> dict[str, Any]:
@@ -96,7 +117,7 @@ class Call:
 
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """One value for each token and neuron, neuron by neuron; written where a neuron runs."""
-        shape = (self.token_tiles, len(self.gate_FD), self.tokens)
+        shape = (self.token_tiles, self.neurons, self.tokens)
         return self.empty(*shape, dtype=dtype or self.x_TD.dtype)
 
 
@@ -117,9 +138,9 @@ class Lists:
     @classmethod
     def of(cls, call: Call, tile: int) -> Lists:
         """Memory for the lists of a call."""
-        num_tiles = -(-len(call.gate_FD) // tile)
+        num_tiles = -(-call.neurons // tile)
         columns = -(-call.x_TD.shape[1] // call.tiling.down_columns)
-        sizes = (num_tiles * tile, num_tiles, len(call.gate_FD), columns)
+        sizes = (num_tiles * tile, num_tiles, call.neurons, columns)
         made = [call.empty(call.token_tiles, size, dtype=torch.int32) for size in sizes]
         return cls(tile, num_tiles, columns, *made)
 

@@ -12,31 +12,46 @@ Letters: T tokens of one tile, D columns of one tile, N neurons of one step, F n
 import triton
 import triton.language as tl
 
-from moe_tools.kernels.triton.device import neuron_major
+from moe_tools.kernels.triton.device import load_N, neuron_major
 from moe_tools.kernels.triton.hidden import count_before
-from moe_tools.kernels.triton.rows import load_rows_ND
+from moe_tools.kernels.triton.rows import load_rows_ND, row_of
 
 
 @triton.jit
 def add_rows(
-    sums, hidden, rows, stride, tokens, neuron_N, on_N, column_D, D, F,
+    sums, hidden, rows, stride, scale, tokens, neuron_N, row_N, on_N, column_D, D, F,
     SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Sums + hidden rows. With SKIP_ZEROS, rows whose hidden values are all zero are not read."""
     from_TN = hidden + neuron_major(tokens, neuron_N, F, BLOCK_T)
     hidden_TN = tl.load(from_TN, mask=on_N[None, :], other=0.0)
+    reads_N = on_N
     if SKIP_ZEROS:
-        on_N = tl.max((hidden_TN != 0).to(tl.int32), 0) > 0
-    rows_ND = load_rows_ND(rows, stride, neuron_N, on_N, column_D, D)
+        reads_N = tl.max((hidden_TN != 0).to(tl.int32), 0) > 0
+    rows_ND = load_rows_ND(rows, stride, row_N, reads_N, column_D, D)
+    if scale is None:
+        return add_weighted(sums, hidden_TN, rows_ND, BLOCK_T)
+    else:  # Scales relative to the largest at hand: h times a scale would be too small for fp16.
+        scale_N = load_N(scale, neuron_N, on_N)
+        largest = tl.max(scale_N)
+        relative_TN = hidden_TN.to(tl.float32) * (scale_N / largest)[None, :]
+        relative_TN = relative_TN.to(hidden_TN.dtype)
+        return sums + largest * add_weighted(tl.zeros_like(sums), relative_TN, rows_ND, BLOCK_T)
+
+
+@triton.jit
+def add_weighted(sums, weight_TN, rows_ND, BLOCK_T: tl.constexpr):
+    """Sums + weight rows, as fused multiply-adds for one token, on matrix units for more."""
     if BLOCK_T == 1:
-        return sums + tl.trans(hidden_TN).to(tl.float32) * rows_ND.to(tl.float32)
+        return sums + tl.trans(weight_TN).to(tl.float32) * rows_ND.to(tl.float32)
     else:
-        return tl.dot(hidden_TN, rows_ND, sums, input_precision="ieee")
+        return tl.dot(weight_TN, rows_ND.to(weight_TN.dtype), sums, input_precision="ieee")
 
 
 @triton.jit
 def sum_share_TD(
-    hidden, rows, stride, hidden_2, rows_2, stride_2, packed, start, stop, tokens, column_D, D, F,
+    hidden, rows, stride, scale, hidden_2, rows_2, stride_2, packed, start, stop, tokens, column_D,
+    D, F, group, skip,
     SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -49,13 +64,15 @@ def sum_share_TD(
         place_N = place + tl.arange(0, BLOCK_N)
         on_N = place_N < stop
         neuron_N = tl.load(packed + tokens * F + place_N, mask=on_N, other=0)
+        row_N = row_of(neuron_N, group, skip)
         sums = add_rows(
-            sums, hidden, rows, stride, tokens, neuron_N, on_N, column_D, D, F,
+            sums, hidden, rows, stride, scale, tokens, neuron_N, row_N, on_N, column_D, D, F,
             SKIP_ZEROS, BLOCK_T,
         )  # fmt: skip
         if rows_2 is not None:
             sums = add_rows(
-                sums, hidden_2, rows_2, stride_2, tokens, neuron_N, on_N, column_D, D, F,
+                sums, hidden_2, rows_2, stride_2, None, tokens, neuron_N, row_N, on_N, column_D,
+                D, F,
                 SKIP_ZEROS, BLOCK_T,
             )  # fmt: skip
     if BLOCK_T == 1:
@@ -92,8 +109,8 @@ def add_places(
 
 @triton.jit
 def combine(
-    hidden, rows, stride, hidden_2, rows_2, stride_2, packed, counts, bias, partials, tickets, y,
-    T, D, F, num_tiles,
+    hidden, rows, stride, scale, hidden_2, rows_2, stride_2, packed, counts, bias, partials,
+    tickets, y, T, D, F, group, skip, num_tiles,
     ATOMIC: tl.constexpr, TICKETS: tl.constexpr, SKIP_ZEROS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +127,8 @@ def combine(
     start = split * share
     stop = tl.minimum(start + share, count)
     sums_TD = sum_share_TD(
-        hidden, rows, stride, hidden_2, rows_2, stride_2, packed, start, stop, tokens, column_D,
-        D, F, SKIP_ZEROS, BLOCK_T, BLOCK_N, BLOCK_D,
+        hidden, rows, stride, scale, hidden_2, rows_2, stride_2, packed, start, stop, tokens,
+        column_D, D, F, group, skip, SKIP_ZEROS, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     places: tl.constexpr = 1 if ATOMIC else SPLITS
     first_TD = places_TD(partials, tokens, column_D, D, places, BLOCK_T)

@@ -54,9 +54,13 @@ def next_power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+MOST_TOGETHER = 64
+"""Tokens of the largest tile."""
+
+
 def tokens_of_a_program(tokens: int) -> int:
     """One token alone; from two on, tiles of 16 to 64 share the rows that any of them needs."""
-    return 1 if tokens == 1 else min(64, max(16, next_power(tokens)))
+    return 1 if tokens == 1 else min(MOST_TOGETHER, max(16, next_power(tokens)))
 
 
 ONE_TOKEN = Config(128, 16, 8, 512, 64, 128, 8, 4)
@@ -64,6 +68,9 @@ FEW_TOKENS = Config(128, 16, 16, 128, 32, 128, 4, 4)
 MANY_TOKENS = Config(128, 32, 32, 64, 32, 128, 4, 4)
 """64 tokens: half the columns, for sm_90 keeps both operands in shared memory; twice the rows, for
 fewer than 8 elements a thread make narrow loads."""
+
+GROUPED = Config(128, 64, 64, 32, 32, 128, 4, 4)
+"""64 pairs of one expert; `tile`, `gate_tile` and `splits` play no part."""
 
 
 def pinned(tokens: int) -> Config:

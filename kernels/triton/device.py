@@ -25,9 +25,10 @@ def load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E):
     inside_TN = (token_T < T)[:, None] & on_N[None, :]
     if mask is None:
         return inside_TN.to(tl.float32)
-    expert_N = expert_of(neuron_N, F, E)
-    at_TN = token_T[:, None].to(tl.int64) * E + expert_N[None, :]
-    return tl.load(mask + at_TN, mask=inside_TN, other=0).to(tl.float32)
+    else:
+        expert_N = expert_of(neuron_N, F, E)
+        at_TN = token_T[:, None].to(tl.int64) * E + expert_N[None, :]
+        return tl.load(mask + at_TN, mask=inside_TN, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -39,9 +40,19 @@ def load_x_TD(x, token_T, column_D, T, D):
 
 
 @triton.jit
-def load_bias_N(bias, neuron_N, on_N):
-    """A bias of each neuron."""
-    return tl.load(bias + neuron_N, mask=on_N, other=0.0).to(tl.float32)
+def load_N(numbers, neuron_N, on_N):
+    """A number of each neuron: a bias, or the scale of its row."""
+    return tl.load(numbers + neuron_N, mask=on_N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def projected_TN(product_TN, scale, bias, neuron_N, on_N):
+    """What a product with stored rows stands for: times the rows' scales, plus the bias."""
+    if scale is not None:
+        product_TN *= load_N(scale, neuron_N, on_N)[None, :]
+    if bias is not None:
+        product_TN += load_N(bias, neuron_N, on_N)[None, :]
+    return product_TN
 
 
 @triton.jit
@@ -65,8 +76,9 @@ def add_product(sums, x_TD, rows_ND, BLOCK_T: tl.constexpr):
     """Sums + x rows^T, as fused multiply-adds for one token, on matrix units for more."""
     if BLOCK_T == 1:
         return sums + x_TD.to(tl.float32) * rows_ND.to(tl.float32)
-    else:
-        return tl.dot(x_TD, tl.trans(rows_ND), sums, input_precision="ieee")
+    else:  # int8 fits any of the dtypes of x without an error
+        rows_DN = tl.trans(rows_ND.to(x_TD.dtype))
+        return tl.dot(x_TD, rows_DN, sums, input_precision="ieee")
 
 
 @triton.jit
@@ -80,10 +92,14 @@ def product_TN(sums, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def project_TN(
-    x, dy, gate, up, down, gate_stride, up_stride, down_stride, token_T, neuron_N, on_N, T, D,
+    x, dy, gate, up, down, gate_stride, up_stride, down_stride, token_T, neuron_N, row_N, on_N,
+    T, D,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """gate x, up x and down dy in one pass over D; weights that are None are left out."""
+    """gate x, up x and down dy in one pass over D; weights that are None are left out.
+
+    `row_N` are the neurons' rows of gate and up; those of down follow each other.
+    """
     gate_sums = no_sums(BLOCK_T, BLOCK_N, BLOCK_D)
     up_sums = no_sums(BLOCK_T, BLOCK_N, BLOCK_D)
     down_sums = no_sums(BLOCK_T, BLOCK_N, BLOCK_D)
@@ -92,10 +108,10 @@ def project_TN(
         if (gate is not None) or (up is not None):
             x_TD = load_x_TD(x, token_T, column_D, T, D)
         if gate is not None:
-            gate_ND = load_rows_ND(gate, gate_stride, neuron_N, on_N, column_D, D)
+            gate_ND = load_rows_ND(gate, gate_stride, row_N, on_N, column_D, D)
             gate_sums = add_product(gate_sums, x_TD, gate_ND, BLOCK_T)
         if up is not None:
-            up_ND = load_rows_ND(up, up_stride, neuron_N, on_N, column_D, D)
+            up_ND = load_rows_ND(up, up_stride, row_N, on_N, column_D, D)
             up_sums = add_product(up_sums, x_TD, up_ND, BLOCK_T)
         if down is not None:
             dy_TD = load_x_TD(dy, token_T, column_D, T, D)

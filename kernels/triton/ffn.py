@@ -6,6 +6,7 @@ Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,12 +14,22 @@ from torch import Tensor
 
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.quantize import quantize_rows
 from moe_tools.kernels.triton.call import ZEROING
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.weights import FFNWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of x and of weights; weights may be int8, too, with one scale a row."""
+
+
+class Scales(NamedTuple):
+    """Of int8 weights: a row stands for its numbers times its scale."""
+
+    up_F: Tensor
+    down_F: Tensor
+    gate_F: Tensor | None = None
 
 
 def sparse_ffn_triton(
@@ -26,6 +37,7 @@ def sparse_ffn_triton(
     x_TD: Tensor,
     mask_TE: Tensor | None = None,
     *,
+    scales: Scales | None = None,
     gate_first: bool | None = None,
     atomic: bool = False,
     config: Config | None = None,
@@ -39,9 +51,11 @@ def sparse_ffn_triton(
         weights: as they are, not copied; on the device of x.
         x_TD: any leading dimensions.
         mask_TE: which experts run, or with which weight; None is all of them.
+        scales: of int8 weights, which have no gradients.
         gate_first: compute the activation of every selected neuron first and go on with those
             where it is not zero (exact). By default, where the activation can be zero. Otherwise
-            gate and up are computed together.
+            gate and up are computed together. With a mask of neurons, it is whether a predicted
+            list is checked again.
         atomic: add the shares of each sum as they come; y may then differ in the last bit from
             run to run.
         config: tile sizes, of `tune`; by default pinned ones.
@@ -50,7 +64,7 @@ def sparse_ffn_triton(
         ValueError: what `unsupported` says; shapes that do not fit.
     """
     weights.check_call(x_TD, mask_TE)
-    refusal = unsupported(weights, x_TD, gate_first)
+    refusal = unsupported(weights, x_TD, gate_first, scales)
     if refusal:
         raise ValueError(refusal)
     (first_FD, first_F, act), *second = _inputs(weights)
@@ -60,6 +74,7 @@ def sparse_ffn_triton(
         *(first_FD, up_FD, weights.down_FD),
         None if mask_TE is None else mask_TE.reshape(-1, mask_TE.shape[-1]).contiguous(),
         *(first_F, up_F, weights.down_D),
+        *_scales(scales),
         *(act.name, up_act.name, act.theta, up_act.theta),
         act.name in ZEROING if gate_first is None else gate_first,
         atomic,
@@ -68,16 +83,31 @@ def sparse_ffn_triton(
     return y_TD.view(x_TD.shape)
 
 
-def unsupported(weights: FFNWeights, x_TD: Tensor, gate_first: bool | None = None) -> str | None:
+def _scales(scales: Scales | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As the operator has them: the one projection of a plain FFN stands in gate."""
+    if scales is None:
+        return None, None, None
+    if scales.gate_F is None:
+        return scales.up_F, None, scales.down_F
+    return scales.gate_F, scales.up_F, scales.down_F
+
+
+def unsupported(
+    weights: FFNWeights,
+    x_TD: Tensor,
+    gate_first: bool | None = None,
+    scales: Scales | None = None,
+) -> str | None:
     """Why these kernels cannot run this; None when they can."""
     rows = {"up_FD": weights.up_FD, "down_FD": weights.down_FD, "gate_FD": weights.gate_FD}
     for name, weight in rows.items():
         if weight is None:
             continue
-        if weight.dtype != x_TD.dtype or x_TD.dtype not in DTYPES:
+        wanted = x_TD.dtype if scales is None else torch.int8
+        if weight.dtype != wanted or x_TD.dtype not in DTYPES:
             return (
                 f"x_TD is {x_TD.dtype} and {name} {weight.dtype}: backend 'triton' takes fp32, "
-                "bf16 or fp16, one for all"
+                "bf16 or fp16, one for all, and int8 weights with `scales`"
             )
         if weight.stride(1) != 1:
             return (
@@ -89,6 +119,13 @@ def unsupported(weights: FFNWeights, x_TD: Tensor, gate_first: bool | None = Non
         return "backend 'triton' knows activations by name: give a name or an Act, not a function"
     if gate_first and _inputs(weights)[0][2].name not in ZEROING:
         return f"gate_first needs an activation that can be zero: {', '.join(ZEROING)}"
+    if scales is not None and x_TD.requires_grad and torch.is_grad_enabled():
+        return "int8 weights have no gradients: call under torch.no_grad()"
+    return no_device(x_TD)
+
+
+def no_device(x_TD: Tensor) -> str | None:
+    """Why nothing here runs the kernels on this tensor; None when something does."""
     if x_TD.device.type == "cpu" and not triton.knobs.runtime.interpret:
         return (
             "backend 'triton' runs on a GPU and x_TD is on the CPU; TRITON_INTERPRET=1, set "
@@ -102,7 +139,7 @@ def _inputs(weights: FFNWeights) -> list[tuple[Tensor, Tensor | None, Act]]:
 
 
 class TritonFFN(PackedFFN):
-    """Copies of the weights, each row contiguous.
+    """Copies of the weights, each row contiguous; in int8 with one scale a row.
 
     Raises:
         ValueError: a dtype that the kernels do not read.
@@ -111,14 +148,22 @@ class TritonFFN(PackedFFN):
     backend = "triton"
 
     def __init__(self, weights: FFNWeights, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"backend 'triton' stores fp32, bf16 and fp16, not {dtype}")
+        if dtype not in (*DTYPES, torch.int8):
+            raise ValueError(f"backend 'triton' stores fp32, bf16, fp16 and int8, not {dtype}")
+        kept = weights.up_FD.dtype if dtype == torch.int8 else dtype
+        scales_F: list[Tensor] = []
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            return tensor.detach().to(kept, copy=True, memory_format=torch.contiguous_format)
 
-        super().__init__(weights.changed(copy, copy))
+        def quantize(weight_FD: Tensor) -> Tensor:
+            rows_FD, scale_F = quantize_rows(weight_FD.detach())
+            scales_F.append(scale_F)
+            return rows_FD
+
+        super().__init__(weights.changed(quantize if dtype == torch.int8 else copy, copy))
+        self.scales = Scales(*scales_F) if scales_F else None
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return sparse_ffn_triton(self.weights, x_TD, mask_TE)
+            return sparse_ffn_triton(self.weights, x_TD, mask_TE, scales=self.scales)

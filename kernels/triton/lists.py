@@ -12,11 +12,12 @@ import triton.language as tl
 
 from moe_tools.kernels.triton.device import (
     activate,
-    load_bias_N,
     load_weight_TN,
     neuron_major,
     project_TN,
+    projected_TN,
 )
+from moe_tools.kernels.triton.rows import row_of
 
 
 @triton.jit
@@ -52,8 +53,8 @@ def list_experts(
 
 @triton.jit
 def list_firing(
-    x, gate, gate_stride, gate_bias, mask, gates, neurons, counts, tickets,
-    T, D, F, E, num_columns, theta,
+    x, gate, gate_stride, gate_scale, gate_bias, mask, gates, neurons, counts, tickets,
+    T, D, F, E, group, skip, num_columns, theta,
     ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -64,11 +65,10 @@ def list_firing(
     on_TN = load_weight_TN(mask, token_T, neuron_N, neuron_N < F, T, F, E) != 0
     on_N = tl.max(on_TN.to(tl.int32), 0) > 0
     gate_TN, _, _ = project_TN(
-        x, None, gate, None, None, gate_stride, 0, 0, token_T, neuron_N, on_N, T, D,
-        BLOCK_T, TILE, BLOCK_D,
+        x, None, gate, None, None, gate_stride, 0, 0, token_T, neuron_N,
+        row_of(neuron_N, group, skip), on_N, T, D, BLOCK_T, TILE, BLOCK_D,
     )  # fmt: skip
-    if gate_bias is not None:
-        gate_TN += load_bias_N(gate_bias, neuron_N, on_N)[None, :]
+    gate_TN = projected_TN(gate_TN, gate_scale, gate_bias, neuron_N, on_N)
     fires_TN = on_TN & (activate(gate_TN, theta, ACT) != 0)
     fires_N = tl.max(fires_TN.to(tl.int32), 0) > 0
     to_TN = gates + neuron_major(tokens, neuron_N, F, BLOCK_T)

@@ -17,6 +17,8 @@ from moe_tools.kernels.triton.plan_backward import plan_backward
 
 GRADIENTS = 7
 """How many operands, from the first, `backward` answers with a gradient."""
+TENSORS = 11
+"""How many operands of `forward` are tensors, from the first."""
 
 
 @torch.library.custom_op("moe_tools::sparse_ffn_triton", mutates_args=())
@@ -29,6 +31,9 @@ def forward(
     gate_F: Tensor | None,
     up_F: Tensor | None,
     down_D: Tensor | None,
+    gate_scale_F: Tensor | None,
+    up_scale_F: Tensor | None,
+    down_scale_F: Tensor | None,
     act: str,
     up_act: str,
     theta: float,
@@ -42,6 +47,7 @@ def forward(
         return torch.empty_like(x_TD)
     call = Call.of(
         *(x_TD, gate_FD, up_FD, down_FD, mask_TE, gate_F, up_F, down_D),
+        *(gate_scale_F, up_scale_F, down_scale_F),
         *(act, up_act, theta, up_theta, gate_first, atomic),
         config=config,
     )
@@ -78,7 +84,7 @@ def backward(
     if not len(x_TD):
         return [made.zero_() for made in _blank(operands)]
     acts = (act, up_act, theta, up_theta)
-    call = Call.of(*operands, None, *acts, False, atomic, config=config)
+    call = Call.of(*operands, *[None] * 4, *acts, False, atomic, config=config)
     launches, made = plan_backward(call, dy_TD.contiguous())
     for launch in launches:
         launch.run()
@@ -102,7 +108,7 @@ def _blank(operands: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors, acts = inputs[: GRADIENTS + 1], inputs[GRADIENTS + 1 : -3]
+    tensors, acts = inputs[: GRADIENTS + 1], inputs[TENSORS:-3]
     ctx.save_for_backward(*tensors)
     ctx.options = (*acts, *inputs[-2:])
 

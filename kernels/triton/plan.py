@@ -52,11 +52,10 @@ def plan_forward(call: Call) -> tuple[list[Launch], Tensor]:
     lists = Lists.of(call, call.tiling.gate_tile if call.gate_first else call.tiling.tile)
     gates = call.values(torch.float32) if call.gate_first else None
     hidden, y_TD = call.values(), torch.empty_like(call.x_TD)
-    pairs = [(hidden, call.down_FD)]
     launches = [
         plan_list(call, lists) if gates is None else _plan_firing(call, lists, gates),
         _plan_hidden(call, lists, gates, hidden),
-        *plan_combine(call, lists, pairs, call.down_D, y_TD, call.skips_zeros),
+        *_plan_down(call, lists, hidden, y_TD),
     ]
     return launches, y_TD
 
@@ -74,10 +73,12 @@ def _plan_firing(call: Call, lists: Lists, gates: Tensor) -> Launch:
         "x": call.x_TD,
         "gate": call.gate_FD,
         "gate_stride": stride(call.gate_FD),
+        "gate_scale": call.gate_scale_F,
         "gate_bias": call.gate_F,
         "mask": call.mask,
         "gates": gates,
         **call.sizes,
+        **call.grouping,
         "theta": call.theta,
         "ACT": call.act,
         "BLOCK_T": call.tokens,
@@ -92,6 +93,8 @@ def _plan_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor)
     arguments = {
         **for_launch_two(call, lists),
         "gate": call.gate_FD if gates is None else None,
+        "gate_scale": call.gate_scale_F,
+        "up_scale": call.up_scale_F,
         "gates": gates,
         "hidden": hidden,
     }
@@ -109,6 +112,7 @@ def for_launch_two(call: Call, lists: Lists) -> dict[str, Any]:
         "up_bias": call.up_F,
         "mask": call.mask,
         **call.sizes,
+        **call.grouping,
         **call.activation,
         "BLOCK_T": call.tokens,
         "BLOCK_N": call.tiling.rows,
@@ -122,21 +126,31 @@ def grid_two(call: Call, lists: Lists) -> tuple[int, int]:
     return (lists.num_tiles * (lists.tile // call.tiling.rows), call.token_tiles)
 
 
+def _plan_down(call: Call, lists: Lists, hidden: Tensor, y_TD: Tensor) -> list[Launch]:
+    own = {
+        "bias": call.down_D,
+        "scale": call.down_scale_F,
+        "group": call.neurons,
+        "skip": 0,
+        "SKIP_ZEROS": call.skips_zeros,
+    }
+    return plan_combine(call, lists, [(hidden, call.down_FD)], y_TD, own)
+
+
 def plan_combine(
     call: Call,
     lists: Lists,
     pairs: list[tuple[Tensor, Tensor]],
-    bias_D: Tensor | None,
     y_TD: Tensor,
-    skips_zeros: bool,
+    own: dict[str, Any],
 ) -> list[Launch]:
-    """Launch three: y_TD from one or two pairs of values and rows."""
+    """Launch three: y_TD from one or two pairs of values and rows; `own` are its own arguments."""
     (hidden, rows), (hidden_2, rows_2) = (*pairs, (None, None))[:2]
     splits, width = call.tiling.splits, y_TD.shape[1]
     places, make = (1, torch.zeros) if call.atomic else (splits, torch.empty)
     shape = (call.token_tiles, places, call.tokens, width)
     shared = {
-        "bias": bias_D,
+        "bias": own["bias"],
         "partials": make(shape, dtype=torch.float32, device=y_TD.device),
         "y": y_TD,
         "T": len(y_TD),
@@ -146,6 +160,7 @@ def plan_combine(
     }
     arguments = {
         **shared,
+        **own,
         "hidden": hidden,
         "rows": rows,
         "stride": stride(rows),
@@ -160,7 +175,6 @@ def plan_combine(
         "TILES": next_power(lists.num_tiles),
         "ATOMIC": call.atomic,
         "TICKETS": call.tickets,
-        "SKIP_ZEROS": skips_zeros,
         "SPLITS": splits,
         "BLOCK_N": call.tiling.down_rows,
     }
@@ -174,4 +188,4 @@ def plan_combine(
 
 def stride(weight_FD: Tensor | None) -> int:
     """Elements from one neuron's row to the next."""
-    return 0 if weight_FD is None else weight_FD.stride(0)
+    return 0 if weight_FD is None else weight_FD.stride(-2)

@@ -65,10 +65,11 @@ def plan_backward(call: Call, dy_TD: Tensor) -> tuple[list[Launch], Gradients]:
     pairs = [(values.d_gate, call.gate_FD)]
     if call.up_FD is not None and d_up is not None:
         pairs.append((d_up, call.up_FD))
+    own = {"bias": None, "scale": None, **call.grouping, "SKIP_ZEROS": False}
     launches = [
         plan_list(call, lists),
         _plan_hidden_grads(call, lists, dy_TD, values),
-        *plan_combine(call, lists, pairs, None, made.x_TD, skips_zeros=False),
+        *plan_combine(call, lists, pairs, made.x_TD, own),
         _plan_weight_grads(call, dy_TD, values, made),
     ]
     if d_weight is not None and made.mask_TE is not None:

@@ -27,8 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_tools.kernels.triton.call import Call
+from moe_tools.kernels.triton.config import MOST_TOGETHER
 from moe_tools.kernels.triton.plan import Launch, plan_forward
 from moe_tools.kernels.triton.plan_backward import plan_backward
+from moe_tools.kernels.triton.plan_grouped import (
+    GroupedCall,
+    plan_grouped,
+    plan_grouped_backward,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,13 +45,15 @@ REGISTERS = 255
 """Budget of one thread: with more the compiler spills. Below it, four warps always fit."""
 SHARED = 64 * 1024
 """Bytes of one program: two fit an sm_80 (163 KiB) and an sm_90 (227 KiB), one a gfx942 (64)."""
-TOKENS = (1, 16, 64)
-"""Of the cases: the smallest, the middle and the largest tile of tokens."""
+TOKENS = (1, 16, 64, 512)
+"""Of the cases: the smallest, the middle and the largest tile of tokens, and groups by expert."""
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
     torch.uint8: "u8",
 }
 
@@ -74,23 +82,64 @@ class Usage:
 
 
 def cases(width: int, neurons: int, tokens: int, target: str) -> Iterator[tuple[str, list[Launch]]]:
-    """Name and launches of what is compiled, in bf16 with experts of 8; fp32 for one token."""
-    for dtype in (torch.bfloat16, torch.float32) if tokens == 1 else (torch.bfloat16,):
+    """Name and launches of what is compiled, with experts of 8 neurons; fp32 for one token.
+
+    More tokens than one tile holds are grouped: 8 experts of a host, of which each token takes two.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
         end = f"{_TYPES[dtype]}, {tokens} tokens"
+        if tokens > MOST_TOGETHER:
+            yield from _grouped_cases(_grouped_call(tokens, width, neurons, dtype), end)
+            continue
         call = replace(_call(tokens, width, neurons, dtype), tickets=target != "gfx942")
-        exact = replace(call, act="relu", gate_first=True)
-        yield f"experts {end}", plan_forward(call)[0]
-        yield f"gate first {end}", plan_forward(exact)[0]
-        yield f"backward {end}", plan_backward(call, torch.empty_like(call.x_TD))[0]
+        yield from _cases(call, end)
+        yield from _int8_cases(call, f"int8 {end}")
+    if tokens == 1:
+        call = replace(_call(1, width, neurons, torch.float32), tickets=target != "gfx942")
+        yield from _cases(call, "fp32, 1 tokens")
+
+
+_Cases = Iterator[tuple[str, list[Launch]]]
+
+
+def _cases(call: Call, end: str) -> _Cases:
+    exact = replace(call, mask_TE=None, act="relu", gate_first=True)
+    yield f"experts {end}", plan_forward(call)[0]
+    yield f"gate first {end}", plan_forward(exact)[0]
+    yield f"backward {end}", plan_backward(call, torch.empty_like(call.x_TD))[0]
+
+
+def _int8_cases(call: Call, end: str) -> _Cases:
+    rows = {name: getattr(call, name).to(torch.int8) for name in ("gate_FD", "up_FD", "down_FD")}
+    scale_F = _blank(call.neurons, dtype=torch.float32)
+    scales = {f"{name}_scale_F": scale_F for name in ("gate", "up", "down")}
+    given = replace(call, **rows, **scales)
+    yield f"experts {end}", plan_forward(given)[0]
+    recheck = replace(given, act="relu", gate_first=True)  # of a predicted list
+    yield f"gate first {end}", plan_forward(recheck)[0]
+
+
+def _grouped_cases(call: GroupedCall, end: str) -> _Cases:
+    yield f"grouped {end}", plan_grouped(call)[0]
+    yield f"backward {end}", plan_grouped_backward(call, torch.empty_like(call.x_TD))[0]
 
 
 def _call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> Call:
-    def blank(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    gate_FD, up_FD, down_FD = (_blank(neurons, width, dtype=dtype) for _ in range(3))
+    mask_TE = _blank(tokens, max(1, neurons // 8), dtype=dtype)
+    return Call(_blank(tokens, width, dtype=dtype), gate_FD, up_FD, down_FD, mask_TE)
 
-    gate_FD, up_FD, down_FD = (blank(neurons, width) for _ in range(3))
-    mask_TE = blank(tokens, max(1, neurons // 8))
-    return Call(blank(tokens, width), gate_FD, up_FD, down_FD, mask_TE)
+
+def _grouped_call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> GroupedCall:
+    gate_up_XFD = _blank(8, 2 * neurons, width, dtype=dtype)
+    gate_XND, up_XND = gate_up_XFD.unflatten(1, (2, neurons)).unbind(1)
+    pairs = (_blank(tokens, 2, dtype=torch.int64), _blank(tokens, 2, dtype=torch.float32))
+    down_XND = _blank(8, neurons, width, dtype=dtype)
+    return GroupedCall(_blank(tokens, width, dtype=dtype), gate_XND, up_XND, down_XND, *pairs)
+
+
+def _blank(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
@@ -197,7 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _row(usage: Usage) -> str:
     widths = "/".join(map(str, usage.load_bits)) or "-"
     return (
-        f"{usage.case:<28}{usage.kernel:<22}{usage.target:<8}{usage.registers:>4} registers"
+        f"{usage.case:<32}{usage.kernel:<28}{usage.target:<8}{usage.registers:>4} registers"
         f"{usage.spills:>4} B spilled{usage.shared:>7} B shared{widths:>5} bit loads"
         f"{'' if usage.fits else '  OVER BUDGET'}"
     )

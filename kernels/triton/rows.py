@@ -8,8 +8,17 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows_ND(weight, stride, neuron_N, on_N, column_D, D):
+def row_of(neuron_N, group, skip):
+    """The row of each neuron, where `skip` rows of something else follow every `group` neurons.
+
+    The gate rows of an MoE host's fused experts: those of an expert, then as many up rows.
+    """
+    return neuron_N + neuron_N // group * skip
+
+
+@triton.jit
+def load_rows_ND(weight, stride, row_N, on_N, column_D, D):
     """A tile of weight rows; the rows of neurons that are off are not read."""
     inside_ND = on_N[:, None] & (column_D < D)[None, :]
-    at_ND = neuron_N[:, None].to(tl.int64) * stride + column_D[None, :]
+    at_ND = row_N[:, None].to(tl.int64) * stride + column_D[None, :]
     return tl.load(weight + at_ND, mask=inside_ND, other=0.0)

@@ -48,17 +48,29 @@ def refusal(projections: Projections) -> str | None:
     return None
 
 
+def act_of(module: nn.Module) -> Act | None:
+    """An activation in the words of the kernels, None where none of them computes it."""
+    if type(module) not in ACTS:
+        return None
+    return Act(ACTS[type(module)], module.threshold if isinstance(module, Activation) else 0.0)
+
+
+def up_act_of(module: nn.Module) -> ActName:
+    """What becomes of the up row of a gated FFN with this activation."""
+    return "relu" if isinstance(module, DReLU) else "identity"
+
+
 def kernel_weights(projections: Projections) -> FFNWeights:
     """Views of the weights of modules that nothing refuses."""
-    weights, act = projections.weights(), projections.act
-    theta = act.threshold if isinstance(act, Activation) else 0.0
+    weights, act = projections.weights(), act_of(projections.act)
+    assert act is not None
     return FFNWeights(
         weights.up_FD,
         weights.down_FD,
-        Act(ACTS[type(act)], theta),
+        act,
         weights.gate_FD,
         weights.up_F,
         weights.gate_F,
         weights.down_D,
-        "relu" if isinstance(act, DReLU) else "identity",
+        up_act_of(projections.act),
     )

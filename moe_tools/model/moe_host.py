@@ -10,13 +10,25 @@ the host chooses for a token.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from moe_tools.model.moe_kernels import (
+    IMPLEMENTATION,
+    as_one,
+    lay_out,
+    one_activation,
+    run_experts,
+)
 from moe_tools.model.projections import Weights
 
 FUSED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
 """Host classes with gate_up_proj (X, 2F, D), down_proj (X, D, F) and act_fn."""
+DENSE = ("HostExpert", "SwappedFFN")
+"""Classes of an expert that is one FFN as it stands: no router inside, nothing packed."""
 
 
 class HostExpert(nn.Module):
@@ -37,8 +49,38 @@ class HostExpert(nn.Module):
 class HostExperts(nn.ModuleList):
     """The experts of one layer; the host's own router still chooses among them."""
 
+    def __init__(self, experts: Iterable[nn.Module], config: Any) -> None:
+        super().__init__(experts)
+        self.config = config
+        """The host's, which names the implementation of its experts."""
+
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs, weighted by the host's router."""
+        """Sum of the chosen experts' outputs, weighted by the host's router.
+
+        With `experts_implementation="moe_tools"` all together, where all are dense, of one
+        activation, and nothing watches or adapts a part of them; otherwise one by one.
+        """
+        asked = self.config._experts_implementation == IMPLEMENTATION
+        act = one_activation(self._parts("activation_fn")) if asked and self._plain() else None
+        if act is not None:
+            weights = (as_one(self._weights(name)) for name in ("gate_up_proj", "down_proj"))
+            return run_experts(*weights, act, x_TD, chosen_TK, weight_TK)
+        return self._one_by_one(x_TD, chosen_TK, weight_TK)
+
+    def _plain(self) -> bool:
+        dense = all(type(expert).__name__ in DENSE for expert in self)
+        parts = [module for expert in self for module in expert.modules()]
+        watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        linears = [*self._parts("gate_up_proj"), *self._parts("down_proj")] if dense else []
+        return dense and not watched and all(type(linear) is nn.Linear for linear in linears)
+
+    def _parts(self, name: str) -> list[nn.Module]:
+        return [expert.get_submodule(name) for expert in self]
+
+    def _weights(self, name: str) -> list[Tensor]:
+        return [linear.get_parameter("weight") for linear in self._parts(name)]
+
+    def _one_by_one(self, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
         y_TD = torch.zeros_like(x_TD)
         for index, expert in enumerate(self):
             place, token = torch.where((chosen_TK == index).T)  # rows in the host's order
@@ -53,11 +95,21 @@ class HostExperts(nn.ModuleList):
             rows = [state.pop(f"{path}.{index}.{name}.weight") for index in range(len(self))]
             state[f"{path}.{name}"] = torch.stack(rows)
 
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Moves each matrix of all experts into one tensor, laid out as the kernels read it."""
+        gate_up_XFD = torch.stack(self._weights("gate_up_proj"))
+        down_XDF = lay_out(torch.stack(self._weights("down_proj")))
+        for name, fused in (("gate_up_proj", gate_up_XFD), ("down_proj", down_XDF)):
+            for weight, part in zip(self._weights(name), fused, strict=True):
+                weight.data = part
+
 
 def unfuse_experts(model: nn.Module) -> None:
     """Takes every fused experts module of `model` apart in place; no weight is copied.
 
-    Whatever `experts_implementation` the model has, from here on our module runs.
+    From here on our module runs. Of the implementations that transformers knows it has two:
+    `experts_implementation="moe_tools"`, and expert by expert.
 
     Raises:
         ValueError: fused experts of an unknown class, or spread over devices: both would go on
@@ -65,7 +117,7 @@ def unfuse_experts(model: nn.Module) -> None:
     """
     fused = fused_experts(model)
     for path, module in fused.items():  # first all checks, then the first change
-        _check(path, module)
+        check_fused(path, module)
     for path, module in fused.items():
         model.set_submodule(path, _unfuse(module).train(module.training))
 
@@ -89,7 +141,12 @@ def _is_fused(module: nn.Module) -> bool:
     return "gate_up_proj" in own and own["gate_up_proj"].ndim == 3
 
 
-def _check(path: str, fused: nn.Module) -> None:
+def check_fused(path: str, fused: nn.Module) -> None:
+    """Whether we know what a fused module computes.
+
+    Raises:
+        ValueError: it is of an unknown class, or its experts are spread over devices.
+    """
     name = type(fused).__name__
     if name not in FUSED_EXPERTS:
         raise ValueError(
@@ -108,8 +165,11 @@ def _unfuse(fused: nn.Module) -> HostExperts:
     down_XDF = fused.get_parameter("down_proj")
     act = fused.get_submodule("act_fn")
     return HostExperts(
-        HostExpert(_linear(gate_up), _linear(down), act)
-        for gate_up, down in zip(gate_up_XFD, down_XDF, strict=True)
+        (
+            HostExpert(_linear(gate_up), _linear(down), act)
+            for gate_up, down in zip(gate_up_XFD, down_XDF, strict=True)
+        ),
+        fused.config,
     )
 
 

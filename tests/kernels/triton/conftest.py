@@ -8,17 +8,24 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def products_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.9's interpreter multiplies the bit patterns of bf16 matrices: widen them first."""
+def bf16_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9's interpreter multiplies bf16 matrices, and makes bf16 of integers, by their bit
+    patterns: go through fp32, which is exact."""
     triton = pytest.importorskip("triton")
     builder = triton.runtime.interpreter.interpreter_builder
-    dot = builder.create_dot
+    bf16, fp32 = triton.language.bfloat16, triton.language.float32
+    dot, cast = builder.create_dot, builder.cast_impl
 
     def widen(handle: Any) -> Any:
-        bf16 = handle.dtype.scalar == triton.language.bfloat16
-        return builder.cast_impl(handle, triton.language.float32) if bf16 else handle
+        return cast(handle, fp32) if handle.dtype.scalar == bf16 else handle
 
     def widened_dot(a: Any, b: Any, *rest: Any) -> Any:
         return dot(widen(a), widen(b), *rest)
 
+    def cast_integers(source: Any, dtype: Any) -> Any:
+        if dtype.scalar == bf16 and source.dtype.scalar.is_int():
+            source = cast(source, fp32)
+        return cast(source, dtype)
+
     monkeypatch.setattr(builder, "create_dot", widened_dot)
+    monkeypatch.setattr(builder, "cast_impl", cast_integers)

@@ -287,7 +287,8 @@ def test_opcheck_is_clean(gated: bool, soft: bool) -> None:
     biases = (weights.gate_F, weights.up_F) if gated else (weights.up_F, None)
     shared = (x_TD, *rows, weights.down_FD, mask_TE.requires_grad_(soft), *biases)
     acts = ("silu", "identity", 0.0, 0.0)
-    torch.library.opcheck(forward, (*shared, weights.down_D, *acts, False, False, []))
+    scales = [None] * 3
+    torch.library.opcheck(forward, (*shared, weights.down_D, *scales, *acts, False, False, []))
     detached = [one if one is None else one.detach() for one in shared]
     torch.library.opcheck(backward, (torch.randn(2, 8), *detached, *acts, False, []))
 
@@ -298,8 +299,8 @@ def test_packed_once_called_often() -> None:
     x_TD, mask_TE = torch.randn(2, 8), MASKS["random"](2, 3)
     expected_TD = sparse_ffn_reference(weights, x_TD, mask_TE)
     torch.testing.assert_close(packed(x_TD, mask_TE), expected_TD, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="backend 'triton' stores fp32, bf16 and fp16, not torch"):
-        pack(weights, dtype=torch.int8, backend="triton")
+    with pytest.raises(ValueError, match=r"stores fp32, bf16, fp16 and int8, not torch\.float64"):
+        pack(weights, dtype=torch.float64, backend="triton")
 
 
 def test_tune_takes_the_fastest_and_prefers_the_pinned() -> None:
