@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,8 @@ class Bench:
             layer_sparsity=seen.layer_sparsity,
             zeros=seen.zeros,
             **_prediction(seen),
-            two_level_sparsity=seen.two_level_sparsity,
+            two_levels=None if seen.two_levels is None else asdict(seen.two_levels),
+            moe_layers={name: asdict(levels) for name, levels in seen.moe_layers.items()},
         )
 
 

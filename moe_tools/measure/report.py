@@ -49,13 +49,15 @@ class Row:
     device: str
     layer_sparsity: dict[str, float] = field(default_factory=dict)
     """FFN name -> share of its neurons off."""
-    two_level_sparsity: float | None = None
-    """Share of neurons off, or exactly 0 where no router of ours decides; the experts that an MoE
-    host does not choose for a token are off, too. None without such a host."""
+    two_levels: dict[str, float] | None = None
+    """Of an MoE host's layers: share of the neurons in experts that it did not choose (experts);
+    off, or exactly 0, inside the others (neurons); for either reason (both). None: it has none."""
+    moe_layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same of each MoE layer, by its path."""
     accuracy: float | None = None
     """Share of held-out texts whose class is right; None: a language model."""
     zeros: float | None = None
-    """Share of a dense model's hidden activations that is exactly 0; None where none can be."""
+    """Share of exact zeros among the neurons that ran; None where the activation gives none."""
     recall: float | None = None
     """Of neuron predictors: share of the non-zero neurons that are predicted on; None: none."""
     precision: float | None = None
@@ -141,10 +143,13 @@ def _cells(row: Row, shares: Sequence[str]) -> list[str]:
 
 
 def _sparsity(row: Row) -> str:
-    """Below it, of an MoE host, the figure that counts the experts it does not choose."""
+    """What routers turn off; below it, of an MoE host, what does nothing on either level."""
     own = f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense"
-    both = row.two_level_sparsity
-    return own if both is None else f"{own}\n{both:.1%} with the host's"
+    levels = row.two_levels
+    if levels is None:
+        return own
+    inside, both = levels["neurons"], levels["both"]
+    return f"{own}\n{inside:.1%} in chosen experts\n{both:.1%} of the MoE layers"
 
 
 def _ratio(value: float | None) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import MixtralForCausalLM, PreTrainedModel
 
 from moe_tools.measure.evaluate import evaluate
+from moe_tools.measure.two_levels import TwoLevels
 from moe_tools.model.checkpoint import load, save
 from moe_tools.model.conversion import Conversion
 from moe_tools.model.upcycle import upcycle
@@ -70,7 +71,7 @@ def test_whatever_its_routers_say(data: st.DataObject, experts: int, scale: floa
 def test_a_token_passes_the_chosen_experts() -> None:
     text = torch.randint(3, 64, (2, 32))
     seen = evaluate(upcycle(donor(), num_experts=4, chosen=1), text)
-    assert seen.two_level_sparsity == 0.75
+    assert seen.two_levels == TwoLevels(experts=0.75, neurons=0.0)
 
 
 def test_routers_are_drawn_from_the_seed_alone() -> None:
