@@ -29,9 +29,11 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
     a masked BERT), a stock activation goes there as well, as the stock class will have it.
 
     Raises:
-        ValueError: no or an unknown activation, one that an FFN cannot have, or a routed model.
+        ValueError: no or an unknown activation, one that an FFN cannot have, the activation of an
+            FFN that is not there, or a routed model.
     """
     found = find_ffns(model)
+    conversion.check_names(found)
     acts = [_activation(ffn, conversion) for ffn in found]
     for ffn, act in zip(found, acts, strict=True):  # first all checks, then the first change
         check_activation(ffn, act)

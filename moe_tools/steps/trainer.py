@@ -145,9 +145,11 @@ class RecipeTrainer(Trainer):
             )
         return total
 
-    def _donor_pass(self, ids_BT: Tensor, kinds: set[Kind]) -> tuple[Tensor | None, list[Tensor]]:
+    def _donor_pass(
+        self, ids_BT: Tensor, kinds: set[Kind]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         if self.donor is None or not set(self.weights.now) & set(DONOR_LOSSES):
-            return None, []
+            return None, {}
         with torch.no_grad(), watch_ffns(self.donor, kinds) as ffns:
             logits = self._logits(self.donor, ids_BT)
         return (logits if "distill" in self.weights.now else None), ffns.outputs
