@@ -52,7 +52,7 @@ def is_classifier_source(source: str) -> bool:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError):
         return False
-    return _host_class(config).__name__ in (
+    return host_class(config).__name__ in (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
     )
 
@@ -75,7 +75,7 @@ def load_classifier(
             )
         return model
     names = dict(enumerate(labels))
-    with quiet_transformers(), _named_errors(f"cannot load {source}: "):
+    with quiet_transformers(), named_errors(f"cannot load {source}: "):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             dtype=dtype,
@@ -178,15 +178,15 @@ def _load_folder(
 ) -> transformers.PreTrainedModel:
     stored = _stored_tensors(Path(source)) if Path(source).is_dir() else None
     place = "" if stored is not None else "no such folder, and as a hub id: "
-    with _named_errors(f"cannot load {source}: {place}"):
+    with named_errors(f"cannot load {source}: {place}"):
         config = AutoConfig.from_pretrained(source)
     conversion = read_block(config)
     if conversion is not None and not routed:
         conversion = conversion.unrouted()
         config.moe_tools = conversion.to_dict()
     restore_stock_name(config, conversion)
-    host: Any = _host_class(config)
-    with _named_errors(f"cannot load {source}: {place}"):
+    host: Any = host_class(config)
+    with named_errors(f"cannot load {source}: {place}"):
         model, report = host.from_pretrained(
             source,
             config=config,
@@ -211,7 +211,7 @@ def _load_folder(
 
 
 @contextmanager
-def _named_errors(prefix: str) -> Iterator[None]:
+def named_errors(prefix: str) -> Iterator[None]:
     """A user's mistake, whatever transformers makes of it; no activation of a name: a KeyError."""
     try:
         yield
@@ -267,7 +267,7 @@ def _shards(folder: Path) -> list[str]:
         raise ValueError(f"{index} is truncated or no index of shards: {error!r}") from error
 
 
-def _host_class(config: Any) -> type[transformers.PreTrainedModel]:
+def host_class(config: Any) -> type[transformers.PreTrainedModel]:
     """The stock class that the folder was saved from."""
     names = getattr(config, "architectures", None) or []
     if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):

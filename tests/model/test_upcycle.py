@@ -154,3 +154,16 @@ def test_a_routed_donor_is_refused() -> None:
     model, _ = routed(donor())
     with pytest.raises(ValueError, match="is routed already: start from the dense model"):
         upcycle(model)
+
+
+@pytest.mark.parametrize("noise", [-0.5, float("inf"), float("nan")])
+def test_noise_is_a_number_of_0_or_more(noise: float) -> None:
+    with pytest.raises(ValueError, match=rf"^noise is {noise}, but must be a number of 0 or more"):
+        upcycle(donor(), noise=noise)
+
+
+def test_noise_moves_the_logits_a_little() -> None:
+    dense = donor()
+    apart = [(logits(upcycle(dense, noise=noise)) - logits(dense)).abs().mean().item()
+             for noise in (0.0, 0.01, 0.1)]
+    assert apart[0] < 1e-6 < apart[1] < apart[2] / 3
