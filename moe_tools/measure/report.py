@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 Role = Literal["donor", "control", "model"]
-SHARES = ("zeros", "recall", "precision")
-"""Fields of a row with a column of their own where any row has a value."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,23 @@ class Row:
         return {**asdict(self), "ffn_share": self.ffn_share}
 
 
+Share = Callable[[Row], float | None]
+
+
+def _level(name: str) -> Share:
+    return lambda row: None if row.two_levels is None else row.two_levels[name]
+
+
+SHARES: dict[str, Share] = {
+    "zeros": lambda row: row.zeros,
+    "off in\nchosen\nexperts": _level("neurons"),
+    "off in\nMoE layers": _level("both"),
+    "recall": lambda row: row.recall,
+    "precision": lambda row: row.precision,
+}
+"""Heading -> a figure with a column of its own where any row has it."""
+
+
 def to_json(rows: Sequence[Row]) -> str:
     """A list with one object a row.
 
@@ -94,7 +109,11 @@ def table(rows: Sequence[Row]) -> Table:
     What few models have (`SHARES`) has a column only where one of them has it.
     """
     first = rows[0]
-    shares = [name for name in SHARES if any(getattr(row, name) is not None for row in rows)]
+    shares = {
+        heading: share
+        for heading, share in SHARES.items()
+        if any(share(row) is not None for row in rows)
+    }
     made = Table(
         box=box.SIMPLE,
         collapse_padding=True,
@@ -115,7 +134,7 @@ def table(rows: Sequence[Row]) -> Table:
     ):
         made.add_column(heading, justify="right")
     for row in rows:
-        made.add_row(*_cells(row, shares))
+        made.add_row(*_cells(row, shares.values()))
     return made
 
 
@@ -125,7 +144,7 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
     Console(file=file, width=wide, highlight=False).print(table(rows))
 
 
-def _cells(row: Row, shares: Sequence[str]) -> list[str]:
+def _cells(row: Row, shares: Iterable[Share]) -> list[str]:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
     name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
     ffn = (row.ffn_flops + row.router_flops) / 1e6
@@ -134,29 +153,19 @@ def _cells(row: Row, shares: Sequence[str]) -> list[str]:
         f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}",
         _ratio(row.ratio_to_control),
         _ratio(row.ratio_to_donor),
-        _sparsity(row),
-        *(_share(getattr(row, name)) for name in shares),
+        _percent(row.ffn_sparsity) if row.layer_sparsity else "dense",
+        *(_percent(share(row)) for share in shares),
         f"{_short(ffn)} ({row.ffn_share:.2f}x)",
         f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
         "-" if row.train_tokens is None else f"{row.train_tokens:,}",
     ]
 
 
-def _sparsity(row: Row) -> str:
-    """What routers turn off; below it, of an MoE host, what does nothing on either level."""
-    own = f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense"
-    levels = row.two_levels
-    if levels is None:
-        return own
-    inside, both = levels["neurons"], levels["both"]
-    return f"{own}\n{inside:.1%} in chosen experts\n{both:.1%} of the MoE layers"
-
-
 def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 

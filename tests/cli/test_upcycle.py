@@ -36,8 +36,8 @@ def run(
 
 def test_the_folder_is_a_stock_mixtral_of_the_donor_s_function(run: Run) -> None:
     words = ("--num-experts", "3", "--top-k", "1", "--dtype", "fp32")
-    code, out, err = run("donor", "--output", "moe", *words)
-    assert (code, out) == (0, "")
+    code, _, err = run("donor", "--output", "moe", *words)
+    assert code == 0
     assert "moe: 1 of 3 experts a token, 0.0M parameters" in err
     model = MixtralForCausalLM.from_pretrained("moe")
     assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (3, 1)
