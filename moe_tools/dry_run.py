@@ -110,9 +110,7 @@ def plan(
     """
     host = skeleton(model, dtype=dtype, classify=recipe.task == "classify")
     before, donor_bytes = host.num_parameters(), size(host.parameters())
-    steps = tuple(
-        _step(step, host, recipe, model, donor_bytes, processes) for step in recipe.steps
-    )
+    steps = tuple(_step(step, host, recipe, model, donor_bytes, processes) for step in recipe.steps)
     states = [step.states for step in steps if step.states is not None]
     return Plan(
         recipe=recipe.name,

@@ -122,9 +122,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> float:
         chosen_share(model, ffn.name) * sum(matrix.numel() for matrix in ffn.weights().matrices())
         for ffn in expert_ffns(model) or find_ffns(model)
     )
-    routers = sum(
-        chosen_share(model, ffn.name) * ffn.router.flops() for ffn in expert_ffns(model)
-    )
+    routers = sum(chosen_share(model, ffn.name) * ffn.router.flops() for ffn in expert_ffns(model))
     others = sum(module.get_parameter("weight").numel() for module in _other_matrices(model))
     return 2 * (weights + others) + routers + attention_flops(model, length)
 

@@ -31,9 +31,7 @@ class TwoLevels:
 def moe_layers(counts: Sequence[NeuronCount]) -> dict[str, TwoLevels]:
     """Name of an MoE layer -> its figures; the shared expert of Qwen2-MoE is one of its experts."""
     names = dict.fromkeys(count.moe_layer for count in counts if count.moe_layer)
-    return {
-        name: _levels([count for count in counts if count.moe_layer == name]) for name in names
-    }
+    return {name: _levels([count for count in counts if count.moe_layer == name]) for name in names}
 
 
 def two_levels(counts: Sequence[NeuronCount]) -> TwoLevels | None:

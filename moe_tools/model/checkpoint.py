@@ -52,9 +52,7 @@ def is_classifier_source(source: str) -> bool:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError):
         return False
-    return host_class(config).__name__ in (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-    )
+    return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 
 
 def load_classifier(

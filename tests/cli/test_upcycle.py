@@ -18,9 +18,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`moe-tools upcycle` beside the folders donor, bare and gpt2, and the file file.txt."""
     save(build("llama", mlp_bias=False), tmp_path / "donor", build_tokenizer(WORDS))
     save(build("mistral"), tmp_path / "bare")

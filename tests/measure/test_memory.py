@@ -24,7 +24,9 @@ def parameters(count: int, dtype: torch.dtype = torch.bfloat16) -> list[nn.Param
 def test_the_example_of_the_paper(stage: int, processes: int, expected: float) -> None:
     model = parameters(7_500_000_000)  # table 1 and figure 1 of arXiv 1910.02054: 7.5B
     states = ModelStates.of(model, model)
-    assert states.per_process(stage, processes) / GB == pytest.approx(expected, rel=0.03)  # as it rounds
+    assert states.per_process(stage, processes) / GB == pytest.approx(
+        expected, rel=0.03
+    )  # as it rounds
 
 
 def test_what_is_frozen_or_in_fp32_costs_less() -> None:

@@ -164,6 +164,8 @@ def test_noise_is_a_number_of_0_or_more(noise: float) -> None:
 
 def test_noise_moves_the_logits_a_little() -> None:
     dense = donor()
-    apart = [(logits(upcycle(dense, noise=noise)) - logits(dense)).abs().mean().item()
-             for noise in (0.0, 0.01, 0.1)]
+    apart = [
+        (logits(upcycle(dense, noise=noise)) - logits(dense)).abs().mean().item()
+        for noise in (0.0, 0.01, 0.1)
+    ]
     assert apart[0] < 1e-6 < apart[1] < apart[2] / 3
