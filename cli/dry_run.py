@@ -21,7 +21,7 @@ def add_dry_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="only say what would be done, and the memory it takes; needs a config.json, no weights",
+        help="only say what would be done and what it takes; needs a config.json, no weights",
     )
     parser.add_argument(
         "--processes", type=positive, default=1, help="that would train together; default: 1"

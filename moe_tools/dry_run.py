@@ -1,4 +1,4 @@
-"""What a recipe would do to a model: its steps, tokens, FLOPs, memory and text, from shapes alone."""
+"""What a recipe would do to a model: steps, tokens, FLOPs, memory and text, from shapes alone."""
 
 from __future__ import annotations
 

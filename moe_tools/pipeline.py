@@ -29,7 +29,6 @@ from moe_tools.recipe import (
     Split,
     Step,
     Swap,
-    Train,
     control_recipe,
     read_recipe,
     recipe_path,

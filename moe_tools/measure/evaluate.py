@@ -56,8 +56,8 @@ class Evaluation:
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
     zeros: float | None = None
-    """Share of exact zeros among the neurons that ran: of a dense model, all; of a routed one, those
-    that it turned on. None: its activation gives no zeros."""
+    """Share of exact zeros among the neurons that ran: all of a dense model's, of a routed one
+    those that it turned on. None: its activation gives no zeros."""
     predictions: dict[str, Prediction] = field(default_factory=dict)
     """FFN name -> how its predictor did; empty without neuron predictors. An MoE host's expert that
     saw no token has counts of 0."""

@@ -1,4 +1,4 @@
-"""The sparsity of an MoE host's layers: experts that it does not choose, neurons that are off inside.
+"""The sparsity of an MoE host's layers: experts not chosen, and neurons off inside the others.
 
 TurboSparse (arXiv 2406.05955) counts like this: Mixtral chooses 2 of 8 experts, dReLU turns 85 % of
 the neurons inside them off, so that 97 % of the MoE layer does nothing for a token.

@@ -42,8 +42,8 @@ def upcycle(
     """A Mixtral whose experts are copies of the donor's FFNs and whose routers are random.
 
     Mixtral's routers weigh the experts they choose by numbers that sum to 1, so without noise it
-    computes what the donor computes, up to rounding, whatever its routers say. The donor stays as it is, and
-    shares no memory with the result.
+    computes what the donor computes, up to rounding, whatever its routers say. The donor stays as
+    it is, and shares no memory with the result.
 
     Args:
         donor: a dense llama or mistral without biases.

@@ -43,5 +43,5 @@ def test_a_tied_tensor_is_stored_once(tmp_path: Path) -> None:
 def test_the_weights_of_another_model_are_refused(width: int, tmp_path: Path) -> None:
     save_weights(nn.Linear(2, width), tmp_path / "weights.safetensors")
     model = nn.Linear(2, 3, bias=False)
-    with pytest.raises(ValueError, match="is of another model: they differ in bias$"):
+    with pytest.raises(ValueError, match=r"is of another model: they differ in bias$"):
         load_weights(model, tmp_path / "weights.safetensors")
