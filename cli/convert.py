@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from moe_tools.cli.dry_run import add_dry_run_options, dry_run
 from moe_tools.cli.options import json_target, positive, zero_or_more
 
 SUMMARY = "turn a dense model into one that computes only what a token needs"
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--method", help="a published method, e.g. lte (see `moe-tools recipes`)")
     what.add_argument("--recipe", help="a recipe file of your own")
     parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
-    parser.add_argument("--output", required=True, help="new folder; the same command resumes it")
+    parser.add_argument("--output", help="new folder; the same command resumes it")
     parser.add_argument("--target-sparsity", type=float, help="share of FFN neurons off, in (0, 1)")
     parser.add_argument("--expert-size", type=positive, help="neurons of one expert")
     parser.add_argument("--tokens", type=positive, help="training tokens over all steps")
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=json_target, metavar="FILE", help="write the table; - is standard output"
     )
+    add_dry_run_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
         block_length=args.block_length,
         seed=args.seed,
     )
+    if args.dry_run:
+        return dry_run(recipe, args)
+    if args.output is None:
+        raise ValueError("--output is required, except with --dry-run")
     from moe_tools.pipeline import run as run_recipe
 
     device = pick_device(args.device)

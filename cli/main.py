@@ -21,6 +21,7 @@ VERBS = (
     "grid",
     "generate",
     "recipes",
+    "upcycle",
     "doctor",
     "bench",
     "demo",

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from moe_tools.data import (
 from moe_tools.model.atomic import new_folder
 from moe_tools.model.checkpoint import load, load_classifier, load_tokenizer, save
 from moe_tools.model.conversion import Conversion, conversion_so_far, write_conversion
-from moe_tools.model.ffn import find_ffns
 from moe_tools.recipe import (
     Attach,
     Budget,
@@ -30,23 +29,22 @@ from moe_tools.recipe import (
     Split,
     Step,
     Swap,
-    Train,
     control_recipe,
     read_recipe,
     recipe_path,
     step_name,
     with_options,
 )
+from moe_tools.rehearsal import rehearse, with_split
 from moe_tools.run_folder import METRICS, RunFolder
 from moe_tools.run_text import RunText
-from moe_tools.steps.attach import attach, rehearse_attach
+from moe_tools.steps.attach import attach
 from moe_tools.steps.budget import budget
-from moe_tools.steps.calibrate import check_routed, check_sparsity
 from moe_tools.steps.fit import fit
 from moe_tools.steps.losses import DONOR_LOSSES
-from moe_tools.steps.split import planned_division, split
-from moe_tools.steps.swap import rehearse_swap, swap
-from moe_tools.steps.train import check_train, train
+from moe_tools.steps.split import split
+from moe_tools.steps.swap import swap
+from moe_tools.steps.train import train
 
 logger = logging.getLogger(__name__)
 
@@ -145,35 +143,12 @@ class _Run:
     def check(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
-        self._rehearse()
+        rehearse(self.recipe, self.donor(), self.source)
         self.text.check()
-
-    def _rehearse(self) -> None:
-        """Every step's own checks, in order, on the donor: no text is read, nothing is trained."""
-        model = self.donor()
-        for step in self.recipe.steps:
-            if isinstance(step, Swap):
-                rehearse_swap(model, step, self._so_far(model))
-            elif isinstance(step, Split):
-                for ffn in find_ffns(model):
-                    planned_division(ffn, step)
-                write_conversion(model, self._with_split(model, step))
-            elif isinstance(step, Attach):
-                rehearse_attach(model, step, self._so_far(model))
-            elif isinstance(step, Train):
-                check_train(model, step, donor=model)
-            elif isinstance(step, Budget):
-                check_sparsity(check_routed(model, "budget"), step.target_sparsity)
-            else:
-                check_routed(model, "fit")
 
     def _so_far(self, model: PreTrainedModel) -> Conversion:
         """What the steps before did to a model, and from which donor it came."""
         return conversion_so_far(model, self.source)
-
-    def _with_split(self, model: PreTrainedModel, step: Split) -> Conversion:
-        size, shared = step.expert_size, step.shared_experts
-        return replace(self._so_far(model), expert_size=size, shared_experts=shared)
 
     def execute(self) -> None:
         """Every step that is not complete yet."""
@@ -202,7 +177,7 @@ class _Run:
             return swap(model, step, self._so_far(model), self.text.calibration(step.tokens))
         if isinstance(step, Split):
             split(model, step, self.text.calibration(step.tokens), self.recipe.seed)
-            write_conversion(model, self._with_split(model, step))
+            write_conversion(model, with_split(self._so_far(model), step))
             return {}
         if isinstance(step, Attach):
             attach(model, step, self._so_far(model), self.text.calibration(step.tokens))

@@ -5,6 +5,8 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+SHOWN = 40
+"""Names in an error message, at most: a model may have hundreds of FFNs."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -12,7 +14,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     names = sorted(known)
     close = get_close_matches(name, names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    there = ", ".join(names[:SHOWN]) or "none"
+    return ValueError(f"unknown {kind} {name!r}{hint} (known: {there}{more})")
 
 
 class Registry(Mapping[str, T]):

@@ -23,9 +23,11 @@ ARROWS = {
     "measure": {"kernels", "registry", "recipe", "data", "model"},
     "export": {"registry", "recipe", "data", "model"},
     "run_folder": {"recipe", "model"},
+    "rehearsal": {"recipe", "model", "steps"},
+    "dry_run": {"recipe", "data", "model", "steps", "measure", "rehearsal"},
     "pipeline": {
         *("registry", "recipe", "data", "model", "steps", "measure", "export"),
-        *("run_folder", "run_text"),
+        *("run_folder", "run_text", "rehearsal"),
     },
     "comparison": {"recipe", "measure", "pipeline"},
     "grid": {"recipe", "data", "model", "steps", "measure"},
@@ -33,6 +35,7 @@ ARROWS = {
     "patched": set(),
     "cli": {
         "comparison",
+        "dry_run",
         "grid",
         "registry",
         "recipe",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.measure.evaluate import evaluate
+from moe_tools.measure.two_levels import TwoLevels
 from moe_tools.model.checkpoint import load, save
 from moe_tools.model.conversion import Conversion, read_conversion
 from moe_tools.model.experts import every_expert_on, expert_ffns
+from moe_tools.model.ffn import find_ffns
 from moe_tools.model.routing import record_routing
 from moe_tools.recipe import Attach, Budget, Split, Swap
 from moe_tools.steps.attach import attach
@@ -83,8 +88,70 @@ def test_experts_of_a_host_from_swap_to_a_loaded_folder(family: str, tmp_path: P
     assert replace(one, seconds=0) == replace(other, seconds=0)
 
 
+@contextmanager
+def numbers_at_work(model: PreTrainedModel) -> Iterator[Counter[str]]:
+    """Layer -> how many numbers that are not 0 entered the down projections of its MoE."""
+    working: Counter[str] = Counter()
+
+    def count(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            working[layer] += int(args[0].count_nonzero())
+
+        return see
+
+    handles = [
+        module.register_forward_pre_hook(count(name.partition(".mlp.")[0]))
+        for name, module in model.named_modules()
+        if ".mlp.experts." in name or ".mlp.shared_expert." in name
+        if name.endswith("down_proj")
+    ]
+    try:
+        yield working
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def by_hand(family: str, working: Counter[str]) -> dict[str, dict[str, float]]:
+    """The figures of each MoE layer, from the numbers at work in it."""
+    tokens, shared = text().numel(), int(family == "qwen2_moe")
+    chosen, everything = (2 + shared) * tokens * NEURONS, (4 + shared) * tokens * NEURONS
+    return {
+        f"{layer}.mlp": {
+            "experts": pytest.approx(1 - chosen / everything, abs=1e-12),
+            "neurons": pytest.approx(1 - count / chosen, abs=1e-12),
+            "both": pytest.approx(1 - count / everything, abs=1e-12),
+        }
+        for layer, count in working.items()
+    }
+
+
 @every_moe
-def test_both_levels_are_counted(family: str) -> None:
+@pytest.mark.parametrize("inside", ["dense", "drelu", "split"])
+def test_both_levels_are_counted(family: str, inside: str) -> None:
+    model = build(family)
+    find_ffns(model)  # takes the experts apart
+    if inside == "drelu":
+        swap(model, Swap({"kind": "drelu"}), Conversion("donor"), text())
+    elif inside == "split":
+        model = converted(model)
+    with numbers_at_work(model) as working:
+        seen = evaluate(model, text(), batch_size=3)
+    expected = by_hand(family, working)
+    assert len(expected) == (1 if "qwen" in family else 2)  # their first layer is dense
+    assert {name: asdict(levels) for name, levels in seen.moe_layers.items()} == expected
+    assert seen.two_levels is not None
+    mean = {
+        level: sum(one[level].expected for one in expected.values()) / len(expected)
+        for level in ("experts", "neurons", "both")
+    }
+    assert asdict(seen.two_levels) == pytest.approx(mean, abs=1e-12)
+    least = {"dense": 0.0, "drelu": 0.6, "split": 0.7}[inside]  # dReLU: 3 of 4 at random
+    assert least <= seen.two_levels.neurons <= least + 0.3
+
+
+@every_moe
+def test_what_routers_inside_experts_turn_off(family: str) -> None:
     model = converted(build(family))
     with record_routing(model) as routings:
         seen = evaluate(model, text(), batch_size=3)
@@ -94,8 +161,6 @@ def test_both_levels_are_counted(family: str) -> None:
     assert len(expert_ffns(model)) == FFNS[family]
     assert seen.ffn_sparsity == pytest.approx(1 - on / (passed * NEURONS), abs=1e-12)
     assert seen.ffn_sparsity == pytest.approx(0.5, abs=0.1)
-    everything = FFNS[family] * tokens * NEURONS
-    assert seen.two_level_sparsity == pytest.approx(1 - on / everything, abs=1e-12)
 
     assert seen.flops.ffn_dense == VISITED[family] * NEURON * NEURONS
     assert seen.flops.ffn == pytest.approx(on * NEURON / tokens)
@@ -103,21 +168,17 @@ def test_both_levels_are_counted(family: str) -> None:
     assert seen.flops.router == VISITED[family] * oracle
 
 
-@every_moe
-def test_a_host_as_it_is_has_the_sparsity_of_its_own_router(family: str) -> None:
-    seen = evaluate(build(family), text())
-    assert seen.ffn_sparsity == 0
-    assert seen.two_level_sparsity == pytest.approx(1 - VISITED[family] / FFNS[family])
-
-
-def test_a_host_without_experts_has_one_level() -> None:
-    assert evaluate(build("llama"), text()).two_level_sparsity is None
+def test_a_host_without_experts_has_no_levels() -> None:
+    seen = evaluate(build("llama"), text())
+    assert (seen.two_levels, seen.moe_layers) == (None, {})
     model, _ = routed(build("llama"))
-    assert evaluate(model, text()).two_level_sparsity is None
+    assert evaluate(model, text()).two_levels is None
 
 
-def test_a_host_that_chooses_every_expert_has_one_level() -> None:
-    assert evaluate(build("olmoe", num_experts_per_tok=4), text()).two_level_sparsity is None
+def test_a_host_that_chooses_every_expert_has_nothing_off() -> None:
+    seen = evaluate(build("olmoe", num_experts_per_tok=4), text())
+    assert seen.two_levels == TwoLevels(0.0, 0.0)
+    assert seen.two_levels.both == 0
 
 
 def test_counting_leaves_nothing_behind() -> None:

@@ -21,6 +21,7 @@ from moe_tools.recipe import (
     Swap,
     Train,
     control_recipe,
+    known_recipes,
     parse_recipe,
     read_recipe,
     step_name,
@@ -28,7 +29,7 @@ from moe_tools.recipe import (
 )
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 TWO_STAGES = Recipe(
     "two-stages",
     (
@@ -54,6 +55,13 @@ def again(recipe: Recipe) -> Recipe:
     return parse_recipe(yaml.safe_load(recipe.to_yaml()))
 
 
+def test_every_file_is_found_by_its_name() -> None:
+    assert {name: path.resolve() for name, path in known_recipes().items()} == {
+        path.stem: path for path in SHIPPED
+    }
+    assert list(known_recipes()) == sorted(path.stem for path in SHIPPED)
+
+
 def test_there_are_recipes() -> None:
     assert "lte" in {path.stem for path in SHIPPED}
 
@@ -68,7 +76,7 @@ def test_a_shipped_recipe_is_read_and_written_without_loss(path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_recipe_says_its_paper_and_its_command(path: Path) -> None:
     header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
-    words = (f"--method {path.stem} ", f"--recipe recipes/{path.name} ")
+    words = (f"--method {path.stem} ", f"--recipe {path.relative_to(ROOT)} ")
     assert any(f"moe-tools convert {word}" in header for word in words)
     assert read_recipe(path).paper
 

@@ -45,3 +45,10 @@ def test_later_changes_to_the_source_do_not_reach_the_registry() -> None:
     registry = Registry("colour", source)
     source["blue"] = 3
     assert "blue" not in registry
+
+
+def test_of_many_names_only_some_are_listed() -> None:
+    message = str(unknown("FFN", "layers.7", (f"layer.{index}" for index in range(256))))
+    assert "did you mean 'layer.7'?" in message
+    assert message.endswith(" and 216 more)")
+    assert message.count("layer.") == 41  # the suggestion, too

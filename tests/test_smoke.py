@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 import moe_tools
 from moe_tools.cli.demo import donor_file
 from moe_tools.cli.main import main
 from moe_tools.data import blocks
 from moe_tools.measure.evaluate import evaluate
+from moe_tools.measure.two_levels import TwoLevels
 from moe_tools.model.checkpoint import load_tokenizer
 from moe_tools.model.conversion import Conversion, attach_experts, conversion_so_far
 from moe_tools.model.ffn import find_ffns, permute_neurons
@@ -95,9 +97,16 @@ def numbers_at_work(model: nn.Module) -> Iterator[list[int]]:
             handle.remove()
 
 
+def keep_layers(model: PreTrainedModel, count: int) -> None:
+    """The first layers alone: still real weights, for a fraction of the time."""
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+
+
 def test_an_upcycled_smollm2_is_sparse_on_two_levels():
     source = str(donor_file())
     donor = moe_tools.load(source, dtype=torch.bfloat16)
+    keep_layers(donor, 3)
     tokenizer = load_tokenizer(source)
     both_BT = blocks("docs", tokenizer, split="heldout", length=128, tokens=512)
     text_BT, calibration_BT = both_BT.split(2)
@@ -108,14 +117,14 @@ def test_an_upcycled_smollm2_is_sparse_on_two_levels():
     model = upcycle(donor, num_experts=2, chosen=1)
     del donor
     seen = evaluate(model, text_BT)
-    assert seen.perplexity == pytest.approx(dense.perplexity, rel=0.01)  # of bf16
-    assert (seen.zeros, seen.two_level_sparsity) == (None, 0.5)
+    assert seen.nats_per_token == pytest.approx(dense.nats_per_token, abs=0.02)  # of bf16
+    assert (seen.zeros, seen.two_levels) == (None, TwoLevels(experts=0.5, neurons=0.0))
 
     swap(model, Swap({"kind": "drelu"}), Conversion(source), calibration_BT)
     with numbers_at_work(model) as working:
         swapped = evaluate(model, text_BT)
-    assert swapped.two_level_sparsity == pytest.approx(1 - sum(working) / everything, abs=1e-12)
-    assert swapped.two_level_sparsity == pytest.approx(0.5 + swapped.zeros / 2, abs=1e-12)
+    assert swapped.two_levels.both == pytest.approx(1 - sum(working) / everything, abs=1e-12)
+    assert swapped.two_levels.neurons == pytest.approx(swapped.zeros, abs=1e-12)
     assert swapped.zeros > 0.5
 
     made = Split(expert_size=8, method="random")  # k-means would take most of the time
@@ -127,4 +136,5 @@ def test_an_upcycled_smollm2_is_sparse_on_two_levels():
     on = sum(8 * int(routing.mask_TE.count_nonzero()) for routing in routings)
     assert sum(working) < on < everything / 2
     assert routed.ffn_sparsity == pytest.approx(1 - 2 * on / everything, abs=1e-12)
-    assert routed.two_level_sparsity == pytest.approx(1 - on / everything, abs=1e-12)
+    assert routed.two_levels.both == pytest.approx(1 - sum(working) / everything, abs=1e-12)
+    assert routed.zeros == pytest.approx(1 - sum(working) / on, abs=1e-12)

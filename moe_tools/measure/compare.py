@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,8 @@ class Bench:
             zeros=seen.zeros,
             tasks=self.tasks.get(source, {}),
             **_prediction(seen),
-            two_level_sparsity=seen.two_level_sparsity,
+            two_levels=None if seen.two_levels is None else asdict(seen.two_levels),
+            moe_layers={name: asdict(levels) for name, levels in seen.moe_layers.items()},
         )
 
 

@@ -18,14 +18,9 @@ from transformers import PreTrainedModel
 from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
 from moe_tools.measure.flops import FlopCounter, Flops, count_flops
-from moe_tools.measure.neurons import (
-    NeuronCount,
-    count_neurons,
-    sparsity,
-    two_level_sparsity,
-    zeros,
-)
+from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, zeros
 from moe_tools.measure.predictions import count_predictions
+from moe_tools.measure.two_levels import TwoLevels, moe_layers, two_levels
 from moe_tools.model.inputs import model_inputs
 from moe_tools.model.prediction import Prediction
 
@@ -54,14 +49,15 @@ class Evaluation:
     flops: Flops
     """Per token of the text."""
     seconds: float
-    two_level_sparsity: float | None = None
-    """Share of neurons off, or exactly 0 where no router of ours decides; the experts that an MoE
-    host does not choose for a token are off, too. None without such a host."""
+    two_levels: TwoLevels | None = None
+    """Of all layers of an MoE host together; None: the model is none."""
+    moe_layers: dict[str, TwoLevels] = field(default_factory=dict)
+    """The same of each, by its path."""
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
     zeros: float | None = None
-    """Share of what enters the down projections of a dense model that is exactly 0; None: its
-    activation gives no zeros, or it is routed."""
+    """Share of exact zeros among the neurons that ran: all of a dense model's, of a routed one
+    those that it turned on. None: its activation gives no zeros."""
     predictions: dict[str, Prediction] = field(default_factory=dict)
     """FFN name -> how its predictor did; empty without neuron predictors. An MoE host's expert that
     saw no token has counts of 0."""
@@ -150,7 +146,8 @@ class Tally:
             tokens=predicted,
             accuracy=accuracy,
             ffn_sparsity=sparsity(self.counts),
-            two_level_sparsity=two_level_sparsity(self.counts),
+            two_levels=two_levels(self.counts),
+            moe_layers=moe_layers(self.counts),
             zeros=zeros(self.counts),
             layer_sparsity={c.name: c.sparsity for c in self.counts if c.routed and c.tokens},
             flops=self.others.flops(self.model, self.counts, tokens, length),

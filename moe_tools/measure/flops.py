@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from moe_tools.measure.neurons import NeuronCount
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
+from moe_tools.model.moe_host import chosen_share
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,22 @@ def _other_matrices(model: nn.Module) -> list[nn.Module]:
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
         )
     ]
+
+
+def forward_flops(model: PreTrainedModel, length: int) -> float:
+    """Per token of a block of `length`, from shapes alone: every neuron on, our routers included.
+
+    An expert of an MoE host is charged for the tokens that it sees on average. A training step
+    costs three times as much: the backward pass is two products for each of the forward pass
+    (arXiv 2001.08361, section 2.1).
+    """
+    weights = sum(
+        chosen_share(model, ffn.name) * sum(matrix.numel() for matrix in ffn.weights().matrices())
+        for ffn in expert_ffns(model) or find_ffns(model)
+    )
+    routers = sum(chosen_share(model, ffn.name) * ffn.router.flops() for ffn in expert_ffns(model))
+    others = sum(module.get_parameter("weight").numel() for module in _other_matrices(model))
+    return 2 * (weights + others) + routers + attention_flops(model, length)
 
 
 def attention_flops(model: PreTrainedModel, length: int) -> float:

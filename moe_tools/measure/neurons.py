@@ -6,7 +6,7 @@ Letters: T tokens, D model width, F neurons of one FFN, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from moe_tools.model.moe_host import HostExperts
 from moe_tools.model.projections import Weights
 from moe_tools.model.routing import Routing
 from moe_tools.model.zeros import gives_zeros
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
+"""Sees a module and the inputs of its forward pass."""
 
 
 @dataclass
@@ -35,7 +38,10 @@ class NeuronCount:
     on: int = 0
     """Neurons that ran, summed over those tokens."""
     zeros: int | None = None
-    """Those that were exactly 0, of a dense FFN whose activation gives zeros."""
+    """Those of them that were exactly 0; None where the activation gives no zeros, or nothing was
+    seen of it (no token yet, or an optimised FFN)."""
+    moe_layer: str = ""
+    """Path of the MoE host's layer that it is an expert of; empty: of none."""
     elsewhere: int = 0
     """Tokens that an MoE host gave to other experts of the layer."""
 
@@ -67,23 +73,14 @@ def sparsity(counts: list[NeuronCount]) -> float:
 
 
 def zeros(counts: list[NeuronCount]) -> float | None:
-    """Share of exact zeros over tokens and FFNs; None where no activation gives any."""
-    counted = [count for count in counts if count.zeros is not None and count.seen]
+    """Share of exact zeros among the neurons that ran, over tokens and FFNs.
+
+    Of a dense model that is all of them. None where no activation gives zeros, or none ran.
+    """
+    counted = [count for count in counts if count.zeros is not None and count.on]
     if not counted:
         return None
-    return sum(count.zeros or 0 for count in counted) / sum(count.seen for count in counted)
-
-
-def two_level_sparsity(counts: list[NeuronCount]) -> float | None:
-    """The same, where the experts that an MoE host did not choose for a token are off, too.
-
-    So are neurons that are exactly 0, as TurboSparse (arXiv 2406.05955) counts both levels; among
-    the neurons that a router of ours turned on, zeros are not counted. None where the host has no
-    experts of its own, or chose all of them.
-    """
-    unseen = sum(count.elsewhere * count.neurons for count in counts)
-    seen = sum(count.seen for count in counts)
-    return 1 - sum(count.working for count in counts) / (seen + unseen) if unseen else None
+    return sum(count.zeros or 0 for count in counted) / sum(count.on for count in counted)
 
 
 @contextmanager
@@ -96,12 +93,12 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
     Raises:
         ValueError: the model has no FFN of a known family.
     """
-    routed = expert_ffns(model)
-    dense = [] if routed else find_ffns(model)
-    ffns: Sequence[ExpertFFN | FFN] = routed or dense
+    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
     counts = [_count(ffn.name, ffn.weights()) for ffn in ffns]
-    running = _observe(routed, counts) if routed else _hook(dense, counts)
-    with running, _count_elsewhere(model, {count.name: count for count in counts}):
+    with ExitStack() as watches:
+        for ffn, count in zip(ffns, counts, strict=True):
+            watches.enter_context(_watch(ffn, count))
+        watches.enter_context(_count_elsewhere(model, counts))
         yield counts
 
 
@@ -110,66 +107,75 @@ def _count(name: str, weights: Weights) -> NeuronCount:
     return NeuronCount(name, len(weights.up_FD), numbers)
 
 
-@contextmanager
-def _observe(ffns: list[ExpertFFN], counts: list[NeuronCount]) -> Iterator[None]:
-    def observer(count: NeuronCount) -> Callable[[Routing], None]:
-        def observe(routing: Routing) -> None:
-            count.add(routing.tokens, routing.neurons_on)
-
-        return observe
-
-    observers = [observer(count) for count in counts]
-    for ffn, count, observe in zip(ffns, counts, observers, strict=True):
-        count.routed, count.router_flops = True, ffn.router.flops()
-        ffn.observers.append(observe)
-    try:
-        yield
-    finally:
-        for ffn, observe in zip(ffns, observers, strict=True):
-            ffn.observers.remove(observe)
+def _watch(ffn: ExpertFFN | FFN, count: NeuronCount) -> AbstractContextManager[None]:
+    return _watch_routed(ffn, count) if isinstance(ffn, ExpertFFN) else _watch_dense(ffn, count)
 
 
 @contextmanager
-def _count_elsewhere(model: nn.Module, counts: dict[str, NeuronCount]) -> Iterator[None]:
-    def hook(experts: list[NeuronCount]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for index, count in enumerate(experts):
-                count.elsewhere += int((args[1] != index).all(-1).sum())  # chosen_TK
+def _watch_routed(ffn: ExpertFFN, count: NeuronCount) -> Iterator[None]:
+    """What its router turns on; and among that, what the activation leaves at 0."""
+    count.routed, count.router_flops = True, ffn.router.flops()
+    latest: list[Routing] = []
 
-        return see
+    def observe(routing: Routing) -> None:
+        count.add(routing.tokens, routing.neurons_on)
+        latest[:] = [routing]
 
-    hosts = [(path, m) for path, m in model.named_modules() if isinstance(m, HostExperts)]
-    handles = [
-        host.register_forward_pre_hook(hook([counts[f"{path}.{i}"] for i in range(len(host))]))
-        for path, host in hosts
-    ]
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        mask_TF = ffn.division.spread_TF(latest.pop().mask_TE)
+        count.zeros = (count.zeros or 0) + int(((args[0] == 0) & mask_TF).sum())
+
+    ffn.observers.append(observe)
     try:
-        yield
+        with _before(ffn.down, see) if gives_zeros(ffn.projections.act) else nullcontext():
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
+        ffn.observers.remove(observe)
 
 
 @contextmanager
-def _hook(ffns: list[FFN], counts: list[NeuronCount]) -> Iterator[None]:
-    def hook(ffn: FFN, count: NeuronCount) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        if gives_zeros(ffn.act):
-            count.zeros = 0
+def _watch_dense(ffn: FFN, count: NeuronCount) -> Iterator[None]:
+    """Every neuron runs; what the activation leaves at 0."""
+    has_zeros = gives_zeros(ffn.act)
 
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            tokens = args[0][..., 0].numel()
-            count.add(tokens, tokens * count.neurons)
-            if count.zeros is not None:
-                count.zeros += int((args[0] == 0).sum())
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tokens = args[0][..., 0].numel()
+        count.add(tokens, tokens * count.neurons)
+        if has_zeros:
+            count.zeros = (count.zeros or 0) + int((args[0] == 0).sum())
 
-        return see
+    with _before(ffn.down, see):
+        yield
 
-    handles = [
-        ffn.down.register_forward_pre_hook(hook(ffn, count))
-        for ffn, count in zip(ffns, counts, strict=True)
-    ]
+
+@contextmanager
+def _count_elsewhere(model: nn.Module, counts: list[NeuronCount]) -> Iterator[None]:
+    """Which FFNs are experts of an MoE host, and how many tokens each did not get."""
+    named = {count.name: count for count in counts}
+    with ExitStack() as watches:
+        for path, host in model.named_modules():
+            if isinstance(host, HostExperts):
+                layer = path.rpartition(".")[0]
+                for name in named:
+                    if name.startswith(f"{layer}."):
+                        named[name].moe_layer = layer
+                experts = [named[f"{path}.{index}"] for index in range(len(host))]
+                watches.enter_context(_before(host, _elsewhere(experts)))
+        yield
+
+
+def _elsewhere(experts: list[NeuronCount]) -> Hook:
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        for index, count in enumerate(experts):
+            count.elsewhere += int((args[1] != index).all(-1).sum())  # chosen_TK
+
+    return see
+
+
+@contextmanager
+def _before(module: nn.Module, hook: Hook) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()

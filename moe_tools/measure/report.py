@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 Role = Literal["donor", "control", "model"]
-SHARES = ("zeros", "recall", "precision")
-"""Fields of a row with a column of their own where any row has a value."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +47,15 @@ class Row:
     device: str
     layer_sparsity: dict[str, float] = field(default_factory=dict)
     """FFN name -> share of its neurons off."""
-    two_level_sparsity: float | None = None
-    """Share of neurons off, or exactly 0 where no router of ours decides; the experts that an MoE
-    host does not choose for a token are off, too. None without such a host."""
+    two_levels: dict[str, float] | None = None
+    """Of an MoE host's layers: share of the neurons in experts that it did not choose (experts);
+    off, or exactly 0, inside the others (neurons); for either reason (both). None: it has none."""
+    moe_layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same of each MoE layer, by its path."""
     accuracy: float | None = None
     """Share of held-out texts whose class is right; None: a language model."""
     zeros: float | None = None
-    """Share of a dense model's hidden activations that is exactly 0; None where none can be."""
+    """Share of exact zeros among the neurons that ran; None where the activation gives none."""
     recall: float | None = None
     """Of neuron predictors: share of the non-zero neurons that are predicted on; None: none."""
     precision: float | None = None
@@ -79,6 +79,23 @@ class Row:
         return {**asdict(self), "ffn_share": self.ffn_share}
 
 
+Share = Callable[[Row], float | None]
+
+
+def _level(name: str) -> Share:
+    return lambda row: None if row.two_levels is None else row.two_levels[name]
+
+
+SHARES: dict[str, Share] = {
+    "zeros": lambda row: row.zeros,
+    "off in\nchosen\nexperts": _level("neurons"),
+    "off in\nMoE layers": _level("both"),
+    "recall": lambda row: row.recall,
+    "precision": lambda row: row.precision,
+}
+"""Heading -> a figure with a column of its own where any row has it."""
+
+
 def to_json(rows: Sequence[Row]) -> str:
     """A list with one object a row.
 
@@ -95,7 +112,11 @@ def table(rows: Sequence[Row]) -> Table:
     """
     first = rows[0]
     tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
-    shares = [name for name in SHARES if any(getattr(row, name) is not None for row in rows)]
+    shares = {
+        heading: share
+        for heading, share in SHARES.items()
+        if any(share(row) is not None for row in rows)
+    }
     made = Table(
         box=box.SIMPLE,
         collapse_padding=True,
@@ -117,7 +138,8 @@ def table(rows: Sequence[Row]) -> Table:
     ):
         made.add_column(heading, justify="right")
     for row in rows:
-        made.add_row(*_cells(row, shares), *(_figure(row.tasks.get(name)) for name in tasks))
+        figures = (_figure(row.tasks.get(name)) for name in tasks)
+        made.add_row(*_cells(row, shares.values()), *figures)
     return made
 
 
@@ -127,7 +149,7 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
     Console(file=file, width=wide, highlight=False).print(table(rows))
 
 
-def _cells(row: Row, shares: Sequence[str]) -> list[str]:
+def _cells(row: Row, shares: Iterable[Share]) -> list[str]:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
     name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
     ffn = (row.ffn_flops + row.router_flops) / 1e6
@@ -136,19 +158,12 @@ def _cells(row: Row, shares: Sequence[str]) -> list[str]:
         f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}",
         _ratio(row.ratio_to_control),
         _ratio(row.ratio_to_donor),
-        _sparsity(row),
-        *(_share(getattr(row, name)) for name in shares),
+        _percent(row.ffn_sparsity) if row.layer_sparsity else "dense",
+        *(_percent(share(row)) for share in shares),
         f"{_short(ffn)} ({row.ffn_share:.2f}x)",
         f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
         "-" if row.train_tokens is None else f"{row.train_tokens:,}",
     ]
-
-
-def _sparsity(row: Row) -> str:
-    """Below it, of an MoE host, the figure that counts the experts it does not choose."""
-    own = f"{row.ffn_sparsity:.1%}" if row.layer_sparsity else "dense"
-    both = row.two_level_sparsity
-    return own if both is None else f"{own}\n{both:.1%} with the host's"
 
 
 def _figure(value: float | None) -> str:
@@ -159,7 +174,7 @@ def _ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 

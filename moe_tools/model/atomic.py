@@ -20,8 +20,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         ValueError: `folder` exists and is not empty.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not empty: choose another folder")
+    check_free(target)
     partial = partial_of(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -32,6 +31,17 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(folder: str | Path) -> None:
+    """Whether `new_folder` could make it: better known before the work than after.
+
+    Raises:
+        ValueError: it exists and is not empty.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty: choose another folder")
 
 
 @contextmanager

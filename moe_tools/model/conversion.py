@@ -91,6 +91,18 @@ class Conversion:
         """The same before the routers: swapped and split, but dense."""
         return replace(self, router=None, selector=None, router_options={}, selector_of={})
 
+    def check_names(self, ffns: Sequence[FFN]) -> None:
+        """Whether every FFN that has settings of its own is there.
+
+        Raises:
+            ValueError: a name in `selector_of` or `activation_of` that is none of theirs.
+        """
+        known = {ffn.name for ffn in ffns}
+        for key in ("selector_of", "activation_of"):
+            for name in getattr(self, key):
+                if name not in known:
+                    raise unknown(f"FFN in {key}", name, known)
+
     def divide(self, neurons: int, name: str) -> Division:
         """The experts of an FFN.
 
@@ -149,11 +161,13 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
 
     Raises:
         ValueError: no router is named, an expert exceeds an FFN, no expert is left to route,
-            router and selector do not fit, or the model is routed already.
+            router and selector do not fit, settings of an FFN that is not there, or the model is
+            routed already.
     """
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")
     found = find_ffns(model)
+    conversion.check_names(found)
     made = [_expert_ffn(ffn, conversion) for ffn in found]
     for ffn, module in zip(found, made, strict=True):  # first all checks, then the first change
         graft(model, ffn, module)

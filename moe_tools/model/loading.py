@@ -48,9 +48,7 @@ def is_classifier_source(source: str) -> bool:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError):
         return False
-    return _host_class(config).__name__ in (
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
-    )
+    return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 
 
 def load_classifier(
@@ -71,7 +69,7 @@ def load_classifier(
             )
         return model
     names = dict(enumerate(labels))
-    named = _named_errors(f"cannot load {source}: ")
+    named = named_errors(f"cannot load {source}: ")
     with quiet_transformers(), named, transformers_patched(True):
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
@@ -159,13 +157,13 @@ def _load_folder(
     if Path(source).is_dir():
         stored_tensors(Path(source))  # names what is truncated, which transformers would not
         place = ""
-    with _named_errors(f"cannot load {source}: {place}"):
+    with named_errors(f"cannot load {source}: {place}"):
         config = AutoConfig.from_pretrained(source)
     conversion = read_block(config)
     if conversion is not None and not routed:
         config.moe_tools = conversion.unrouted().to_dict()
-    host: Any = _host_class(config)
-    with _named_errors(f"cannot load {source}: {place}"), transformers_patched(True):
+    host: Any = host_class(config)
+    with named_errors(f"cannot load {source}: {place}"), transformers_patched(True):
         model, report = host.from_pretrained(
             source,
             config=config,
@@ -183,7 +181,7 @@ def _load_folder(
 
 
 @contextmanager
-def _named_errors(prefix: str) -> Iterator[None]:
+def named_errors(prefix: str) -> Iterator[None]:
     """A user's mistake, whatever transformers makes of it; no activation of a name: a KeyError."""
     try:
         yield
@@ -193,7 +191,7 @@ def _named_errors(prefix: str) -> Iterator[None]:
         raise ValueError(f"{prefix}{_first_line(error)}") from error
 
 
-def _host_class(config: Any) -> type[transformers.PreTrainedModel]:
+def host_class(config: Any) -> type[transformers.PreTrainedModel]:
     """The stock class that the folder was saved from."""
     names = getattr(config, "architectures", None) or []
     if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):

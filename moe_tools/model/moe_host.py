@@ -122,6 +122,17 @@ def unfuse_experts(model: nn.Module) -> None:
         model.set_submodule(path, _unfuse(module).train(module.training))
 
 
+def chosen_share(model: nn.Module, name: str) -> float:
+    """Share of the tokens that an FFN sees, by its name: an expert of an MoE host, K of X.
+
+    The host's router is taken to spread them evenly.
+    """
+    host = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(host, HostExperts):
+        return 1.0
+    return model.config.num_experts_per_tok / len(host)  # type: ignore[union-attr,operator]
+
+
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> fused experts module of every layer that has one, in the host's order."""
     return {path: module for path, module in model.named_modules() if _is_fused(module)}

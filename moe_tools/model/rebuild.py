@@ -65,17 +65,27 @@ def rebuild(
     shift = _shift(model, stored)
     conversion = _renamed(conversion, shift)
     write_conversion(model, conversion)
-    replace_stand_ins(model, conversion.stock_activation)
-    if conversion.stock_activation is not None:
-        swap_activations(model, conversion)
+    add_modules(model, conversion)
     if conversion.router is not None:
-        attach_experts(model, conversion)
         if offloaded is not None:
             _rename_offloaded(model, offloaded)
         _fill(model, {shift(key): (key, where) for key, where in stored.items()}, source, offloaded)
     _mark_loaded(model)
     added = _added(model)
     report.unexpected_keys -= {key for key in report.unexpected_keys if shift(key) in added}
+
+
+def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
+    """Swaps activations and attaches routers, whose tensors are still fresh, to a stock model.
+
+    Raises:
+        ValueError: a block that does not fit the host.
+    """
+    replace_stand_ins(model, conversion.stock_activation)
+    if conversion.stock_activation is not None:
+        swap_activations(model, conversion)
+    if conversion.router is not None:
+        attach_experts(model, conversion)
 
 
 def _check_host(model: nn.Module, source: str, report: Any) -> None:

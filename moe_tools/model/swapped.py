@@ -31,7 +31,8 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
     a masked BERT), a stock activation goes there as well, as the stock class will have it.
 
     Raises:
-        ValueError: no or an unknown activation, one that an FFN cannot have, or a routed model.
+        ValueError: no or an unknown activation, one that an FFN cannot have, the activation of an
+            FFN that is not there, or a routed model.
     """
     found, acts = find_ffns(model), check_swap(model, conversion)
     for ffn, act in zip(found, acts, strict=True):
@@ -54,6 +55,7 @@ def check_swap(model: nn.Module, conversion: Conversion) -> list[Activation]:
         ValueError: as `swap_activations`.
     """
     found = find_ffns(model)
+    conversion.check_names(found)
     acts = [_activation(ffn, conversion) for ffn in found]
     for ffn, act in zip(found, acts, strict=True):
         check_activation(ffn, act)

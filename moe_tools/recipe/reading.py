@@ -31,9 +31,11 @@ def recipe_path(name: str) -> Path:
 
 
 def known_recipes() -> dict[str, Path]:
-    """Name -> file, in the order of the names."""
-    paths = (Path(str(entry)) for entry in files("moe_tools.recipes").iterdir())
-    return {path.stem: path for path in sorted(paths) if path.suffix == ".yaml"}
+    """Name -> file, in the order of the names; those of the papers' own models stand in papers/."""
+    entries = [Path(str(entry)) for entry in files("moe_tools.recipes").iterdir()]
+    inside = [path for entry in entries if entry.is_dir() for path in entry.rglob("*.yaml")]
+    paths = [path for path in entries + inside if path.suffix == ".yaml"]
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ class Observed(NamedTuple):
     """What one forward pass of model (and donor) showed, of every FFN."""
 
     routings: Sequence[Routing] = ()
-    outputs_TD: Sequence[Tensor] = ()
-    """Of the down projection."""
-    donor_outputs_TD: Sequence[Tensor] = ()
+    outputs_TD: Mapping[str, Tensor] = MappingProxyType({})
+    """By name, see `FFNTensors.outputs`."""
+    donor_outputs_TD: Mapping[str, Tensor] = MappingProxyType({})
     """The same of the donor; empty without one."""
     hidden_TF: Sequence[Tensor] = ()
     """What enters the down projection."""
@@ -54,8 +55,12 @@ def separability(seen: Observed, tau: float = 0.5) -> Tensor:
 
 
 def distill_ffn(seen: Observed) -> Tensor:
-    """mean over FFNs of ||y - y_donor||^2 / ||y_donor||^2, summed over tokens of the batch."""
-    pairs = zip(seen.outputs_TD, seen.donor_outputs_TD, strict=True)
+    """mean over FFNs of ||y - y_donor||^2 / ||y_donor||^2, summed over tokens of the batch.
+
+    FFNs pair by name; all experts of an MoE layer together are one.
+    """
+    assert seen.outputs_TD.keys() == seen.donor_outputs_TD.keys()
+    pairs = [(y, seen.donor_outputs_TD[name]) for name, y in seen.outputs_TD.items()]
     errors = [
         (y.float() - donor.float()).square().sum() / donor.float().square().sum().clamp_min(1e-12)
         for y, donor in pairs

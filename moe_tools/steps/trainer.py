@@ -6,14 +6,12 @@ Letters: B blocks of a batch, T tokens of a block, V vocabulary, D model width, 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -38,6 +36,7 @@ from moe_tools.steps.optimizer import MasterAdamW
 from moe_tools.steps.schedules import warmup_cosine
 from moe_tools.steps.trim import sample_logits, shift_routers
 from moe_tools.steps.watch import Kind, watch_ffns
+from moe_tools.steps.weight_file import load_weights, save_weights
 from moe_tools.steps.weights import LossWeights
 
 logger = logging.getLogger(__name__)
@@ -145,9 +144,11 @@ class RecipeTrainer(Trainer):
             )
         return total
 
-    def _donor_pass(self, ids_BT: Tensor, kinds: set[Kind]) -> tuple[Tensor | None, list[Tensor]]:
+    def _donor_pass(
+        self, ids_BT: Tensor, kinds: set[Kind]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         if self.donor is None or not set(self.weights.now) & set(DONOR_LOSSES):
-            return None, []
+            return None, {}
         with torch.no_grad(), watch_ffns(self.donor, kinds) as ffns:
             logits = self._logits(self.donor, ids_BT)
         return (logits if "distill" in self.weights.now else None), ffns.outputs
@@ -226,7 +227,7 @@ class RecipeTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         self._check_weights()
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(folder / "model.safetensors"))
+        save_weights(self.model, folder / "model.safetensors")
 
     def _check_weights(self) -> None:
         """A gradient that overflows spoils the weights before any loss shows it."""
@@ -238,7 +239,7 @@ class RecipeTrainer(Trainer):
                 )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_model(self.model, os.path.join(resume_from_checkpoint, "model.safetensors"))
+        load_weights(self.model, Path(resume_from_checkpoint) / "model.safetensors")
 
 
 def next_token_labels(blocks_BT: Tensor) -> Tensor:

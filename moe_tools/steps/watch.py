@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns
+from moe_tools.model.moe_host import HostExperts
 
 Kind = Literal["outputs", "hidden", "pre"]
 
@@ -19,8 +20,10 @@ Kind = Literal["outputs", "hidden", "pre"]
 class FFNTensors:
     """Tensors of every FFN, in forward order, with their graph; those not asked for stay empty."""
 
-    outputs: list[Tensor] = field(default_factory=list)
-    """y_TD of the down projections."""
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """y_TD of the down projections, by the FFN's name; of an MoE host's experts, the sum of those
+    that it chose, weighed by its router, by the path of them all: two models of one donor may give
+    different tokens to an expert, or none."""
     hidden: list[Tensor] = field(default_factory=list)
     """h_TF: what enters them."""
     pre: list[Tensor] = field(default_factory=list)
@@ -33,9 +36,10 @@ def watch_ffns(model: nn.Module, kinds: set[Kind]) -> Iterator[FFNTensors]:
     seen = FFNTensors()
     ffns: Sequence[ExpertFFN | FFN] = (expert_ffns(model) or find_ffns(model)) if kinds else []
     handles: list[Any] = []
+    if "outputs" in kinds:
+        for name, module in _sources(model, ffns).items():
+            handles.append(module.register_forward_hook(_named(seen.outputs, name)))
     for parts in (ffn.projections for ffn in ffns):
-        if "outputs" in kinds:
-            handles.append(parts.down.register_forward_hook(_output(seen.outputs)))
         if "hidden" in kinds:
             handles.append(parts.down.register_forward_pre_hook(_input(seen.hidden)))
         if "pre" in kinds:  # not at the activation: experts share one, and routers call it
@@ -46,6 +50,21 @@ def watch_ffns(model: nn.Module, kinds: set[Kind]) -> Iterator[FFNTensors]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sources(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> dict[str, nn.Module]:
+    """Name -> the module whose output is the FFN's, or that of all experts of an MoE layer."""
+    hosts = {path: host for path, host in model.named_modules() if isinstance(host, HostExperts)}
+    inside = tuple(f"{path}." for path in hosts)
+    alone = {ffn.name: ffn.down for ffn in ffns if not ffn.name.startswith(inside)}
+    return alone | hosts
+
+
+def _named(tensors: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        tensors[name] = output
+
+    return keep
 
 
 def _input(tensors: list[Tensor]) -> Callable[..., None]:

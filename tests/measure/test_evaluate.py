@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from moe_tools.model.routing import record_routing
 from tests.families import (
     EXPERTS,
     FAMILIES,
+    THRESHOLD,
     UNEVEN,
     build,
     every_size,
@@ -43,6 +47,20 @@ def by_hand(logits_BTV: Tensor, targets_BT: Tensor) -> float:
     """The mean nats of next-token prediction, in one piece and in fp64."""
     logits_TV = logits_BTV[:, :-1].double().flatten(0, 1)
     return nn.functional.cross_entropy(logits_TV, targets_BT[:, 1:].flatten()).item()
+
+
+@contextmanager
+def hidden_of(ffns: list[Any]) -> Iterator[list[Tensor]]:
+    """What enters the down projections, in the order of the forward pass."""
+    seen: list[Tensor] = []
+    handles = [
+        ffn.down.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for ffn in ffns
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def switch(model: PreTrainedModel, on: list[list[int]]) -> None:
@@ -177,18 +195,36 @@ def test_a_conversion_with_every_expert_on_measures_as_the_dense_model(family: s
 def test_the_zeros_of_a_relu_model_are_counted(family: str) -> None:
     key = "activation_function" if family in ("gpt2", "opt") else "hidden_act"
     model = build(family, **{key: "relu"})
-    seen: list[Tensor] = []
-    handles = [
-        ffn.down.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten()))
-        for ffn in find_ffns(model)
-    ]
-    found = evaluate(model, text(), batch_size=2)
-    for handle in handles:
-        handle.remove()
-    assert found.zeros == pytest.approx(torch.cat(seen).eq(0).double().mean().item())
+    with hidden_of(find_ffns(model)) as hidden:
+        found = evaluate(model, text(), batch_size=2)
+    seen = torch.cat([h_TF.flatten() for h_TF in hidden])
+    assert found.zeros == pytest.approx(seen.eq(0).double().mean().item())
     assert 0.2 < found.zeros < 0.8
     assert found.ffn_sparsity == 0  # no router turned anything off
-    assert evaluate(routed(model)[0], text()).zeros is None
+    every_expert_on, _ = routed(model)
+    assert evaluate(every_expert_on, text()).zeros == pytest.approx(found.zeros)
+
+
+@pytest.mark.parametrize(
+    ("mode", "when_off"), [("hard", "zero"), ("hard", "mean"), ("soft", "zero")]
+)
+def test_the_zeros_of_a_routed_model_are_among_the_neurons_that_ran(
+    mode: Any, when_off: Any
+) -> None:
+    model, ffns = routed(build("opt"), replace(THRESHOLD, when_off=when_off))
+    randomize(model)
+    set_mode(model, mode)
+    if when_off == "mean":
+        for ffn in ffns:
+            ffn.off_F.uniform_(-1, 1)  # what is off and not 0 did not run
+    with record_routing(model) as routings, hidden_of(ffns) as hidden:
+        seen = evaluate(model, text(), batch_size=2)
+    ran = [per_neuron(routing.mask_TE) for routing in routings]
+    pairs = zip(ran, hidden, strict=True)
+    zeros = sum(int((mask_TF & (h_TF == 0)).sum()) for mask_TF, h_TF in pairs)
+    expected = zeros / sum(int(mask_TF.sum()) for mask_TF in ran)
+    assert seen.zeros == pytest.approx(expected, abs=1e-12)
+    assert 0.2 < expected < 0.8
 
 
 def test_a_model_that_has_no_zeros_says_so() -> None:

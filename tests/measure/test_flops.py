@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from moe_tools.measure.evaluate import evaluate
-from moe_tools.measure.flops import Flops, attention_flops, causal_context
+from moe_tools.measure.flops import Flops, attention_flops, causal_context, forward_flops
 from moe_tools.model.experts import expert_ffns
 from tests.families import FAMILIES, build, routed
 
@@ -111,3 +111,13 @@ def test_nothing_is_on_and_the_router_still_costs() -> None:
             ffn.router.bias.fill_(-100.0)
     flops = evaluate(model, BLOCKS).flops
     assert (flops.ffn, flops.router, flops.total) == (0, 384, 384 + 6720)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "routed"])
+def test_shapes_alone_say_what_a_forward_pass_costs(family: str, sparse: bool) -> None:
+    model = routed(build(family))[0] if sparse else build(family)
+    seen = evaluate(model, BLOCKS, mask_token=MASK)
+    expected = seen.flops.total_dense + seen.flops.router
+    assert forward_flops(model, T) == pytest.approx(expected, rel=1e-12)
+    assert forward_flops(model.to("meta"), T) == pytest.approx(expected, rel=1e-12)

@@ -114,7 +114,9 @@ def test_json_never_holds_what_json_does_not_have() -> None:
 
 
 def test_an_moe_host_shows_both_levels() -> None:
-    lines = shown(replace(ROW, two_level_sparsity=0.75))
-    assert any("50.0%" in line for line in lines)
-    assert any(line[:3] == ["75.0%", "with", "the"] for line in lines)
-    assert not any("with" in line for line in shown(ROW))
+    levels = {"experts": 0.75, "neurons": 0.85, "both": 0.9625}
+    lines = shown(replace(ROW, two_levels=levels), DENSE)
+    assert any({"MoE", "layers"} <= set(line) for line in lines)
+    assert any(line[4:7] == ["50.0%", "85.0%", "96.2%"] for line in lines)
+    assert any("dense - -" in " ".join(line) for line in lines)
+    assert not any("MoE" in line for line in shown(ROW))

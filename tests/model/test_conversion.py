@@ -192,6 +192,15 @@ def test_an_ffn_that_is_not_named_keeps_the_selector_of_all() -> None:
     assert [ffn.selector for ffn in ffns] == [Threshold(0.5), TopK(2)]
 
 
+def test_settings_of_an_ffn_that_is_not_there_are_an_error() -> None:
+    model = build("llama")
+    own = {"model.layers.1.mpl": {"kind": "topk", "k": 2}}
+    message = r"^unknown FFN in selector_of '.*\.1\.mpl'; did you mean 'model\.layers\.1\.mlp'\?"
+    with pytest.raises(ValueError, match=message):
+        attach_experts(model, replace(THRESHOLD, selector_of=own))
+    assert not expert_ffns(model) and read_conversion(model) is None
+
+
 def test_as_many_selectors_as_ffns() -> None:
     model, ffns = routed(build("llama"))
     with pytest.raises(ValueError, match="zip"):

@@ -242,6 +242,18 @@ def test_every_ffn_can_have_its_own(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(aligned(load(tmp_path / "out"))), logits(donor))
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_activation_of_an_ffn_that_is_not_there_is_an_error(family: str) -> None:
+    model = build(family)
+    before = logits(model)
+    name = find_ffns(model)[1].name
+    own = {f"{name}s": {"kind": "relu2"}}
+    made = Conversion("donor", activation={"kind": "relu"}, activation_of=own)
+    with pytest.raises(ValueError, match=rf"^unknown FFN in activation_of '{name}s'; did you mean"):
+        swap_activations(model, made)
+    assert torch.equal(logits(model), before)
+
+
 def test_stock_kinds_that_differ_are_no_stock_model(tmp_path: Path) -> None:
     model = build("llama")
     own = {"model.layers.1.mlp": {"kind": "relu2"}}

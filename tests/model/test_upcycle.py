@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import MixtralForCausalLM, PreTrainedModel
 
 from moe_tools.measure.evaluate import evaluate
+from moe_tools.measure.two_levels import TwoLevels
 from moe_tools.model.checkpoint import load, save
 from moe_tools.model.conversion import Conversion
 from moe_tools.model.upcycle import upcycle
@@ -70,7 +71,7 @@ def test_whatever_its_routers_say(data: st.DataObject, experts: int, scale: floa
 def test_a_token_passes_the_chosen_experts() -> None:
     text = torch.randint(3, 64, (2, 32))
     seen = evaluate(upcycle(donor(), num_experts=4, chosen=1), text)
-    assert seen.two_level_sparsity == 0.75
+    assert seen.two_levels == TwoLevels(experts=0.75, neurons=0.0)
 
 
 def test_routers_are_drawn_from_the_seed_alone() -> None:
@@ -153,3 +154,18 @@ def test_a_routed_donor_is_refused() -> None:
     model, _ = routed(donor())
     with pytest.raises(ValueError, match="is routed already: start from the dense model"):
         upcycle(model)
+
+
+@pytest.mark.parametrize("noise", [-0.5, float("inf"), float("nan")])
+def test_noise_is_a_number_of_0_or_more(noise: float) -> None:
+    with pytest.raises(ValueError, match=rf"^noise is {noise}, but must be a number of 0 or more"):
+        upcycle(donor(), noise=noise)
+
+
+def test_noise_moves_the_logits_a_little() -> None:
+    dense = donor()
+    apart = [
+        (logits(upcycle(dense, noise=noise)) - logits(dense)).abs().mean().item()
+        for noise in (0.0, 0.01, 0.1)
+    ]
+    assert apart[0] < 1e-6 < apart[1] < apart[2] / 3

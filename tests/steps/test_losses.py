@@ -76,32 +76,36 @@ def test_separability_is_finite_at_tau_and_so_is_its_gradient() -> None:
     assert scores.grad[0, 2] > 0 > scores.grad[0, 3]  # descent pushes away from tau
 
 
+def outputs(*y: Tensor) -> dict[str, Tensor]:
+    return {f"layers.{index}": y_TD for index, y_TD in enumerate(y)}
+
+
 def test_distill_ffn_by_hand() -> None:
-    y = [torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 3.0]])]
-    donor = [torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 2.0]])]
+    y = outputs(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 3.0]]))
+    donor = outputs(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 2.0]]))
     loss = distill_ffn(Observed([], y, donor))
     assert loss.item() == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
+def test_distill_ffn_pairs_by_name() -> None:
+    y = outputs(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 3.0]]))
+    backwards = dict(reversed(y.items()))
+    assert distill_ffn(Observed([], y, backwards)).item() == 0
+
+
 def test_distill_ffn_does_not_see_the_scale_of_a_layer() -> None:
     y, donor = torch.randn(5, 4), torch.randn(5, 4)
-    once = distill_ffn(Observed([], [y], [donor]))
-    assert distill_ffn(Observed([], [1000 * y], [1000 * donor])).item() == pytest.approx(
-        once.item(), rel=1e-5
-    )
-    assert distill_ffn(Observed([], [donor], [donor])).item() == 0
+    once = distill_ffn(Observed([], outputs(y), outputs(donor)))
+    scaled = distill_ffn(Observed([], outputs(1000 * y), outputs(1000 * donor)))
+    assert scaled.item() == pytest.approx(once.item(), rel=1e-5)
+    assert distill_ffn(Observed([], outputs(donor), outputs(donor))).item() == 0
 
 
 def test_a_donor_ffn_that_says_nothing_is_no_division_by_zero() -> None:
     y = torch.zeros(2, 3, requires_grad=True)
-    loss = distill_ffn(Observed([], [y], [torch.zeros(2, 3)]))
+    loss = distill_ffn(Observed([], outputs(y), outputs(torch.zeros(2, 3))))
     loss.backward()
     assert loss.item() == 0 and torch.isfinite(y.grad).all()  # type: ignore[arg-type]
-
-
-def test_distill_ffn_needs_as_many_outputs_of_both() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        distill_ffn(Observed([], [torch.ones(1, 1)], []))
 
 
 @pytest.mark.parametrize("loss", [efficiency, separability])
@@ -175,7 +179,7 @@ def test_gradients_arrive_at_the_weights_before(name: str, family: str, sparse: 
         model(**model_inputs(model))
     seen = Observed(
         outputs_TD=ffns.outputs,
-        donor_outputs_TD=[torch.randn_like(y_TD) for y_TD in ffns.outputs],
+        donor_outputs_TD={name: torch.randn_like(y) for name, y in ffns.outputs.items()},
         hidden_TF=ffns.hidden,
         pre_TF=ffns.pre,
     )

@@ -38,11 +38,11 @@ def test_what_is_seen_fits_together(family: str, sparse: bool) -> None:
     expected = logits(model)
     with watch_ffns(model, KINDS) as seen:
         assert torch.equal(logits(model), expected)
-    assert len(seen.outputs) == len(seen.hidden) == len(seen.pre) > 0
+    assert len(seen.hidden) == len(seen.pre) > 0
     if family not in MOE:  # whose experts may see no token, and do not run in the order of modules
-        assert len(seen.outputs) == len(ffns)
-        for ffn, y_TD, h_TF in zip(ffns, seen.outputs, seen.hidden, strict=True):
-            assert torch.equal(ffn.projections.down(h_TF), y_TD)
+        assert [ffn.name for ffn in ffns] == list(seen.outputs)
+        for ffn, h_TF in zip(ffns, seen.hidden, strict=True):
+            assert torch.equal(ffn.projections.down(h_TF), seen.outputs[ffn.name])
     for pre_TF, h_TF in zip(seen.pre, seen.hidden, strict=True):
         assert pre_TF.shape == h_TF.shape
 
@@ -77,4 +77,23 @@ def test_no_hook_stays(family: str, sparse: bool) -> None:
 def test_asking_for_nothing_needs_no_ffn() -> None:
     with watch_ffns(nn.Linear(2, 2), set()) as seen:
         pass
-    assert seen.outputs == seen.hidden == seen.pre == []
+    assert (seen.outputs, seen.hidden, seen.pre) == ({}, [], [])
+
+
+@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "routed"])
+def test_the_experts_of_a_layer_are_one_output(family: str, sparse: bool) -> None:
+    model = model_of(family, sparse)
+    expected: dict[str, torch.Tensor] = {}
+    find = expert_ffns(model) or find_ffns(model)
+    hosts = {ffn.name.rpartition(".")[0]: ffn for ffn in find if ".experts." in ffn.name}
+    for path in hosts:
+        model.get_submodule(path).register_forward_hook(
+            lambda _, __, y_TD, path=path: expected.update({path: y_TD})
+        )
+    with watch_ffns(model, {"outputs"}) as seen:
+        logits(model)
+    others = {ffn.name for ffn in find if ".experts." not in ffn.name}
+    assert seen.outputs.keys() == expected.keys() | others
+    assert all(torch.equal(seen.outputs[path], y_TD) for path, y_TD in expected.items())
+    assert {y_TD.shape[-2] for y_TD in expected.values()} == {18}  # every token of both rows

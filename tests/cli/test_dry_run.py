@@ -1,0 +1,120 @@
+"""`--dry-run` as a user types it: what would be done, and nothing done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moe_tools.cli.main import main
+from tests.families import build
+
+Run = Callable[..., tuple[int, str, str]]
+RECIPE = """
+name: mine
+paper: arXiv 2402.06126
+data: owner/name
+steps:
+  - split: {expert_size: 8}
+  - attach: {}
+  - fit: {tokens: 4096}
+  - train: {mode: straight, tokens: 1_048_576, batch_size: 8}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`moe-tools convert --dry-run` beside a donor without weights, and mine.yaml."""
+    for family in ("llama", "gpt2"):
+        build(family).config.save_pretrained(tmp_path / family)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        return main(["convert", "--dry-run", *words]), *capsys.readouterr()
+
+    return call
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(run: Run, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = run("--recipe", "mine.yaml", "--model", "llama", "--processes", "2")
+    assert code == 0
+    assert "recipe  mine (arXiv 2402.06126)" in out
+    assert "model   llama: LlamaForCausalLM, " in out
+    assert "owner/name: a hub dataset, not asked for now; 1,048,576 tokens are read" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["0", "split", "4,096", "-", "-", "-", "-"] in lines
+    (fit,) = [line for line in lines if line[:2] == ["2", "fit"]]
+    assert fit[-2:] == [f"{2 * 4096 * (16 * 2 + 6 * 2) / 1e9:.3g}", "GB"]  # 2 FFNs, 6 experts
+    (train,) = [line for line in lines if line[:2] == ["3", "train"]]
+    assert train[2:4] == ["1,048,576", "128"]  # 2048 blocks of 512, 16 a step
+    assert [line[0] for line in lines if line[:1] and line[0].startswith("ZeRO")] == [
+        f"ZeRO-{stage}" for stage in range(4)
+    ]
+    assert ["memory", "1", "GPU", "2", "GPUs", "8", "GPUs", "64", "GPUs"] in lines
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_json_has_every_figure(run: Run) -> None:
+    code, out, _ = run("--recipe", "mine.yaml", "--model", "llama", "--json", "-")
+    found = json.loads(out)
+    assert code == 0 and [step["verb"] for step in found["steps"]] == [
+        "split",
+        "attach",
+        "fit",
+        "train",
+    ]
+    states = found["steps"][3]["states"]
+    assert states["optimizer"] > 2 * states["gradients"] and states["teacher"] == 0
+    one = sum(states.values())
+    assert found["memory"]["1"] == {str(stage): one for stage in range(4)}
+    assert found["memory"]["8"]["3"] == one / 8
+    assert found["data"] == [
+        {"name": "owner/name", "kind": "hub", "there": None, "tokens": 1_048_576}
+    ]
+    assert (found["tokens"], found["optimizer_steps"]) == (1_048_576, 256)
+    assert found["flops"] == sum(step["flops"] for step in found["steps"]) > 0
+
+
+def test_options_reach_the_plan(run: Run) -> None:
+    words = ("--tokens", "65536", "--data", "no.txt", "--dtype", "fp32", "--expert-size", "4")
+    _, out, _ = run("--recipe", "mine.yaml", "--model", "llama", *words, "--json", "-")
+    found = json.loads(out)
+    assert found["tokens"] == 65536
+    assert found["data"][0]["there"] is False
+    states = found["steps"][3]["states"]
+    assert states["optimizer"] == 2 * states["gradients"]  # fp32 is its own master
+
+
+MISTAKES = {
+    "impossible step": (
+        ("--method", "turbosparse", "--model", "gpt2"),
+        "transformer.h.0.mlp has no gate, which DReLU needs",
+    ),
+    "expert size": (
+        ("--recipe", "mine.yaml", "--model", "llama", "--expert-size", "49"),
+        "model.layers.0.mlp has 48 neurons: experts of 49 are not possible",
+    ),
+    "no model": (("--method", "lte", "--model", "no/model"), "cannot read the config of no/model"),
+    "processes": (
+        ("--method", "lte", "--model", "llama", "--processes", "0"),
+        "--processes: '0' is no whole number of at least 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake: str, run: Run) -> None:
+    words, message = MISTAKES[mistake]
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert message in line
+
+
+def test_without_it_an_output_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "--method", "lte", "--model", "llama"]) == 2
+    assert "--output is required, except with --dry-run" in capsys.readouterr().err
