@@ -32,6 +32,10 @@ def check_step(step: Step) -> None:
             _require(0 < value < 1, step, item.name, value, "strictly between 0 and 1")
     if isinstance(step, Train):
         _check_drive(step)
+        if step.lora is not None:
+            _require(step.lora.rank >= 1, step, "lora.rank", step.lora.rank, "at least 1")
+            _require(step.lora.alpha > 0, step, "lora.alpha", step.lora.alpha, "above 0")
+            _require(step.parts != "routers", step, "lora with parts", step.parts, "all or ffn")
         for name, weight in step.losses.items():
             if isinstance(weight, tuple):
                 _check_stages(step, f"losses.{name}", weight)
