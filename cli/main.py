@@ -43,6 +43,8 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 2 is a user's mistake, 130 an interruption.
 
+    A loss that is not finite is a mistake, too: a learning rate's.
+
     With MOE_TOOLS_DEBUG=1 an error keeps its traceback, and no warning is hidden.
     """
     words = list(sys.argv[1:] if argv is None else argv)
@@ -121,13 +123,16 @@ def _quiet() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("moe-tools: %(message)s"))
     level, handlers, propagate = ours.level, ours.handlers, ours.propagate
     ours.handlers, ours.propagate = [handler], False
+    deepspeed, silent = logging.getLogger("DeepSpeed"), logging.Filter("not DeepSpeed")
     ours.setLevel(logging.ERROR if processes.rank() else logging.INFO)  # the first one speaks
     try:
         with warnings.catch_warnings():
             if not _debugging():
+                deepspeed.addFilter(silent)  # it logs to standard output, which is for results
                 warnings.filterwarnings("ignore", module=r"(?!moe_tools)")
             yield
     finally:
+        deepspeed.removeFilter(silent)
         ours.handlers, ours.propagate = handlers, propagate
         ours.setLevel(level)
 

@@ -60,10 +60,10 @@ def training_arguments(
         "use_cpu": torch.device(launch.device).type == "cpu",
         "seed": seed,
         "dataloader_pin_memory": False,
-        "gradient_checkpointing": step.checkpointing,
+        "activation_checkpointing": step.checkpointing,
         # The other kind runs the first forward pass without a graph: losses collected from modules
         # would lose their gradient, silently.
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
         "ddp_find_unused_parameters": False,
     }
     if launch.deepspeed is not None:

@@ -19,6 +19,7 @@ from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
 from moe_tools.model.zeros import gives_zeros
 from moe_tools.recipe import Train, check_step
+from moe_tools.steps import zero
 from moe_tools.steps.arguments import tensorboard_in
 from moe_tools.steps.calibrate import check_sparsity
 from moe_tools.steps.checkpoints import check_layout, newest_checkpoint
@@ -69,7 +70,7 @@ def train(
     steps = max(1, len(batches) // (step.accumulate * processes.count()))
     with low_rank(model, step):
         trained = trainable_parts(model, step)
-        with only_trainable(model, trained), tensorboard_in(launch.logs):
+        with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
             trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed, launch)
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.finish()

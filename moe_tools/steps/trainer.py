@@ -70,6 +70,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self.last: dict[str, float] = {}
         self.dtypes = {name: param.dtype for name, param in model.named_parameters()}
         bf16 = torch.bfloat16 in self.dtypes.values()
+        self.finer = _finer(model) if bf16 and launch.deepspeed is not None else {}
         super().__init__(
             model=model,
             args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
@@ -203,6 +204,9 @@ class RecipeTrainer(CheckpointingTrainer):
 
     def begin(self) -> None:
         """Before the first step, or the first after a resume."""
+        if self.state.global_step == 0:
+            for name, value in self.finer.items():
+                zero.set_(self.model.get_parameter(name), value)
         saved = self.state.stateful_callbacks.get(DRIVE)
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
@@ -215,7 +219,7 @@ class RecipeTrainer(CheckpointingTrainer):
     def finish(self) -> None:
         """The model is plain again, whatever trained it."""
         if self.step.checkpointing:
-            self.model.gradient_checkpointing_disable()  # type: ignore[operator]
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
         if self.is_deepspeed_enabled:
             zero.make_plain(self.model, self.deepspeed, self.dtypes)
 
@@ -238,6 +242,12 @@ class RecipeTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
         """In order: the blocks come shuffled, and every run sees them in the same order."""
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def _finer(model: nn.Module) -> dict[str, Tensor]:
+    """fp32 weights, by name: DeepSpeed rounds them to bf16 before it makes their masters."""
+    finer = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
+    return {name: param.detach().clone() for name, param in finer.items()}
 
 
 def next_token_labels(blocks_BT: Tensor) -> Tensor:

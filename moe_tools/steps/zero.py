@@ -5,23 +5,49 @@ Works in every process at once, or in none: each function talks to the other pro
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+USED = "ACCELERATE_USE_DEEPSPEED"
+"""Where Accelerate notes it, for every model to come."""
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Afterwards transformers and Accelerate forget DeepSpeed: they would shard what is loaded."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        AcceleratorState._reset_state()
+        os.environ.pop(USED, None)
+
 
 @torch.no_grad()
-def add_(param: nn.Parameter, value: Tensor) -> None:
-    """param += value, in the fp32 master and in what the forward pass reads."""
+def set_(param: nn.Parameter, value: Tensor) -> None:
+    """param = value, in the fp32 master and in what the forward pass reads."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param
 
-    whole = _whole(param) + value
+    value = value.to(param.device)
     if param.requires_grad:
-        safe_set_full_fp32_param(param, whole)
+        safe_set_full_fp32_param(param, value)
     with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
-        param.copy_(whole)
+        param.copy_(value)
+
+
+@torch.no_grad()
+def add_(param: nn.Parameter, value: Tensor) -> None:
+    """param += value, as `set_`."""
+    set_(param, _whole(param) + value)
 
 
 @torch.no_grad()
