@@ -75,12 +75,11 @@ def read_deepspeed(
     for step in recipe.steps:
         if isinstance(step, Train):
             _check_sizes(config, path, step, processes)
-    return FILLED | {k: v for k, v in config.items() if k not in FILLED or FILLED[k] is True}
+    return config | FILLED
 
 
 def _check_zero(config: dict[str, Any], path: Path) -> None:
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    stage = _section(config, path, "zero_optimization").get("stage", 0)
     if stage not in STAGES or isinstance(stage, bool):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r}, but must be 0, 1, 2 or 3")
 
@@ -88,14 +87,21 @@ def _check_zero(config: dict[str, Any], path: Path) -> None:
 def _check_dtype(config: dict[str, Any], path: Path, dtype: str) -> None:
     wanted = {"bf16": dtype == "bf16", "fp16": False}
     for key, ours in wanted.items():
-        given = config.get(key, {}).get("enabled", "auto" if ours else False)
+        given = _section(config, path, key).get("enabled", "auto" if ours else False)
         if given not in ("auto", ours):
             raise ValueError(
                 f"{path}: {key}.enabled is {given}, but the run is in {dtype}: "
                 "write `auto`, or choose another --dtype (bf16 or fp32)"
             )
-    if config.get("torch_autocast", {}).get("enabled", False):
+    if _section(config, path, "torch_autocast").get("enabled", False):
         raise ValueError(f"{path}: the weights are trained in {dtype}: delete `torch_autocast`")
+
+
+def _section(config: dict[str, Any], path: Path, key: str) -> dict[str, Any]:
+    section = config.get(key, {})
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: {key} is {section!r}, but must be keys and values")
+    return section
 
 
 def _check_sizes(config: dict[str, Any], path: Path, step: Train, processes: int) -> None:
