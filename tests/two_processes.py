@@ -63,7 +63,7 @@ def manners() -> None:
     with pytest.raises(ValueError, match="the first one's mistake"):
         processes.on_first(_mistake)
     with pytest.raises(ValueError, match="has 1 batches, but one optimizer step takes 2"):
-        train(converted(), DENSE, text(4), Path("unused"))
+        train(converted(), HARD, text(4), Path("unused"))
 
 
 def _mistake() -> None:

@@ -44,13 +44,18 @@ def low_rank(model: PreTrainedModel, step: Train) -> Iterator[None]:
         target_modules=adapted(model, step.parts),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+    flags = {name: param.requires_grad for name, param in model.named_parameters()}
     tuner = LoraModel(model, {"default": config}, "default")
     try:
         yield
     except BaseException:
         tuner.unload()
         raise
-    tuner.merge_and_unload()
+    else:
+        tuner.merge_and_unload()
+    finally:  # PEFT froze the host
+        for name, flag in flags.items():
+            model.get_parameter(name).requires_grad_(flag)
 
 
 def adapters(model: nn.Module) -> list[nn.Parameter]:

@@ -39,7 +39,7 @@ def train(
     *,
     donor: PreTrainedModel | None = None,
     seed: int = 0,
-    launch: Launch = Launch(),  # noqa: B008 - frozen
+    launch: Launch | None = None,
 ) -> dict[str, Any]:
     """Trains in place; checkpoints go to `work`, and the newest complete one is resumed.
 
@@ -51,7 +51,7 @@ def train(
         work: folder of the checkpoints.
         donor: the dense teacher, for the losses that need one.
         seed: of dropout.
-        launch: the device, DeepSpeed, reporters.
+        launch: the device, DeepSpeed, reporters; default: PyTorch alone, where the model is.
 
     Returns:
         Last logged losses, the sparsity where routed, optimizer steps and trained tokens.
@@ -61,7 +61,9 @@ def train(
             text for the processes, a checkpoint that other processes wrote, or a full disk.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
+    launch = launch or Launch(str(model.device))
     check_train(model, step, donor)
+    check_sharded(model, launch)
     batches = whole_batches(text, step)
     checkpoint = newest_checkpoint(work)
     check_layout(checkpoint, launch)
@@ -170,6 +172,21 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         check_sparsity(expert_ffns(model), step.target_sparsity)
     if step.parts == "routers" and step.mode not in ("soft", "straight"):
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
+
+
+def check_sharded(model: nn.Module, launch: Launch) -> None:
+    """Whether a model can be trained where weights are sharded.
+
+    Raises:
+        ValueError: ZeRO-3, and a router that reads weights which are elsewhere when it scores.
+    """
+    if launch.zero_stage != 3:
+        return
+    for ffn in expert_ffns(model):
+        if ffn.router.reads_rows:
+            raise ValueError(
+                f"{ffn.name}: its router reads the rows of the FFN, which ZeRO-3 shards: use zero2"
+            )
 
 
 def check_zeros(model: nn.Module, drive: str) -> None:

@@ -48,6 +48,7 @@ def test_linears_and_routers_change_and_nothing_else_does(
     routers = {name for name in before if is_router(name)}
     assert changed(model, before) == linears(model, inside) | routers
     assert set(state(model)) == set(before)  # no adapter is left
+    assert all(param.requires_grad for param in model.parameters())
     assert not any("lora" in type(module).__module__ for module in model.modules())
 
 
