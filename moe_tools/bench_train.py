@@ -106,8 +106,7 @@ def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:
     attach = next(s for s in recipe.steps if isinstance(s, Attach))
     spec = Conversion("bench", size, attach.router, attach.selector)
     attach_experts(model, replace(spec, router_options=attach.router_options))
-    if step.mode != "dense":
-        set_mode(model, step.mode)
+    set_mode(model, step.mode)
 
 
 def _stepper(
@@ -115,11 +114,10 @@ def _stepper(
 ) -> Callable[[], None]:
     """One optimizer step a call, as the Trainer takes it."""
     drawn = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+    vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     size = (step.batch_size, length)
     batches = [
-        Batch(torch.randint(int(vocabulary), size, generator=drawn))  # type: ignore[call-overload]
-        for _ in range(step.accumulate)
+        Batch(torch.randint(vocabulary, size, generator=drawn)) for _ in range(step.accumulate)
     ]
     groups = trainable_parts(model, step)
     trainer = RecipeTrainer(model, step, batches, work, STEPS, groups, None, 0, launch)
@@ -131,7 +129,7 @@ def _stepper(
         trainer.enter_step(1, STEPS)
         for batch in batches:
             inputs = {"input_ids": batch.ids_BT.to(launch.device)}
-            (trainer.compute_loss(model, inputs) / step.accumulate).backward()  # type: ignore[no-untyped-call]
+            (trainer.compute_loss(model, inputs) / step.accumulate).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

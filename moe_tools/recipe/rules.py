@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from moe_tools.recipe.step import Stage, Step, Train, step_name
@@ -33,8 +33,8 @@ def check_step(step: Step) -> None:
     if isinstance(step, Train):
         _check_drive(step)
         if step.lora is not None:
-            _require(step.lora.rank >= 1, step, "lora.rank", step.lora.rank, "at least 1")
-            _require(step.lora.alpha > 0, step, "lora.alpha", step.lora.alpha, "above 0")
+            for key, value in asdict(step.lora).items():
+                _require(value >= 1, step, f"lora.{key}", value, "at least 1")
             _require(step.parts != "routers", step, "lora with parts", step.parts, "all or ffn")
         for name, weight in step.losses.items():
             if isinstance(weight, tuple):

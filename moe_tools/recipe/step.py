@@ -96,7 +96,7 @@ class Lora:
     """Low-rank adapters on the host's linears (arXiv 2106.09685): W + alpha / rank * B A."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
 
 
 Weight = float | tuple[Stage, ...]

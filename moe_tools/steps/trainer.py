@@ -93,7 +93,7 @@ class RecipeTrainer(CheckpointingTrainer):
         """Warmup, then a cosine, for every group."""
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer,
+                optimizer or self.create_optimizer(),
                 lambda at: warmup_cosine(at, self.steps, self.step.warmup),
             )
             self._created_lr_scheduler = True

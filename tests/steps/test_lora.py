@@ -91,7 +91,7 @@ def test_an_adapter_of_rate_zero_changes_nothing(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"lora": {"rank": 0}}, "lora.rank is 0, but must be at least 1"),
-        ({"lora": {"alpha": 0.0}}, "lora.alpha is 0.0, but must be above 0"),
+        ({"lora": {"alpha": 0}}, "lora.alpha is 0, but must be at least 1"),
         ({"lora": {"rnak": 4}}, "unknown key 'rnak'; did you mean 'rank'?"),
         (
             {"lora": {}, "parts": "routers", "mode": "soft"},
