@@ -167,7 +167,7 @@ class RecipeTrainer(CheckpointingTrainer):
         for name, value in noted.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.passes += 1
-        if routings and self.step.target_sparsity is not None:
+        if routings and self._shifts:
             self.logits.append(sample_logits(self.model, routings))
 
     def end_step(self) -> None:
@@ -196,11 +196,16 @@ class RecipeTrainer(CheckpointingTrainer):
         self.last["reference"] = reference = self._reference().at(self.state.global_step)
         if self.weights.controller is not None:
             self.weights.controller.update(reference, measured)
-        else:
+        if self._shifts:
             logits_S = processes.together(torch.cat(self.logits))
             add = zero.add_ if self.is_deepspeed_enabled else add_
             shift_routers(self.model, logits_S, reference, damping=0.5, add=add)
         self.logits = []
+
+    @property
+    def _shifts(self) -> bool:
+        """Whether the line moves, not the weight of a loss."""
+        return self.step.target_sparsity is not None and self.weights.controller is None
 
     def begin(self) -> None:
         """Before the first step, or the first after a resume."""
