@@ -67,8 +67,8 @@ def read_deepspeed(
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected keys and values, not {type(config).__name__}")
-    _check_zero(config, path)
     _check_dtype(config, path, dtype)
+    _check_zero(config, path, dtype)
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise ValueError(f"{path}: the recipe sets the {key}: delete `{key}`")
@@ -78,10 +78,15 @@ def read_deepspeed(
     return config | FILLED
 
 
-def _check_zero(config: dict[str, Any], path: Path) -> None:
+def _check_zero(config: dict[str, Any], path: Path, dtype: str) -> None:
     stage = _section(config, path, "zero_optimization").get("stage", 0)
     if stage not in STAGES or isinstance(stage, bool):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r}, but must be 0, 1, 2 or 3")
+    if stage == 0 and dtype == "bf16":  # a shift of the routers would be lost at the next step
+        raise ValueError(
+            f"{path}: ZeRO-0 keeps the fp32 masters of bf16 weights out of reach: use zero1, "
+            "--dtype fp32, or no DeepSpeed"
+        )
 
 
 def _check_dtype(config: dict[str, Any], path: Path, dtype: str) -> None:
