@@ -58,9 +58,10 @@ test-newest: ## the same with the newest transformers and torch, in .venv-newest
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
 
-bench: $(STAMP) ## time an FFN dense and routed, its kernels, and the clustering of its neurons
+bench: $(STAMP) ## time an FFN, its kernels, the clustering of its neurons, and a training step
 	$(BIN)/moe-tools bench ffn
 	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32
+	$(BIN)/moe-tools bench train --dtype bf16
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b
 

@@ -1,6 +1,6 @@
 """`moe-tools bench`: what routing and clustering cost in time, what sparse kernels save.
 
-`generate` times whole models, the other kinds one FFN.
+`generate` and `train` time whole models, the other kinds one FFN.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from typing import Any
 
 from moe_tools.cli.options import json_target, not_negative, positive
 
-SUMMARY = "time an FFN, its sparse kernels, its clustering, or a whole model that generates"
+SUMMARY = "time an FFN, its kernels, its clustering, or a whole model at work or in training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("what", nargs="?", choices=tuple(_KINDS), default="ffn")
-    parser.add_argument("folder", nargs="?", help="converted model, of generate; else --shape")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        help="of generate: a converted model, else --shape; of train: a dense model, else SmolLM2",
+    )
     parser.add_argument(
         "--shape", default="smollm2-135m", help="smollm2-135m, llama2-7b, d2048 or DxF"
     )
@@ -31,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="of kernels (default: cpu)"
     )
     parser.add_argument(
-        "--repeats", type=positive, help="of kernels (default: 30) and generate (default: 5)"
+        "--repeats", type=positive, help="of kernels (default: 30), generate and train (5)"
     )
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="of generate")
     parser.add_argument("--tokens", type=positive, default=64, help="decoded; of generate")
     parser.add_argument("--threads", type=positive, help="of generate; default: PyTorch's")
+    parser.add_argument("--recipe", default="lte_paper", help="of train: its first routed step")
+    parser.add_argument("--block-length", type=positive, default=512, help="tokens; of train")
     parser.add_argument(
         "--rotate", type=not_negative, default=1.6, metavar="GB", help="of weights; of kernels"
     )
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     from moe_tools.cli.common import write_text
 
-    if args.folder and args.what != "generate":
+    if args.folder and args.what not in ("generate", "train"):
         raise ValueError(f"bench {args.what} times a shape, not {args.folder}: use --shape")
     lines, timings = _KINDS[args.what](args)
     print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
@@ -157,4 +163,32 @@ def _clustering(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     return lines, found
 
 
-_KINDS = {"ffn": _ffn, "kernels": _kernels, "clustering": _clustering, "generate": _generate}
+def _train(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
+    from moe_tools.bench_train import bench_train
+    from moe_tools.cli.common import DTYPES, pick_device
+    from moe_tools.cli.demo import donor_file
+    from moe_tools.recipe import read_recipe, recipe_path
+
+    source, device = args.folder or str(donor_file()), pick_device("auto")
+    timings = bench_train(
+        source,
+        read_recipe(recipe_path(args.recipe)),
+        dtype=DTYPES[args.dtype],
+        device=device,
+        length=args.block_length,
+        rounds=args.repeats or 5,
+    )
+    lines = [
+        f"{t.step:<10}{t.tokens:>7} tokens {t.milliseconds:10.1f} ms   {t.ratio:.2f} x dense"
+        for t in timings
+    ]
+    return [f"{source}, {args.recipe}, {args.dtype}, {device}", *lines], timings
+
+
+_KINDS = {
+    "ffn": _ffn,
+    "kernels": _kernels,
+    "clustering": _clustering,
+    "generate": _generate,
+    "train": _train,
+}

@@ -6,16 +6,19 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
+from moe_tools import processes
 from moe_tools.registry import unknown
 
 VERBS = (
     "convert",
+    "train",
     "evaluate",
     "compare",
     "grid",
@@ -28,9 +31,11 @@ VERBS = (
 )
 """Each is a module of `moe_tools.cli` with SUMMARY, add_arguments(parser) and run(args); it
 imports torch only in run."""
-RESUMING = ("convert", "compare", "grid", "demo")
+RESUMING = ("convert", "train", "compare", "grid", "demo")
 """Verbs that go on where they were interrupted."""
 DEBUG = "MOE_TOOLS_DEBUG"
+GRACE = 20
+"""Seconds; a launcher ends all processes when one has failed."""
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes."""
@@ -39,9 +44,13 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 2 is a user's mistake, 130 an interruption.
 
+    A loss that is not finite is a mistake, too: a learning rate's.
+
     With MOE_TOOLS_DEBUG=1 an error keeps its traceback, and no warning is hidden.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):  # deepspeed says it here and in LOCAL_RANK
+        words = words[1:]
     try:
         with _quiet():
             return _run(words)
@@ -51,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FloatingPointError, OSError) as error:
         if _debugging():
             raise
-        return _fail(str(error) or repr(error), USAGE if isinstance(error, ValueError) else FAILURE)
+        code = FAILURE if isinstance(error, OSError) else USAGE
+        if processes.rank() and code == USAGE:
+            time.sleep(GRACE)  # the first process says the same, unless the launcher ends it before
+            return code
+        return _fail(str(error) or repr(error), code)
 
 
 def _run(words: list[str]) -> int:
@@ -65,6 +78,8 @@ def _run(words: list[str]) -> int:
         return OK
     if words[0] not in VERBS:
         raise unknown("verb", words[0], VERBS)
+    if processes.count() > 1 and words[0] != "train":
+        raise ValueError(f"{words[0]} runs in one process: start it without torchrun or deepspeed")
     verb = import_module(f"moe_tools.cli.{words[0]}")
     parser = _Parser(prog=f"moe-tools {words[0]}", description=_sentence(verb.SUMMARY))
     verb.add_arguments(parser)
@@ -109,13 +124,16 @@ def _quiet() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("moe-tools: %(message)s"))
     level, handlers, propagate = ours.level, ours.handlers, ours.propagate
     ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
+    deepspeed, silent = logging.getLogger("DeepSpeed"), logging.Filter("not DeepSpeed")
+    ours.setLevel(logging.ERROR if processes.rank() else logging.INFO)  # the first one speaks
     try:
         with warnings.catch_warnings():
             if not _debugging():
+                deepspeed.addFilter(silent)  # it logs to standard output, which is for results
                 warnings.filterwarnings("ignore", module=r"(?!moe_tools)")
             yield
     finally:
+        deepspeed.removeFilter(silent)
         ours.handlers, ours.propagate = handlers, propagate
         ours.setLevel(level)
 

@@ -6,18 +6,16 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from moe_tools.data import (
-    fingerprint,
-    label_names,
-)
+from moe_tools import processes
+from moe_tools.data import fingerprint, label_names
 from moe_tools.model.atomic import new_folder
 from moe_tools.model.checkpoint import load, load_classifier, load_tokenizer, save
 from moe_tools.model.conversion import Conversion, conversion_so_far, write_conversion
@@ -41,6 +39,7 @@ from moe_tools.run_text import RunText
 from moe_tools.steps.attach import attach
 from moe_tools.steps.budget import budget
 from moe_tools.steps.fit import fit
+from moe_tools.steps.launch import Launch
 from moe_tools.steps.losses import DONOR_LOSSES
 from moe_tools.steps.split import split
 from moe_tools.steps.swap import swap
@@ -59,6 +58,7 @@ def run(
     control: bool = False,
     keep_steps: bool = False,
     like: Path | None = None,
+    launch: Launch | None = None,
 ) -> Path:
     """Converts `model` by `recipe` into the folder `output`; the same call resumes.
 
@@ -71,6 +71,9 @@ def run(
         control: also train the dense control on the same tokens, into `output/control`.
         keep_steps: keep the folder of every step.
         like: a run that kept its steps; those at its start that are the same are not done again.
+        launch: how train steps are computed; default: by PyTorch on `device`. In several processes
+            (`processes.process_group`) every one makes this call on one shared `output`; all steps
+            but train are the first one's alone, and only it writes.
 
     Returns:
         `output`.
@@ -80,11 +83,11 @@ def run(
         FloatingPointError: a train step's loss is not finite.
     """
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
-    work = _Run(folder, device)
-    unfinished = folder.claim(work.check)
+    work = _Run(folder, launch or Launch(device))
+    unfinished = processes.on_first(lambda: folder.claim(work.check))
     if unfinished:
         if like is not None:
-            folder.adopt(like)
+            processes.on_first(lambda: folder.adopt(like))
         work.execute()
     else:
         logger.info("%s is complete", output)
@@ -97,9 +100,10 @@ def run(
             device=device,
             keep_steps=keep_steps,
             like=Path(output),
+            launch=launch,
         )
     if unfinished:
-        folder.finish(keep_steps)
+        processes.on_first(lambda: folder.finish(keep_steps))
     return Path(output)
 
 
@@ -135,10 +139,10 @@ def convert(
 
 
 class _Run:
-    def __init__(self, folder: RunFolder, device: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, launch: Launch) -> None:
+        self.folder, self.launch = folder, launch
         self.recipe, self.source, self.dtype = folder.recipe, folder.source, folder.dtype
-        self.device = device
+        self.device = launch.device
 
     def check(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
@@ -151,25 +155,37 @@ class _Run:
         return conversion_so_far(model, self.source)
 
     def execute(self) -> None:
-        """Every step that is not complete yet."""
+        """Every step that is not complete yet; of several processes, only train steps use all."""
         previous = self.source
         for index, step in enumerate(self.recipe.steps):
             folder = self.folder.step(index)
-            if not folder.is_dir():
-                self._execute_one(index, step, previous, folder)
+            if not processes.on_first(folder.is_dir):
+                logger.info("step %d: %s", index, step_name(step))
+                if isinstance(step, Train):
+                    self._execute_one(index, step, previous, folder)
+                else:
+                    processes.on_first(partial(self._execute_one, index, step, previous, folder))
             previous = str(folder)
 
     def _execute_one(self, index: int, step: Step, previous: str, folder: Path) -> None:
-        logger.info("step %d: %s", index, step_name(step))
         set_seed(self.recipe.seed)
         began = time.time()
-        model = load(previous, dtype=self.dtype, device=self.device) if index else self.donor()
+        device = self.launch.home if isinstance(step, Train) else self.device
+        model = load(previous, dtype=self.dtype, device=device) if index else self.donor(device)
         work = folder.with_name(f"{folder.name}.work")
         measured = self._apply(step, model, index, work)
         measured = {**asdict(step), **measured, "seconds": round(time.time() - began, 1)}
-        with new_folder(folder) as partial:
-            save(model, partial, self.tokenizer)
-            (partial / METRICS).write_text(json.dumps(measured, indent=1))
+        if isinstance(step, Train):
+            processes.on_first(partial(self._write, folder, model, measured, work))
+        else:
+            self._write(folder, model, measured, work)
+
+    def _write(
+        self, folder: Path, model: PreTrainedModel, measured: dict[str, Any], work: Path
+    ) -> None:
+        with new_folder(folder) as unfinished:
+            save(model, unfinished, self.tokenizer)
+            (unfinished / METRICS).write_text(json.dumps(measured, indent=1))
         shutil.rmtree(work, ignore_errors=True)
 
     def _apply(self, step: Step, model: PreTrainedModel, index: int, work: Path) -> dict[str, Any]:
@@ -187,9 +203,18 @@ class _Run:
             return fit(model, step, text, work, seed=self.recipe.seed)
         if isinstance(step, Budget):
             return budget(model, step, self.text.calibration(step.tokens))
+        processes.on_first(self.text.prepare)
         seen = self.text.of_step(index)
         teacher = self._teacher(index) if set(step.losses) & set(DONOR_LOSSES) else None
-        measured = train(model, step, seen, work, donor=teacher, seed=self.recipe.seed)
+        measured = train(
+            model,
+            step,
+            seen,
+            work,
+            donor=teacher,
+            seed=self.recipe.seed,
+            launch=replace(self.launch, logs=self.folder.logs(index)),
+        )
         return {**measured, "data": fingerprint(seen)}
 
     @cached_property
@@ -209,12 +234,13 @@ class _Run:
             return self.donor()
         return load(self.folder.step(changed - 1), dtype=self.dtype, device=self.device)
 
-    def donor(self) -> PreTrainedModel:
+    def donor(self, device: str | None = None) -> PreTrainedModel:
         """The dense model that all starts from."""
+        device = device or self.device
         if self.recipe.task == "classify":
             labels = label_names(self.recipe.data)
-            return load_classifier(self.source, labels, dtype=self.dtype, device=self.device)
-        return load(self.source, dtype=self.dtype, device=self.device)
+            return load_classifier(self.source, labels, dtype=self.dtype, device=device)
+        return load(self.source, dtype=self.dtype, device=device)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

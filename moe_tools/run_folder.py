@@ -4,6 +4,7 @@ OUTPUT/                 the converted model: a plain Hugging Face folder
     recipe.yaml         what was run, every default spelled out
     metrics.json        what came of it; written last, so its presence means "complete"
     control/            the dense control, a run folder of its own (on request)
+    logs/               what TensorBoard shows (on request)
     steps/              only while the run is not complete, or on request
         0-split/  1-attach/  2-train/    each complete or absent
         2-train.work/                    checkpoints inside a train step
@@ -25,7 +26,7 @@ from moe_tools.model.atomic import new_file, new_folder, partial_of
 from moe_tools.model.card import write_card
 from moe_tools.recipe import Recipe, Train, read_recipe, step_name
 
-RECIPE, METRICS, STEPS = "recipe.yaml", "metrics.json", "steps"
+RECIPE, METRICS, STEPS, LOGS = "recipe.yaml", "metrics.json", "steps", "logs"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class RunFolder:
     def step(self, index: int) -> Path:
         """The folder of one step."""
         return self.steps / f"{index}-{step_name(self.recipe.steps[index])}"
+
+    def logs(self, index: int) -> Path:
+        """Where TensorBoard finds a train step: it outlives the step's folder."""
+        return self.output / LOGS / self.step(index).name
 
     def claim(self, check: Callable[[], None]) -> bool:
         """Takes the folder for this run; False when the run is complete already.

@@ -45,6 +45,11 @@ class RunText:
         if self.recipe.data != "self":
             _ = self.train_blocks
 
+    def prepare(self) -> None:
+        """Makes what is kept in a file, so that several processes then read the same."""
+        if self.recipe.data == "self":
+            _ = self.train_blocks
+
     @cached_property
     def train_blocks(self) -> Tensor:
         """blocks_BT of all train steps together; at least what calibration asks for.

@@ -370,3 +370,42 @@ def test_an_encoder_cannot_sample():
     )
     with pytest.raises(ValueError, match=r"BertForMaskedLM is no causal.*use 'docs'"):
         generate_blocks(BertForMaskedLM(config), length=4, tokens=4, seed=0)
+
+
+# --- several sources
+
+
+def mixed(weights, tokens):
+    """blocks_BT of one-word sources: source i says only WORDS[i]."""
+    sources = " + ".join(f"{word}:{weight}" for word, weight in zip(WORDS, weights, strict=False))
+    wanted = None if tokens is None else tokens * 4
+    with patch("moe_tools.data.packing.texts", lambda name, split: iter([f"{name} " * 400])):
+        return blocks(sources, TOKENIZER, split="train", length=4, tokens=wanted)
+
+
+def owners(rows):
+    """Which source each block is of."""
+    first = TOKENIZER.convert_tokens_to_ids(WORDS[0])
+    return [row.max().item() - first for row in rows]
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=2, max_size=5), st.integers(1, 60))
+def test_every_prefix_of_a_mixture_has_the_shares_asked_for(weights, count):
+    found = owners(mixed(weights, count))
+    assert len(found) == count
+    for end in range(1, count + 1):
+        for source, weight in enumerate(weights):
+            share = weight / sum(weights)
+            assert abs(found[:end].count(source) - share * end) < len(weights)
+
+
+def test_a_larger_mixture_only_appends():
+    few, many = mixed([0.7, 0.3], 10), mixed([0.7, 0.3], 40)
+    assert torch.equal(few, many[:10])
+    assert owners(many).count(0) == 28
+
+
+def test_a_mixture_ends_with_the_source_that_is_used_up(caplog):
+    whole = mixed([1.0, 3.0], None)  # 100 blocks of each
+    assert owners(whole).count(1) == 100 and owners(whole).count(0) in (33, 34)
+    assert "'two' is used up after 13" in caplog.text

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_tools.data import texts
 from moe_tools.data.holdout import boundary, divide, normalise
-from moe_tools.data.sources import is_hub
+from moe_tools.data.sources import is_hub, mixture
 
 
 def read(source, split="train"):
@@ -225,6 +225,12 @@ def test_the_only_string_column_is_the_text(hub):
             ConnectionError("Couldn't reach it\nlong tale"),
             r"cannot be read: Couldn't reach it \(ch",
         ),
+        (
+            datasets.exceptions.DatasetNotFoundError(
+                "Dataset 'no/such' is a gated dataset on the Hub. You must be authenticated."
+            ),
+            r"cannot be read: Dataset 'no/such' is a gated dataset on the Hub\. You must be auth",
+        ),
         (RuntimeError(), r"cannot be read: RuntimeError \(check its name and the network, or use"),
         ({"dev": None, "all": None}, r"has no split 'train', only dev, all"),
         ({"train": [{"a": "x", "b": "y"}]}, r"no column 'text' and 2 other .*\(columns: a, b\)"),
@@ -262,3 +268,21 @@ def test_paths_win_over_hub_names(tmp_path, monkeypatch):
     assert not is_hub("owner/name")
     assert is_hub("hub:owner/name")
     assert not any(map(is_hub, ["docs", "self", "a/b.txt", "../a", "~/a", "a/b/c"]))
+
+
+# --- several sources
+
+
+def test_a_mixture_is_its_sources_and_weights(tmp_path):
+    assert mixture("docs") == [("docs", 1.0)]
+    assert mixture("a.jsonl:0.7 + b.jsonl:0.3") == [("a.jsonl", 0.7), ("b.jsonl", 0.3)]
+    assert mixture("hub:x:config + hub:y:config:2") == [("hub:x:config", 1.0), ("hub:y:config", 2)]
+    odd = tmp_path / "a:1 + b.txt"
+    odd.write_text("x")
+    assert mixture(str(odd)) == [(str(odd), 1.0)]
+
+
+@pytest.mark.parametrize("source", ["a:0 + b", "a:-1 + b", "a:nan + b", "a:inf + b", ":0.5 + b"])
+def test_a_weight_is_above_0_and_after_a_name(source):
+    with pytest.raises(ValueError, match="a weight is a number above 0, after a name"):
+        mixture(source)

@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     "kernels": set(),
     "registry": set(),
+    "processes": set(),
     "recipe": {"registry"},
     "data": {"registry"},
     "model": {"kernels", "registry", "recipe"},
-    "steps": {"registry", "recipe", "data", "model"},
+    "steps": {"registry", "processes", "recipe", "data", "model"},
     "measure": {"kernels", "registry", "recipe", "data", "model"},
     "export": {"registry", "recipe", "data", "model"},
     "run_folder": {"recipe", "model"},
@@ -27,9 +28,10 @@ ARROWS = {
     "dry_run": {"recipe", "data", "model", "steps", "measure", "rehearsal"},
     "pipeline": {
         *("registry", "recipe", "data", "model", "steps", "measure", "export"),
-        *("run_folder", "run_text", "rehearsal"),
+        *("run_folder", "run_text", "rehearsal", "processes"),
     },
     "comparison": {"recipe", "measure", "pipeline"},
+    "bench_train": {"recipe", "data", "model", "steps"},
     "grid": {"recipe", "data", "model", "steps", "measure"},
     "run_text": {"recipe", "data", "model"},
     "patched": set(),
@@ -37,7 +39,9 @@ ARROWS = {
         "comparison",
         "dry_run",
         "grid",
+        "bench_train",
         "registry",
+        "processes",
         "recipe",
         "data",
         "model",
@@ -55,7 +59,12 @@ KERNEL_USERS = {
     "moe_tools.measure.bench_cuda",
     "moe_tools.measure.bench_kernels",
 }
-WITHOUT_TORCH = ["moe_tools.registry", "moe_tools.recipe", "moe_tools.measure.report"]
+WITHOUT_TORCH = [
+    "moe_tools.registry",
+    "moe_tools.recipe",
+    "moe_tools.recipe.deepspeed",
+    "moe_tools.measure.report",
+]
 VERBS = {
     f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "fit", "budget", "train")
 }

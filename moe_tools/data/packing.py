@@ -6,8 +6,10 @@ Shapes: B blocks, T tokens a block (`length`).
 import hashlib
 import itertools
 import logging
+import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from moe_tools.data.batch import Text
 from moe_tools.data.holdout import Split, boundary, digest
 from moe_tools.data.progress import progress
-from moe_tools.data.sources import is_hub, texts
+from moe_tools.data.sources import is_hub, mixture, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +51,7 @@ def blocks(
     stand in the order of a hash, whatever the seed. No other special tokens are added.
 
     Args:
-        source: as for `texts`.
+        source: as for `texts`, or several of them with their weights (`mixture`).
         tokenizer: its EOS, else SEP, else PAD token ends a passage.
         split: "train" or "heldout".
         length: tokens a block.
@@ -66,6 +68,10 @@ def blocks(
     """
     check_size("length", length)
     wanted = None if tokens is None else blocks_for(tokens, length)
+    parts = mixture(source)
+    if len(parts) > 1:
+        pack = partial(blocks, tokenizer=tokenizer, split=split, length=length, seed=seed)
+        return _mixed(parts, wanted, lambda name, n: pack(name, tokens=n and n * length))
     end = _end_token(tokenizer)
     passages = _ordered(source, split, seed)
     ids = _tokenise(passages, tokenizer, end, None if wanted is None else wanted * length)
@@ -80,6 +86,34 @@ def blocks(
         )
     count = have if wanted is None else min(have, wanted)
     return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+
+
+def _mixed(
+    parts: list[tuple[str, float]],
+    wanted: int | None,
+    pack: Callable[[str, int | None], Tensor],
+) -> Tensor:
+    """Blocks of several sources in turn: after every block, each has its share, to one block.
+
+    The text ends with the first source that is used up, so that the shares hold throughout.
+    """
+    total = sum(weight for _, weight in parts)
+    shares = [weight / total for _, weight in parts]
+    packed = [
+        pack(name, None if wanted is None else math.ceil(share * wanted) + 1)
+        for (name, _), share in zip(parts, shares, strict=True)
+    ]
+    chosen: list[Tensor] = []
+    taken = [0] * len(parts)
+    while wanted is None or len(chosen) < wanted:
+        owed = [share * (len(chosen) + 1) - n for share, n in zip(shares, taken, strict=True)]
+        source = owed.index(max(owed))
+        if taken[source] == len(packed[source]):
+            logger.warning("%r is used up after %d blocks", parts[source][0], len(chosen))
+            break
+        chosen.append(packed[source][taken[source]])
+        taken[source] += 1
+    return torch.stack(chosen)
 
 
 def fingerprint(text: Text) -> str:

@@ -1,5 +1,6 @@
 """A source's name -> its documents."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from moe_tools.data.files import SUFFIXES, read_path
 from moe_tools.data.holdout import Split, check_split, divide
 from moe_tools.data.hub import hub_texts
 
+JOIN = " + "
+"""Stands between the sources of a mixture."""
 _OWNER_AND_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,3 +56,29 @@ def is_hub(source: str) -> bool:
     if Path(source).expanduser().exists() or Path(source).suffix.lower() in SUFFIXES:
         return False
     return bool(_OWNER_AND_NAME.fullmatch(source)) and source[0] not in "~."
+
+
+def mixture(source: str) -> list[tuple[str, float]]:
+    """The sources of "a.jsonl:0.7 + b.jsonl:0.3" and their weights; without one it is 1.
+
+    A path that exists is a source, whatever its name.
+
+    Raises:
+        ValueError: a weight that is not above 0, or a source without a name.
+    """
+    if Path(source).expanduser().exists():
+        return [(source, 1.0)]
+    return [_weighted(part) for part in source.split(JOIN)]
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    name, colon, word = part.rpartition(":")
+    try:
+        weight = float(word)
+    except ValueError:
+        return part, 1.0
+    if not colon or Path(part).expanduser().exists():
+        return part, 1.0
+    if not name or not 0 < weight < math.inf:
+        raise ValueError(f"data source {part!r}: a weight is a number above 0, after a name")
+    return name, weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from moe_tools.recipe.step import Stage, Step, Train, step_name
@@ -32,6 +32,10 @@ def check_step(step: Step) -> None:
             _require(0 < value < 1, step, item.name, value, "strictly between 0 and 1")
     if isinstance(step, Train):
         _check_drive(step)
+        if step.lora is not None:
+            for key, value in asdict(step.lora).items():
+                _require(value >= 1, step, f"lora.{key}", value, "at least 1")
+            _require(step.parts != "routers", step, "lora with parts", step.parts, "all or ffn")
         for name, weight in step.losses.items():
             if isinstance(weight, tuple):
                 _check_stages(step, f"losses.{name}", weight)

@@ -94,6 +94,14 @@ class Stage:
     stage's own weight from its first step. The first stage is constant."""
 
 
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the host's linears (arXiv 2106.09685): W + alpha / rank * B A."""
+
+    rank: int = 16
+    alpha: int = 32
+
+
 Weight = float | tuple[Stage, ...]
 """Of a loss: the same in every optimizer step, or led through stages."""
 
@@ -117,14 +125,19 @@ class Train:
     """Share of the steps in which the target is reached; 0: at once."""
     parts: Literal["all", "ffn", "routers"] = "all"
     """What is trained; `all` and `ffn` include routers, except in hard mode."""
+    lora: Lora | None = None
+    """Trains adapters of the linears among `parts` in place of their weights, and routers as ever;
+    at the end they are merged: the folder stays a plain one."""
     lr: float = 1e-4
-    """Peak learning rate of the host's weights."""
+    """Peak learning rate of the host's weights, or of their adapters."""
     router_lr: float = 1e-3
     """Peak learning rate of the routers."""
     batch_size: int = 4
     """Blocks of one forward pass on one device."""
     accumulate: int = 1
     """Forward passes of one optimizer step."""
+    checkpointing: bool = False
+    """Computes each layer again in the backward pass: less memory, a forward pass more."""
     warmup: float = 0.06
     """Share of the optimizer steps."""
     checkpoint_every: int = 100

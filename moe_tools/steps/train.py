@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from moe_tools import processes
 from moe_tools.data import Batch, Text, token_count
 from moe_tools.model.checkpoint import is_classifier
 from moe_tools.model.conversion import set_mode
@@ -20,13 +19,16 @@ from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
 from moe_tools.model.zeros import gives_zeros
 from moe_tools.recipe import Train, check_step
+from moe_tools.steps import zero
+from moe_tools.steps.arguments import tensorboard_in
 from moe_tools.steps.calibrate import check_sparsity
+from moe_tools.steps.checkpoints import check_layout, newest_checkpoint
 from moe_tools.steps.controller import ZEROS, followed, warn_if_missed
+from moe_tools.steps.launch import Launch
+from moe_tools.steps.lora import adapters, low_rank
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES
 from moe_tools.steps.trainer import RecipeTrainer
 from moe_tools.steps.trim import check_trimmable
-
-TRAINER_STATE = "trainer_state.json"
 
 
 def train(
@@ -37,6 +39,7 @@ def train(
     *,
     donor: PreTrainedModel | None = None,
     seed: int = 0,
+    launch: Launch | None = None,
 ) -> dict[str, Any]:
     """Trains in place; checkpoints go to `work`, and the newest complete one is resumed.
 
@@ -48,23 +51,31 @@ def train(
         work: folder of the checkpoints.
         donor: the dense teacher, for the losses that need one.
         seed: of dropout.
+        launch: the device, DeepSpeed, reporters; default: PyTorch alone, where the model is.
 
     Returns:
         Last logged losses, the sparsity where routed, optimizer steps and trained tokens.
 
     Raises:
-        ValueError: a loss that this model cannot have, or no donor for one that needs it.
+        ValueError: a loss that this model cannot have, no donor for one that needs it, too little
+            text for the processes, a checkpoint that other processes wrote, or a full disk.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
+    launch = launch or Launch(str(model.device))
     check_train(model, step, donor)
+    check_sharded(model, launch)
+    batches = whole_batches(text, step)
+    checkpoint = newest_checkpoint(work)
+    check_layout(checkpoint, launch)
     if step.mode != "dense":
         set_mode(model, step.mode)
-    trained = trainable_parts(model, step)
-    batches = whole_batches(text, step)
-    steps = max(1, len(batches) // step.accumulate)
-    trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed)
-    with _only_trainable(model, trained):
-        trainer.train(resume_from_checkpoint=newest_checkpoint(work))
+    steps = max(1, len(batches) // (step.accumulate * processes.count()))
+    with low_rank(model, step):
+        trained = trainable_parts(model, step)
+        with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
+            trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed, launch)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.finish()
     if step.mode in ("soft", "straight"):
         set_mode(model, "hard")
     model.eval()
@@ -75,23 +86,34 @@ def train(
 
 
 def whole_batches(text: Text, step: Train) -> list[Batch]:
-    """The batches of whole optimizer steps; a resumed run would go on into a rest.
+    """The batches of whole optimizer steps of all processes; a resumed run would go on into a rest.
 
-    Less text than one step has is one step.
+    Less text than one step has is one step, of one process.
+
+    Raises:
+        ValueError: less text than one step of several processes has.
     """
     if isinstance(text, Tensor):
-        whole = len(text) // (step.batch_size * step.accumulate) * step.accumulate
+        whole = len(text) // step.batch_size
         text = [Batch(ids_BT) for ids_BT in text.split(step.batch_size)]
     else:
-        whole = len(text) // step.accumulate * step.accumulate
-    return list(text[:whole] if whole else text)
+        whole = len(text)
+    needed = step.accumulate * processes.count()
+    if whole < needed and processes.count() > 1:
+        raise ValueError(
+            f"the text has {whole} batches, but one optimizer step takes {needed}, "
+            f"{step.accumulate} of each process: give more text or start fewer processes"
+        )
+    return list(text[: whole // needed * needed] if whole >= needed else text)
 
 
 def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
     """Optimizer groups: the host's weights and the routers, each with its learning rate."""
     routed = expert_ffns(model)
     routers = [p for ffn in routed for p in ffn.router.parameters()]
-    if step.parts == "all":
+    if step.lora is not None:
+        host = adapters(model)
+    elif step.parts == "all":
         known = {id(p) for p in routers}
         host = [p for p in model.parameters() if id(p) not in known]
     elif step.parts == "ffn":
@@ -152,6 +174,21 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
 
 
+def check_sharded(model: nn.Module, launch: Launch) -> None:
+    """Whether a model can be trained where weights are sharded.
+
+    Raises:
+        ValueError: ZeRO-3, and a router that reads weights which are elsewhere when it scores.
+    """
+    if launch.zero_stage != 3:
+        return
+    for ffn in expert_ffns(model):
+        if ffn.router.reads_rows:
+            raise ValueError(
+                f"{ffn.name}: its router reads the rows of the FFN, which ZeRO-3 shards: use zero2"
+            )
+
+
 def check_zeros(model: nn.Module, drive: str) -> None:
     """Whether the exact zeros of a model can be driven.
 
@@ -169,26 +206,14 @@ def check_zeros(model: nn.Module, drive: str) -> None:
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Gradients only where something is trained; every flag is put back."""
+def only_trainable(model: nn.Module, groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Gradients only where something is trained; every flag is put back, by name."""
     wanted = {id(p) for group in groups for p in group["params"]}
-    flags = {p: p.requires_grad for p in model.parameters()}
-    for param in flags:
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    for param in model.parameters():
         param.requires_grad_(id(param) in wanted)
     try:
         yield
     finally:
-        for param, flag in flags.items():
-            param.requires_grad_(flag)
-
-
-def newest_checkpoint(work: Path) -> str | None:
-    """The last complete checkpoint: `trainer_state.json` is what the Trainer writes last."""
-    complete = []
-    for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            step = json.loads((folder / TRAINER_STATE).read_text())["global_step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        complete.append((step, str(folder)))
-    return max(complete)[1] if complete else None
+        for name, flag in flags.items():
+            model.get_parameter(name).requires_grad_(flag)

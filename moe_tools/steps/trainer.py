@@ -13,30 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
+from moe_tools import processes
 from moe_tools.data import Batch
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.inputs import model_inputs
 from moe_tools.model.routing import Routing, record_routing, routing_sparsity
 from moe_tools.model.zeros import zero_share
 from moe_tools.recipe import Train
+from moe_tools.steps import zero
+from moe_tools.steps.arguments import Batches, only, training_arguments
+from moe_tools.steps.checkpoints import CheckpointingTrainer
 from moe_tools.steps.controller import Reference, followed
+from moe_tools.steps.launch import Launch
 from moe_tools.steps.logit_losses import IGNORE, logit_losses
 from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
 from moe_tools.steps.optimizer import MasterAdamW
+from moe_tools.steps.progress import Progress, in_words
 from moe_tools.steps.schedules import warmup_cosine
-from moe_tools.steps.trim import sample_logits, shift_routers
+from moe_tools.steps.trim import add_, sample_logits, shift_routers
 from moe_tools.steps.watch import Kind, watch_ffns
-from moe_tools.steps.weight_file import load_weights, save_weights
 from moe_tools.steps.weights import LossWeights
 
 logger = logging.getLogger(__name__)
@@ -45,31 +42,10 @@ DRIVE = "moe_tools_drive"
 """Where a checkpoint keeps the state of the drive."""
 
 
-class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """One item is a whole batch: rows come in the order and the groups that the data layer made."""
+class RecipeTrainer(CheckpointingTrainer):
+    """The loop, with our losses and our optimizer."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids_BT, labels_B = self.batches[index]
-        return {"input_ids": ids_BT} | ({} if labels_B is None else {"labels": labels_B})
-
-
-def _only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    (item,) = items
-    return item
-
-
-class RecipeTrainer(Trainer):
-    """The loop, with our losses, our optimizer and checkpoints without pickled arguments."""
-
-    model: nn.Module
-    train_dataset: _Batches
-    state: Any  # `stateful_callbacks` is annotated as what it is made from
+    train_dataset: Batches
 
     def __init__(
         self,
@@ -81,8 +57,9 @@ class RecipeTrainer(Trainer):
         groups: list[dict[str, Any]],
         donor: PreTrainedModel | None,
         seed: int,
+        launch: Launch,
     ) -> None:
-        self.step = step
+        self.step, self.steps, self.groups, self.launch = step, steps, groups, launch
         self.donor = None if donor is None else donor.eval()
         self.weights = LossWeights(step)
         self.options = {"use_cache": False} if model.can_generate() else {}
@@ -91,34 +68,49 @@ class RecipeTrainer(Trainer):
         self.sums: dict[str, float] = {}
         self.passes = 0
         self.last: dict[str, float] = {}
-        optimizer = MasterAdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda at: warmup_cosine(at, steps, step.warmup)
-        )
+        self.dtypes = {name: param.dtype for name, param in model.named_parameters()}
+        bf16 = torch.bfloat16 in self.dtypes.values()
+        self.finer = _finer(model) if bf16 and launch.deepspeed is not None else {}
         super().__init__(
             model=model,
-            args=_arguments(step, work, steps, seed, on_cpu=model.device.type == "cpu"),
-            train_dataset=_Batches(batches),
-            data_collator=_only,
-            optimizers=(optimizer, schedule),
-            callbacks=[_Control(self)],
+            args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
+            train_dataset=Batches(batches),
+            data_collator=only,
+            callbacks=[Progress(self, f"train {step.mode}")],
         )
         self.loss_is_scaled_for_ga = False
         for printer in (PrinterCallback, ProgressCallback):  # standard output is for results
             self.remove_callback(printer)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with fp32 masters: ours, or DeepSpeed's around PyTorch's."""
+        if self.optimizer is None:
+            kind = MasterAdamW if self.launch.deepspeed is None else torch.optim.AdamW
+            self.optimizer = kind(self.groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warmup, then a cosine, for every group."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.create_optimizer(),
+                lambda at: warmup_cosine(at, self.steps, self.step.warmup),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         """The weighted sum of the recipe's losses on one batch."""
         ids_BT, labels_B = inputs["input_ids"], inputs.get("labels")
-        routed = bool(expert_ffns(model))
+        routed = bool(expert_ffns(self.model))
         recording: AbstractContextManager[list[Routing]] = (
-            record_routing(model) if routed else nullcontext([])
+            record_routing(self.model) if routed else nullcontext([])
         )
         weights = self.weights.now
         kinds = {WATCHED[name] for name in weights if name in WATCHED}
-        with recording as routings, watch_ffns(model, kinds) as ffns:
+        with recording as routings, watch_ffns(self.model, kinds) as ffns:
             logits = self._logits(model, ids_BT)
         donor_logits, donor_outputs = self._donor_pass(ids_BT, kinds & {"outputs"})
         total, parts = logit_losses(
@@ -137,12 +129,18 @@ class RecipeTrainer(Trainer):
                 values[name] = LOSSES[name](seen)
                 total = total + weight * values[name]
         self._note(values, routings, ffns.hidden)
-        if not torch.isfinite(total):
+        self._check_loss(total)
+        return total
+
+    def _check_loss(self, total: Tensor) -> None:
+        """Together, so that no process waits for one that has stopped."""
+        finite = bool(torch.isfinite(total))
+        if not processes.all_agree(finite):
+            loss = "not finite in another process" if finite else f"{total.item()}"
             raise FloatingPointError(
-                f"the loss is {total.item()} at optimizer step {self.state.global_step}: lower the "
+                f"the loss is {loss} at optimizer step {self.state.global_step}: lower the "
                 "learning rates; the last good checkpoint is kept"
             )
-        return total
 
     def _donor_pass(
         self, ids_BT: Tensor, kinds: set[Kind]
@@ -155,7 +153,9 @@ class RecipeTrainer(Trainer):
 
     def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
         """(tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
-        return model(**model_inputs(model, ids_BT), **self.options).logits.flatten(0, -2)
+        host = self.donor if model is self.donor else self.model  # `model` may be wrapped
+        assert host is not None
+        return model(**model_inputs(host, ids_BT), **self.options).logits.flatten(0, -2)
 
     @torch.no_grad()
     def _note(
@@ -169,12 +169,12 @@ class RecipeTrainer(Trainer):
         for name, value in noted.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.passes += 1
-        if routings and self.step.target_sparsity is not None:
+        if routings and self._shifts:
             self.logits.append(sample_logits(self.model, routings))
 
     def end_step(self) -> None:
         """After an optimizer step: follow the reference, keep what is logged."""
-        self.last = {name: value / self.passes for name, value in self.sums.items()}
+        self.last = self._means()
         self.sums, self.passes = {}, 0
         self.last |= self.weights.moving()
         if self.step.target_sparsity is not None:
@@ -185,6 +185,12 @@ class RecipeTrainer(Trainer):
             "last": self.last,
         }
 
+    def _means(self) -> dict[str, float]:
+        """Over the passes of all processes, which see as many."""
+        sums = processes.together(torch.tensor([[*self.sums.values()]], dtype=torch.double))
+        means = sums.mean(0) / self.passes
+        return dict(zip(self.sums, means.tolist(), strict=True))
+
     def _follow(self) -> None:
         measured = followed(self.last, self.step.drive)
         if self.start is None:
@@ -192,16 +198,37 @@ class RecipeTrainer(Trainer):
         self.last["reference"] = reference = self._reference().at(self.state.global_step)
         if self.weights.controller is not None:
             self.weights.controller.update(reference, measured)
-        else:
-            shift_routers(self.model, torch.cat(self.logits), reference, damping=0.5)
+        if self._shifts:
+            logits_S = processes.together(torch.cat(self.logits))
+            add = zero.add_ if self.is_deepspeed_enabled else add_
+            shift_routers(self.model, logits_S, reference, damping=0.5, add=add)
         self.logits = []
+
+    @property
+    def _shifts(self) -> bool:
+        """Whether the line moves, not the weight of a loss."""
+        return self.step.target_sparsity is not None and self.weights.controller is None
 
     def begin(self) -> None:
         """Before the first step, or the first after a resume."""
+        if self.state.global_step == 0:
+            for name, value in self.finer.items():
+                zero.set_(self.model.get_parameter(name), value)
         saved = self.state.stateful_callbacks.get(DRIVE)
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
             self.weights.resume(saved["controller"])
+
+    def enter_step(self, step: int, steps: int) -> None:
+        """Sets the weights of the losses."""
+        self.weights.enter(step, steps)
+
+    def finish(self) -> None:
+        """The model is plain again, whatever trained it."""
+        if self.step.checkpointing:
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+        if self.is_deepspeed_enabled:
+            zero.make_plain(self.model, self.deepspeed, self.dtypes)
 
     def _reference(self) -> Reference:
         assert self.start is not None and self.step.target_sparsity is not None
@@ -212,7 +239,7 @@ class RecipeTrainer(Trainer):
         """Adds our figures to the Trainer's, and says them."""
         super().log({**logs, **self.last}, *args, **kwargs)
         at, steps = self.state.global_step, self.state.max_steps
-        logger.info("%s %d/%d  %s", self.step.mode, at, steps, _figures(self.last))
+        logger.info("%s %d/%d  %s", self.step.mode, at, steps, in_words(self.last))
 
     def summary(self) -> dict[str, Any]:
         """What the run folder keeps of this step."""
@@ -223,78 +250,13 @@ class RecipeTrainer(Trainer):
         """In order: the blocks come shuffled, and every run sees them in the same order."""
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        self._check_weights()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, folder / "model.safetensors")
 
-    def _check_weights(self) -> None:
-        """A gradient that overflows spoils the weights before any loss shows it."""
-        for name, param in self.model.named_parameters():
-            if not torch.isfinite(param).all():
-                raise FloatingPointError(
-                    f"{name} is not finite after optimizer step {self.state.global_step}: lower "
-                    "the learning rates; the last good checkpoint is kept"
-                )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint) / "model.safetensors")
+def _finer(model: nn.Module) -> dict[str, Tensor]:
+    """fp32 weights, by name: DeepSpeed rounds them to bf16 before it makes their masters."""
+    finer = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
+    return {name: param.detach().clone() for name, param in finer.items()}
 
 
 def next_token_labels(blocks_BT: Tensor) -> Tensor:
     """The token after each, `IGNORE` at the end of a block."""
     return nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)
-
-
-def _arguments(
-    step: Train, work: Path, steps: int, seed: int, *, on_cpu: bool
-) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=1,  # an item is a batch
-        gradient_accumulation_steps=step.accumulate,
-        max_grad_norm=1.0,
-        save_strategy="steps",
-        save_steps=step.checkpoint_every,
-        save_total_limit=2,
-        logging_steps=10,
-        report_to=[],
-        remove_unused_columns=False,
-        use_cpu=on_cpu,
-        seed=seed,
-        dataloader_pin_memory=False,
-    )
-
-
-class _Control(TrainerCallback):
-    """Tells our trainer when a step ends, and shows the progress on a terminal."""
-
-    def __init__(self, trainer: RecipeTrainer) -> None:
-        self.trainer = trainer
-        self.bar = tqdm(disable=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.begin()
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=f"train {self.trainer.step.mode}",
-            disable=None,
-        )
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.weights.enter(state.global_step + 1, state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.end_step()
-        self.bar.update()
-        self.bar.set_postfix_str(_figures(self.trainer.last))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-def _figures(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -6,7 +6,7 @@ Letters: B blocks, T tokens, E experts, S sampled scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -53,24 +53,35 @@ def _sample(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def add_(param: nn.Parameter, value: Tensor) -> None:
+    """param += value."""
+    param.add_(value)
+
+
+@torch.no_grad()
 def shift_routers(
-    model: nn.Module, logits_S: Tensor, sparsity: float, damping: float = 1.0
+    model: nn.Module,
+    logits_S: Tensor,
+    sparsity: float,
+    damping: float = 1.0,
+    add: Callable[[nn.Parameter, Tensor], None] = add_,
 ) -> None:
     """Moves every bias by `damping` times what turns the share `sparsity` of all neurons off.
 
-    Shared experts stay on, so of the others a larger share is turned off.
+    Shared experts stay on, so of the others a larger share is turned off. `add` moves it, where a
+    weight is more than its tensor.
     """
     share = sparsity / _routed_share(model)
     place = min(len(logits_S), max(1, round(share * len(logits_S))))
     shift = -damping * logits_S.kthvalue(place).values
     for ffn in expert_ffns(model):
-        ffn.router.get_parameter("bias").add_(shift)
+        add(ffn.router.get_parameter("bias"), shift)
 
 
 def _routed_share(model: nn.Module) -> float:
     """Share of the neurons that a router can turn off."""
     ffns = expert_ffns(model)
-    routed = sum(ffn.importance().routed_neurons for ffn in ffns)
+    routed = sum(sum(ffn.division.sizes[ffn.shared :]) for ffn in ffns)
     return routed / sum(ffn.division.neurons for ffn in ffns)
 
 

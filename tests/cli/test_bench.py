@@ -69,3 +69,19 @@ def test_bench_times_a_random_model_of_a_shape(capsys):
 def test_only_generate_takes_a_folder(capsys):
     assert main(["bench", "ffn", "out"]) == 2
     assert "bench ffn times a shape, not out: use --shape" in capsys.readouterr().err
+
+
+def test_bench_times_a_training_step(tmp_path, capsys):
+    save(build("llama"), tmp_path / "donor")
+    few = ["--repeats", "2", "--block-length", "16", "--json", "-"]
+    assert main(["bench", "train", str(tmp_path / "donor"), *few]) == 0
+    dense, soft = json.loads(capsys.readouterr().out)["train"]
+    assert (dense["step"], soft["step"]) == ("dense", "soft")
+    assert dense["tokens"] == soft["tokens"] == 4 * 16
+    assert dense["ratio"] == 1.0 and soft["ratio"] > 0 and soft["milliseconds"] > 0
+
+
+def test_only_a_routed_train_step_is_timed(tmp_path, capsys):
+    save(build("llama"), tmp_path / "donor")
+    assert main(["bench", "train", str(tmp_path / "donor"), "--recipe", "relu"]) == 2
+    assert "recipe relu has no soft or straight train step to time" in capsys.readouterr().err

@@ -236,9 +236,9 @@ def test_text_too_short_for_a_table_is_enough_without_one(run: Run) -> None:
     assert run(*words(output="no-table", **options))[0] == 0
 
 
-def test_a_loss_that_is_not_finite_is_exit_code_1(run: Run, work: Path) -> None:
+def test_a_loss_that_is_not_finite_is_exit_code_2(run: Run, work: Path) -> None:
     code, out, err = run(*words(recipe="wild.yaml", output="wild"))
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     lines = err.splitlines()
     assert all(line.startswith("moe-tools: ") for line in lines)
     assert "lower the learning rate" in lines[-1]

@@ -119,7 +119,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     ("error", "code", "line"),
     [
         (ValueError("two\n  lines"), 2, "two lines"),
-        (FloatingPointError("the loss is nan"), 1, "the loss is nan"),
+        (FloatingPointError("the loss is nan"), 2, "the loss is nan"),
         (PermissionError(13, "Permission denied", "x"), 1, "[Errno 13] Permission denied: 'x'"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

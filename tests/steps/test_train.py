@@ -20,6 +20,7 @@ from moe_tools.model.ffn import find_ffns
 from moe_tools.model.routing import record_routing
 from moe_tools.recipe import Attach, Stage, Swap, Train
 from moe_tools.steps.attach import attach
+from moe_tools.steps.launch import Launch
 from moe_tools.steps.losses import Observed, efficiency, separability
 from moe_tools.steps.swap import swap
 from moe_tools.steps.train import newest_checkpoint, train, trainable_parts
@@ -761,3 +762,15 @@ def test_a_top_k_model_is_trained_without_a_target(tmp_path: Path) -> None:
         step = replace(DENSE, mode=mode, lr=5e-3)
         measured = train(model, step, text(40), tmp_path / mode)
         assert measured["sparsity"] == pytest.approx(1 - 2 / 6)
+
+
+def test_a_router_that_reads_rows_is_not_sharded(tmp_path: Path) -> None:
+    """What it reads belongs to other modules, which DeepSpeed has not gathered when it scores."""
+    rows = Conversion("donor", EXPERT_SIZE, "oracle", {"kind": "topk", "k": 2})
+    model, _ = routed(build("llama"), rows)
+    launch = Launch(deepspeed={"zero_optimization": {"stage": 3}})
+    with pytest.raises(
+        ValueError, match="its router reads the rows of the FFN, which ZeRO-3 shard"
+    ):
+        train(model, replace(HARD, parts="ffn"), text(8), tmp_path / "work", launch=launch)
+    assert not (tmp_path / "work").exists()

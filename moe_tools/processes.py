@@ -1,0 +1,127 @@
+"""The processes of one run, as `torchrun` or `deepspeed` starts them; a plain start is one process.
+
+Imports torch only where it is used: the command line asks who it is before it does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=2)
+"""How long the others wait for the first: a split of a large model takes hours. They do not wait
+for a process that died: its launcher ends them all."""
+
+
+def rank() -> int:
+    """Which process this is, from 0."""
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def count() -> int:
+    """How many there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Which process of this machine this is: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
+
+
+@contextmanager
+def process_group(device: str, *, alone: bool = False) -> Iterator[None]:
+    """While it lasts, the processes can talk: over gloo, and over NCCL for what is on a GPU.
+
+    Args:
+        device: cpu or cuda.
+        alone: make a group even of one process; DeepSpeed asks for one.
+    """
+    if count() == 1 and not alone:
+        yield
+        return
+    from torch import distributed
+
+    added = {} if count() > 1 else _of_one()
+    os.environ.update(added)
+    try:
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        distributed.init_process_group(backend, timeout=PATIENCE)
+        yield
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name in added:
+            del os.environ[name]
+
+
+def _of_one() -> dict[str, str]:
+    """What a launcher would say to a single process."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place}
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` returns; the first process alone does it, and tells the others.
+
+    Raises:
+        ValueError: the first process's, in all of them.
+    """
+    if count() == 1:
+        return work()
+    from torch import distributed
+
+    said: list[T | ValueError | None] = [None]
+    if rank() == 0:
+        try:
+            said = [work()]
+        except ValueError as error:
+            said = [error]
+    distributed.broadcast_object_list(said, src=0)
+    (answer,) = said
+    if isinstance(answer, ValueError):
+        raise answer
+    return answer  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    on_first(lambda: None)
+
+
+def together(values: Tensor) -> Tensor:
+    """The rows of every process, joined; each may have another number of them."""
+    if count() == 1:
+        return values
+    import torch
+    from torch import distributed
+
+    mine = torch.tensor([len(values)], device=values.device)
+    lengths = [torch.empty_like(mine) for _ in range(count())]
+    distributed.all_gather(lengths, mine)
+    longest = max(int(length) for length in lengths)
+    padded = values.new_zeros(longest, *values.shape[1:])
+    padded[: len(values)] = values
+    found = [torch.empty_like(padded) for _ in range(count())]
+    distributed.all_gather(found, padded)
+    return torch.cat([rows[: int(n)] for rows, n in zip(found, lengths, strict=True)])
+
+
+def all_agree(holds: bool) -> bool:
+    """Whether something holds in every process."""
+    if count() == 1:
+        return holds
+    import torch
+
+    return bool(together(torch.tensor([holds], dtype=torch.uint8)).all())

@@ -1,0 +1,62 @@
+"""What a train step shows while it runs, and when it is told that an optimizer step is over."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from moe_tools import processes
+
+
+class Stepping(Protocol):
+    """A trainer that wants to know where it is."""
+
+    last: dict[str, float]
+
+    def begin(self) -> None:
+        """Before the first step, or the first after a resume."""
+
+    def enter_step(self, step: int, steps: int) -> None:
+        """Before an optimizer step, counted from 1."""
+
+    def end_step(self) -> None:
+        """After an optimizer step."""
+
+
+class Progress(TrainerCallback):
+    """Tells a trainer when a step begins and ends, and shows the progress on a terminal."""
+
+    def __init__(self, trainer: Stepping, name: str) -> None:
+        self.trainer, self.name = trainer, name
+        self.bar = tqdm(disable=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Goes on where a checkpoint stopped."""
+        self.trainer.begin()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.name,
+            disable=None if processes.rank() == 0 else True,  # None: only on a terminal
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step more."""
+        self.trainer.enter_step(state.global_step + 1, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step is done."""
+        self.trainer.end_step()
+        self.bar.update()
+        self.bar.set_postfix_str(in_words(self.trainer.last))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All are."""
+        self.bar.close()
+
+
+def in_words(figures: dict[str, float]) -> str:
+    """Four digits of each."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
