@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from moe_tools.model.conversion import attach_experts, read_block
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import host_state_dict
 from moe_tools.model.optimized import optimize as optimize_model
+from moe_tools.model.parts import Part
 from moe_tools.model.swapped import restore_stock_name, swap_activations
 
 INDEX = "model.safetensors.index.json"
@@ -99,15 +100,17 @@ def load(
     device: str = "cpu",
     routed: bool = True,
     optimize: bool = False,
+    part: Part | None = None,
 ) -> transformers.PreTrainedModel:
     """Loads a dense or converted model: a folder, a hub id or a GGUF file.
 
     Args:
         source: where the model is.
         dtype: of the host's weights; None keeps the dtype they were saved in. Routers stay fp32.
-        device: where to put it.
+        device: where to put it; `meta` reads no weights of a folder or hub id, and checks all else.
         routed: False leaves the routers out: the dense model of the same weights.
         optimize: for the sparse kernels, see `moe_tools.optimize`.
+        part: the only part to read, of a folder or hub id; one without FFNs stays dense.
 
     Raises:
         ValueError: nothing there, nothing to optimise, a missing or truncated shard, a tensor that
@@ -119,7 +122,9 @@ def load(
         if path.suffix == ".gguf":
             model = _load_gguf(path, dtype)
         else:
-            model = _load_folder(str(source), dtype, routed)
+            empty = torch.device("meta") if device == "meta" else nullcontext()
+            with empty:  # routers are made empty, too
+                model = _load_folder(str(source), dtype, routed, device, part)
     model = model.to(device).eval()  # type: ignore[arg-type]
     return optimize_model(model) if optimize else model
 
@@ -174,7 +179,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
 
 
 def _load_folder(
-    source: str, dtype: torch.dtype | None, routed: bool
+    source: str, dtype: torch.dtype | None, routed: bool, device: str, part: Part | None
 ) -> transformers.PreTrainedModel:
     stored = _stored_tensors(Path(source)) if Path(source).is_dir() else None
     place = "" if stored is not None else "no such folder, and as a hub id: "
@@ -185,12 +190,13 @@ def _load_folder(
         conversion = conversion.unrouted()
         config.moe_tools = conversion.to_dict()
     restore_stock_name(config, conversion)
-    host: Any = _host_class(config)
+    host: Any = _host_class(config) if part is None else part.of(_host_class(config))
     with _named_errors(f"cannot load {source}: {place}"):
         model, report = host.from_pretrained(
             source,
             config=config,
             dtype=dtype or "auto",
+            device_map={"": "meta"} if device == "meta" else None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
@@ -200,6 +206,8 @@ def _load_folder(
         raise ValueError(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks the tensors {_some(report['missing_keys'])}")
+    if part is not None and part.layer is None:
+        return model
     if conversion is not None and conversion.stock_activation is not None:
         swap_activations(model, conversion)
     if conversion is not None and conversion.router is not None:
