@@ -6,8 +6,9 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, replace
-from functools import cached_property
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,9 @@ from moe_tools.data import (
 )
 from moe_tools.model.atomic import new_folder
 from moe_tools.model.checkpoint import load, load_classifier, load_tokenizer, save
-from moe_tools.model.conversion import Conversion, conversion_so_far, write_conversion
-from moe_tools.model.ffn import find_ffns
 from moe_tools.recipe import (
     Attach,
-    Budget,
-    Fit,
     Recipe,
-    Split,
     Step,
     Swap,
     Train,
@@ -38,15 +34,11 @@ from moe_tools.recipe import (
     with_options,
 )
 from moe_tools.run_folder import METRICS, RunFolder
+from moe_tools.run_step import apply_step, needs_text, rehearse_step
 from moe_tools.run_text import RunText
-from moe_tools.steps.attach import attach, rehearse_attach
-from moe_tools.steps.budget import budget
-from moe_tools.steps.calibrate import check_routed, check_sparsity
-from moe_tools.steps.fit import fit
 from moe_tools.steps.losses import DONOR_LOSSES
-from moe_tools.steps.split import planned_division, split
-from moe_tools.steps.swap import rehearse_swap, swap
 from moe_tools.steps.train import check_train, train
+from moe_tools.streaming import Streamed, check_streams, is_large, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +53,7 @@ def run(
     control: bool = False,
     keep_steps: bool = False,
     like: Path | None = None,
+    stream: bool | None = None,
 ) -> Path:
     """Converts `model` by `recipe` into the folder `output`; the same call resumes.
 
@@ -73,6 +66,9 @@ def run(
         control: also train the dense control on the same tokens, into `output/control`.
         keep_steps: keep the folder of every step.
         like: a run that kept its steps; those at its start that are the same are not done again.
+        stream: whether the steps run layer by layer, with one layer in memory, which changes
+            nothing in the result (`moe_tools.streaming`). None: if the model is large for the
+            free memory; the steps that cannot then run as ever.
 
     Returns:
         `output`.
@@ -82,7 +78,7 @@ def run(
         FloatingPointError: a train step's loss is not finite.
     """
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
-    work = _Run(folder, device)
+    work = _Run(folder, device, stream)
     unfinished = folder.claim(work.check)
     if unfinished:
         if like is not None:
@@ -99,6 +95,7 @@ def run(
             device=device,
             keep_steps=keep_steps,
             like=Path(output),
+            stream=stream,
         )
     if unfinished:
         folder.finish(keep_steps)
@@ -137,43 +134,47 @@ def convert(
 
 
 class _Run:
-    def __init__(self, folder: RunFolder, device: str) -> None:
+    def __init__(self, folder: RunFolder, device: str, stream: bool | None) -> None:
         self.folder = folder
         self.recipe, self.source, self.dtype = folder.recipe, folder.source, folder.dtype
         self.device = device
+        self.stream = stream
 
     def check(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
+        if self.stream:
+            check_streams(self.recipe, self.source)
         self._rehearse()
         self.text.check()
 
     def _rehearse(self) -> None:
         """Every step's own checks, in order, on the donor: no text is read, nothing is trained."""
-        model = self.donor()
-        for step in self.recipe.steps:
-            if isinstance(step, Swap):
-                rehearse_swap(model, step, self._so_far(model))
-            elif isinstance(step, Split):
-                for ffn in find_ffns(model):
-                    planned_division(ffn, step)
-                write_conversion(model, self._with_split(model, step))
-            elif isinstance(step, Attach):
-                rehearse_attach(model, step, self._so_far(model))
-            elif isinstance(step, Train):
-                check_train(model, step, donor=model)
-            elif isinstance(step, Budget):
-                check_sparsity(check_routed(model, "budget"), step.target_sparsity)
-            else:
-                check_routed(model, "fit")
+        empty = any(self.streamed)
+        model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
+        with torch.device("meta") if empty else nullcontext():
+            for step in self.recipe.steps:
+                if isinstance(step, Train):
+                    check_train(model, step, donor=model)
+                else:
+                    rehearse_step(model, step, self.source)
 
-    def _so_far(self, model: PreTrainedModel) -> Conversion:
-        """What the steps before did to a model, and from which donor it came."""
-        return conversion_so_far(model, self.source)
-
-    def _with_split(self, model: PreTrainedModel, step: Split) -> Conversion:
-        size, shared = step.expert_size, step.shared_experts
-        return replace(self._so_far(model), expert_size=size, shared_experts=shared)
+    @cached_property
+    def streamed(self) -> list[bool]:
+        """Of every step, whether it runs layer by layer."""
+        steps = self.recipe.steps
+        if not (is_large(self.source, self.dtype) if self.stream is None else self.stream):
+            return [False] * len(steps)
+        reasons = [why_not(step, self.recipe, self.source) for step in steps]
+        for index, (step, reason) in enumerate(zip(steps, reasons, strict=True)):
+            if reason is not None:
+                logger.warning(
+                    "the model is large for the free memory, but step %d, %s, needs it whole: %s",
+                    index,
+                    step_name(step),
+                    reason,
+                )
+        return [reason is None for reason in reasons]
 
     def execute(self) -> None:
         """Every step that is not complete yet."""
@@ -188,34 +189,40 @@ class _Run:
         logger.info("step %d: %s", index, step_name(step))
         set_seed(self.recipe.seed)
         began = time.time()
-        model = load(previous, dtype=self.dtype, device=self.device) if index else self.donor()
         work = folder.with_name(f"{folder.name}.work")
-        measured = self._apply(step, model, index, work)
+        if self.streamed[index]:
+            streamed = self._streamed(step, previous, work)
+            measured, write = streamed.run(), streamed.save
+        else:
+            model = load(previous, dtype=self.dtype, device=self.device) if index else self.donor()
+            measured, write = self._apply(step, model, index, work), partial(save, model)
         measured = {**asdict(step), **measured, "seconds": round(time.time() - began, 1)}
-        with new_folder(folder) as partial:
-            save(model, partial, self.tokenizer)
-            (partial / METRICS).write_text(json.dumps(measured, indent=1))
+        with new_folder(folder) as unfinished:
+            write(unfinished, self.tokenizer)
+            (unfinished / METRICS).write_text(json.dumps(measured, indent=1))
         shutil.rmtree(work, ignore_errors=True)
 
     def _apply(self, step: Step, model: PreTrainedModel, index: int, work: Path) -> dict[str, Any]:
-        if isinstance(step, Swap):
-            return swap(model, step, self._so_far(model), self.text.calibration(step.tokens))
-        if isinstance(step, Split):
-            split(model, step, self.text.calibration(step.tokens), self.recipe.seed)
-            write_conversion(model, self._with_split(model, step))
-            return {}
-        if isinstance(step, Attach):
-            attach(model, step, self._so_far(model), self.text.calibration(step.tokens))
-            return {}
-        if isinstance(step, Fit):
+        if not isinstance(step, Train):
             text = self.text.calibration(step.tokens)
-            return fit(model, step, text, work, seed=self.recipe.seed)
-        if isinstance(step, Budget):
-            return budget(model, step, self.text.calibration(step.tokens))
+            return apply_step(model, step, text, work, donor=self.source, seed=self.recipe.seed)
         seen = self.text.of_step(index)
         teacher = self._teacher(index) if set(step.losses) & set(DONOR_LOSSES) else None
         measured = train(model, step, seen, work, donor=teacher, seed=self.recipe.seed)
         return {**measured, "data": fingerprint(seen)}
+
+    def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:
+        assert not isinstance(step, Train)
+        return Streamed(
+            previous,
+            work,
+            step,
+            self.text.calibration(step.tokens) if needs_text(step) else None,
+            donor=self.source,
+            seed=self.recipe.seed,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     @cached_property
     def text(self) -> RunText:

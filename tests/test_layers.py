@@ -23,9 +23,11 @@ ARROWS = {
     "measure": {"kernels", "registry", "recipe", "data", "model"},
     "export": {"registry", "recipe", "data", "model"},
     "run_folder": {"recipe", "model"},
+    "run_step": {"recipe", "model", "steps"},
+    "streaming": {"recipe", "data", "model", "steps", "run_folder", "run_step"},
     "pipeline": {
         *("registry", "recipe", "data", "model", "steps", "measure", "export"),
-        *("run_folder", "run_text"),
+        *("run_folder", "run_step", "run_text", "streaming"),
     },
     "comparison": {"recipe", "measure", "pipeline"},
     "grid": {"recipe", "data", "model", "steps", "measure"},

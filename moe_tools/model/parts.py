@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
 from moe_tools.model.layouts import join
 
@@ -22,9 +23,10 @@ def layer_paths(model: nn.Module) -> tuple[str, ...]:
     """The layers that hold a model's FFNs, in the host's order: each an item of a list.
 
     Raises:
-        ValueError: as `find_ffns`.
+        ValueError: the model has no FFN of a known family.
     """
-    return tuple(dict.fromkeys(_layer_of(ffn.name) for ffn in find_ffns(model)))
+    ffns = expert_ffns(model) or find_ffns(model)
+    return tuple(dict.fromkeys(_layer_of(ffn.name) for ffn in ffns))
 
 
 def _layer_of(path: str) -> str:
