@@ -43,6 +43,7 @@ ARROWS = {
         "measure",
         "export",
         "pipeline",
+        "streaming",
     },
 }
 KERNEL_USERS = {

@@ -1,10 +1,10 @@
-"""Steps layer by layer: the same files as in memory, whatever the family, the step or the shards."""
+"""Steps layer by layer: the same files as in memory, whatever the family or the step."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import set_seed
 
-from moe_tools.data.generate import evaluating
-from moe_tools.model.checkpoint import load, load_tokenizer, save
-from moe_tools.recipe import Attach, Fit, Split, Swap
+from moe_tools import streaming
+from moe_tools.model.checkpoint import load, save
+from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Step, Swap, Train
 from moe_tools.run_step import Calibrating, apply_step, needs_text
-from moe_tools.streaming import Streamed
+from moe_tools.streaming import Streamed, check_streams, is_large
 from tests.families import FAMILIES, build, logits
 
 BLOCKS_BT = torch.randint(3, 64, (9, 16), generator=torch.Generator().manual_seed(2))
@@ -25,6 +25,8 @@ BLOCKS_BT = torch.randint(3, 64, (9, 16), generator=torch.Generator().manual_see
 SEED = 3
 WEIGHTS = Split(8, method="kmeans", by="weights")
 ACTIVATIONS = Split(8, shared_experts=1)
+RELU = Swap({"kind": "relu"})
+NORM = Attach("norm", selector={"kind": "topk", "k": 2})
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +105,7 @@ def assert_same(chain: Chain, *steps: Calibrating) -> Path:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_alone(name: str, donors: Path, tmp_path: Path) -> None:
-    steps = (Swap({"kind": "relu"}), WEIGHTS, Attach("sigmoid", start="open"))
+    steps = (RELU, WEIGHTS, Attach("sigmoid", start="open"))
     out = assert_same(Chain(donors / name, tmp_path), *steps)
     assert torch.isfinite(logits(load(out))).all()
 
@@ -111,3 +113,91 @@ def test_weights_alone(name: str, donors: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith("t5")])
 def test_with_activations(name: str, donors: Path, tmp_path: Path) -> None:
     assert_same(Chain(donors / name, tmp_path), ACTIVATIONS, Attach())
+
+
+CHAINS: dict[str, tuple[Calibrating, ...]] = {
+    "a theta for each FFN": (RELU, Swap({"kind": "fatrelu"}, max_error=0.3), WEIGHTS, Attach()),
+    "an activation that no stock class knows": (Swap({"kind": "drelu"}), WEIGHTS),
+    "routers that start at random": (Split(10, method="random"), NORM),
+    "routers that are trained": (WEIGHTS, NORM, Fit(epochs=2, batch_size=16)),
+    "predictors of neurons": (RELU, Split(1), Attach("low_rank"), Fit(epochs=1, batch_size=16)),
+    "representatives": (Split(8, by="marks"), Attach("representative", when_off="mean")),
+    "a graph": (Split(8, method="coactivation"), Attach("mlp")),
+    "no text at all": (Split(8, method="contiguous"), Attach("mean_gate")),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_every_kind_of_step(chain: str, donors: Path, tmp_path: Path) -> None:
+    assert_same(Chain(donors / "llama", tmp_path), *CHAINS[chain])
+
+
+def test_in_bf16(donors: Path, tmp_path: Path) -> None:
+    assert_same(Chain(donors / "llama", tmp_path, torch.bfloat16), ACTIVATIONS, Attach())
+
+
+@pytest.mark.parametrize("step", [NORM, replace(ACTIVATIONS, shared_experts=0)])
+def test_a_killed_step_goes_on_at_the_layer_where_it_stopped(
+    step: Calibrating, donors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layer before is not done again, and random numbers go on where they were."""
+    source, _ = Chain(donors / "llama", tmp_path / "source").whole(WEIGHTS)
+    if isinstance(step, Split):
+        source = donors / "llama"
+    whole, stopped = Chain(source, tmp_path / "a"), Chain(source, tmp_path / "b")
+    done: list[str] = []
+
+    def die_in_the_second(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(model.layer_path)
+        return apply_step(model, *args, **kwargs)
+
+    monkeypatch.setattr(streaming, "apply_step", die_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.streamed(step)
+    first = tmp_path / "b" / "streamed-0.work" / "0.safetensors"
+    before = first.stat().st_mtime_ns
+    monkeypatch.undo()
+    resumed, _ = stopped.streamed(step)
+    assert first.stat().st_mtime_ns == before
+    expected, got = tensors(whole.streamed(step)[0]), tensors(resumed)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+# --- what does not stream
+
+REFUSED: dict[str, tuple[str, tuple[Step, ...], dict[str, str], str]] = {
+    "train": ("llama", (WEIGHTS, Train(tokens=64)), {}, "step 1, train, .* gradients go through"),
+    "budget": ("llama", (WEIGHTS, Attach(), Budget(0.5)), {}, "step 2, budget, .* all layers"),
+    "samples": ("llama", (WEIGHTS, Attach()), {"data": "self"}, "step 1, attach, .* whole donor"),
+    "two chains": ("t5-relu", (WEIGHTS, Attach()), {}, "step 1, attach, .* encoder-decoder"),
+    "a classifier": ("bert", (WEIGHTS,), {"task": "classify"}, "step 0, split, .* new head"),
+    "a file of its own": ("x.gguf", (WEIGHTS,), {}, "step 0, split, .* GGUF"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_stream_is_named_with_the_reason(case: str, donors: Path) -> None:
+    donor, steps, options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        check_streams(Recipe("r", steps, **options), str(donors / donor))  # type: ignore[arg-type]
+
+
+def test_weights_alone_need_no_chain_of_layers(donors: Path) -> None:
+    recipe = Recipe("r", (RELU, WEIGHTS, Attach(start="open")), data="self")
+    check_streams(recipe, str(donors / "t5-relu"))
+
+
+def test_large_is_half_of_the_free_memory(donors: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    donor = str(donors / "llama")
+    weights = sum(parameter.numel() for parameter in load(donor).parameters())
+    for free, dtype, large in (
+        (4 * weights + 1, torch.bfloat16, False),
+        (4 * weights - 4, torch.bfloat16, True),
+        (8 * weights - 4, torch.float32, True),
+    ):
+        memory = SimpleNamespace(available=free)
+        monkeypatch.setattr(streaming.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert is_large(donor, dtype) is large
