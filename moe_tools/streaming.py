@@ -127,7 +127,7 @@ class Streamed:
     @cached_property
     def layers(self) -> tuple[str, ...]:
         """Of the whole model."""
-        return layer_paths(self._empty())
+        return layer_paths(self._empty)
 
     def _run_one(self, index: int, carried: Carried | None) -> None:
         if index:
@@ -176,7 +176,7 @@ class Streamed:
 
     def _config(self) -> Any:
         """What the step makes of the whole model's, with what it found for each FFN."""
-        empty = self._empty()
+        empty = self._empty
         with torch.device("meta"):
             rehearse_step(empty, self.step, self.donor)
         conversion = read_conversion(empty)
@@ -187,7 +187,9 @@ class Streamed:
         write_conversion(empty, replace(conversion, activation_of=own))
         return empty.config
 
+    @cached_property
     def _empty(self) -> PreTrainedModel:
+        """The whole model without a number in it."""
         return load(self.source, dtype=self.dtype, device="meta")
 
     def _load(self, part: Part) -> PreTrainedModel:
