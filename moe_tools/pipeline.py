@@ -149,8 +149,11 @@ class _Run:
         self.text.check()
 
     def _rehearse(self) -> None:
-        """Every step's own checks, in order, on the donor: no text is read, nothing is trained."""
-        empty = any(self.streamed)
+        """Every step's own checks, in order, on the donor: no text is read, nothing is trained.
+
+        Neither are the donor's weights, where it can be built without.
+        """
+        empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
         model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
         with torch.device("meta") if empty else nullcontext():
             for step in self.recipe.steps:
