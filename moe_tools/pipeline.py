@@ -110,17 +110,19 @@ def convert(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     control: bool = False,
+    stream: bool | None = None,
     **options: Any,
 ) -> Path:
     """Runs the recipe of a method, as `moe-tools convert --method` does.
 
     Args:
-        model: as in `run`, like output, dtype, device and control.
+        model: as in `run`, like output, dtype, device, control and stream.
         output: see `run`.
         method: a recipe that comes with moe-tools; `moe-tools recipes` lists them.
         dtype: see `run`.
         device: see `run`.
         control: see `run`.
+        stream: see `run`.
         **options: those of `moe_tools.recipe.with_options`, e.g. target_sparsity=0.5.
 
     Returns:
@@ -130,7 +132,7 @@ def convert(
         ValueError: no such method, or a user's mistake as in `run`.
     """
     recipe = with_options(read_recipe(recipe_path(method)), **options)
-    return run(recipe, model, output, dtype=dtype, device=device, control=control)
+    return run(recipe, model, output, dtype=dtype, device=device, control=control, stream=stream)
 
 
 class _Run:
@@ -143,8 +145,7 @@ class _Run:
     def check(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
-        if self.stream:
-            check_streams(self.recipe, self.source)
+        _ = self.streamed
         self._rehearse()
         self.text.check()
 
@@ -164,9 +165,16 @@ class _Run:
 
     @cached_property
     def streamed(self) -> list[bool]:
-        """Of every step, whether it runs layer by layer."""
+        """Of every step, whether it runs layer by layer.
+
+        Raises:
+            ValueError: all are to, and one cannot.
+        """
         steps = self.recipe.steps
-        if not (is_large(self.source, self.dtype) if self.stream is None else self.stream):
+        if self.stream:
+            check_streams(self.recipe, self.source)
+            return [True] * len(steps)
+        if self.stream is False or not is_large(self.source, self.dtype):
             return [False] * len(steps)
         reasons = [why_not(step, self.recipe, self.source) for step in steps]
         for index, (step, reason) in enumerate(zip(steps, reasons, strict=True)):

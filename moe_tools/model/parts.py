@@ -80,9 +80,10 @@ class Part:
             host.__init__(self, config, *args, **kwargs)
             part._take_out(self)
 
-        own = {"__init__": build, "__module__": host.__module__, "layer_path": self.layer}
-        bases = (host,) if self.layer is None else (OneLayer, host)
-        return type(host.__name__, bases, own)
+        own: dict[str, Any] = {"__init__": build, "__module__": host.__module__}
+        if self.layer is None:
+            return type(host.__name__, (host,), own)
+        return type(host.__name__, (OneLayer, host), {**own, "layer_path": self.layer})
 
     def _take_out(self, model: PreTrainedModel) -> None:
         if self.layer is None:
