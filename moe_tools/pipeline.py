@@ -202,7 +202,7 @@ class _Run:
         began = time.time()
         work = folder.with_name(f"{folder.name}.work")
         if self.streamed[index]:
-            streamed = self._streamed(step, previous, work)
+            streamed = self._streamed(step, previous, work / "layers")
             measured, write = streamed.run(), streamed.save
         else:
             model = load(previous, dtype=self.dtype, device=self.device) if index else self.donor()

@@ -26,7 +26,7 @@ from moe_tools.model.atomic import new_file
 from moe_tools.model.checkpoint import SINGLE, load, save
 from moe_tools.model.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.model.ffn import host_state_dict
-from moe_tools.model.parts import OneLayer, Part, layer_paths
+from moe_tools.model.parts import Part, layer_paths
 from moe_tools.model.shards import write_index
 from moe_tools.recipe import Budget, Fit, Recipe, Step, Train, step_name
 from moe_tools.run_folder import link
@@ -36,6 +36,7 @@ from moe_tools.steps.fit import overall
 
 SHARE = 0.5
 """Of the free memory: a larger model is streamed. A step on a whole model needs room beside it."""
+NO_TEXT = torch.empty(0, 1, dtype=torch.long)
 
 
 def is_large(source: str, dtype: torch.dtype) -> bool:
@@ -88,7 +89,7 @@ class Streamed:
     source: str
     """Folder or hub id of the model before the step."""
     work: Path
-    """Folder of the layers that are done."""
+    """Folder of the layers that are done, and of nothing else."""
     step: Calibrating
     text_BT: Tensor | None
     """Calibration text; None: the step needs none."""
@@ -133,11 +134,7 @@ class Streamed:
         if index:
             torch.set_rng_state(torch.tensor(self._report(index - 1)["random"], dtype=torch.uint8))
         model = self._load(Part(self.layers, self.layers[index]))
-        text_BT = torch.empty(0, 1, dtype=torch.long)
-        if carried is not None:
-            assert isinstance(model, OneLayer)
-            carried.enter(model, index)
-            text_BT = carried.numbers_B1
+        text_BT = NO_TEXT if carried is None else carried.enter(model, index)
         own = self.work / str(index)
         measured = apply_step(model, self.step, text_BT, own, donor=self.donor, seed=self.seed)
         self._keep(index, model, measured)
@@ -148,9 +145,10 @@ class Streamed:
     def _keep(self, index: int, model: PreTrainedModel, measured: dict[str, Any]) -> None:
         """The layer last: where it is, its report is, too."""
         conversion = read_conversion(model)
+        assert conversion is not None
         report = {
             "measured": measured,
-            "conversion": None if conversion is None else conversion.to_dict(),
+            "conversion": conversion.to_dict(),
             "random": torch.get_rng_state().tolist(),
         }
         with new_file(self._report_file(index)) as partial:

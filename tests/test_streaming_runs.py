@@ -133,9 +133,9 @@ def test_kill_9_inside_a_step(streams: Recipe, work: Path, tmp_path: Path, whole
     """In the second layer of the second step; then with all layers done, before the folder is."""
     out, file = tmp_path / "out", tmp_path / "recipe.yaml"
     file.write_text(streams.to_yaml())
-    unfinished, times = out / "steps" / "1-attach.work", []
+    unfinished, times = out / "steps" / "1-attach.work" / "layers", []
     for event, path in (
-        ("open", "1-attach.work/.1.json.partial"),
+        ("open", "1-attach.work/layers/.1.json.partial"),
         ("os.mkdir", ".1-attach.partial"),
     ):
         command = [sys.executable, "-c", PROGRAM, str(file), str(work / "donor"), str(out)]

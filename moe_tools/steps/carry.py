@@ -35,14 +35,13 @@ class _Arguments(NamedTuple):
 
 
 class Carried:
-    """Hidden states of calibration text; blocks are called by their numbers (B, 1)."""
+    """Hidden states of calibration text: what enters the layer that comes next."""
 
     def __init__(self, folder: Path, layers: tuple[str, ...], blocks_BT: Tensor) -> None:
         """`folder` is for the hidden states, `layers` are the whole model's."""
         self.folder = folder
         self.layers = layers
         self.blocks_BT = blocks_BT
-        self.numbers_B1 = torch.arange(len(blocks_BT))[:, None]
         self.dtype = torch.float32
         self._arguments: dict[tuple[str, int], _Arguments] = {}
 
@@ -55,8 +54,13 @@ class Carried:
                 body(**model_inputs(around, batch_BT.to(device)), use_cache=False)
 
     @torch.no_grad()
-    def enter(self, model: OneLayer, index: int) -> None:
-        """Lets a layer see the text, and brings the text to the layer after it."""
+    def enter(self, model: nn.Module, index: int) -> Tensor:
+        """Lets a part of one layer see the text, and brings the text to the layer after it.
+
+        Returns:
+            The numbers of the blocks (B, 1): what the part takes in place of tokens.
+        """
+        assert isinstance(model, OneLayer)
         layer = self.layers[index]
         blocks, tokens = self.blocks_BT.shape
         hidden_BTD = map_raw(self._file(index), self.dtype).view(blocks, tokens, -1)
@@ -69,10 +73,14 @@ class Carried:
             return y_BTD
 
         model.run_layer = run
-        if index + 1 == len(self.layers):
-            return
-        with new_file(self._file(index + 1)) as partial, evaluating(model), every_expert_on(model):
-            for batch_B1 in self.numbers_B1.split(BATCH):
+        numbers_B1 = torch.arange(blocks)[:, None]
+        if index + 1 < len(self.layers):
+            self._advance(model, index + 1, numbers_B1)
+        return numbers_B1
+
+    def _advance(self, model: nn.Module, index: int, numbers_B1: Tensor) -> None:
+        with new_file(self._file(index)) as partial, evaluating(model), every_expert_on(model):
+            for batch_B1 in numbers_B1.split(BATCH):
                 append_raw(partial, model(batch_B1))
 
     def leave(self, index: int) -> None:
