@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from moe_tools import streaming
+from moe_tools.cli.main import main
 from moe_tools.model.checkpoint import load
 from moe_tools.model.experts import expert_ffns
 from moe_tools.pipeline import run
@@ -112,6 +113,28 @@ def test_a_mistake_is_known_before_the_first_file(
             stream=True,
         )
     assert snapshot(tmp_path) == before
+
+
+def test_the_command(
+    work: Path,
+    recipe: Recipe,
+    streams: Recipe,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No table, which needs the whole model; a recipe that trains is one line and exit code 2."""
+    for name, made in (("streams", streams), ("trains", recipe)):
+        (tmp_path / f"{name}.yaml").write_text(made.to_yaml())
+    given = ["--stream", "--dtype", "fp32", "--device", "cpu", "--model", str(work / "donor")]
+    for name, code in (("streams", 0), ("trains", 2)):
+        file, out = str(tmp_path / f"{name}.yaml"), str(tmp_path / name)
+        assert main(["convert", *given, "--recipe", file, "--output", out]) == code
+    assert_same(whole, tmp_path / "streams")
+    assert not (tmp_path / "trains").exists()
+    said = capsys.readouterr()
+    assert "perplexity" not in said.out
+    assert "step 2, train, cannot run layer by layer" in said.err.splitlines()[-1]
 
 
 PROGRAM = """
