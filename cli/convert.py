@@ -25,10 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--control", action="store_true", help="also train the dense control")
     parser.add_argument("--keep-steps", action="store_true", help="keep the folder of every step")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="one layer in memory at a time; default: where the model needs half of what is free",
+    )
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
     parser.add_argument(
-        "--eval-tokens", type=zero_or_more, default=32768, help="0 skips the closing table"
+        "--eval-tokens",
+        type=zero_or_more,
+        default=32768,
+        help="0 skips the closing table; a streamed model has none, for it is needed whole",
     )
     parser.add_argument(
         "--json", type=json_target, metavar="FILE", help="write the table; - is standard output"
@@ -37,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the recipe, then shows the table that `moe-tools evaluate` makes."""
+    """Runs the recipe; then, of a model that fits in memory, the table of `moe-tools evaluate`."""
     from moe_tools.cli.common import DTYPES, pick_device
     from moe_tools.recipe import read_recipe, recipe_path, with_options
 
@@ -55,9 +63,12 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise ValueError("--output is required, except with --dry-run")
     from moe_tools.pipeline import run as run_recipe
+    from moe_tools.streaming import is_large
 
     device = pick_device(args.device)
-    if args.eval_tokens:
+    large = is_large(args.model, DTYPES[args.dtype]) if args.stream is None else args.stream
+    eval_tokens = 0 if large else args.eval_tokens
+    if eval_tokens:
         _check_table_text(recipe.data, args.model, recipe.block_length)
     run_recipe(
         recipe,
@@ -67,14 +78,15 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         control=args.control,
         keep_steps=args.keep_steps,
+        stream=args.stream,
     )
-    if not args.eval_tokens:
+    if not eval_tokens:
         return 0
     from moe_tools.cli.main import main
 
     data = [] if recipe.data == "self" else ["--data", recipe.data]
     json = ["--json", args.json] if args.json else []
-    text = ["--tokens", str(args.eval_tokens), "--block-length", str(recipe.block_length)]
+    text = ["--tokens", str(eval_tokens), "--block-length", str(recipe.block_length)]
     return main(
         ["evaluate", args.output, *data, *text, "--device", device, "--dtype", args.dtype, *json]
     )

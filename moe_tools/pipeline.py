@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,13 +20,9 @@ from moe_tools import processes
 from moe_tools.data import fingerprint, label_names
 from moe_tools.model.atomic import new_folder
 from moe_tools.model.checkpoint import load, load_classifier, load_tokenizer, save
-from moe_tools.model.conversion import Conversion, conversion_so_far, write_conversion
 from moe_tools.recipe import (
     Attach,
-    Budget,
-    Fit,
     Recipe,
-    Split,
     Step,
     Swap,
     control_recipe,
@@ -33,19 +31,19 @@ from moe_tools.recipe import (
     step_name,
     with_options,
 )
-from moe_tools.rehearsal import rehearse, with_split
+from moe_tools.rehearsal import rehearse
 from moe_tools.run_folder import METRICS, RunFolder
+from moe_tools.run_step import apply_step, needs_text
 from moe_tools.run_text import RunText
-from moe_tools.steps.attach import attach
-from moe_tools.steps.budget import budget
-from moe_tools.steps.fit import fit
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.losses import DONOR_LOSSES
-from moe_tools.steps.split import split
-from moe_tools.steps.swap import swap
 from moe_tools.steps.train import train
+from moe_tools.streaming import Streamed, check_streams, is_large, why_not
 
 logger = logging.getLogger(__name__)
+
+Write = Callable[[Path, PreTrainedTokenizerBase], None]
+"""Puts the model of a step into a folder."""
 
 
 def run(
@@ -59,6 +57,7 @@ def run(
     keep_steps: bool = False,
     like: Path | None = None,
     launch: Launch | None = None,
+    stream: bool | None = None,
 ) -> Path:
     """Converts `model` by `recipe` into the folder `output`; the same call resumes.
 
@@ -74,6 +73,9 @@ def run(
         launch: how train steps are computed; default: by PyTorch on `device`. In several processes
             (`processes.process_group`) every one makes this call on one shared `output`; all steps
             but train are the first one's alone, and only it writes.
+        stream: whether the steps run layer by layer, with one layer in memory, which changes
+            nothing in the result (`moe_tools.streaming`). None: if the model is large for the
+            free memory; the steps that cannot then run as ever.
 
     Returns:
         `output`.
@@ -83,7 +85,7 @@ def run(
         FloatingPointError: a train step's loss is not finite.
     """
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
-    work = _Run(folder, launch or Launch(device))
+    work = _Run(folder, launch or Launch(device), stream)
     unfinished = processes.on_first(lambda: folder.claim(work.check))
     if unfinished:
         if like is not None:
@@ -101,6 +103,7 @@ def run(
             keep_steps=keep_steps,
             like=Path(output),
             launch=launch,
+            stream=stream,
         )
     if unfinished:
         processes.on_first(lambda: folder.finish(keep_steps))
@@ -115,17 +118,19 @@ def convert(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     control: bool = False,
+    stream: bool | None = None,
     **options: Any,
 ) -> Path:
     """Runs the recipe of a method, as `moe-tools convert --method` does.
 
     Args:
-        model: as in `run`, like output, dtype, device and control.
+        model: as in `run`, like output, dtype, device, control and stream.
         output: see `run`.
         method: a recipe that comes with moe-tools; `moe-tools recipes` lists them.
         dtype: see `run`.
         device: see `run`.
         control: see `run`.
+        stream: see `run`.
         **options: those of `moe_tools.recipe.with_options`, e.g. target_sparsity=0.5.
 
     Returns:
@@ -135,24 +140,53 @@ def convert(
         ValueError: no such method, or a user's mistake as in `run`.
     """
     recipe = with_options(read_recipe(recipe_path(method)), **options)
-    return run(recipe, model, output, dtype=dtype, device=device, control=control)
+    return run(recipe, model, output, dtype=dtype, device=device, control=control, stream=stream)
 
 
 class _Run:
-    def __init__(self, folder: RunFolder, launch: Launch) -> None:
+    def __init__(self, folder: RunFolder, launch: Launch, stream: bool | None) -> None:
         self.folder, self.launch = folder, launch
         self.recipe, self.source, self.dtype = folder.recipe, folder.source, folder.dtype
         self.device = launch.device
+        self.stream = stream
 
     def check(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
-        rehearse(self.recipe, self.donor(), self.source)
+        _ = self.streamed
+        self._rehearse()
         self.text.check()
 
-    def _so_far(self, model: PreTrainedModel) -> Conversion:
-        """What the steps before did to a model, and from which donor it came."""
-        return conversion_so_far(model, self.source)
+    def _rehearse(self) -> None:
+        """Every step's own checks; without the donor's weights, where it can be built without."""
+        empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
+        model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
+        with torch.device("meta") if empty else nullcontext():
+            rehearse(self.recipe, model, self.source)
+
+    @cached_property
+    def streamed(self) -> list[bool]:
+        """Of every step, whether it runs layer by layer.
+
+        Raises:
+            ValueError: all are to, and one cannot.
+        """
+        steps = self.recipe.steps
+        if self.stream:
+            check_streams(self.recipe, self.source)
+            return [True] * len(steps)
+        if self.stream is False or not is_large(self.source, self.dtype):
+            return [False] * len(steps)
+        reasons = [why_not(step, self.recipe, self.source) for step in steps]
+        for index, (step, reason) in enumerate(zip(steps, reasons, strict=True)):
+            if reason is not None:
+                logger.warning(
+                    "the model is large for the free memory, but step %d, %s, needs it whole: %s",
+                    index,
+                    step_name(step),
+                    reason,
+                )
+        return [reason is None for reason in reasons]
 
     def execute(self) -> None:
         """Every step that is not complete yet; of several processes, only train steps use all."""
@@ -170,39 +204,30 @@ class _Run:
     def _execute_one(self, index: int, step: Step, previous: str, folder: Path) -> None:
         set_seed(self.recipe.seed)
         began = time.time()
-        device = self.launch.home if isinstance(step, Train) else self.device
-        model = load(previous, dtype=self.dtype, device=device) if index else self.donor(device)
         work = folder.with_name(f"{folder.name}.work")
-        measured = self._apply(step, model, index, work)
+        if self.streamed[index]:
+            streamed = self._streamed(step, previous, work / "layers")
+            measured, write = streamed.run(), streamed.save
+        else:
+            device = self.launch.home if isinstance(step, Train) else self.device
+            model = load(previous, dtype=self.dtype, device=device) if index else self.donor(device)
+            measured, write = self._apply(step, model, index, work), partial(save, model)
         measured = {**asdict(step), **measured, "seconds": round(time.time() - began, 1)}
         if isinstance(step, Train):
-            processes.on_first(partial(self._write, folder, model, measured, work))
+            processes.on_first(partial(self._write, folder, write, measured, work))
         else:
-            self._write(folder, model, measured, work)
+            self._write(folder, write, measured, work)
 
-    def _write(
-        self, folder: Path, model: PreTrainedModel, measured: dict[str, Any], work: Path
-    ) -> None:
+    def _write(self, folder: Path, write: Write, measured: dict[str, Any], work: Path) -> None:
         with new_folder(folder) as unfinished:
-            save(model, unfinished, self.tokenizer)
+            write(unfinished, self.tokenizer)
             (unfinished / METRICS).write_text(json.dumps(measured, indent=1))
         shutil.rmtree(work, ignore_errors=True)
 
     def _apply(self, step: Step, model: PreTrainedModel, index: int, work: Path) -> dict[str, Any]:
-        if isinstance(step, Swap):
-            return swap(model, step, self._so_far(model), self.text.calibration(step.tokens))
-        if isinstance(step, Split):
-            split(model, step, self.text.calibration(step.tokens), self.recipe.seed)
-            write_conversion(model, with_split(self._so_far(model), step))
-            return {}
-        if isinstance(step, Attach):
-            attach(model, step, self._so_far(model), self.text.calibration(step.tokens))
-            return {}
-        if isinstance(step, Fit):
+        if not isinstance(step, Train):
             text = self.text.calibration(step.tokens)
-            return fit(model, step, text, work, seed=self.recipe.seed)
-        if isinstance(step, Budget):
-            return budget(model, step, self.text.calibration(step.tokens))
+            return apply_step(model, step, text, work, donor=self.source, seed=self.recipe.seed)
         processes.on_first(self.text.prepare)
         seen = self.text.of_step(index)
         teacher = self._teacher(index) if set(step.losses) & set(DONOR_LOSSES) else None
@@ -216,6 +241,19 @@ class _Run:
             launch=replace(self.launch, logs=self.folder.logs(index)),
         )
         return {**measured, "data": fingerprint(seen)}
+
+    def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:
+        assert not isinstance(step, Train)
+        return Streamed(
+            previous,
+            work,
+            step,
+            self.text.calibration(step.tokens) if needs_text(step) else None,
+            donor=self.source,
+            seed=self.recipe.seed,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     @cached_property
     def text(self) -> RunText:

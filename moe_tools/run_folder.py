@@ -91,14 +91,14 @@ class RunFolder:
             if not self.step(index).is_dir():
                 with new_folder(self.step(index)) as partial:
                     for file in other.step(index).iterdir():
-                        _link(file, partial / file.name)
+                        link(file, partial / file.name)
 
     def finish(self, keep_steps: bool) -> None:
         """Makes the last step's folder the output, metrics last, and drops the steps."""
         folders = [self.step(index) for index in range(len(self.recipe.steps))]
         for file in sorted(folders[-1].iterdir()):
             if file.name != METRICS:
-                _link(file, self.output / file.name)
+                link(file, self.output / file.name)
         steps = [json.loads((folder / METRICS).read_text()) for folder in folders]
         metrics = {
             "recipe": self.recipe.name,
@@ -130,7 +130,7 @@ def _is_free(folder: Path) -> bool:
     return folder.is_dir() and set(folder.iterdir()) <= {partial_of(folder / RECIPE)}
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """A hard link, or a copy where the file system has none."""
     target.unlink(missing_ok=True)
     try:

@@ -25,10 +25,12 @@ ARROWS = {
     "export": {"registry", "recipe", "data", "model"},
     "run_folder": {"recipe", "model"},
     "rehearsal": {"recipe", "model", "steps"},
+    "run_step": {"recipe", "model", "steps", "rehearsal"},
+    "streaming": {"recipe", "data", "model", "steps", "run_folder", "run_step", "rehearsal"},
     "dry_run": {"recipe", "data", "model", "steps", "measure", "rehearsal"},
     "pipeline": {
         *("registry", "recipe", "data", "model", "steps", "measure", "export"),
-        *("run_folder", "run_text", "rehearsal", "processes"),
+        *("run_folder", "run_step", "run_text", "streaming", "rehearsal", "processes"),
     },
     "comparison": {"recipe", "measure", "pipeline"},
     "bench_train": {"recipe", "data", "model", "steps"},
@@ -49,6 +51,7 @@ ARROWS = {
         "measure",
         "export",
         "pipeline",
+        "streaming",
     },
 }
 KERNEL_USERS = {

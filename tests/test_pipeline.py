@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import moe_tools
-from moe_tools import pipeline, run_folder, run_text
+from moe_tools import pipeline, run_folder, run_step, run_text
 from moe_tools.data import blocks, fingerprint
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.model.checkpoint import load, load_tokenizer, save
@@ -689,7 +689,7 @@ def always(*_: Any, **__: Any) -> bool:
 
 def die_in(monkeypatch: pytest.MonkeyPatch, name: str, when: Callable[..., bool] = always) -> None:
     """The pipeline dies instead of calling `name`."""
-    module = next(one for one in (pipeline, run_folder, run_text) if hasattr(one, name))
+    module = next(one for one in (pipeline, run_folder, run_step, run_text) if hasattr(one, name))
     real = getattr(module, name)
 
     def die(*args: Any, **kwargs: Any) -> Any:
@@ -704,8 +704,8 @@ DEATHS: dict[str, tuple[str, Callable[..., bool]]] = {
     "before the recipe is written": ("new_file", lambda path: path.name == "recipe.yaml"),
     "in a step": ("attach", lambda *args: args[1].start == "regression"),
     "before a step's folder": ("save", lambda _, folder, __: "3-train" in str(folder)),
-    "before the folder is filled": ("_link", lambda source, _: source.name == "config.json"),
-    "before the folder is whole": ("_link", lambda source, _: source.name == "tokenizer.json"),
+    "before the folder is filled": ("link", lambda source, _: source.name == "config.json"),
+    "before the folder is whole": ("link", lambda source, _: source.name == "tokenizer.json"),
     "before the metrics": ("new_file", lambda path: path.name == "metrics.json"),
 }
 

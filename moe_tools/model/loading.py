@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from moe_tools.model.auto import transformers_patched
 from moe_tools.model.conversion import read_block
 from moe_tools.model.optimized import optimize as optimize_model
+from moe_tools.model.parts import Part
 from moe_tools.model.quiet import quiet_transformers
 from moe_tools.model.rebuild import BrokenFolder
 from moe_tools.model.stored import some, stored_tensors
@@ -94,15 +95,17 @@ def load(
     device: str = "cpu",
     routed: bool = True,
     optimize: bool = False,
+    part: Part | None = None,
 ) -> transformers.PreTrainedModel:
     """Loads a dense or converted model: a folder, a hub id or a GGUF file.
 
     Args:
         source: where the model is.
         dtype: of the host's weights; None keeps the dtype they were saved in. Routers stay fp32.
-        device: where to put it.
+        device: where to put it; `meta` reads no weights of a folder or hub id, and checks all else.
         routed: False leaves the routers out: the dense model of the same weights.
         optimize: for the sparse kernels, see `moe_tools.optimize`.
+        part: the only part to read, of a folder or hub id; one without FFNs stays dense.
 
     Raises:
         ValueError: nothing there, nothing to optimise, a missing or truncated shard, a tensor that
@@ -114,7 +117,9 @@ def load(
         if path.suffix == ".gguf":
             model = _load_gguf(path, dtype)
         else:
-            model = _load_folder(str(source), dtype, routed)
+            empty = torch.device("meta") if device == "meta" else nullcontext()
+            with empty:  # routers are made empty, too
+                model = _load_folder(str(source), dtype, routed, device, part)
     model = model.to(device).eval()  # type: ignore[arg-type]
     return optimize_model(model) if optimize else model
 
@@ -151,7 +156,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
 
 
 def _load_folder(
-    source: str, dtype: torch.dtype | None, routed: bool
+    source: str, dtype: torch.dtype | None, routed: bool, device: str, part: Part | None
 ) -> transformers.PreTrainedModel:
     place = "no such folder, and as a hub id: "
     if Path(source).is_dir():
@@ -161,13 +166,17 @@ def _load_folder(
         config = AutoConfig.from_pretrained(source)
     conversion = read_block(config)
     if conversion is not None and not routed:
-        config.moe_tools = conversion.unrouted().to_dict()
-    host: Any = host_class(config)
+        conversion = conversion.unrouted()
+    if conversion is not None and part is not None:
+        conversion = part.of_conversion(conversion)
+    config.moe_tools = None if conversion is None else conversion.to_dict()
+    host: Any = host_class(config) if part is None else part.of(host_class(config))
     with named_errors(f"cannot load {source}: {place}"), transformers_patched(True):
         model, report = host.from_pretrained(
             source,
             config=config,
             dtype=dtype or "auto",
+            device_map={"": "meta"} if device == "meta" else None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_tools.model.experts import ExpertFFN
 from moe_tools.steps.calibrate import visit_activations
+from moe_tools.steps.raw_file import append_raw, map_raw
 
 COMPLETE = "complete.json"
 """Written last: without it the cache is made again."""
@@ -39,10 +40,10 @@ class ActivationCache:
         self.folder.mkdir(parents=True)
 
         def visit(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
-            _append(self._file(index, "x"), x_TD.to(DTYPE))
+            append_raw(self._file(index, "x"), x_TD.to(DTYPE))
             target_TR = of(ffns[index], h_TF)
             if target_TR is not None:
-                _append(self._file(index, "target"), target_TR)
+                append_raw(self._file(index, "target"), target_TR)
 
         visit_activations(model, blocks_BT, visit, title="cache activations")
         (self.folder / COMPLETE).write_text(json.dumps({"tokens": blocks_BT.numel()}))
@@ -55,15 +56,7 @@ class ActivationCache:
         dtype: torch.dtype = DTYPE,
     ) -> Tensor:
         """x_TD or target_TR of one FFN, mapped from the disk; targets are of the dtype they had."""
-        file = self._file(index, what)
-        numbers = file.stat().st_size // dtype.itemsize
-        flat = torch.from_file(str(file), shared=False, size=numbers, dtype=dtype)
-        return flat.view(-1, columns)
+        return map_raw(self._file(index, what), dtype).view(-1, columns)
 
     def _file(self, index: int, what: str) -> Path:
         return self.folder / f"{index}.{what}"
-
-
-def _append(file: Path, values: Tensor) -> None:
-    with file.open("ab") as out:
-        out.write(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())

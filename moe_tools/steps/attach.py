@@ -39,7 +39,7 @@ def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Tensor)
     """
     conversion = _conversion(step, split)
     watchers = [_watchers(ffn, step, conversion) for ffn in find_ffns(model)]
-    if any(watchers):
+    if attach_needs_text(step):
 
         def visit(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
             for watcher in watchers[index]:
@@ -49,6 +49,19 @@ def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Tensor)
     for ffn, seen in zip(attach_experts(model, conversion), watchers, strict=True):
         for watcher in seen:
             watcher.apply(ffn)
+
+
+def attach_needs_text(step: Attach) -> bool:
+    """Whether the step looks at activations."""
+    return _regresses(step) or _represents(step) or step.when_off == "mean"
+
+
+def _regresses(step: Attach) -> bool:
+    return ROUTERS[step.router] is SigmoidRouter and step.start == "regression"
+
+
+def _represents(step: Attach) -> bool:
+    return ROUTERS[step.router] is RepresentativeRouter
 
 
 def rehearse_attach(model: nn.Module, step: Attach, split: Conversion) -> None:
@@ -84,11 +97,10 @@ def _watchers(ffn: FFN, step: Attach, conversion: Conversion) -> list[_Watcher]:
     down_FD = ffn.weights().down_FD
     division = conversion.divide(len(down_FD), ffn.name)
     importance = Importance(division, conversion.shared_experts, down_FD)
-    kind = ROUTERS[step.router]
     found: list[_Watcher] = []
-    if kind is SigmoidRouter and step.start == "regression":
+    if _regresses(step):
         found.append(_Regression(importance, step.start_sparsity))
-    if kind is RepresentativeRouter:
+    if _represents(step):
         found.append(_Representatives(importance))
     if step.when_off == "mean":
         found.append(_Means(importance))

@@ -17,13 +17,15 @@ from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns
 from moe_tools.model.inputs import model_inputs
 
+BATCH = 4
+"""Blocks of one forward pass."""
 Visit = Callable[[int, Tensor, Tensor], None]
 """(index of the FFN, x_TD, h_TF): input and hidden activations of one batch."""
 
 
 @torch.no_grad()
 def visit_activations(
-    model: nn.Module, blocks_BT: Tensor, visit: Visit, *, batch_size: int = 4, title: str = ""
+    model: nn.Module, blocks_BT: Tensor, visit: Visit, *, batch_size: int = BATCH, title: str = ""
 ) -> None:
     """Runs a model, every expert on, and shows every FFN's input and hidden activations.
 
@@ -42,7 +44,7 @@ def visit_activations(
 
     device = next(model.parameters()).device
     with _hooks(ffns, note), evaluating(model), every_expert_on(model):
-        for batch in tqdm(blocks_BT.split(batch_size), desc=title, disable=None):
+        for batch in tqdm(blocks_BT.split(batch_size), desc=title, disable=None, leave=None):
             model(**model_inputs(model, batch.to(device)))
     for ffn in unseen.values():
         raise ValueError(f"{ffn.name} saw no calibration token: give more calibration tokens")

@@ -62,7 +62,7 @@ def fit(
     cache = ActivationCache(work / "activations")
     cache.fill(model, ffns, blocks_BT, _target_TR)
     measured = {}
-    for index, ffn in enumerate(tqdm(ffns, desc="fit routers", disable=None)):
+    for index, ffn in enumerate(tqdm(ffns, desc="fit routers", disable=None, leave=None)):
         finished = work / f"{index}.safetensors"
         report = work / f"{index}.json"
         if not report.is_file():
@@ -72,17 +72,18 @@ def fit(
                 partial.write_text(json.dumps(found))
         ffn.router.load_state_dict(load_file(finished))
         measured[ffn.name] = json.loads(report.read_text())
-    return {"routers": measured, **_overall(measured)}
+    return overall(measured)
 
 
-def _overall(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The predictions of all FFNs together, if there are any."""
+def overall(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `fit` returns, from what it measured of every FFN."""
     counts = [
         Prediction(**{name: one["prediction"][name] for name in asdict(Prediction())})
         for one in measured.values()
         if "prediction" in one
     ]
-    return {"prediction": together(counts).figures()} if counts else {}
+    prediction = {"prediction": together(counts).figures()} if counts else {}
+    return {"routers": measured, **prediction}
 
 
 def _target_TR(ffn: ExpertFFN, h_TF: Tensor) -> Tensor | None:

@@ -35,7 +35,7 @@ def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[P
     ffns = find_ffns(model)
     divisions = [planned_division(ffn, step) for ffn in ffns]
     orders: list[Tensor] = []
-    with tqdm(total=len(ffns), desc="split", disable=None) as bar:
+    with tqdm(total=len(ffns), desc="split", disable=None, leave=None) as bar:
         while len(orders) < len(ffns):
             for profile in _profiles(model, ffns, len(orders), step, blocks_BT, seed):
                 orders.append(_order_F(profile, divisions[len(orders)], step, seed))
@@ -46,6 +46,12 @@ def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[P
         Partition(order_F, division.num_experts)
         for order_F, division in zip(orders, divisions, strict=True)
     ]
+
+
+def split_needs_text(step: Split) -> bool:
+    """Whether the step looks at activations."""
+    learns = step.method == "coactivation" or (step.method == "kmeans" and step.by != "weights")
+    return learns or step.shared_experts > 0
 
 
 def planned_division(ffn: FFN, step: Split) -> Division:
@@ -98,7 +104,7 @@ def _profiles(
         if 0 <= index - first < len(profiles):
             profiles[index - first].add(h_TF)
 
-    if profiles[0].needs_text:
+    if split_needs_text(step):
         visit_activations(model, blocks_BT, visit, title="calibrate split")
     return profiles
 
@@ -114,13 +120,6 @@ class _Profile:
         self.sketch = Sketch(neurons, device, seed)
         self.graph_FF = torch.zeros((neurons, neurons) if step.method == "coactivation" else ())
         self.marks_F = torch.zeros(neurons)
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether a pass over the text would show anything."""
-        step = self.step
-        learns = step.method == "coactivation" or (step.method == "kmeans" and step.by != "weights")
-        return learns or step.shared_experts > 0
 
     def add(self, h_TF: Tensor) -> None:
         """A batch of hidden activations."""

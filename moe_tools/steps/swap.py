@@ -51,6 +51,11 @@ def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) ->
     return {"thetas": {name: choice._asdict() for name, choice in found.items()}}
 
 
+def swap_needs_text(step: Swap) -> bool:
+    """Whether the step looks at activations."""
+    return step.max_error is not None
+
+
 def rehearse_swap(model: nn.Module, step: Swap, so_far: Conversion) -> None:
     """`swap` without text: no theta is chosen.
 
