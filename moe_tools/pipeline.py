@@ -25,6 +25,7 @@ from moe_tools.recipe import (
     Recipe,
     Step,
     Swap,
+    Train,
     control_recipe,
     read_recipe,
     recipe_path,

@@ -165,11 +165,10 @@ def _load_folder(
     with named_errors(f"cannot load {source}: {place}"):
         config = AutoConfig.from_pretrained(source)
     conversion = read_block(config)
-    if conversion is not None and not routed:
-        conversion = conversion.unrouted()
-    if conversion is not None and part is not None:
-        conversion = part.of_conversion(conversion)
-    config.moe_tools = None if conversion is None else conversion.to_dict()
+    if conversion is not None:
+        wanted = conversion if routed else conversion.unrouted()
+        kept = wanted if part is None else part.of_conversion(wanted)
+        config.moe_tools = None if kept is None else kept.to_dict()
     host: Any = host_class(config) if part is None else part.of(host_class(config))
     with named_errors(f"cannot load {source}: {place}"), transformers_patched(True):
         model, report = host.from_pretrained(

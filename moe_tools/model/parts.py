@@ -78,11 +78,11 @@ class Part:
         if self.layer is None:
             return None
         inside = f"{self.layer}."
-        selectors = {
-            name: own for name, own in whole.selector_of.items() if name.startswith(inside)
-        }
-        acts = {name: own for name, own in whole.activation_of.items() if name.startswith(inside)}
-        return replace(whole, selector_of=selectors, activation_of=acts)
+        selector_of, activation_of = (
+            {name: own for name, own in settings.items() if name.startswith(inside)}
+            for settings in (whole.selector_of, whole.activation_of)
+        )
+        return replace(whole, selector_of=selector_of, activation_of=activation_of)
 
     def of(self, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """The host's class, made of this part alone."""

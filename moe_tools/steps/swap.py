@@ -53,7 +53,7 @@ def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) ->
 
 def swap_needs_text(step: Swap) -> bool:
     """Whether the step looks at activations."""
-    return step.max_error is not None
+    return step.align or step.max_error is not None
 
 
 def rehearse_swap(model: nn.Module, step: Swap, so_far: Conversion) -> None:
