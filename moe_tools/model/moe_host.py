@@ -10,6 +10,8 @@ the host chooses for a token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +80,8 @@ def chosen_share(model: nn.Module, name: str) -> float:
     host = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(host, HostExperts):
         return 1.0
-    return model.config.num_experts_per_tok / len(host)  # type: ignore[union-attr,operator]
+    config: Any = model.config
+    return float(config.num_experts_per_tok / len(host))
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
