@@ -53,6 +53,7 @@ def _print(found: Plan) -> None:
         console.print(f"data    {_source(source)}")
     console.print(_steps(found))
     console.print(_memory(found))
+    console.print("memory as of arXiv 1910.02054; activations come on top")
 
 
 def _source(source: Source) -> str:
@@ -90,10 +91,9 @@ def _memory(found: Plan) -> Table:
     from rich import box
     from rich.table import Table
 
-    caption = (
-        "GB of one GPU: weights, gradients and Adam (arXiv 1910.02054); activations come on top"
-    )
-    made = Table(box=box.SIMPLE, caption=caption, caption_justify="left")
+    trains = any(step.states is not None for step in found.steps)
+    what = "weights, gradients and Adam" if trains else "weights alone: no step trains"
+    made = Table(box=box.SIMPLE, caption=f"on one GPU: {what}", caption_justify="left")
     made.add_column("memory")
     for processes in found.memory:
         made.add_column(f"{processes} GPU{'s' if processes != '1' else ''}", justify="right")

@@ -130,7 +130,8 @@ def chosen_share(model: nn.Module, name: str) -> float:
     host = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(host, HostExperts):
         return 1.0
-    return model.config.num_experts_per_tok / len(host)  # type: ignore[union-attr,operator]
+    config: Any = model.config
+    return float(config.num_experts_per_tok / len(host))
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:

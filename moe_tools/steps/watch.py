@@ -54,7 +54,9 @@ def watch_ffns(model: nn.Module, kinds: set[Kind]) -> Iterator[FFNTensors]:
 
 def _sources(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> dict[str, nn.Module]:
     """Name -> the module whose output is the FFN's, or that of all experts of an MoE layer."""
-    hosts = {path: host for path, host in model.named_modules() if isinstance(host, HostExperts)}
+    hosts: dict[str, nn.Module] = {
+        path: host for path, host in model.named_modules() if isinstance(host, HostExperts)
+    }
     inside = tuple(f"{path}." for path in hosts)
     alone = {ffn.name: ffn.down for ffn in ffns if not ffn.name.startswith(inside)}
     return alone | hosts

@@ -118,3 +118,8 @@ def test_a_mistake_is_one_line(mistake: str, run: Run) -> None:
 def test_without_it_an_output_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "--method", "lte", "--model", "llama"]) == 2
     assert "--output is required, except with --dry-run" in capsys.readouterr().err
+
+
+def test_what_trains_nothing_needs_its_weights(run: Run) -> None:
+    code, out, _ = run("--method", "cmoe", "--model", "llama", "--expert-size", "8")
+    assert code == 0 and "weights alone: no step trains" in out
