@@ -149,8 +149,9 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     (`unfuse_experts`).
 
     Raises:
-        ValueError: the model has no FFN of a known family, or one whose parts were renamed; its FFNs are routed or optimised
-            already, or it is an MoE host whose experts cannot be taken apart.
+        ValueError: the model has no FFN of a known family, or one whose parts were renamed; its
+            FFNs are routed or optimised already, or it is an MoE host whose experts cannot be
+            taken apart.
     """
     for module in grafted_ffns(model):
         if module.done is not None:
