@@ -23,7 +23,7 @@ from moe_tools.model.conversion import (
     write_conversion,
 )
 from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import GraftedFFN, find_ffns, stock_ffn_tensors
+from moe_tools.model.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
 from moe_tools.model.moe_host import HostExperts, fused_experts
 from moe_tools.model.routers import ROUTERS, RowReader
 from moe_tools.model.stored import some, tensor_files
@@ -76,6 +76,7 @@ def rebuild(
             _rename_offloaded(model, offloaded)
         _fill(model, {shift(key): (key, where) for key, where in stored.items()}, source, offloaded)
     _mark_loaded(model)
+    model.register_load_state_dict_pre_hook(read_host_names)  # Trainer resumes from our folders
     added = _added(model)
     report.unexpected_keys -= {key for key in report.unexpected_keys if shift(key) in added}
 

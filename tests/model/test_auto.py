@@ -73,6 +73,22 @@ def test_a_given_state_dict_is_saved_under_the_hosts_names(family: str, tmp_path
     assert torch.equal(logits(aligned(load(tmp_path / "out"))), logits(model))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "mixtral"])
+def test_a_loaded_model_takes_the_tensors_of_a_folder(family: str, tmp_path: Path) -> None:
+    """As Trainer does, to resume; and those that it has itself."""
+    model, other = convert(family), convert(family)
+    save(model, tmp_path / "out")
+    save(other, tmp_path / "other")
+    loaded = FAMILIES[family].model.from_pretrained(tmp_path / "other")
+    own = {name: value.clone() for name, value in loaded.state_dict().items()}
+    report = loaded.load_state_dict(load_file(tmp_path / "out" / SINGLE), strict=False)
+    assert not report.unexpected_keys
+    assert all("lm_head" in key or "decoder." in key for key in report.missing_keys)  # tied
+    assert torch.equal(logits(aligned(loaded)), logits(model))
+    loaded.load_state_dict(own)
+    assert torch.equal(logits(aligned(loaded)), logits(other))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_of_the_host_alone_and_saved_without_loss(
     dtype: torch.dtype, folder: Path, tmp_path: Path
