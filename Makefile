@@ -9,7 +9,8 @@ SANITIZE_thread := -fsanitize=thread
 
 # What touches transformers, and what that needs.
 HOST_TESTS := tests/model tests/test_families.py tests/test_moe_hosts.py
-TEST_TOOLS := 'pytest>=9,<10' 'pytest-timeout>=2.3,<3' 'hypothesis>=6.100,<7'
+TEST_TOOLS := 'pytest>=9,<10' 'pytest-timeout>=2.3,<3' 'hypothesis>=6.100,<7' \
+  'k-means-constrained>=0.7,<1'
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -48,12 +49,12 @@ fast: $(STAMP) ## the suite without the slow tests
 test-lowest: ## the quick tests with the lowest supported transformers, in .venv-lowest
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/pip install -c constraints.txt -c constraints-lowest.txt -e . $(TEST_TOOLS)
-	$(VENV)-lowest/bin/python -m pytest -m "not slow" $(HOST_TESTS)
+	$(VENV)-lowest/bin/python -m pytest -W default -m "not slow" $(HOST_TESTS)
 
 test-newest: ## the same with the newest transformers and torch, in .venv-newest
 	$(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/pip install --upgrade -e . transformers $(TEST_TOOLS)
-	-$(VENV)-newest/bin/python -m pytest -m "not slow" $(HOST_TESTS)
+	-$(VENV)-newest/bin/python -m pytest -W default -m "not slow" $(HOST_TESTS)
 
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo

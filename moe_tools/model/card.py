@@ -8,12 +8,12 @@ changes: `config.json`, `recipe.yaml`, `metrics.json` and `figures.json`, which
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from moe_tools.model.atomic import new_file
 from moe_tools.model.conversion import Conversion
@@ -28,6 +28,9 @@ HEADS: dict[str, tuple[str, str | None]] = {
     "": ("AutoModelForCausalLM", "text-generation"),
 }
 """Part of the name of a stock class -> its Auto class and its task, the first that fits."""
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""owner/name."""
 
 _LOAD = """```python
 import moe_tools  # from here on transformers knows what this folder is
@@ -157,13 +160,7 @@ def _head(config: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def _is_hub_id(donor: str) -> bool:
-    if Path(donor).exists() or donor.count("/") != 1:
-        return False
-    try:
-        validate_repo_id(donor)
-    except HFValidationError:
-        return False
-    return True
+    return HUB_ID.fullmatch(donor) is not None and not Path(donor).exists()
 
 
 def _name(source: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -281,6 +281,19 @@ def host_state_dict(
         if isinstance(module, HostExperts) and f"{path}.gate_up_proj" not in renamed:
             module.fuse_into(renamed, path)
     return renamed
+
+
+def read_host_names(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A `load_state_dict` pre-hook: tensors of `host_state_dict` get our names again, in place."""
+    known = set(model.state_dict())
+    for path, module in model.named_modules():
+        if isinstance(module, HostExperts):
+            module.split_from(state, prefix + path)
+    for ours, host in [pair for ffn in grafted_ffns(model) for pair in ffn.renames.items()]:
+        for key in [key for key in state if key.startswith(prefix + host)]:
+            name = ours + key.removeprefix(prefix + host)
+            if key.removeprefix(prefix) not in known and name in known:
+                state[prefix + name] = state.pop(key)
 
 
 def _rename(key: str, renames: dict[str, str]) -> str:

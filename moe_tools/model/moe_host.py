@@ -104,6 +104,13 @@ class HostExperts(nn.ModuleList):
             for weight, part in zip(self._weights(name), fused, strict=True):
                 weight.data = part
 
+    def split_from(self, state: dict[str, Tensor], path: str) -> None:
+        """The inverse, on tensors that are fused; others stay as they are."""
+        for name in ("gate_up_proj", "down_proj"):
+            rows = state.pop(f"{path}.{name}", None)
+            if rows is not None:
+                state |= {f"{path}.{index}.{name}.weight": row for index, row in enumerate(rows)}
+
 
 def unfuse_experts(model: nn.Module) -> None:
     """Takes every fused experts module of `model` apart in place; no weight is copied.

@@ -23,8 +23,9 @@ from moe_tools.model.conversion import (
     write_conversion,
 )
 from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import GraftedFFN, stock_ffn_tensors
-from moe_tools.model.moe_host import HostExperts
+from moe_tools.model.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
+from moe_tools.model.moe_host import HostExperts, fused_experts
+from moe_tools.model.routers import ROUTERS, RowReader
 from moe_tools.model.stored import some, tensor_files
 from moe_tools.model.swapped import replace_stand_ins, swap_activations
 
@@ -61,6 +62,7 @@ def rebuild(
     conversion = read_conversion(model)
     assert conversion is not None
     _check_host(model, source, report)
+    _check_places(model, conversion)
     stored = _stored(tensors)
     shift = _shift(model, stored)
     conversion = _renamed(conversion, shift)
@@ -71,6 +73,7 @@ def rebuild(
             _rename_offloaded(model, offloaded)
         _fill(model, {shift(key): (key, where) for key, where in stored.items()}, source, offloaded)
     _mark_loaded(model)
+    model.register_load_state_dict_pre_hook(read_host_names)  # Trainer resumes from our folders
     added = _added(model)
     report.unexpected_keys -= {key for key in report.unexpected_keys if shift(key) in added}
 
@@ -95,6 +98,18 @@ def _check_host(model: nn.Module, source: str, report: Any) -> None:
             raise BrokenFolder(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
     if missing := ffns & set(report.missing_keys):
         raise BrokenFolder(f"{source} lacks the tensors {some(missing)}")
+
+
+def _check_places(model: nn.Module, conversion: Conversion) -> None:
+    """What stays on disk under a device map has its hooks on the host's own linears."""
+    for path, fused in fused_experts(model).items():
+        if any(parameter.is_meta for parameter in fused.parameters()):
+            raise ValueError(f"{path}: the experts of an MoE host cannot stay on disk")
+    reads = conversion.router is not None and issubclass(ROUTERS[conversion.router], RowReader)
+    if reads and any(ffn.weights().up_FD.is_meta for ffn in find_ffns(model)):
+        raise ValueError(
+            f"router {conversion.router} reads the FFN's rows, which cannot stay on disk then"
+        )
 
 
 def _stored(tensors: Tensors) -> dict[str, Path | Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from moe_tools.cli.main import _Parser, main
 from moe_tools.model.conversion import Conversion, attach_experts
@@ -100,6 +103,18 @@ def test_the_router_of_the_guide_is_a_router(monkeypatch: pytest.MonkeyPatch) ->
     ffns = attach_experts(model, Conversion("donor", 8, "plain", selector))
     assert logits(model).isfinite().all()
     assert ffns[0].route(torch.randn(3, 16)).mask_TE.sum(-1).tolist() == [2, 2, 2]
+
+
+def test_the_stated_versions_are_those_that_are_installed_and_tested() -> None:
+    """The lowest that pip takes is the lowest that `make test-lowest` takes, and what we say."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = {each.name: each for each in map(Requirement, project["dependencies"])}
+    said = (ROOT / "docs" / "elsewhere.md").read_text()
+    for file, name in (("constraints-lowest.txt", "transformers"), ("constraints.txt", "torch")):
+        (pin,) = re.findall(rf"^{name}==(\S+)$", (ROOT / file).read_text(), re.MULTILINE)
+        (lowest,) = (each.version for each in needs[name].specifier if each.operator == ">=")
+        assert Version(lowest) == Version(pin)
+        assert f"| {name} | {lowest} | below " in said
 
 
 def test_the_recipe_of_the_reference_is_a_recipe() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ import moe_tools
 from moe_tools.model import auto
 from moe_tools.model.auto import transformers_patched
 from moe_tools.model.checkpoint import SINGLE, load, save
-from moe_tools.model.conversion import Conversion, read_conversion
+from moe_tools.model.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.model.experts import every_expert_on, expert_ffns
 from moe_tools.model.swapped import swap_activations
 from tests.families import (
@@ -70,6 +71,22 @@ def test_a_given_state_dict_is_saved_under_the_hosts_names(family: str, tmp_path
     model = convert(family)
     model.save_pretrained(tmp_path / "out", state_dict=model.state_dict())
     assert torch.equal(logits(aligned(load(tmp_path / "out"))), logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "mixtral"])
+def test_a_loaded_model_takes_the_tensors_of_a_folder(family: str, tmp_path: Path) -> None:
+    """As Trainer does, to resume; and those that it has itself."""
+    model, other = convert(family), convert(family)
+    save(model, tmp_path / "out")
+    save(other, tmp_path / "other")
+    loaded = FAMILIES[family].model.from_pretrained(tmp_path / "other")
+    own = {name: value.clone() for name, value in loaded.state_dict().items()}
+    report = loaded.load_state_dict(load_file(tmp_path / "out" / SINGLE), strict=False)
+    assert not report.unexpected_keys
+    assert all("lm_head" in key or "decoder." in key for key in report.missing_keys)  # tied
+    assert torch.equal(logits(aligned(loaded)), logits(model))
+    loaded.load_state_dict(own)
+    assert torch.equal(logits(aligned(loaded)), logits(other))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -134,6 +151,25 @@ def test_a_device_map(places: dict[str, str], folder: Path, tmp_path: Path) -> N
         folder, device_map=places, offload_folder=tmp_path / "offload"
     )
     assert (logits(model) - logits(load(folder))).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "message"),
+    [
+        ("llama", "oracle", "router oracle reads the FFN's rows, which cannot stay on disk"),
+        ("mixtral", "sigmoid", "experts: the experts of an MoE host cannot stay on disk"),
+    ],
+)
+def test_what_cannot_stay_on_disk_is_refused(
+    family: str, router: str, message: str, tmp_path: Path
+) -> None:
+    model = build(family)
+    attach_experts(model, replace(THRESHOLD, router=router))
+    save(model, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", device_map=ON_DISK, offload_folder=tmp_path / "offload"
+        )
 
 
 def test_an_activation_of_ours_loads_too(tmp_path: Path) -> None:
