@@ -106,6 +106,7 @@ def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:
     attach = next(s for s in recipe.steps if isinstance(s, Attach))
     spec = Conversion("bench", size, attach.router, attach.selector)
     attach_experts(model, replace(spec, router_options=attach.router_options))
+    assert step.mode != "dense"  # _routed_step
     set_mode(model, step.mode)
 
 

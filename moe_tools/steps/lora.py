@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,10 +23,11 @@ MARK = "lora_"
 
 
 @contextmanager
-def low_rank(model: PreTrainedModel, step: Train) -> Iterator[None]:
+def low_rank(model: PreTrainedModel, step: Train, seed: int) -> Iterator[None]:
     """While it lasts, the linears of `step.parts` have adapters; then they are merged.
 
-    After an error the adapters are dropped: the weights are those from before.
+    Fresh adapters change nothing; `seed` draws them. After an error they are dropped: the weights
+    are those from before.
 
     Raises:
         ValueError: PEFT is not installed.
@@ -45,7 +47,9 @@ def low_rank(model: PreTrainedModel, step: Train) -> Iterator[None]:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     flags = {name: param.requires_grad for name, param in model.named_parameters()}
-    tuner = LoraModel(model, {"default": config}, "default")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuner = LoraModel(model, {"default": config}, "default")
     try:
         yield
     except BaseException:

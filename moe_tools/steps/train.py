@@ -50,7 +50,7 @@ def train(
             batches for a classifier.
         work: folder of the checkpoints.
         donor: the dense teacher, for the losses that need one.
-        seed: of dropout.
+        seed: of dropout and fresh adapters.
         launch: the device, DeepSpeed, reporters; default: PyTorch alone, where the model is.
 
     Returns:
@@ -70,7 +70,7 @@ def train(
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))
-    with low_rank(model, step):
+    with low_rank(model, step, seed):
         trained = trainable_parts(model, step)
         with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
             trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed, launch)
