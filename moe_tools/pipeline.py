@@ -33,11 +33,12 @@ from moe_tools.recipe import (
     step_name,
     with_options,
 )
+from moe_tools.rehearsal import rehearse
 from moe_tools.run_folder import METRICS, RunFolder
-from moe_tools.run_step import apply_step, needs_text, rehearse_step
+from moe_tools.run_step import apply_step, needs_text
 from moe_tools.run_text import RunText
 from moe_tools.steps.losses import DONOR_LOSSES
-from moe_tools.steps.train import check_train, train
+from moe_tools.steps.train import train
 from moe_tools.streaming import Streamed, check_streams, is_large, why_not
 
 logger = logging.getLogger(__name__)
@@ -157,11 +158,7 @@ class _Run:
         empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
         model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
         with torch.device("meta") if empty else nullcontext():
-            for step in self.recipe.steps:
-                if isinstance(step, Train):
-                    check_train(model, step, donor=model)
-                else:
-                    rehearse_step(model, step, self.source)
+            rehearse(self.recipe, model, self.source)
 
     @cached_property
     def streamed(self) -> list[bool]:

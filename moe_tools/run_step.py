@@ -1,23 +1,21 @@
-"""A step that calibrates, on a model or on a part of one: rehearsed or done."""
+"""A step that calibrates, done on a model or on a part of one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.model.conversion import Conversion, conversion_so_far, write_conversion
-from moe_tools.model.ffn import find_ffns
+from moe_tools.model.conversion import conversion_so_far, write_conversion
 from moe_tools.recipe import Attach, Budget, Fit, Split, Swap
-from moe_tools.steps.attach import attach, attach_needs_text, rehearse_attach
+from moe_tools.rehearsal import with_split
+from moe_tools.steps.attach import attach, attach_needs_text
 from moe_tools.steps.budget import budget
-from moe_tools.steps.calibrate import check_routed, check_sparsity
 from moe_tools.steps.fit import fit
-from moe_tools.steps.split import planned_division, split, split_needs_text
-from moe_tools.steps.swap import rehearse_swap, swap, swap_needs_text
+from moe_tools.steps.split import split, split_needs_text
+from moe_tools.steps.swap import swap, swap_needs_text
 
 Calibrating = Swap | Split | Attach | Fit | Budget
 
@@ -29,27 +27,6 @@ def needs_text(step: Calibrating) -> bool:
     if isinstance(step, Split):
         return split_needs_text(step)
     return not isinstance(step, Attach) or attach_needs_text(step)
-
-
-def rehearse_step(model: PreTrainedModel, step: Calibrating, donor: str) -> None:
-    """A step's own checks, and all that it does to the model's config; reads no text.
-
-    Raises:
-        ValueError: a user's mistake.
-    """
-    so_far = conversion_so_far(model, donor)
-    if isinstance(step, Swap):
-        rehearse_swap(model, step, so_far)
-    elif isinstance(step, Split):
-        for ffn in find_ffns(model):
-            planned_division(ffn, step)
-        write_conversion(model, _with_split(so_far, step))
-    elif isinstance(step, Attach):
-        rehearse_attach(model, step, so_far)
-    elif isinstance(step, Budget):
-        check_sparsity(check_routed(model, "budget"), step.target_sparsity)
-    else:
-        check_routed(model, "fit")
 
 
 def apply_step(
@@ -82,7 +59,7 @@ def apply_step(
         return swap(model, step, so_far, blocks_BT)
     if isinstance(step, Split):
         split(model, step, blocks_BT, seed)
-        write_conversion(model, _with_split(so_far, step))
+        write_conversion(model, with_split(so_far, step))
         return {}
     if isinstance(step, Attach):
         attach(model, step, so_far, blocks_BT)
@@ -90,7 +67,3 @@ def apply_step(
     if isinstance(step, Fit):
         return fit(model, step, blocks_BT, work, seed=seed)
     return budget(model, step, blocks_BT)
-
-
-def _with_split(so_far: Conversion, step: Split) -> Conversion:
-    return replace(so_far, expert_size=step.expert_size, shared_experts=step.shared_experts)

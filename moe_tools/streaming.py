@@ -29,8 +29,9 @@ from moe_tools.model.ffn import host_state_dict
 from moe_tools.model.parts import Part, layer_paths
 from moe_tools.model.shards import write_index
 from moe_tools.recipe import Budget, Fit, Recipe, Step, Train, step_name
+from moe_tools.rehearsal import rehearse_step
 from moe_tools.run_folder import link
-from moe_tools.run_step import Calibrating, apply_step, needs_text, rehearse_step
+from moe_tools.run_step import Calibrating, apply_step, needs_text
 from moe_tools.steps.carry import Carried
 from moe_tools.steps.fit import overall
 
@@ -176,7 +177,7 @@ class Streamed:
         """What the step makes of the whole model's, with what it found for each FFN."""
         empty = self._empty
         with torch.device("meta"):
-            rehearse_step(empty, self.step, self.donor)
+            rehearse_step(self.step, empty, self.donor)
         conversion = read_conversion(empty)
         assert conversion is not None
         blocks = [self._report(index)["conversion"] for index in range(len(self.layers))]
