@@ -468,13 +468,13 @@ def test_calibration_asks_for_its_own_tokens(
     steps = (Split(EXPERT_SIZE, tokens=900), Attach(tokens=1600), Train(tokens=64, mode="hard"))
     seen: dict[str, Tensor] = {}
     for name in ("split", "attach"):
-        real = getattr(pipeline, name)
+        real = getattr(run_step, name)
 
         def spy(*args: Any, name: str = name, real: Any = real) -> Any:
             seen[name] = next(arg for arg in args if isinstance(arg, Tensor))
             return real(*args)
 
-        monkeypatch.setattr(pipeline, name, spy)
+        monkeypatch.setattr(run_step, name, spy)
     got, _ = trained_text(monkeypatch, replace(recipe, steps=steps), work, tmp_path / "out")
     text = whole_text(recipe, work, tokens=1600)
     assert torch.equal(got, text[:4])
