@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,15 @@ GROUPED = Config(128, 64, 64, 32, 32, 128, 4, 4)
 """64 pairs of one expert; `tile`, `gate_tile` and `splits` play no part."""
 
 
-def pinned(tokens: int) -> Config:
-    """The default. Chosen by registers, spills and load widths: no GPU has timed it yet."""
+def pinned(tokens: int, int8: bool = False) -> Config:
+    """The default. Chosen by registers, spills and load widths: no GPU has timed it yet.
+
+    Rows of int8 are half as long in bytes, so a step takes twice the columns.
+    """
     if tokens == 1:
         return ONE_TOKEN
-    return FEW_TOKENS if tokens <= 32 else MANY_TOKENS
+    config = FEW_TOKENS if tokens <= 32 else MANY_TOKENS
+    return replace(config, columns=2 * config.columns) if int8 else config
 
 
 def candidates(tokens: int) -> list[Config]:
