@@ -15,7 +15,12 @@ pytest.importorskip("triton")
 
 from moe_tools.kernels.triton.resources import TARGETS, Usage
 
-WITH_ROWS = {"list_firing", "compute_hidden", "compute_hidden_grads", "combine"}
+WITH_ROWS = {
+    *("list_firing", "compute_hidden", "compute_hidden_grads", "combine"),
+    *("compute_pairs_hidden", "compute_pairs_hidden_grads", "combine_pairs"),
+}
+FORWARD, BACKWARD, GROUPED = 3 + 3, 5, 3 + 4
+"""Launches of the cases: experts and gate first; backward; groups of many tokens, both ways."""
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,13 +40,16 @@ def table(*arguments: str) -> list[Usage]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", ["1", "16", "64"])
+@pytest.mark.parametrize("tokens", ["1", "16", "64", "512"])
 @pytest.mark.parametrize("shape", [("4096", "11008"), ("576", "1536")], ids="x".join)
 def test_every_kernel_is_within_the_budget(shape: tuple[str, str], tokens: str) -> None:
     found = table("--shape", *shape, "--tokens", tokens)
     assert {usage.target for usage in found} == set(TARGETS)
-    launches = len(TARGETS) * (3 + 3 + 5) + 3  # gfx942 adds shares in a launch of its own
-    assert len(found) == launches * (2 if tokens == "1" else 1)
+    # on gfx942 shares are added in a launch of their own
+    plain, int8 = len(TARGETS) * (FORWARD + BACKWARD) + 3, len(TARGETS) * FORWARD + 2
+    each = len(TARGETS) * GROUPED if tokens == "512" else plain + int8
+    assert len(found) == 2 * each + (plain if tokens == "1" else 0)  # bf16, fp16; one in fp32
+    assert sum("fp16" in usage.case for usage in found) == each
     for usage in found:
         assert usage.load_bits == ((128,) if usage.kernel in WITH_ROWS else ()), usage
         assert usage.spills == 0, usage
