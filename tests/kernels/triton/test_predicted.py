@@ -63,7 +63,8 @@ def test_a_list_gives_the_reference_of_the_exact_gate_within_it(
     weights, x_TD, predicted_TF, fires_TF = given(name, tokens)
     y_TD = run(weights, x_TD, predicted_TF, gate_first=recheck)
     expected_TD = sparse_ffn_reference(weights, x_TD, predicted_TF & fires_TF)
-    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)
+    largest = expected_TD.abs().max().item()
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-6 * largest)
 
 
 @every_case
@@ -88,7 +89,7 @@ def test_the_check_reads_up_rows_of_firing_neurons_alone(tokens: int, recheck: b
 
 
 def test_an_activation_without_zeros_has_nothing_to_check() -> None:
-    weights = FFNWeights(*(torch.randn(NEURONS, WIDTH) for _ in range(2)), "silu")
+    weights = FFNWeights(torch.randn(NEURONS, WIDTH), torch.randn(NEURONS, WIDTH), "silu")
     list_TF = torch.rand(2, NEURONS) < 0.5
-    with pytest.raises(ValueError, match="^gate_first needs an activation that can be zero"):
+    with pytest.raises(ValueError, match=r"^gate_first needs an activation that can"):
         run(weights, torch.randn(2, WIDTH), list_TF, gate_first=True)
