@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ FEW_TOKENS = Config(128, 16, 16, 128, 32, 128, 4, 4)
 MANY_TOKENS = Config(128, 32, 32, 64, 32, 128, 4, 4)
 """64 tokens: half the columns, for sm_90 keeps both operands in shared memory; twice the rows, for
 fewer than 8 elements a thread make narrow loads."""
-
+INT8 = Config(128, 32, 32, 128, 32, 128, 4, 4)
+"""Weights in eight bits and more than one token: 256 threads still load 16 bytes each."""
 GROUPED = Config(128, 64, 64, 32, 32, 128, 4, 4)
 """64 pairs of one expert; `tile`, `gate_tile` and `splits` play no part."""
 
@@ -76,12 +77,13 @@ GROUPED = Config(128, 64, 64, 32, 32, 128, 4, 4)
 def pinned(tokens: int, int8: bool = False) -> Config:
     """The default. Chosen by registers, spills and load widths: no GPU has timed it yet.
 
-    Rows of int8 are half as long in bytes, so a step takes twice the columns.
+    `int8`: of weights in eight bits.
     """
     if tokens == 1:
         return ONE_TOKEN
-    config = FEW_TOKENS if tokens <= 32 else MANY_TOKENS
-    return replace(config, columns=2 * config.columns) if int8 else config
+    if int8:
+        return INT8
+    return FEW_TOKENS if tokens <= 32 else MANY_TOKENS
 
 
 def candidates(tokens: int) -> list[Config]:

@@ -41,10 +41,26 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-REGISTERS = 255
-"""Budget of one thread: with more the compiler spills. Below it, four warps always fit."""
-SHARED = 64 * 1024
-"""Bytes of one program: two fit an sm_80 (163 KiB) and an sm_90 (227 KiB), one a gfx942 (64)."""
+BUDGET = {
+    "list_experts": (96, 1),
+    "list_firing": (192, 24),
+    "compute_hidden": (192, 32),
+    "combine": (224, 48),
+    "add_shares": (160, 0),
+    "compute_hidden_grads": (224, 56),
+    "compute_weight_grads": (255, 20),
+    "compute_mask_grads": (128, 4),
+    "group_pairs": (96, 8),
+    "compute_pairs_hidden": (160, 24),
+    "combine_pairs": (192, 48),
+    "compute_pairs_hidden_grads": (192, 40),
+    "compute_experts_grads": (255, 20),
+}
+"""Kernel -> registers of a thread and KiB of shared memory of a program, on every target.
+
+With more than 255 registers the compiler spills. A program may have 163 KiB of shared memory on an
+sm_80, 227 on an sm_90 and 64 on a gfx942.
+"""
 TOKENS = (1, 16, 64, 512)
 """Of the cases: the smallest, the middle and the largest tile of tokens, and groups by expert."""
 _TYPES = {
@@ -77,7 +93,8 @@ class Usage:
     @property
     def fits(self) -> bool:
         """Within the budget, with nothing in local memory and weights read 128 bits at a time."""
-        lean = self.registers <= REGISTERS and not self.spills and self.shared <= SHARED
+        registers, shared = BUDGET[self.kernel]
+        lean = self.registers <= registers and not self.spills and self.shared <= 1024 * shared
         return lean and self.load_bits in ((), (128,))
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from moe_tools.kernels.triton.resources import TARGETS, Usage
+from moe_tools.kernels.triton.resources import BUDGET, TARGETS, Usage
 
 WITH_ROWS = {
     *("list_firing", "compute_hidden", "compute_hidden_grads", "combine"),
@@ -62,12 +64,18 @@ def test_every_kernel_is_within_the_budget(shape: tuple[str, str], tokens: str) 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"registers": 256}, {"spills": 8}, {"shared": 65537}, {"load_bits": (64, 128)}]
+    "changes", [{"registers": 225}, {"spills": 8}, {"shared": 49153}, {"load_bits": (64, 128)}]
 )
 def test_what_is_over_the_budget_does_not_fit(changes: dict[str, Any]) -> None:
     lean = Usage("experts", "combine", "sm_90", 96, 0, 1024, (128,))
     assert lean.fits
     assert not replace(lean, **changes).fits
+
+
+def test_the_budget_is_the_one_in_the_docs() -> None:
+    page = Path(__file__).parents[3] / "docs" / "kernels.md"
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|", page.read_text("utf-8"), re.M)
+    assert {name: (int(most), int(kib)) for name, most, kib in rows} == BUDGET
 
 
 def test_interpreted_kernels_are_refused() -> None:
