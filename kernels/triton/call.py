@@ -84,6 +84,16 @@ class Call:
         return {"theta": self.theta, "up_theta": self.up_theta, **names}
 
     @cached_property
+    def stages(self) -> int:
+        """Of the loops over weights. A pipeline would copy int8 eight bytes a thread, not 16."""
+        return 1 if self.int8 else 2
+
+    @cached_property
+    def int8(self) -> bool:
+        """Whether the weights are."""
+        return self.gate_FD.dtype == torch.int8
+
+    @cached_property
     def skips_zeros(self) -> bool:
         """Whether a neuron that launch one has listed may still turn out to be zero."""
         return self.up_act in ZEROING or (self.act in ZEROING and not self.gate_first)
@@ -101,7 +111,7 @@ class Call:
     @cached_property
     def tiling(self) -> Config:
         """The tile sizes, fitted to the shape."""
-        config = self.config or pinned(self.tokens)
+        config = self.config or pinned(self.tokens, self.int8)
         return config.fitted(self.tokens, self.x_TD.shape[1])
 
     @cached_property

@@ -68,15 +68,21 @@ FEW_TOKENS = Config(128, 16, 16, 128, 32, 128, 4, 4)
 MANY_TOKENS = Config(128, 32, 32, 64, 32, 128, 4, 4)
 """64 tokens: half the columns, for sm_90 keeps both operands in shared memory; twice the rows, for
 fewer than 8 elements a thread make narrow loads."""
-
+INT8 = Config(128, 32, 32, 128, 32, 128, 4, 4)
+"""Weights in eight bits and more than one token: 256 threads still load 16 bytes each."""
 GROUPED = Config(128, 64, 64, 32, 32, 128, 4, 4)
 """64 pairs of one expert; `tile`, `gate_tile` and `splits` play no part."""
 
 
-def pinned(tokens: int) -> Config:
-    """The default. Chosen by registers, spills and load widths: no GPU has timed it yet."""
+def pinned(tokens: int, int8: bool = False) -> Config:
+    """The default. Chosen by registers, spills and load widths: no GPU has timed it yet.
+
+    `int8`: of weights in eight bits.
+    """
     if tokens == 1:
         return ONE_TOKEN
+    if int8:
+        return INT8
     return FEW_TOKENS if tokens <= 32 else MANY_TOKENS
 
 

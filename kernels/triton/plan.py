@@ -28,6 +28,8 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     warps: int
+    stages: int = 2
+    """Steps of a loop in flight at once."""
 
     @property
     def name(self) -> str:
@@ -37,7 +39,7 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """What the compiler is told. FP fusion is said because its default is to change."""
-        return {"num_warps": self.warps, "num_stages": 2, "enable_fp_fusion": True}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
         """Launches it; returns at once."""
@@ -86,7 +88,7 @@ def _plan_firing(call: Call, lists: Lists, gates: Tensor) -> Launch:
         **lists.for_launch_one,
     }
     grid = (lists.num_tiles, call.token_tiles)
-    return Launch(list_firing, grid, arguments, call.tiling.warps)
+    return Launch(list_firing, grid, arguments, call.tiling.warps, call.stages)
 
 
 def _plan_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor) -> Launch:
@@ -98,7 +100,7 @@ def _plan_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor)
         "gates": gates,
         "hidden": hidden,
     }
-    return Launch(compute_hidden, grid_two(call, lists), arguments, call.tiling.warps)
+    return Launch(compute_hidden, grid_two(call, lists), arguments, call.tiling.warps, call.stages)
 
 
 def for_launch_two(call: Call, lists: Lists) -> dict[str, Any]:
@@ -179,7 +181,7 @@ def plan_combine(
         "BLOCK_N": call.tiling.down_rows,
     }
     warps, grid = call.tiling.warps, (lists.columns, splits, call.token_tiles)
-    launches = [Launch(combine, grid, arguments, warps)]
+    launches = [Launch(combine, grid, arguments, warps, call.stages)]
     if not call.tickets:
         grid_of_sums = (lists.columns, call.token_tiles)
         launches.append(Launch(add_shares, grid_of_sums, {**shared, "PLACES": places}, warps))

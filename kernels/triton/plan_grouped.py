@@ -215,7 +215,7 @@ def _plan_experts_grads(
     values: dict[str, Tensor],
     made: GroupedGradients,
 ) -> Launch:
-    rows, columns = call.tiling.rows, min(64, call.tiling.down_columns)
+    rows, columns = min(32, call.tiling.rows), min(64, call.tiling.down_columns)  # three sums
     arguments = {
         **call.shared,
         **pairs._asdict(),

@@ -55,7 +55,7 @@ def test_its_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_without_it_the_reference_runs_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     packed = [pack(weights()), pack(weights())]
     assert all(isinstance(one, ReferenceFFN) for one in packed)
-    assert backends() == ["reference"]
+    assert "cpu" not in backends() and backends()[-1] == "reference"  # a GPU may stand between
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "reinstall moe-tools where a C++17 compiler is" in record.getMessage()

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from moe_tools.kernels.triton.resources import TARGETS, Usage
+from moe_tools.kernels.triton.resources import BUDGET, TARGETS, Usage
 
-WITH_ROWS = {"list_firing", "compute_hidden", "compute_hidden_grads", "combine"}
+WITH_ROWS = {
+    *("list_firing", "compute_hidden", "compute_hidden_grads", "combine"),
+    *("compute_pairs_hidden", "compute_pairs_hidden_grads", "combine_pairs"),
+}
+FORWARD, BACKWARD, GROUPED = 3 + 3, 5, 3 + 4
+"""Launches of the cases: experts and gate first; backward; groups of many tokens, both ways."""
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,25 +42,40 @@ def table(*arguments: str) -> list[Usage]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tokens", ["1", "16", "64"])
-@pytest.mark.parametrize("shape", [("4096", "11008"), ("576", "1536")], ids="x".join)
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        *((("4096", "11008"), tokens) for tokens in ("1", "16", "64", "512")),
+        *((("576", "1536"), tokens) for tokens in ("1", "64")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "x".join(value),
+)
 def test_every_kernel_is_within_the_budget(shape: tuple[str, str], tokens: str) -> None:
     found = table("--shape", *shape, "--tokens", tokens)
     assert {usage.target for usage in found} == set(TARGETS)
-    launches = len(TARGETS) * (3 + 3 + 5) + 3  # gfx942 adds shares in a launch of its own
-    assert len(found) == launches * (2 if tokens == "1" else 1)
+    # on gfx942 shares are added in a launch of their own
+    plain, int8 = len(TARGETS) * (FORWARD + BACKWARD) + 3, len(TARGETS) * FORWARD + 2
+    each = len(TARGETS) * GROUPED if tokens == "512" else plain + int8
+    assert len(found) == 2 * each + (plain if tokens == "1" else 0)  # bf16, fp16; one in fp32
+    assert sum("fp16" in usage.case for usage in found) == each
     for usage in found:
         assert usage.load_bits == ((128,) if usage.kernel in WITH_ROWS else ()), usage
         assert usage.spills == 0, usage
 
 
 @pytest.mark.parametrize(
-    "changes", [{"registers": 256}, {"spills": 8}, {"shared": 65537}, {"load_bits": (64, 128)}]
+    "changes", [{"registers": 225}, {"spills": 8}, {"shared": 49153}, {"load_bits": (64, 128)}]
 )
 def test_what_is_over_the_budget_does_not_fit(changes: dict[str, Any]) -> None:
     lean = Usage("experts", "combine", "sm_90", 96, 0, 1024, (128,))
     assert lean.fits
     assert not replace(lean, **changes).fits
+
+
+def test_the_budget_is_the_one_in_the_docs() -> None:
+    page = Path(__file__).parents[3] / "docs" / "kernels.md"
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|", page.read_text("utf-8"), re.M)
+    assert {name: (int(most), int(kib)) for name, most, kib in rows} == BUDGET
 
 
 def test_interpreted_kernels_are_refused() -> None:
