@@ -78,16 +78,20 @@ def pack(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
     sole: bool = False,
+    screen: float | None = None,
 ) -> PackedFFN:
     """Copies the weights into the form that a backend reads: packed(x_TD, mask_TE) is y_TD.
 
     Args:
         weights: of one FFN.
-        dtype: in which they are stored, theirs by default; int8 has one scale a row.
+        dtype: in which they are stored, theirs by default; int8 has one scale a row, int4 one for
+            each 32 of a row.
         backend: auto takes the fastest that can run this, and goes through matrix products where
             those are faster. A named backend runs whatever the speed.
         sole: let go of `weights`, so that whoever owns them can free them: matrix products, too,
             then read the copy. Only the reference keeps what already has its dtype.
+        screen: of backend cpu, see `CpuFFN`: a copy of the gate in int8 leaves out what cannot
+            fire, with a margin in standard deviations, or `inf`. The others need none.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this.
@@ -96,9 +100,9 @@ def pack(
     auto = _known(backend) == "auto" and unsupported(weights, dtype) is None
     if auto and (isa := native_cpu()):
         announce(isa)
-        return CpuFFN(weights, dtype, sole=sole)
+        return CpuFFN(weights, dtype, sole=sole, screen=screen)
     if backend == "cpu":
-        return CpuFFN(weights, dtype, or_dense=False)
+        return CpuFFN(weights, dtype, or_dense=False, screen=screen)
     if backend == "triton":
         return _triton().TritonFFN(weights, dtype)
     return ReferenceFFN(rounded(weights, dtype))

@@ -84,7 +84,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "neurons": neurons,
         "width": draw(st.integers(1, 70) | st.sampled_from([31, 32, 64, 65, 128, 513, 1100])),
         "experts": draw(st.integers(1, neurons) | st.just(neurons)),
-        "leading": draw(st.sampled_from([(), (0,), (1,), (2,), (3, 1), (2, 3), (16,), (17,)])),
+        "leading": draw(st.sampled_from([(), (0,), (1,), (2,), (3, 1), (2, 3), (16,), (17,), (300,)])),
         "gated": gated,
         "biases": " ".join(draw(st.sets(st.sampled_from(names)))),
         "act": draw(st.sampled_from(ACTS)),
