@@ -16,32 +16,26 @@
 namespace ffn {
 namespace {
 
-constexpr int kTogether = 4;      // neurons, neighbours, that the kernels read together
-constexpr int kChunk = 32;        // neurons that one thread takes at a time
+constexpr int kTogether = 4;       // neurons, neighbours, that the kernels read together
+constexpr int kChunk = 32;         // neurons that one thread takes at a time
 constexpr int kMostColumns = 256;  // of y: those of all tokens stay in the second cache
-constexpr double kApart = 2.5;    // what a product costs whose neuron is alone, of one of four
+constexpr double kApart = 1.7;     // what a product costs whose neuron is alone, of one of four
 
-// Neighbouring neurons and the tokens that at least one of them has to be multiplied with.
+// Neighbouring neurons and the tokens that at least one of them counts for.
 struct Piece {
-    std::int64_t neuron;
-    int neurons;
-    std::vector<std::int32_t> tokens;
-    std::vector<float> h;  // neuron by neuron
+    std::int64_t neuron = 0;
+    int neurons = 0;
+    std::vector<std::int32_t> tokens = {};
+    std::vector<float> h = {};  // neuron by neuron
 };
 
-struct Pieces {
-    std::vector<Piece> all;
-    std::size_t count = 0;
+using Chunk = std::vector<Piece>;
 
-    // An empty one, in the memory of an earlier call.
-    Piece& next(std::int64_t neuron, int neurons) {
-        if (count == all.size()) all.emplace_back();
-        Piece& piece = all[count++];
-        piece.neuron = neuron;
-        piece.neurons = neurons;
-        piece.tokens.clear();
-        return piece;
-    }
+// What one thread needs for a piece.
+struct Work {
+    std::vector<const void*> x;
+    std::vector<float> z, apart;
+    std::vector<std::int32_t> live;
 };
 
 class Prompt {
@@ -52,27 +46,27 @@ class Prompt {
           wanted_(wanted),
           kernels_(kernels_for(isa, weights.dtype, batch.dtype)) {}
 
-    // Lists the tokens of every piece; the share of all products that they are.
-    double plan(std::vector<Pieces>& chunks) const {
-        chunks.resize(std::size_t((w_.neurons + kChunk - 1) / kChunk));
-        double products = 0;
-        std::int64_t n = 0;
-        for (Pieces& chunk : chunks) {
-            chunk.count = 0;
-            const std::int64_t end = std::min(n + kChunk, w_.neurons);
-            for (; n < end; n += kTogether)
-                products += plan_some(n, int(std::min<std::int64_t>(kTogether, end - n)), chunk);
+    // The work of all products, as a share of that of every token with every neuron.
+    double share() const {
+        double work = 0;
+        for (std::int64_t n = 0; n < w_.neurons; n += kTogether) {
+            const int neurons = together(n);
+            const double products = double(neurons) * double(wanted_.of_any(n, neurons).count());
+            double apart = 0;
+            for (int i = 0; i < neurons; ++i) apart += kApart * double(wanted_.of(n + i).count());
+            work += w_.inputs * std::min(products, apart) + products;
         }
-        return products / (double(w_.neurons) * double(batch_.tokens));
+        return work / ((w_.inputs + 1) * double(w_.neurons) * double(batch_.tokens));
     }
 
-    std::int64_t run(std::vector<Pieces>& chunks, int threads, Scratch& scratch) {
+    std::int64_t run(std::vector<Chunk>& chunks, int threads, Scratch& scratch) {
+        chunks.resize(std::size_t((w_.neurons + kChunk - 1) / kChunk));
         const std::size_t inputs = std::size_t(batch_.tokens) * Inputs::stride(w_.padded());
         x_.prepare(batch_, w_.width, w_.padded(), kernels_.x, scratch.get(inputs));
         const int tile = tile_lines(threads);
         const int tiles = int((w_.lines + tile - 1) / tile);
         std::atomic<std::int64_t> read{0};
-        const auto chunk = [&](int c) { read += hide(chunks[std::size_t(c)]); };
+        const auto chunk = [&](int c) { read += hide(c * std::int64_t(kChunk), chunks[c]); };
         const auto columns = [&](int i) {
             sum_up(chunks, i * tile, std::min<std::int64_t>((i + 1) * tile, w_.lines));
         };
@@ -81,104 +75,111 @@ class Prompt {
     }
 
   private:
-    // Together where that is less work than one neuron after the other, each with its own tokens.
-    double plan_some(std::int64_t neuron, int neurons, Pieces& chunk) const {
-        std::int64_t apart = 0;
-        for (int i = 0; i < neurons; ++i) apart += wanted_.of(expert(neuron + i)).count;
-        if (apart == 0) return 0;
-        Piece& piece = chunk.next(neuron, neurons);
-        for (int i = 0; i < neurons; ++i)
-            if (i == 0 || expert(neuron + i) != expert(neuron + i - 1)) unite(piece, neuron + i);
-        const double together = double(neurons) * double(piece.tokens.size());
-        if (together <= kApart * double(apart)) return together;
-        --chunk.count;
-        for (int i = 0; i < neurons; ++i) unite(chunk.next(neuron + i, 1), neuron + i);
-        return kApart * double(apart);
+    int together(std::int64_t neuron) const {
+        return int(std::min<std::int64_t>(kTogether, w_.neurons - neuron));
     }
 
-    void unite(Piece& piece, std::int64_t neuron) const {
-        const Tokens more = wanted_.of(expert(neuron));
-        const auto middle = std::ptrdiff_t(piece.tokens.size());
-        piece.tokens.insert(piece.tokens.end(), more.data, more.data + more.count);
-        auto& all = piece.tokens;
-        std::inplace_merge(all.begin(), all.begin() + middle, all.end());
-        all.erase(std::unique(all.begin(), all.end()), all.end());
-    }
-
-    std::int64_t expert(std::int64_t neuron) const {
-        const std::int64_t experts = batch_.mask_TE ? batch_.experts : 1;
-        const std::int64_t size = w_.neurons / experts, longer = w_.neurons % experts;
-        const std::int64_t in_longer = longer * (size + 1);
-        return neuron < in_longer ? neuron / (size + 1) : longer + (neuron - in_longer) / size;
-    }
-
-    std::int64_t hide(Pieces& chunk) const {
-        std::vector<const void*> x(std::size_t(batch_.tokens));
-        std::vector<float> z;
+    // The hidden values of the pieces of a chunk; how many rows that and what follows reads.
+    std::int64_t hide(std::int64_t neuron, Chunk& chunk) const {
+        thread_local Work work;
+        chunk.resize(kChunk / kTogether);
         std::int64_t read = 0;
-        for (std::size_t i = 0; i < chunk.count; ++i) {
-            Piece& piece = chunk.all[i];
+        for (Piece& piece : chunk) {
+            piece.neuron = neuron;
+            piece.neurons = std::max(0, together(neuron));
             start(piece);
-            for (int part = 0; part < w_.inputs && !piece.tokens.empty(); ++part) {
-                read += piece.neurons;
-                multiply(piece, part, x, z);
-                apply(piece, part, z);
+            for (int part = 0; part < w_.inputs; ++part) {
+                read += multiply(piece, part, work);
+                apply(piece, part, work);
             }
-            if (!piece.tokens.empty()) read += piece.neurons;
+            read += piece.tokens.empty() ? 0 : piece.neurons;
             scale(piece);
+            neuron += kTogether;
         }
         return read;
     }
 
     // h is 1 where a token wants the neuron, else 0.
     void start(Piece& piece) const {
-        const std::size_t count = piece.tokens.size();
-        piece.h.assign(std::size_t(piece.neurons) * count, 1.0f);
-        for (int i = 0; i < piece.neurons && batch_.mask_TE; ++i) {
-            const std::int64_t e = expert(piece.neuron + i);
-            for (std::size_t t = 0; t < count; ++t)
-                piece.h[i * count + t] = batch_.mask_TE[piece.tokens[t] * batch_.experts + e];
+        piece.tokens.clear();
+        if (piece.neurons == 0) return;
+        const Tokens any = wanted_.of_any(piece.neuron, piece.neurons);
+        for (std::int32_t t = 0; t < batch_.tokens; ++t)
+            if (any[std::size_t(t)]) piece.tokens.push_back(t);
+        piece.h.resize(piece.tokens.size() * std::size_t(piece.neurons));
+        float* h = piece.h.data();
+        for (int i = 0; i < piece.neurons; ++i) {
+            const Tokens& own = wanted_.of(piece.neuron + i);
+            for (const std::int32_t t : piece.tokens) *h++ = own[std::size_t(t)] ? 1.0f : 0.0f;
         }
     }
 
-    void multiply(const Piece& piece, int part, std::vector<const void*>& x,
-                  std::vector<float>& z) const {
-        for (std::size_t t = 0; t < piece.tokens.size(); ++t) x[t] = x_[piece.tokens[t]];
+    // z of a part, wherever h is not zero: all of the piece, or neuron by neuron if that is less.
+    std::int64_t multiply(const Piece& piece, int part, Work& work) const {
+        const std::size_t count = piece.tokens.size();
+        if (count == 0) return 0;
+        work.z.resize(piece.h.size());
+        work.x.resize(count);
+        const auto zeros = std::count(piece.h.begin(), piece.h.end(), 0.0f);
+        const double products = double(piece.h.size());
+        if (kApart * (products - double(zeros)) < products) return multiply_apart(piece, part, work);
+        for (std::size_t t = 0; t < count; ++t) work.x[t] = x_[piece.tokens[t]];
         const void* rows[kTogether + kAhead];
-        z.resize(piece.h.size());
-        kernels_.dot(rows_of(piece, part, rows), x.data(), int(piece.tokens.size()), z.data());
+        kernels_.dot(rows_of(piece, part, rows), work.x.data(), int(count), work.z.data());
+        return piece.neurons;
+    }
+
+    std::int64_t multiply_apart(const Piece& piece, int part, Work& work) const {
+        const std::size_t count = piece.tokens.size();
+        const void* rows[kTogether + kAhead];
+        const Rows all = rows_of(piece, part, rows);
+        work.apart.resize(count);
+        std::int64_t read = 0;
+        for (int i = 0; i < piece.neurons; ++i) {
+            work.live.clear();
+            for (std::size_t t = 0; t < count; ++t) {
+                if (piece.h[i * count + t] == 0) continue;
+                work.x[work.live.size()] = x_[piece.tokens[t]];
+                work.live.push_back(std::int32_t(t));
+            }
+            const int live = int(work.live.size());
+            if (live == 0) continue;
+            kernels_.dot({all.data + i, 1, all.lines}, work.x.data(), live, work.apart.data());
+            for (int k = 0; k < live; ++k) work.z[i * count + work.live[k]] = work.apart[k];
+            ++read;
+        }
+        return read;
     }
 
     // h *= act(z), and tokens for which every h is zero leave.
-    void apply(Piece& piece, int part, const std::vector<float>& z) const {
+    void apply(Piece& piece, int part, Work& work) const {
         const std::size_t count = piece.tokens.size();
         for (int i = 0; i < piece.neurons; ++i) {
             const std::int64_t n = piece.neuron + i;
             const float by = w_.scale(n, part), bias = w_.bias(n, part);
             for (std::size_t t = 0; t < count; ++t) {
                 float& h = piece.h[i * count + t];
-                if (h != 0) h *= w_.acts[part](z[i * count + t] * by + bias);
+                if (h != 0) h *= w_.acts[part](work.z[i * count + t] * by + bias);
             }
         }
-        compact(piece);
+        compact(piece, work.live);
     }
 
-    static void compact(Piece& piece) {
+    static void compact(Piece& piece, std::vector<std::int32_t>& live) {
         const std::size_t count = piece.tokens.size();
-        std::vector<std::int32_t> kept;
+        live.clear();
         for (std::size_t t = 0; t < count; ++t) {
             bool any = false;
             for (int i = 0; i < piece.neurons; ++i) any |= piece.h[i * count + t] != 0;
-            if (any) kept.push_back(std::int32_t(t));
+            if (any) live.push_back(std::int32_t(t));
         }
-        if (kept.size() == count) return;
+        if (live.size() == count) return;
+        float* to = piece.h.data();  // never ahead of what is still to be read
         for (int i = 0; i < piece.neurons; ++i)
-            for (std::size_t k = 0; k < kept.size(); ++k)
-                piece.h[i * kept.size() + k] = piece.h[i * count + std::size_t(kept[k])];
-        for (std::size_t k = 0; k < kept.size(); ++k)
-            piece.tokens[k] = piece.tokens[std::size_t(kept[k])];
-        piece.tokens.resize(kept.size());
-        piece.h.resize(kept.size() * std::size_t(piece.neurons));
+            for (const std::int32_t t : live) *to++ = piece.h[i * count + std::size_t(t)];
+        for (std::size_t k = 0; k < live.size(); ++k) piece.tokens[k] = piece.tokens[live[k]];
+        piece.tokens.resize(live.size());
+        piece.h.resize(live.size() * std::size_t(piece.neurons));
     }
 
     void scale(Piece& piece) const {
@@ -203,7 +204,7 @@ class Prompt {
     }
 
     // y in the columns of some lines.
-    void sum_up(const std::vector<Pieces>& chunks, std::int64_t begin, std::int64_t end) const {
+    void sum_up(const std::vector<Chunk>& chunks, std::int64_t begin, std::int64_t end) const {
         thread_local Scratch scratch;
         const std::int64_t first = begin * per_line(w_.dtype), last = end * per_line(w_.dtype);
         const std::int64_t stride = last - first + kLine;  // see Inputs::stride
@@ -211,9 +212,8 @@ class Prompt {
         auto* y = reinterpret_cast<float*>(scratch.get(std::size_t(values) * sizeof(float)));
         std::fill(y, y + values, 0.0f);
         std::vector<float*> y_T(std::size_t(batch_.tokens));
-        for (const Pieces& chunk : chunks)
-            for (std::size_t i = 0; i < chunk.count; ++i) {
-                const Piece& piece = chunk.all[i];
+        for (const Chunk& chunk : chunks)
+            for (const Piece& piece : chunk) {
                 for (std::size_t t = 0; t < piece.tokens.size(); ++t)
                     y_T[t] = y + piece.tokens[t] * stride;
                 const void* rows[kTogether + kAhead];
@@ -246,10 +246,10 @@ std::int64_t many_tokens(const Weights& weights, const Batch& batch, const Isa& 
                          double most) {
     thread_local Scratch scratch;
     thread_local Wanted wanted;
-    thread_local std::vector<Pieces> chunks;
-    wanted.find(batch.mask_TE, batch.tokens, batch.mask_TE ? batch.experts : 1);
+    thread_local std::vector<Chunk> chunks;
+    wanted.find(batch, weights.neurons);
     Prompt prompt(weights, batch, isa, wanted);
-    if (prompt.plan(chunks) > most) return -1;
+    if (prompt.share() > most) return -1;
     return prompt.run(chunks, threads, scratch);
 }
 

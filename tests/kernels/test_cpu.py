@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.native import isas
 from moe_tools.kernels.cpu.packed import DTYPES, CpuFFN
-from moe_tools.kernels.quantize import rounded
+from moe_tools.kernels.quantize import QUANTIZED, rounded
 from moe_tools.kernels.reference import neuron_mask, sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
 
@@ -136,7 +136,7 @@ def test_infinities_and_tiny_numbers_survive(
     isa: str, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> None:
     numbers = [1.0, -2.0, 65504.0, 6e-8, -3e-5, 0.0]
-    if dtype != torch.int8:
+    if dtype not in QUANTIZED:
         numbers += [float("inf"), -float("inf"), float("nan")]
     down_FD = torch.tensor([numbers])
     width = len(numbers)
@@ -144,7 +144,8 @@ def test_infinities_and_tiny_numbers_survive(
     x_TD = torch.eye(width, dtype=x_dtype)[:1]  # h = 1
     y_TD = CpuFFN(weights, dtype, or_dense=False, isa=isa)(x_TD)
     expected_TD = rounded(weights, dtype).down_FD.to(x_dtype)
-    if dtype == torch.int8:
+    if dtype in QUANTIZED:
+        expected_TD = exact(weights, dtype, x_TD).to(x_dtype)  # the ones above are rounded, too
         torch.testing.assert_close(y_TD, expected_TD, rtol=1e-6, atol=0.0)
     else:
         assert torch.equal(y_TD.nan_to_num(nan=7.0), expected_TD.nan_to_num(nan=7.0))
