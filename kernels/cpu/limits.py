@@ -1,7 +1,8 @@
 """Which way is the fastest: few tokens, many tokens, or matrix products. Letters: T tokens.
 
 Few tokens share every row that one of them wants (what takes the time is reading); of many, only
-those that want a row are multiplied with it (what takes the time is arithmetic).
+those that want a row are multiplied with it (what takes the time is arithmetic). The limits are
+where the ways cross on Zen 5 with two threads (LOG.md).
 """
 
 from __future__ import annotations
@@ -23,11 +24,24 @@ class Limits(NamedTuple):
 
     def without_dense(self) -> Limits:
         """No matrix products, whatever the speed."""
-        return self._replace(most_few=1.0, most_many=float("inf"))
+        return self._replace(most_few=1.0, most_many=1.0)
 
 
-def limits_for(weights: torch.dtype, x: torch.dtype) -> Limits:
-    """Where the ways cross, as measured with `moe-tools bench kernels` on Zen 5 (LOG.md)."""
-    if weights == x == torch.bfloat16:
-        return Limits(4, 1.0, 0.6)
-    return Limits(4, 1.0, float("inf"))
+FEW = 8
+"""Tokens for which the kernels read all rows faster than a matrix product would."""
+MOST_BF16 = ((16, 1.0), (64, 0.6))
+"""(tokens up to which, share of the products)."""
+MOST_BF16_BEYOND = 0.4
+"""bf16 has matrix products of its own, twice as fast as ours where nothing is left out."""
+
+
+def limits_for(weights: torch.dtype, x: torch.dtype, tokens: int) -> Limits:
+    """What is fastest for weights stored and x given so.
+
+    Only weights stored in the bf16 of x have a matrix product that is faster than the kernels:
+    that of fp32 is not on this machine, and the others would be converted at every call.
+    """
+    if not weights == x == torch.bfloat16:
+        return Limits(FEW, 1.0, 1.0)
+    shares = [share for most, share in MOST_BF16 if tokens <= most]
+    return Limits(FEW, 1.0, shares[0] if shares else MOST_BF16_BEYOND)

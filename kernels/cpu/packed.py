@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import Act, named
+from moe_tools.kernels.cpu.dense import dense_ffn
 from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.native import extension, isas
 from moe_tools.kernels.cpu.rows import Rows, pack_rows
 from moe_tools.kernels.cpu.screen import Screen, make_screen, no_screen
 from moe_tools.kernels.packed import PackedFFN
-from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int4)
@@ -85,7 +85,7 @@ class CpuFFN(PackedFFN):
         """
         self.weights.check_call(x_TD, mask_TE)
         _check_kinds(x_TD, mask_TE, soft=False)
-        limits = limits_for(self.rows.dtype, x_TD.dtype).without_dense()
+        limits = self._limits(x_TD).without_dense()
         return self._call(x_TD, mask_TE, _output(x_TD), limits)
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
@@ -93,11 +93,11 @@ class CpuFFN(PackedFFN):
         if mask_TE is not None and mask_TE.dtype != torch.bool:
             return self._dense(x_TD, mask_TE)
         y_TD = _output(x_TD)
-        read = self._call(x_TD, mask_TE, y_TD, self._limits(x_TD.dtype))
+        read = self._call(x_TD, mask_TE, y_TD, self._limits(x_TD))
         return self._dense(x_TD, mask_TE) if read < 0 else y_TD
 
-    def _limits(self, x_dtype: torch.dtype) -> Limits:
-        limits = limits_for(self.rows.dtype, x_dtype)
+    def _limits(self, x_TD: Tensor) -> Limits:
+        limits = limits_for(self.rows.dtype, x_TD.dtype, x_TD.numel() // self.weights.width)
         return limits if self.or_dense else limits.without_dense()
 
     def _call(self, x_TD: Tensor, mask_TE: Tensor | None, y_TD: Tensor, limits: Limits) -> int:
@@ -119,7 +119,7 @@ class CpuFFN(PackedFFN):
 
     def _dense(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return sparse_ffn_reference(self._in(x_TD.dtype), x_TD, mask_TE)
+            return dense_ffn(self._in(x_TD.dtype), x_TD, mask_TE)
 
     def _in(self, dtype: torch.dtype) -> FFNWeights:
         """The weights as `dtype`, as they were given if they had it."""

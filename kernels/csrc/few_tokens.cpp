@@ -118,16 +118,41 @@ class Job {
         }
     }
 
-    // h *= factor(token, z, neuron), and neurons whose h is zero for every token leave.
-    template <class Factor>
-    void keep(Hidden& hidden, const Factor& factor) const {
-        int kept = 0;
+    // h *= act(z), and neurons whose h is zero for every token leave.
+    void apply(int part, Hidden& hidden) const {
         for (int i = 0; i < hidden.count; ++i) {
             const std::int64_t n = chosen_.neurons[hidden.live[i]];
+            float* z = hidden.z + i * tokens_;
+            w_.acts[part](z, std::size_t(tokens_), w_.scale(n, part), w_.bias(n, part));
+        }
+        keep(hidden);
+    }
+
+    // 1 where the activation's threshold may be reached. Not `< : 0`: NaN stays in.
+    void screen(Hidden& hidden) const {
+        const std::int64_t bytes = row_bytes(DType::i8, screen_lines());
+        list(hidden, hidden.count, [&](std::int64_t n) { return w_.screen.rows_FD + n * bytes; });
+        screen_.dot({hidden.rows, hidden.count, screen_lines()}, screen_x_.data(), tokens_,
+                    hidden.z);
+        for (int i = 0; i < hidden.count; ++i) {
+            const std::int64_t n = chosen_.neurons[hidden.live[i]];
+            for (int t = 0; t < tokens_; ++t) {
+                float& z = hidden.z[i * tokens_ + t];
+                const float most = z * w_.screen.scales_F[n] + w_.bias(n, 0);
+                z = most + reach_[t] * w_.screen.errors_F[n] < w_.acts[0].theta ? 0.0f : 1.0f;
+            }
+        }
+        keep(hidden);
+    }
+
+    // h *= z, and neurons whose h is zero for every token leave.
+    void keep(Hidden& hidden) const {
+        multiply(hidden.h, hidden.z, std::size_t(hidden.count) * std::size_t(tokens_));
+        int kept = 0;
+        for (int i = 0; i < hidden.count; ++i) {
             bool any = false;
             for (int t = 0; t < tokens_; ++t) {
-                float h = hidden.h[i * tokens_ + t];
-                if (h != 0) h *= factor(t, hidden.z[i * tokens_ + t], n);
+                const float h = hidden.h[i * tokens_ + t];
                 hidden.h[kept * tokens_ + t] = h;
                 any |= h != 0;
             }
@@ -135,25 +160,6 @@ class Job {
             kept += any;
         }
         hidden.count = kept;
-    }
-
-    void apply(int part, Hidden& hidden) const {
-        keep(hidden, [&](int, float z, std::int64_t n) {
-            return w_.acts[part](z * w_.scale(n, part) + w_.bias(n, part));
-        });
-    }
-
-    // Leaves out what cannot reach the activation's threshold. Not `< : 0`: NaN stays in.
-    void screen(Hidden& hidden) const {
-        const std::int64_t bytes = row_bytes(DType::i8, screen_lines());
-        list(hidden, hidden.count, [&](std::int64_t n) { return w_.screen.rows_FD + n * bytes; });
-        screen_.dot({hidden.rows, hidden.count, screen_lines()}, screen_x_.data(), tokens_,
-                    hidden.z);
-        keep(hidden, [&](int t, float z, std::int64_t n) {
-            const float most =
-                z * w_.screen.scales_F[n] + w_.bias(n, 0) + reach_[t] * w_.screen.errors_F[n];
-            return most < w_.acts[0].theta ? 0.0f : 1.0f;
-        });
     }
 
     std::int64_t screen_lines() const { return (w_.width + kLine - 1) / kLine; }

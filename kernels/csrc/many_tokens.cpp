@@ -16,10 +16,11 @@
 namespace ffn {
 namespace {
 
-constexpr int kTogether = 4;       // neurons, neighbours, that the kernels read together
+// Neighbouring neurons that are multiplied with the tokens of any of them: one alone would be
+// through with a token's x as soon as it is there.
+constexpr int kTogether = 4;
 constexpr int kChunk = 32;         // neurons that one thread takes at a time
 constexpr int kMostColumns = 256;  // of y: those of all tokens stay in the second cache
-constexpr double kApart = 1.7;     // what a product costs whose neuron is alone, of one of four
 
 // Neighbouring neurons and the tokens that at least one of them counts for.
 struct Piece {
@@ -34,7 +35,7 @@ using Chunk = std::vector<Piece>;
 // What one thread needs for a piece.
 struct Work {
     std::vector<const void*> x;
-    std::vector<float> z, apart;
+    std::vector<float> z;
     std::vector<std::int32_t> live;
 };
 
@@ -46,17 +47,12 @@ class Prompt {
           wanted_(wanted),
           kernels_(kernels_for(isa, weights.dtype, batch.dtype)) {}
 
-    // The work of all products, as a share of that of every token with every neuron.
+    // The products to make, as a share of those of every token with every neuron.
     double share() const {
-        double work = 0;
-        for (std::int64_t n = 0; n < w_.neurons; n += kTogether) {
-            const int neurons = together(n);
-            const double products = double(neurons) * double(wanted_.of_any(n, neurons).count());
-            double apart = 0;
-            for (int i = 0; i < neurons; ++i) apart += kApart * double(wanted_.of(n + i).count());
-            work += w_.inputs * std::min(products, apart) + products;
-        }
-        return work / ((w_.inputs + 1) * double(w_.neurons) * double(batch_.tokens));
+        double products = 0;
+        for (std::int64_t n = 0; n < w_.neurons; n += kTogether)
+            products += together(n) * double(wanted_.of_any(n, together(n)).count());
+        return products / (double(w_.neurons) * double(batch_.tokens));
     }
 
     std::int64_t run(std::vector<Chunk>& chunks, int threads, Scratch& scratch) {
@@ -114,41 +110,16 @@ class Prompt {
         }
     }
 
-    // z of a part, wherever h is not zero: all of the piece, or neuron by neuron if that is less.
+    // z of a part; how many rows that reads.
     std::int64_t multiply(const Piece& piece, int part, Work& work) const {
-        const std::size_t count = piece.tokens.size();
-        if (count == 0) return 0;
+        if (piece.tokens.empty()) return 0;
         work.z.resize(piece.h.size());
-        work.x.resize(count);
-        const auto zeros = std::count(piece.h.begin(), piece.h.end(), 0.0f);
-        const double products = double(piece.h.size());
-        if (kApart * (products - double(zeros)) < products) return multiply_apart(piece, part, work);
-        for (std::size_t t = 0; t < count; ++t) work.x[t] = x_[piece.tokens[t]];
+        work.x.clear();
+        for (const std::int32_t t : piece.tokens) work.x.push_back(x_[t]);
         const void* rows[kTogether + kAhead];
-        kernels_.dot(rows_of(piece, part, rows), work.x.data(), int(count), work.z.data());
+        const Rows list = rows_of(piece, part, rows);
+        kernels_.dot(list, work.x.data(), int(work.x.size()), work.z.data());
         return piece.neurons;
-    }
-
-    std::int64_t multiply_apart(const Piece& piece, int part, Work& work) const {
-        const std::size_t count = piece.tokens.size();
-        const void* rows[kTogether + kAhead];
-        const Rows all = rows_of(piece, part, rows);
-        work.apart.resize(count);
-        std::int64_t read = 0;
-        for (int i = 0; i < piece.neurons; ++i) {
-            work.live.clear();
-            for (std::size_t t = 0; t < count; ++t) {
-                if (piece.h[i * count + t] == 0) continue;
-                work.x[work.live.size()] = x_[piece.tokens[t]];
-                work.live.push_back(std::int32_t(t));
-            }
-            const int live = int(work.live.size());
-            if (live == 0) continue;
-            kernels_.dot({all.data + i, 1, all.lines}, work.x.data(), live, work.apart.data());
-            for (int k = 0; k < live; ++k) work.z[i * count + work.live[k]] = work.apart[k];
-            ++read;
-        }
-        return read;
     }
 
     // h *= act(z), and tokens for which every h is zero leave.
@@ -156,11 +127,9 @@ class Prompt {
         const std::size_t count = piece.tokens.size();
         for (int i = 0; i < piece.neurons; ++i) {
             const std::int64_t n = piece.neuron + i;
-            const float by = w_.scale(n, part), bias = w_.bias(n, part);
-            for (std::size_t t = 0; t < count; ++t) {
-                float& h = piece.h[i * count + t];
-                if (h != 0) h *= w_.acts[part](work.z[i * count + t] * by + bias);
-            }
+            float* z = work.z.data() + i * count;
+            w_.acts[part](z, count, w_.scale(n, part), w_.bias(n, part));
+            ffn::multiply(piece.h.data() + i * count, z, count);
         }
         compact(piece, work.live);
     }

@@ -64,7 +64,8 @@ struct Limits {
 //
 // A row is read only if its product can count: the rows of experts that some token wants, and of
 // those with a gate or up that an activation made zero not what comes behind it. Of many tokens,
-// only those that want a row are multiplied with it, and h is rounded to the format of the weights.
+// only those that want a row, or one of its three neighbours, are multiplied with it, and h is
+// rounded to bf16 where x and the weights are.
 //
 // Returns how many rows it read, those of the screen left out, every group of at most `kFew` or
 // `kMany` tokens by itself. If the tokens want more than the limits say, returns -1 and leaves y

@@ -1,6 +1,7 @@
 // Which tokens want each expert, and each neuron. Letters: T tokens, E experts, F neurons.
 #pragma once
 
+#include <algorithm>
 #include <bitset>
 #include <cstdint>
 #include <cstring>
@@ -36,13 +37,14 @@ class Wanted {
     }
 
   private:
+    // Eight experts at a time, most of which are not wanted.
     void mark(const std::uint8_t* mask_E, std::int64_t experts, std::size_t token) {
-        for (std::int64_t e = 0; e < experts; ++e) {
-            std::uint64_t eight;
-            if (e + 8 <= experts && (std::memcpy(&eight, mask_E + e, 8), !eight))
-                e += 7;  // most are not wanted: eight of them are passed at once
-            else if (mask_E[e])
-                tokens_E_[std::size_t(e)].set(token);
+        for (std::int64_t e = 0; e < experts; e += 8) {
+            const std::int64_t last = std::min<std::int64_t>(e + 8, experts);
+            std::uint64_t eight = 0;
+            std::memcpy(&eight, mask_E + e, std::size_t(last - e));
+            for (std::int64_t one = e; eight && one < last; ++one)
+                if (mask_E[one]) tokens_E_[std::size_t(one)].set(token);
         }
     }
 
