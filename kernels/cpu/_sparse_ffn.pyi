@@ -6,6 +6,7 @@ def prepare(
     rows_FPD: int,
     scales_FP: int,
     biases_FP: int,
+    off_F: int,
     down_D: int,
     neurons: int,
     width: int,

@@ -17,17 +17,20 @@ def dense_ffn(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | None) -> Tens
     for part_TF in others:
         h_TF.mul_(part_TF)
     if mask_TE is not None:
-        _switch(h_TF, mask_TE.to(h_TF.dtype))
+        _switch(h_TF, mask_TE.to(h_TF.dtype), weights.off_F)
     return linear(h_TF, weights.down_FD.T, weights.down_D)
 
 
-def _switch(h_TF: Tensor, mask_TE: Tensor) -> None:
-    """h *= mask, expert by expert; the first F mod E have a neuron more."""
-    experts = mask_TE.shape[-1]
-    size, longer = divmod(h_TF.shape[-1], experts)
+def _switch(h_TF: Tensor, mask_TE: Tensor, off_F: Tensor | None) -> None:
+    """h = off + mask (h - off), expert by expert; the first F mod E have a neuron more."""
+    if off_F is not None:
+        h_TF.sub_(off_F)
+    size, longer = divmod(h_TF.shape[-1], mask_TE.shape[-1])
     in_longer = longer * (size + 1)
     for own_TF, own_TE, neurons in (
         (h_TF[..., :in_longer], mask_TE[..., :longer], size + 1),
         (h_TF[..., in_longer:], mask_TE[..., longer:], size),
     ):
         own_TF.unflatten(-1, (-1, neurons)).mul_(own_TE[..., None])
+    if off_F is not None:
+        h_TF.add_(off_F)

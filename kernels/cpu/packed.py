@@ -75,6 +75,11 @@ class CpuFFN(PackedFFN):
         self._isa = _isa_index(isa)
         self._handle = self._native.prepare(*_describe(self.weights, self.rows, self.screen))
 
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return self.rows.bytes_FPB.device
+
     def rows_read(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> int:
         """Rows of weights that a call reads if no matrix product is faster, without the screen's.
 
@@ -170,7 +175,8 @@ def _views(weights: FFNWeights, rows: Rows, matrix_FD: Callable[[int], Tensor]) 
         gate_FD=gate_FD,
         up_F=biases[-1],
         gate_F=gate_F,
-        down_D=rows.down_D,
+        down_D=rows.bias_D,
+        off_F=rows.off_F,
     )
 
 
@@ -178,7 +184,7 @@ def _describe(
     weights: FFNWeights, rows: Rows, screen: Screen | None
 ) -> tuple[int | float, ...]:
     """The arguments of `prepare` in module.cpp."""
-    tensors = (rows.bytes_FPB, rows.scales_FP, rows.biases_FP, rows.down_D)
+    tensors = (rows.bytes_FPB, rows.scales_FP, rows.biases_FP, rows.off_F, rows.down_D)
     neurons, parts, _ = rows.bytes_FPB.shape
     up_act = named(weights.up_act) if parts == 3 else Act("identity")
     acts = [act for act in (named(weights.act), up_act) if isinstance(act, Act)]

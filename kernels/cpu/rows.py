@@ -5,7 +5,7 @@ Letters: D model width, F neurons, P parts: gate (if any), up, down; B bytes of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,12 @@ class Rows:
     """fp32; what a row of int8 is multiplied with."""
     biases_FP: Tensor | None
     """fp32; of gate and up."""
+    off_F: Tensor | None
+    """fp32; taken from h of a neuron that is on."""
+    bias_D: Tensor | None
+    """fp32; of the output."""
     down_D: Tensor | None
-    """fp32."""
+    """fp32; the output where every neuron is off."""
 
     @property
     def lines(self) -> int:
@@ -77,11 +81,19 @@ def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> Rows:
         weights.width,
         torch.ones(shape) if dtype == torch.int8 else None,
         _biases_FP(weights),
+        _float(weights.off_F),
+        _float(weights.down_D),
         _float(weights.down_D),
     )
     for part, matrix_FD in enumerate(matrices):
         _write(rows, part, matrix_FD)
-    return rows
+    return rows if rows.off_F is None else replace(rows, down_D=_with_off(rows, rows.off_F))
+
+
+def _with_off(rows: Rows, off_F: Tensor) -> Tensor:
+    """The output where every neuron is off: one that is on then adds what it is more."""
+    off_D = off_F @ rows.matrix_FD(rows.bytes_FPB.shape[1] - 1, torch.float32)
+    return off_D if rows.bias_D is None else off_D + rows.bias_D
 
 
 def row_bytes(width: int, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ struct Case {
     int tokens, width, neurons, experts, inputs, threads, few;
     DType dtype;
     Act act;
-    bool masked, biased, screened;
+    bool masked, biased, screened, off;
 };
 
 struct Problem {
@@ -25,7 +25,7 @@ struct Problem {
     std::int64_t lines, padded, bytes;  // of a row
     std::vector<float> values;          // of rows_FPD, as stored
     std::vector<std::byte> rows;
-    std::vector<float> scales, biases, down, x, errors;
+    std::vector<float> scales, biases, off, down, x, errors;
     std::vector<std::byte> screen;
     std::vector<std::uint8_t> mask;
 };
@@ -90,6 +90,7 @@ Problem make(const Case& c, unsigned seed) {
     p.rows.resize(rows * std::size_t(p.bytes));
     store_all(p);
     if (c.dtype == DType::i8) p.scales.assign(rows, 1 / 64.0f);
+    for (int i = 0; c.off && i < c.neurons; ++i) p.off.push_back(normal(random));
     if (c.screened) make_screen(p);
     for (int i = 0; c.biased && i < c.neurons * c.inputs; ++i) p.biases.push_back(normal(random));
     for (int i = 0; c.biased && i < c.width; ++i) p.down.push_back(normal(random));
@@ -119,7 +120,7 @@ std::vector<float> slow(const Problem& p) {
         for (int e = 0, n = 0; e < p.c.experts; ++e)
             for (const int end = n + size + (e < longer); n < end; ++n) {
                 if (!p.mask.empty() && !p.mask[t * p.c.experts + e]) continue;
-                const float h = hidden(p, t, n);
+                const float h = hidden(p, t, n) - (p.off.empty() ? 0 : p.off[n]);
                 const float* row = &p.values[(n * (p.c.inputs + 1) + p.c.inputs) * p.padded];
                 for (int d = 0; d < p.c.width; ++d) y_D[d] += h * row[d];
             }
@@ -131,7 +132,7 @@ std::vector<float> fast(const Problem& p, const Isa& isa) {
     std::vector<float> y(p.x.size());
     const auto data = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
     const std::vector<float> scales(std::size_t(p.c.neurons), 1 / 64.0f);
-    const Weights weights{p.rows.data(), data(p.scales), data(p.biases), data(p.down),
+    const Weights weights{p.rows.data(), data(p.scales), data(p.biases), data(p.off), data(p.down),
                           p.c.neurons,   p.c.width,      p.lines,        p.c.inputs,
                           p.c.dtype,     {Activation{p.c.act, 0}, Activation{}},
                           {data(p.screen), scales.data(), data(p.errors), 1}};
@@ -168,7 +169,8 @@ Case draw(std::mt19937& random) {
             Act(screened ? 1 : pick({1, 5, 6, 7})),
             bool(pick({0, 1})),
             bool(pick({0, 1})),
-            screened};
+            screened,
+            !screened && pick({0, 1})};
 }
 
 void check_all(unsigned seed, int cases) {

@@ -111,11 +111,13 @@ class Job {
         hidden.count = count;
         for (int i = 0; i < count; ++i) {
             hidden.live[i] = int(begin) + i;
-            const std::int64_t e = chosen_.experts[begin + i];
             for (int t = 0; t < tokens_; ++t)
-                hidden.h[i * tokens_ + t] =
-                    !batch_.mask_TE || batch_.mask_TE[t * batch_.experts + e] ? 1.0f : 0.0f;
+                hidden.h[i * tokens_ + t] = wants(t, hidden.live[i]) ? 1.0f : 0.0f;
         }
+    }
+
+    bool wants(int token, int live) const {
+        return !batch_.mask_TE || batch_.mask_TE[token * batch_.experts + chosen_.experts[live]];
     }
 
     // h *= act(z), and neurons whose h is zero for every token leave.
@@ -145,9 +147,10 @@ class Job {
         keep(hidden);
     }
 
-    // h *= z, and neurons whose h is zero for every token leave.
+    // h *= z, and neurons whose h is zero for every token leave, unless something is taken from it.
     void keep(Hidden& hidden) const {
         multiply(hidden.h, hidden.z, std::size_t(hidden.count) * std::size_t(tokens_));
+        if (w_.off_F) return;
         int kept = 0;
         for (int i = 0; i < hidden.count; ++i) {
             bool any = false;
@@ -166,9 +169,14 @@ class Job {
 
     void add(Hidden& hidden, float* y) const {
         const Rows rows = rows_of(w_.inputs, hidden);
-        for (int i = 0; i < hidden.count && w_.scales_FP; ++i)
-            for (int t = 0; t < tokens_; ++t)
-                hidden.h[i * tokens_ + t] *= w_.scale(chosen_.neurons[hidden.live[i]], w_.inputs);
+        for (int i = 0; i < hidden.count && (w_.off_F || w_.scales_FP); ++i) {
+            const int live = hidden.live[i];
+            const std::int64_t n = chosen_.neurons[live];
+            for (int t = 0; t < tokens_; ++t) {
+                float& h = hidden.h[i * tokens_ + t];
+                h = (h - (wants(t, live) ? w_.off(n) : 0)) * w_.scale(n, w_.inputs);
+            }
+        }
         const int numbers = per_line(w_.dtype);
         const std::int64_t tile = std::max(1, kTileBytes / int(sizeof(float)) / tokens_ / numbers);
         for (std::int64_t line = 0; line < w_.lines; line += tile) {

@@ -89,7 +89,7 @@ class Prompt {
                 apply(piece, part, work);
             }
             read += piece.tokens.empty() ? 0 : piece.neurons;
-            scale(piece);
+            finish(piece);
             neuron += kTogether;
         }
         return read;
@@ -131,7 +131,7 @@ class Prompt {
             w_.acts[part](z, count, w_.scale(n, part), w_.bias(n, part));
             ffn::multiply(piece.h.data() + i * count, z, count);
         }
-        compact(piece, work.live);
+        if (!w_.off_F) compact(piece, work.live);
     }
 
     static void compact(Piece& piece, std::vector<std::int32_t>& live) {
@@ -151,11 +151,18 @@ class Prompt {
         piece.h.resize(live.size() * std::size_t(piece.neurons));
     }
 
-    void scale(Piece& piece) const {
+    // What the way down takes in place of h.
+    void finish(Piece& piece) const {
         const std::size_t count = piece.tokens.size();
-        for (int i = 0; i < piece.neurons && w_.scales_FP; ++i)
-            for (std::size_t t = 0; t < count; ++t)
-                piece.h[i * count + t] *= w_.scale(piece.neuron + i, w_.inputs);
+        for (int i = 0; i < piece.neurons && (w_.off_F || w_.scales_FP); ++i) {
+            const std::int64_t n = piece.neuron + i;
+            const Tokens& own = wanted_.of(n);
+            for (std::size_t t = 0; t < count; ++t) {
+                float& h = piece.h[i * count + t];
+                const bool on = own[std::size_t(piece.tokens[t])];
+                h = (h - (on ? w_.off(n) : 0)) * w_.scale(n, w_.inputs);
+            }
+        }
     }
 
     // The rows of a part; behind them, those of the neurons that come next.

@@ -29,17 +29,18 @@ void forget(PyObject* capsule) {
 }
 
 PyObject* prepare(PyObject*, PyObject* args) {
-    unsigned long long rows, scales, biases, down, screen, screen_scales, errors;
+    unsigned long long rows, scales, biases, off, down, screen, screen_scales, errors;
     long long neurons, width, lines;
     int inputs, dtype, kinds[2];
     float thetas[2], reach;
-    if (!PyArg_ParseTuple(args, "KKKKLLLiiififKKKf", &rows, &scales, &biases, &down, &neurons,
+    if (!PyArg_ParseTuple(args, "KKKKKLLLiiififKKKf", &rows, &scales, &biases, &off, &down, &neurons,
                           &width, &lines, &inputs, &dtype, &kinds[0], &thetas[0], &kinds[1],
                           &thetas[1], &screen, &screen_scales, &errors, &reach))
         return nullptr;
     auto* weights = new Weights{address<const std::byte>(rows),
                                 address<const float>(scales),
                                 address<const float>(biases),
+                                address<const float>(off),
                                 address<const float>(down),
                                 neurons,
                                 width,

@@ -26,6 +26,7 @@ struct Weights {
     const std::byte* rows_FPD;
     const float* scales_FP;  // what a row of int8 is multiplied with; null: 1
     const float* biases_FP;  // of every part but down; null: 0
+    const float* off_F;      // what is taken from h of a neuron that is on; null: 0
     const float* down_D;     // the bias of the output; null: 0
     std::int64_t neurons, width, lines;
     int inputs;  // parts that multiply x: 2 with a gate, 1 without
@@ -40,6 +41,7 @@ struct Weights {
     float scale(std::int64_t neuron, int part) const {
         return scales_FP ? scales_FP[neuron * (inputs + 1) + part] : 1;
     }
+    float off(std::int64_t neuron) const { return off_F ? off_F[neuron] : 0; }
     float bias(std::int64_t neuron, int part) const {
         return biases_FP ? biases_FP[neuron * inputs + part] : 0;
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import activations as stock
 from transformers.pytorch_utils import Conv1D
 
@@ -48,8 +48,8 @@ def refusal(projections: Projections) -> str | None:
     return None
 
 
-def kernel_weights(projections: Projections) -> FFNWeights:
-    """Views of the weights of modules that nothing refuses."""
+def kernel_weights(projections: Projections, off_F: Tensor | None = None) -> FFNWeights:
+    """Views of the weights of modules that nothing refuses; `off_F` stands in for what is off."""
     weights, act = projections.weights(), projections.act
     theta = act.threshold if isinstance(act, Activation) else 0.0
     return FFNWeights(
@@ -61,4 +61,5 @@ def kernel_weights(projections: Projections) -> FFNWeights:
         weights.gate_F,
         weights.down_D,
         "relu" if isinstance(act, DReLU) else "identity",
+        off_F,
     )
