@@ -22,9 +22,9 @@ class PackedFFN(ABC):
         """Views of what is stored."""
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where its numbers are."""
+        return self.weights.up_FD.device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Itself: it never changes, and its numbers are most of a model."""
@@ -52,11 +52,6 @@ class ReferenceFFN(PackedFFN):
     """The definition, on weights as they are."""
 
     backend = "reference"
-
-    @property
-    def device(self) -> torch.device:
-        """That of the weights."""
-        return self.weights.up_FD.device
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         def cast(tensor: Tensor) -> Tensor:

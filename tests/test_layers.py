@@ -44,9 +44,9 @@ ARROWS = {
     },
 }
 KERNEL_USERS = {
-    "moe_tools.model.experts",
     "moe_tools.model.kernel_weights",
     "moe_tools.model.optimized",
+    "moe_tools.model.packed_ffn",
     "moe_tools.measure.bench_kernels",
 }
 WITHOUT_TORCH = ["moe_tools.registry", "moe_tools.recipe", "moe_tools.measure.report"]
