@@ -12,7 +12,7 @@ from moe_tools.model.checkpoint import quiet_transformers
 __all__ = ["DTYPES", "PACKED", "pick_device", "pick_dtype", "quiet_transformers", "write_text"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PACKED = DTYPES | {"int8": torch.int8}
+PACKED = DTYPES | {"fp16": torch.float16, "int8": torch.int8, "int4": torch.int4}
 """Of weights that are packed for the sparse kernels."""
 
 

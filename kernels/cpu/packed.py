@@ -180,9 +180,7 @@ def _views(weights: FFNWeights, rows: Rows, matrix_FD: Callable[[int], Tensor]) 
     )
 
 
-def _describe(
-    weights: FFNWeights, rows: Rows, screen: Screen | None
-) -> tuple[int | float, ...]:
+def _describe(weights: FFNWeights, rows: Rows, screen: Screen | None) -> tuple[int | float, ...]:
     """The arguments of `prepare` in module.cpp."""
     tensors = (rows.bytes_FPB, rows.scales_FP, rows.biases_FP, rows.off_F, rows.down_D)
     neurons, parts, _ = rows.bytes_FPB.shape

@@ -74,7 +74,7 @@ def per_line(dtype: torch.dtype) -> int:
 def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> Rows:
     """Copies the weights, as `dtype`: int8 and int4 quantize (see `kernels/quantize.py`)."""
     matrices = [rows_FD.detach() for rows_FD, _, _ in weights.inputs] + [weights.down_FD.detach()]
-    shape = weights.neurons, len(matrices)
+    shape, bias_D = (weights.neurons, len(matrices)), _float(weights.down_D)
     rows = Rows(
         allocate((*shape, row_bytes(weights.width, dtype))).zero_(),
         dtype,
@@ -82,8 +82,8 @@ def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> Rows:
         torch.ones(shape) if dtype == torch.int8 else None,
         _biases_FP(weights),
         _float(weights.off_F),
-        _float(weights.down_D),
-        _float(weights.down_D),
+        bias_D,
+        bias_D,
     )
     for part, matrix_FD in enumerate(matrices):
         _write(rows, part, matrix_FD)

@@ -96,7 +96,9 @@ def optimize(
     if screen is not None:
         _check_screen([f for f, o in zip(ffns, obstacles, strict=True) if not o], dtype, screen)
     if linears is not None:
-        quantize_linears(model, linears, besides=[module for ffn in ffns for module in ffn.projections.linears()])
+        quantize_linears(
+            model, linears, besides=[module for ffn in ffns for module in ffn.projections.linears()]
+        )
     for ffn, obstacle in zip(ffns, obstacles, strict=True):
         if obstacle is None:
             off_F = ffn.off_F if isinstance(ffn, ExpertFFN) else None

@@ -49,10 +49,10 @@ class Int8Linear(QuantizedLinear):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         weight_ND = linear.weight.detach()
-        scale_N = (weight_ND.float().abs().amax(dim=1) / 127).clamp_min(1e-30)
-        codes_ND = (weight_ND.float() / scale_N[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", codes_ND)
-        self.register_buffer("scale_N", scale_N.to(weight_ND.dtype))
+        scale_N = _scale(weight_ND, 127)
+        codes_ND = (weight_ND.float() / scale_N.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", codes_ND.to(torch.int8))
+        self.register_buffer("scale_N", scale_N)
         self.weight: Tensor
         self.scale_N: Tensor
 
@@ -71,13 +71,13 @@ class Int4Linear(QuantizedLinear):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        weight_NGD = linear.weight.detach().float().unflatten(1, (-1, GROUP))
-        scale_NG = (weight_NGD.abs().amax(dim=2) / 7).clamp_min(1e-30)
-        codes_NGD = (weight_NGD / scale_NG[..., None]).round().clamp(-7, 7)
+        weight_NGD = linear.weight.detach().unflatten(1, (-1, GROUP))
+        scale_NG = _scale(weight_NGD, 7)
+        codes_NGD = (weight_NGD.float() / scale_NG.float()[..., None]).round().clamp(-7, 7)
         codes_ND = codes_NGD.flatten(1).to(torch.int32) + 8
         self.register_buffer("weight", torch._convert_weight_to_int4pack_for_cpu(codes_ND, 1))
         scales_GN2 = torch.stack([scale_NG.T, torch.zeros_like(scale_NG.T)], dim=2)
-        self.register_buffer("scales_GN2", scales_GN2.to(linear.weight.dtype).contiguous())
+        self.register_buffer("scales_GN2", scales_GN2.contiguous())
         self.weight: Tensor
         self.scales_GN2: Tensor
 
@@ -87,6 +87,12 @@ class Int4Linear(QuantizedLinear):
             x_TD.contiguous(), self.weight, GROUP, self.scales_GN2
         )
         return made
+
+
+def _scale(weight: Tensor, largest: int) -> Tensor:
+    """What puts the largest entry of the last dimension at `largest`, but for its own rounding."""
+    scale = (weight.abs().amax(dim=-1).float() / largest).to(weight.dtype)
+    return torch.where(scale > 0, scale, 1.0)
 
 
 _KINDS: dict[Kind, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Linear}
@@ -102,7 +108,12 @@ def quantize_linears(model: nn.Module, kind: Kind, besides: Collection[nn.Module
     """
     if kind not in get_args(Kind):
         raise ValueError(f"unknown linears {kind!r}; known: {', '.join(get_args(Kind))}")
-    left = {id(part) for module in model.modules() if isinstance(module, Router) for part in module.modules()}
+    left = {
+        id(part)
+        for module in model.modules()
+        if isinstance(module, Router)
+        for part in module.modules()
+    }
     left |= {id(module) for module in besides}
     found = [
         (name, module)
@@ -111,7 +122,9 @@ def quantize_linears(model: nn.Module, kind: Kind, besides: Collection[nn.Module
     ]
     for name, linear in found:
         if linear.weight.device.type != "cpu":
-            raise ValueError(f"{name} is on {linear.weight.device}: linears are quantized on the CPU")
+            raise ValueError(
+                f"{name} is on {linear.weight.device}: linears are quantized on the CPU"
+            )
     for name, linear in found:
         model.set_submodule(name, _KINDS[kind](linear))
 

@@ -90,7 +90,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "neurons": neurons,
         "width": draw(st.integers(1, 70) | st.sampled_from([31, 32, 64, 65, 128, 513, 1100])),
         "experts": draw(st.integers(1, neurons) | st.just(neurons)),
-        "leading": draw(st.sampled_from([(), (0,), (1,), (2,), (3, 1), (2, 3), (16,), (17,), (300,)])),
+        "leading": draw(
+            st.sampled_from([(), (0,), (1,), (2,), (3, 1), (2, 3), (16,), (17,), (300,)])
+        ),
         "gated": gated,
         "biases": " ".join(draw(st.sets(st.sampled_from(names)))),
         "act": draw(st.sampled_from(ACTS)),
@@ -274,7 +276,9 @@ def test_tokens_and_what_they_want_decide_what_is_dense(tokens: int, on: int, de
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 @pytest.mark.parametrize("x", DTYPES[:3], ids=str)
-def test_only_bf16_has_matrix_products_that_are_faster(weights: torch.dtype, x: torch.dtype) -> None:
+def test_only_bf16_has_matrix_products_that_are_faster(
+    weights: torch.dtype, x: torch.dtype
+) -> None:
     for tokens in (1, 16, 17, 512):
         limits = limits_for(weights, x, tokens)
         assert limits.few == 8 and limits.most_few == 1.0
