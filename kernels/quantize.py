@@ -13,7 +13,8 @@ from moe_tools.kernels.weights import FFNWeights
 
 GROUP = 32
 """Columns that share a scale in int4, as in llama.cpp's Q4_0; as many as csrc/dtype.h says."""
-QUANTIZED = (torch.int8, torch.int4)
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # the stubs lack it
+QUANTIZED = (torch.int8, INT4)
 
 
 def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def rounded(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
         if dtype == torch.int8:
             rows_FD, scale_F = quantize_rows(weight_FD)
             return (rows_FD * scale_F[:, None]).to(kept)
-        if dtype == torch.int4:
+        if dtype == INT4:
             return dequantize_groups(*quantize_groups(weight_FD)).to(kept)
         return weight_FD.to(dtype)
 

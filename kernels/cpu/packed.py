@@ -19,9 +19,10 @@ from moe_tools.kernels.cpu.native import extension, isas
 from moe_tools.kernels.cpu.rows import Rows, pack_rows
 from moe_tools.kernels.cpu.screen import Screen, make_screen, no_screen
 from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.weights import FFNWeights
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int4)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, INT4)
 """Of weights, in the order of csrc/dtype.h; x and y may have the first three."""
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from moe_tools.kernels.cpu.native import extension
 from moe_tools.kernels.quantize import (
     GROUP,
+    INT4,
     dequantize_groups,
     quantize_groups,
     quantize_rows,
@@ -52,13 +53,13 @@ class Rows:
 
     def stored_FD(self, part: int) -> Tensor:
         """The numbers of a part: a view, where they are not packed more tightly than torch can."""
-        if self.dtype == torch.int4:
+        if self.dtype == INT4:
             return torch.empty(len(self.bytes_FPB), self.width, device="meta")
         return self.bytes_FPB.view(self.dtype)[:, part, : self.width]
 
     def matrix_FD(self, part: int, dtype: torch.dtype) -> Tensor:
         """The weights of a part, as `dtype`: a view if they are stored so."""
-        if self.dtype == torch.int4:
+        if self.dtype == INT4:
             rows_FB = self.bytes_FPB[:, part]
             return _read_int4(rows_FB, self.lines, self.width).to(dtype)
         if self.scales_FP is None:
@@ -68,7 +69,7 @@ class Rows:
 
 def per_line(dtype: torch.dtype) -> int:
     """Numbers in a cache line."""
-    return LINE * 2 if dtype == torch.int4 else LINE // dtype.itemsize
+    return LINE * 2 if dtype == INT4 else LINE // dtype.itemsize
 
 
 def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> Rows:
@@ -99,12 +100,12 @@ def _with_off(rows: Rows, off_F: Tensor) -> Tensor:
 def row_bytes(width: int, dtype: torch.dtype) -> int:
     """Of a row: whole lines of numbers and, of int4, whole lines of scales behind them."""
     lines = -(-width // per_line(dtype))
-    scales = lines * per_line(dtype) // GROUP * 2 if dtype == torch.int4 else 0
+    scales = lines * per_line(dtype) // GROUP * 2 if dtype == INT4 else 0
     return (lines + -(-scales // LINE)) * LINE
 
 
 def _write(rows: Rows, part: int, matrix_FD: Tensor) -> None:
-    if rows.dtype == torch.int4:
+    if rows.dtype == INT4:
         _write_int4(rows.bytes_FPB[:, part], rows.lines, matrix_FD)
     elif rows.scales_FP is None:
         rows.stored_FD(part).copy_(matrix_FD)
@@ -114,9 +115,9 @@ def _write(rows: Rows, part: int, matrix_FD: Tensor) -> None:
 
 
 def _write_int4(rows_FB: Tensor, lines: int, matrix_FD: Tensor) -> None:
-    """Word j of a line holds, four bits each and plus 8, its numbers j, 16 + j, 32 + j and so on."""
+    """Word j of a line holds its numbers j, 16 + j, 32 + j, ..., four bits each and plus 8."""
     codes_FD, scale_FG = quantize_groups(matrix_FD)
-    columns = lines * per_line(torch.int4)
+    columns = lines * per_line(INT4)
     codes_FD = pad(codes_FD, (0, columns - codes_FD.shape[1])).add_(8).to(torch.uint8)
     pairs = codes_FD.view(len(codes_FD), lines, 4, 2, 16)
     nibbles = (pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4).transpose(2, 3)

@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.packed import PackedFFN
-from moe_tools.kernels.quantize import QUANTIZED
+from moe_tools.kernels.quantize import INT4, QUANTIZED
 from moe_tools.kernels.sparse_ffn import backends as backends  # `doctor` shows them
 from moe_tools.kernels.sparse_ffn import pack
 from moe_tools.kernels.weights import FFNWeights
@@ -45,7 +45,7 @@ BITS = {
     torch.bfloat16: 16,
     torch.float16: 16,
     torch.int8: 8,
-    torch.int4: 4.5,
+    INT4: 4.5,
 }
 """Of a weight; in int4 a group of 32 has a scale of 16."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe_tools.kernels.cpu.screen import no_screen
 from moe_tools.kernels.packed import PackedFFN
-from moe_tools.kernels.quantize import QUANTIZED
+from moe_tools.kernels.quantize import INT4, QUANTIZED
 from moe_tools.kernels.sparse_ffn import Backend, pack
 from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.ffn import FFN, find_ffns, graft
@@ -26,7 +26,14 @@ from moe_tools.model.packed_ffn import PackableFFN
 from moe_tools.model.quantized_linear import Kind, quantize_linears
 from moe_tools.model.zeros import gives_zeros
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, *QUANTIZED)
+PACKED = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "int4": INT4,
+}
+"""What FFNs can be packed as, by the names of the command line."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -88,8 +95,10 @@ def optimize(
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"weights cannot be packed as {dtype}: {', '.join(map(str, DTYPES))} can")
+    if dtype is not None and dtype not in PACKED.values():
+        raise ValueError(
+            f"weights cannot be packed as {dtype}: {', '.join(map(str, PACKED.values()))} can"
+        )
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
     obstacles = [_obstacle(ffn) for ffn in ffns]
     _report(model, obstacles)
@@ -164,7 +173,7 @@ def _put(model: nn.Module, ffn: ExpertFFN | FFN, packed: PackedFFN) -> PackableF
 
 
 def _free(ffn: PackableFFN, dtype: torch.dtype | None) -> None:
-    """Leaves names, shapes and dtypes of the matrices; the state dict is read from what is packed."""
+    """Leaves names, shapes and dtypes of the matrices; the state dict is read from `packed`."""
     lossy = False
     for linear in ffn.projections.linears():
         weight = linear.get_parameter("weight")

@@ -31,7 +31,7 @@ class PackableFFN(GraftedFFN):
         """
         packed = self.packed
         if packed is None:
-            return super()._apply(fn, recurse)
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         here = packed.device
         there = fn(torch.empty(0, device=here)).device
         if there != here:
@@ -39,7 +39,11 @@ class PackableFFN(GraftedFFN):
                 f"{self.name} is packed for {here} and cannot go to {there}: load the model again "
                 "there, then optimise it"
             )
-        return super()._apply(lambda t: _cast(t, fn, here) if t.is_meta else fn(t), recurse)
+
+        def cast(tensor: Tensor) -> Tensor:
+            return _cast(tensor, fn, here) if tensor.is_meta else fn(tensor)
+
+        return super()._apply(cast, recurse)  # type: ignore[no-untyped-call]
 
 
 def _cast(tensor: Tensor, fn: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:

@@ -30,7 +30,7 @@ class QuantizedLinear(nn.Module, ABC):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias = linear.bias
-        self.register_state_dict_pre_hook(_refuse)
+        self.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TN, in the dtype of x."""
@@ -135,5 +135,6 @@ def _fits(kind: Kind, linear: nn.Linear) -> bool:
 
 def _refuse(module: nn.Module, prefix: str, keep_vars: Any) -> None:
     raise ValueError(
-        f"{prefix.removesuffix('.')} is quantized and lost digits: save the model that it was made from"
+        f"{prefix.removesuffix('.')} is quantized, which lost digits: save the model that it was "
+        "made from"
     )

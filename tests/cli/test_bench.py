@@ -92,7 +92,7 @@ def test_bench_times_whole_models(tmp_path, capsys):
 def test_bench_times_a_random_model_of_a_shape(capsys):
     few = ["--prompt-tokens", "4", "--tokens", "2", "--repeats", "1"]
     assert main(["bench", "generate", "--shape", "64x128", *few]) == 0
-    assert "optimised   88% off" in capsys.readouterr().out
+    assert "optimised                 88% off" in capsys.readouterr().out
 
 
 def test_bench_times_a_model_in_few_bits_beside_the_others(capsys):

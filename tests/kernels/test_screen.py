@@ -1,4 +1,4 @@
-"""The screened gate: what a copy in eight bits lets the kernels skip, and that nothing is missed."""
+"""The screened gate: what a copy in eight bits leaves out, and that nothing is missed."""
 
 from __future__ import annotations
 

@@ -390,8 +390,8 @@ def test_quantized_linears_are_close_and_not_saved(
     with torch.no_grad(), every_expert_on(model), every_expert_on(fast):  # or routing differs
         expected, found = model(ids).logits, fast(ids).logits
     error = (found - expected).norm() / expected.norm()
-    assert error < {"int8": 0.02, "int4": 0.25}[linears]
-    with pytest.raises(ValueError, match="is quantized and lost digits: save the model"):
+    assert error < {"int8": 0.02, "int4": 0.3}[linears]
+    with pytest.raises(ValueError, match="is quantized, which lost digits: save the model"):
         save(fast, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
