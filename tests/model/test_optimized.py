@@ -328,6 +328,28 @@ def test_experts_that_are_off_may_give_their_mean(family: str, dtype: torch.dtyp
             assert torch.equal(fast.state_dict()[key], tensor)
 
 
+def test_the_head_multiplies_the_last_token_of_a_prompt_as_a_matrix() -> None:
+    """As a batch, it would copy its weights: `aten::bmm` in place of `aten::mm`."""
+    model = make("llama")
+    ids = torch.randint(3, 64, (1, 7))
+    for made in (optimised(model), model.requires_grad_(False)):
+        with torch.no_grad(), torch.profiler.profile() as profile:
+            made(ids, logits_to_keep=1)
+        products = {event.key: event.count for event in profile.key_averages()}
+        heads = products.get("aten::bmm", 0)
+        assert heads == (made is model), products
+
+
+def test_routers_compute_in_the_dtype_that_they_are_kept_in(tmp_path: Path) -> None:
+    model = make("llama").bfloat16()
+    fast = optimised(model)
+    for ffn in expert_ffns(fast):
+        assert {parameter.dtype for parameter in ffn.router.parameters()} == {torch.float32}
+    for key, tensor in model.state_dict().items():
+        assert fast.state_dict()[key].dtype == tensor.dtype
+        assert torch.equal(fast.state_dict()[key], tensor)
+
+
 # --- copies, casts and moves ----------------------------------------------------------------------
 
 
