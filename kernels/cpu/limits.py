@@ -31,11 +31,13 @@ FEW = 8
 """Tokens for which the kernels read all rows faster than a matrix product would."""
 MOST_BF16 = ((16, 1.0), (64, 0.6))
 """(tokens up to which, share of the products)."""
-MOST_BF16_BEYOND = 0.4
+MOST_BF16_BEYOND = 0.45
 """bf16 has matrix products of its own, twice as fast as ours where nothing is left out."""
+NARROW = 1024
+"""Width below which the products are soon made, and what is around them halves the shares."""
 
 
-def limits_for(weights: torch.dtype, x: torch.dtype, tokens: int) -> Limits:
+def limits_for(weights: torch.dtype, x: torch.dtype, tokens: int, width: int) -> Limits:
     """What is fastest for weights stored and x given so.
 
     Only weights stored in the bf16 of x have a matrix product that is faster than the kernels:
@@ -43,5 +45,5 @@ def limits_for(weights: torch.dtype, x: torch.dtype, tokens: int) -> Limits:
     """
     if not weights == x == torch.bfloat16:
         return Limits(FEW, 1.0, 1.0)
-    shares = [share for most, share in MOST_BF16 if tokens <= most]
-    return Limits(FEW, 1.0, shares[0] if shares else MOST_BF16_BEYOND)
+    share = next((share for most, share in MOST_BF16 if tokens <= most), MOST_BF16_BEYOND)
+    return Limits(FEW, 1.0, share if width >= NARROW else share / 2)

@@ -103,7 +103,8 @@ class CpuFFN(PackedFFN):
         return self._dense(x_TD, mask_TE) if read < 0 else y_TD
 
     def _limits(self, x_TD: Tensor) -> Limits:
-        limits = limits_for(self.rows.dtype, x_TD.dtype, x_TD.numel() // self.weights.width)
+        width = self.weights.width
+        limits = limits_for(self.rows.dtype, x_TD.dtype, x_TD.numel() // width, width)
         return limits if self.or_dense else limits.without_dense()
 
     def _call(self, x_TD: Tensor, mask_TE: Tensor | None, y_TD: Tensor, limits: Limits) -> int:

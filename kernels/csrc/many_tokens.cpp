@@ -20,7 +20,7 @@ namespace {
 // through with a token's x as soon as it is there.
 constexpr int kTogether = 4;
 constexpr int kChunk = 32;         // neurons that one thread takes at a time
-constexpr int kMostColumns = 256;  // of y: those of all tokens stay in the second cache
+constexpr int kMostColumns = 320;  // of y: those of all tokens stay in the second cache
 
 // Neighbouring neurons and the tokens that at least one of them counts for.
 struct Piece {
@@ -172,11 +172,11 @@ class Prompt {
         return {rows, piece.neurons, w_.lines};
     }
 
-    // Few enough that the threads share the work evenly.
+    // The widest that gives every thread as many tiles.
     int tile_lines(int threads) const {
-        const std::int64_t even = w_.lines / (4 * threads);
         const std::int64_t most = std::max(1, kMostColumns / per_line(w_.dtype));
-        return int(std::clamp<std::int64_t>(even, 1, most));
+        const std::int64_t each = (w_.lines + threads * most - 1) / (threads * most);
+        return int((w_.lines + threads * each - 1) / (threads * each));
     }
 
     // y in the columns of some lines.

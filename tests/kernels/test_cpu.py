@@ -261,12 +261,24 @@ def test_where_dense_is_faster_the_output_is_the_same(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "on", "dense"),
-    [(1, 10, False), (16, 10, False), (17, 5, False), (17, 7, True), (65, 3, False), (65, 5, True)],
+    ("tokens", "width", "on", "dense"),
+    [
+        (1, 64, 10, False),
+        (8, 64, 10, False),
+        (9, 64, 5, False),
+        (9, 64, 6, True),
+        (16, 1024, 10, False),
+        (17, 1024, 6, False),
+        (17, 1024, 7, True),
+        (65, 1024, 4, False),
+        (65, 1024, 5, True),
+    ],
 )
-def test_tokens_and_what_they_want_decide_what_is_dense(tokens: int, on: int, dense: bool) -> None:
+def test_tokens_and_what_they_want_decide_what_is_dense(
+    tokens: int, width: int, on: int, dense: bool
+) -> None:
     """In bf16 matrix products round z, the kernels do not: the outputs tell which of them ran."""
-    weights, x_TD = make(320, 64), torch.randn(tokens, 64).bfloat16()
+    weights, x_TD = make(320, width), torch.randn(tokens, width).bfloat16()
     weights = rounded(weights, torch.bfloat16)
     mask_TE = torch.arange(10).expand(tokens, 10) < on
     expected_TD = sparse_ffn_reference(weights, x_TD, mask_TE)
@@ -280,7 +292,7 @@ def test_only_bf16_has_matrix_products_that_are_faster(
     weights: torch.dtype, x: torch.dtype
 ) -> None:
     for tokens in (1, 16, 17, 512):
-        limits = limits_for(weights, x, tokens)
+        limits = limits_for(weights, x, tokens, 2048)
         assert limits.few == 8 and limits.most_few == 1.0
         assert (limits.most_many < 1.0) == (weights == x == torch.bfloat16 and tokens > 16)
 
