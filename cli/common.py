@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from moe_tools.model.checkpoint import quiet_transformers
+from moe_tools.model.optimized import PACKED
 
 __all__ = ["DTYPES", "PACKED", "pick_device", "pick_dtype", "quiet_transformers", "write_text"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PACKED = DTYPES | {"int8": torch.int8}
-"""Of weights that are packed for the sparse kernels."""
 
 
 def pick_device(name: str) -> str:

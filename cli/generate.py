@@ -27,8 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimize", action="store_true", help="run on the sparse kernels")
     parser.add_argument(
         "--packed-dtype",
-        choices=("fp32", "bf16", "int8"),
+        choices=("fp32", "bf16", "fp16", "int8", "int4"),
         help="of the FFNs' weights with --optimize; default: that of --dtype",
+    )
+    parser.add_argument(
+        "--linears", choices=("int8", "int4"), help="with --optimize: attention and head, too"
+    )
+    parser.add_argument(
+        "--screen",
+        type=float,
+        metavar="SIGMAS",
+        help="with --optimize, of ReLU and its kin: an int8 copy of the gate goes first; 4 is a "
+        "safe margin, inf misses nothing",
     )
     add_model_options(parser)
 
@@ -37,8 +47,10 @@ def run(args: argparse.Namespace) -> int:
     """Streams the text to standard output, then its figures to standard error."""
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to continue")
-    if args.packed_dtype and not args.optimize:
-        raise ValueError("--packed-dtype is of the sparse kernels: add --optimize")
+    for option in ("packed_dtype", "linears", "screen"):
+        if getattr(args, option) is not None and not args.optimize:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is of the sparse kernels: add --optimize")
     from moe_tools.cli.common import PACKED, pick_device, pick_dtype, quiet_transformers
     from moe_tools.measure.neurons import count_neurons, sparsity
     from moe_tools.model.checkpoint import load, load_tokenizer
@@ -52,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         prompt = _encode(args, model, tokenizer)
         with count_neurons(model) as counts:
             if args.optimize:  # not before: a dense model that is optimised shows no FFNs
-                optimize(model, dtype=PACKED.get(args.packed_dtype))
+                packed = PACKED.get(args.packed_dtype)
+                optimize(model, dtype=packed, screen=args.screen, linears=args.linears)
             began = time.perf_counter()
             tokens = _stream(args, model, tokenizer, prompt)
             seconds = time.perf_counter() - began

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ class PackedFFN(ABC):
     def __init__(self, weights: FFNWeights) -> None:
         self.weights = weights
         """Views of what is stored."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its numbers are."""
+        return self.weights.up_FD.device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: it never changes, and its numbers are most of a model."""
+        return self
 
     def __call__(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> Tensor:
         """y_TD, in the dtype of x; without a mask every neuron may run.

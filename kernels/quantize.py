@@ -1,11 +1,20 @@
-"""Weights in eight bits, one scale a row. Letters: D columns, F rows."""
+"""Weights in eight bits, one scale a row, and in four, one scale for each 32 of a row.
+
+Letters: D columns, F rows, G groups of a row.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_tools.kernels.weights import FFNWeights
+
+GROUP = 32
+"""Columns that share a scale in int4, as in llama.cpp's Q4_0; as many as csrc/dtype.h says."""
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # the stubs lack it
+QUANTIZED = (torch.int8, INT4)
 
 
 def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,14 +25,39 @@ def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     return (weight_FD / scale_F[:, None]).round().to(torch.int8), scale_F
 
 
+def quantize_groups(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes_FD from -7 to 7 in int8, bf16 scale_FG): code * scale is nearest to the weight.
+
+    The largest entry of a group is at 7, but for the rounding of the scale (one in 256).
+    """
+    groups_FGN = _grouped(weight_FD.float())
+    scale_FG = (groups_FGN.abs().amax(dim=2) / 7).bfloat16()
+    scale_FG = torch.where(scale_FG > 0, scale_FG, 1.0)
+    codes_FGN = (groups_FGN / scale_FG[..., None].float()).round().clamp(-7, 7).to(torch.int8)
+    return codes_FGN.flatten(1)[:, : weight_FD.shape[1]], scale_FG
+
+
+def dequantize_groups(codes_FD: Tensor, scale_FG: Tensor) -> Tensor:
+    """weight_FD in fp32."""
+    weight_FGN = _grouped(codes_FD.float()) * scale_FG[..., None].float()
+    return weight_FGN.flatten(1)[:, : codes_FD.shape[1]]
+
+
 def rounded(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
-    """The weights as a store of `dtype` holds them; int8 is handed back in the dtype it came in."""
-    kept = weights.up_FD.dtype if dtype == torch.int8 else dtype
+    """The weights as a store of `dtype` holds them; int8 and int4 in the dtype they came in."""
+    kept = weights.up_FD.dtype if dtype in QUANTIZED else dtype
 
     def matrix(weight_FD: Tensor) -> Tensor:
-        if dtype != torch.int8:
-            return weight_FD.to(dtype)
-        rows_FD, scale_F = quantize_rows(weight_FD)
-        return (rows_FD * scale_F[:, None]).to(kept)
+        if dtype == torch.int8:
+            rows_FD, scale_F = quantize_rows(weight_FD)
+            return (rows_FD * scale_F[:, None]).to(kept)
+        if dtype == INT4:
+            return dequantize_groups(*quantize_groups(weight_FD)).to(kept)
+        return weight_FD.to(dtype)
 
     return weights.changed(matrix, lambda bias_F: bias_F.to(kept))
+
+
+def _grouped(rows_FD: Tensor) -> Tensor:
+    """(F, G, 32), with zeros behind column D."""
+    return pad(rows_FD, (0, -rows_FD.shape[1] % GROUP)).unflatten(1, (-1, GROUP))

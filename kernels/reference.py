@@ -18,12 +18,13 @@ def sparse_ffn_reference(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | No
     """y_TD = sum over the selected experts e of E_e(x); differentiable in every floating input.
 
     The mask may be boolean (an expert is on or off), floating (a soft weight per expert), or None
-    (every expert is on).
+    (every expert is on). A neuron of an expert that is off contributes `off_F`, where there is one.
     """
     parts = [act(linear(x_TD, rows_FD, bias_F)) for rows_FD, bias_F, act in weights.inputs]
     h_TF = reduce(torch.mul, parts)
     if mask_TE is not None:
-        h_TF = h_TF * neuron_mask(mask_TE, weights.neurons).to(h_TF.dtype)
+        mask_TF = neuron_mask(mask_TE, weights.neurons).to(h_TF.dtype)
+        h_TF = h_TF * mask_TF if weights.off_F is None else weights.off_F.lerp(h_TF, mask_TF)
     return linear(h_TF, weights.down_FD.T, weights.down_D)
 
 

@@ -39,6 +39,7 @@ def sparse_ffn(
     gate_F: Tensor | None = None,
     down_D: Tensor | None = None,
     up_act: Activation = "identity",
+    off_F: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Runs only the experts that `mask_TE` selects and returns y_TD.
@@ -47,7 +48,8 @@ def sparse_ffn(
     experts have one neuron more; with E = F the mask chooses neurons. Without a mask every neuron
     may run. `down_FD` is W_down transposed, so that one neuron is one row of each weight.
     `gate_FD` makes the FFN gated (h = act(gate x) * up_act(up x)); without it h = act(up x). The
-    bias `down_D` is added once, the other two belong to their neurons.
+    bias `down_D` is added once, the other two belong to their neurons. A neuron that is off
+    contributes `off_F` to h, where there is one, in place of zero.
 
     Differentiable in every floating input, the mask included; backend "cpu" is not, and refuses.
     A native backend wants its weights packed: pack once with `pack` and call the result;
@@ -58,7 +60,7 @@ def sparse_ffn(
         ValueError: shapes that do not fit, an unknown backend, or one that cannot run this or has
             no gradients.
     """
-    weights = FFNWeights(up_FD, down_FD, act, gate_FD, up_F, gate_F, down_D, up_act)
+    weights = FFNWeights(up_FD, down_FD, act, gate_FD, up_F, gate_F, down_D, up_act, off_F)
     weights.check_call(x_TD, mask_TE)
     if _known(backend) == "cpu":
         if weights.requires_grad and torch.is_grad_enabled():
@@ -68,7 +70,7 @@ def sparse_ffn(
             )
         return pack(weights, backend=backend)(x_TD, mask_TE)
     if backend == "triton":
-        return triton_kernels("ffn").sparse_ffn_triton(weights, x_TD, mask_TE)
+        return _triton(weights).sparse_ffn_triton(weights, x_TD, mask_TE)
     return sparse_ffn_reference(weights, x_TD, mask_TE)
 
 
@@ -78,16 +80,20 @@ def pack(
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
     sole: bool = False,
+    screen: float | None = None,
 ) -> PackedFFN:
     """Copies the weights into the form that a backend reads: packed(x_TD, mask_TE) is y_TD.
 
     Args:
         weights: of one FFN.
-        dtype: in which they are stored, theirs by default; int8 has one scale a row.
+        dtype: in which they are stored, theirs by default; int8 has one scale a row, int4 one for
+            each 32 of a row.
         backend: auto takes the fastest that can run this, and goes through matrix products where
             those are faster. A named backend runs whatever the speed.
         sole: let go of `weights`, so that whoever owns them can free them: matrix products, too,
             then read the copy. Only the reference keeps what already has its dtype.
+        screen: of backend cpu, see `CpuFFN`: a copy of the gate in int8 leaves out what cannot
+            fire, with a margin in standard deviations, or `inf`. The others need none.
 
     Raises:
         ValueError: an unknown backend, or one that cannot run this.
@@ -96,11 +102,11 @@ def pack(
     auto = _known(backend) == "auto" and unsupported(weights, dtype) is None
     if auto and (isa := native_cpu()):
         announce(isa)
-        return CpuFFN(weights, dtype, sole=sole)
+        return CpuFFN(weights, dtype, sole=sole, screen=screen)
     if backend == "cpu":
-        return CpuFFN(weights, dtype, or_dense=False)
+        return CpuFFN(weights, dtype, or_dense=False, screen=screen)
     if backend == "triton":
-        return triton_kernels("ffn").TritonFFN(weights, dtype)
+        return _triton(weights).TritonFFN(weights, dtype)
     return ReferenceFFN(rounded(weights, dtype))
 
 
@@ -131,6 +137,12 @@ def backends() -> list[str]:
 
 def _has_gpu_and_triton() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def _triton(weights: FFNWeights) -> ModuleType:
+    if weights.off_F is not None:
+        raise ValueError("backend 'triton' takes what is off for zero: leave off_F out")
+    return triton_kernels("ffn")
 
 
 def triton_kernels(module: Literal["ffn", "moe"]) -> ModuleType:

@@ -29,6 +29,8 @@ class FFNWeights:
     """Biases. That of the output is added once, whatever is off."""
     up_act: Activation = "identity"
     """relu makes the FFN that of dReLU (TurboSparse, arXiv 2406.05955)."""
+    off_F: Tensor | None = None
+    """What a neuron that a mask turns off is taken for, in h; None: zero. A constant."""
 
     def __post_init__(self) -> None:
         if self.up_FD.ndim != 2 or 0 in self.up_FD.shape:
@@ -41,6 +43,7 @@ class FFNWeights:
         for name, bias, size in (
             ("up_F", self.up_F, self.neurons),
             ("gate_F", self.gate_F, self.neurons),
+            ("off_F", self.off_F, self.neurons),
             ("down_D", self.down_D, self.width),
         ):
             if bias is not None and bias.shape != (size,):
@@ -89,6 +92,7 @@ class FFNWeights:
             up_F=None if self.up_F is None else bias(self.up_F),
             gate_F=None if self.gate_F is None else bias(self.gate_F),
             down_D=None if self.down_D is None else bias(self.down_D),
+            off_F=None if self.off_F is None else bias(self.off_F),
         )
 
     def check_call(self, x_TD: Tensor, mask_TE: Tensor | None) -> None:

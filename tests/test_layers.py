@@ -55,11 +55,11 @@ ARROWS = {
     },
 }
 KERNEL_USERS = {
-    "moe_tools.model.experts",
     "moe_tools.model.kernel_weights",
     "moe_tools.model.moe_kernels",
     "moe_tools.model.optimized",
     "moe_tools.measure.bench_cuda",
+    "moe_tools.model.packed_ffn",
     "moe_tools.measure.bench_kernels",
 }
 WITHOUT_TORCH = [

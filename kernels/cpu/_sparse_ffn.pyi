@@ -6,16 +6,21 @@ def prepare(
     rows_FPD: int,
     scales_FP: int,
     biases_FP: int,
+    off_F: int,
     down_D: int,
     neurons: int,
     width: int,
-    padded: int,
+    lines: int,
     inputs: int,
     dtype: int,
     act: int,
     theta: float,
     up_act: int,
     up_theta: float,
+    screen_FD: int,
+    screen_scales_F: int,
+    screen_errors_F: int,
+    reach: float,
     /,
 ) -> Handle: ...
 def run(
@@ -28,7 +33,9 @@ def run(
     mask_TE: int,
     experts: int,
     y_TD: int,
-    most: float,
+    few: int,
+    most_few: float,
+    most_many: float,
     /,
 ) -> int: ...
 def isas() -> list[str]: ...

@@ -6,40 +6,47 @@ neuron: its rows of gate (if any), up and down.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import Act, named
+from moe_tools.kernels.cpu.dense import dense_ffn
+from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.native import extension, isas
 from moe_tools.kernels.cpu.rows import Rows, pack_rows
+from moe_tools.kernels.cpu.screen import Screen, make_screen, no_screen
 from moe_tools.kernels.packed import PackedFFN
-from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.weights import FFNWeights
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, INT4)
 """Of weights, in the order of csrc/dtype.h; x and y may have the first three."""
-TOKENS_THAT_SHARE = 16
-"""Tokens for which a kernel reads the weights once. Beyond, a matrix product is faster."""
 
 
 class CpuFFN(PackedFFN):
     """Reads the rows of the experts that some token wants and, behind a gate that is zero, no more.
 
     An expert that is off contributes nothing, whatever its weights: not even 0 * infinity. Sums
-    are in fp32. The result depends on the number of threads, not on their timing.
+    are in fp32; of more than a few tokens, h is rounded to bf16 where the weights are, as a matrix
+    product would. The result depends on the number of threads, not on their timing.
 
     Args:
         weights: copied; the dense path reads the original where that has the dtype of the copy.
             After a change of the weights, pack again.
         sole: hold on to none of them: the dense path, too, reads the copy.
-        dtype: of the copy: fp32, bf16, fp16, or int8 with one scale a row.
+        dtype: of the copy: fp32, bf16, fp16, int8 with one scale a row, or int4 with one scale for
+            each 32 of a row.
         or_dense: go through matrix products where they are faster, and for soft masks.
         isa: one of `isas()`; by default the fastest that this CPU runs.
+        screen: skip neurons that a copy of the gate in int8 says cannot fire, for few tokens; a
+            margin in standard deviations of its error, or `inf` to miss none (`screen.py`).
 
     Raises:
-        ValueError: an activation without a name, a dtype or an instruction set that is not there.
+        ValueError: an activation without a name, a dtype or an instruction set that is not there,
+            or a gate that cannot be screened.
     """
 
     backend = "cpu"
@@ -52,40 +59,55 @@ class CpuFFN(PackedFFN):
         or_dense: bool = True,
         sole: bool = False,
         isa: str | None = None,
+        screen: float | None = None,
     ) -> None:
         refusal = unsupported(weights, dtype)
+        if refusal is None and screen is not None:
+            refusal = no_screen(weights.act, dtype, screen)
         if refusal:
             raise ValueError(refusal)
         self.rows = pack_rows(weights, dtype)
-        super().__init__(_views(weights, self.rows))
+        super().__init__(_views(weights, self.rows, self.rows.stored_FD))
+        self.screen = None if screen is None else make_screen(self.rows, screen)
         self.or_dense = or_dense
         keep = or_dense and not sole and weights.up_FD.dtype == dtype
         self._original = weights if keep else None
         self._native = extension()
         self._isa = _isa_index(isa)
-        self._handle = self._native.prepare(*_describe(self.weights, self.rows))
+        self._handle = self._native.prepare(*_describe(self.weights, self.rows, self.screen))
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return self.rows.bytes_FPB.device
 
     def rows_read(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> int:
-        """Rows of weights that the kernels read in a call, every group of 16 tokens by itself.
+        """Rows of weights that a call reads if no matrix product is faster, without the screen's.
+
+        Every group of at most 16 (few) or 256 (many) tokens reads for itself.
 
         Raises:
             ValueError: arguments that do not fit, or a soft mask.
         """
         self.weights.check_call(x_TD, mask_TE)
         _check_kinds(x_TD, mask_TE, soft=False)
-        return self._call(x_TD, mask_TE, _output(x_TD), 1.0)
+        limits = self._limits(x_TD).without_dense()
+        return self._call(x_TD, mask_TE, _output(x_TD), limits)
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         _check_kinds(x_TD, mask_TE, soft=self.or_dense)
-        tokens = x_TD.numel() // self.weights.width
-        most = dense_above(tokens, mask_TE) if self.or_dense else 1.0
-        if most == 0.0:
+        if mask_TE is not None and mask_TE.dtype != torch.bool:
             return self._dense(x_TD, mask_TE)
         y_TD = _output(x_TD)
-        read = self._call(x_TD, mask_TE, y_TD, most)
+        read = self._call(x_TD, mask_TE, y_TD, self._limits(x_TD))
         return self._dense(x_TD, mask_TE) if read < 0 else y_TD
 
-    def _call(self, x_TD: Tensor, mask_TE: Tensor | None, y_TD: Tensor, most: float) -> int:
+    def _limits(self, x_TD: Tensor) -> Limits:
+        width = self.weights.width
+        limits = limits_for(self.rows.dtype, x_TD.dtype, x_TD.numel() // width, width)
+        return limits if self.or_dense else limits.without_dense()
+
+    def _call(self, x_TD: Tensor, mask_TE: Tensor | None, y_TD: Tensor, limits: Limits) -> int:
         x_TD = x_TD.contiguous()  # both stay alive until the kernel is done
         mask_TE = None if mask_TE is None else mask_TE.contiguous()
         read: int = self._native.run(
@@ -98,37 +120,24 @@ class CpuFFN(PackedFFN):
             0 if mask_TE is None else mask_TE.data_ptr(),
             1 if mask_TE is None else mask_TE.shape[-1],
             y_TD.data_ptr(),
-            most,
+            *limits,
         )
         return read
 
     def _dense(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         with torch.no_grad():
-            return sparse_ffn_reference(self._in(x_TD.dtype), x_TD, mask_TE)
+            return dense_ffn(self._in(x_TD.dtype), x_TD, mask_TE)
 
     def _in(self, dtype: torch.dtype) -> FFNWeights:
         """The weights as `dtype`, as they were given if they had it."""
         if self._original is not None and self._original.up_FD.dtype == dtype:
             return self._original
-        rows_FPD, scales_FP = self.rows.rows_FPD, self.rows.scales_FP
-        rows_FPD = rows_FPD.to(dtype) if scales_FP is None else rows_FPD * scales_FP[..., None]
-        made = _views(self.weights, replace(self.rows, rows_FPD=rows_FPD))
-        return made.changed(lambda rows_FD: rows_FD.to(dtype), lambda bias: bias.to(dtype))
+        made = _views(self.weights, self.rows, lambda part: self.rows.matrix_FD(part, dtype))
+        return made.changed(lambda rows_FD: rows_FD, lambda bias: bias.to(dtype))
 
 
 def _output(x_TD: Tensor) -> Tensor:
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-
-
-def dense_above(tokens: int, mask_TE: Tensor | None) -> float:
-    """Share of the neurons, wanted by some token, above which a matrix product is faster.
-
-    For one to four tokens the kernels read all rows faster than F.linear does (bf16 on Zen 5:
-    1.6 times); at sixteen, the arithmetic has caught up with the memory. A soft mask wants all.
-    """
-    if tokens > TOKENS_THAT_SHARE or (mask_TE is not None and mask_TE.dtype != torch.bool):
-        return 0.0
-    return 1.0 if tokens <= 4 else 0.65
 
 
 def _check_kinds(x_TD: Tensor, mask_TE: Tensor | None, soft: bool) -> None:
@@ -148,7 +157,7 @@ def _check_kinds(x_TD: Tensor, mask_TE: Tensor | None, soft: bool) -> None:
 def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:
     """Why this backend cannot store these weights; None when it can."""
     if dtype not in DTYPES:
-        return f"backend 'cpu' stores fp32, bf16, fp16 and int8, not {dtype}"
+        return f"backend 'cpu' stores fp32, bf16, fp16, int8 and int4, not {dtype}"
     if not weights.up_FD.is_cpu:
         return f"backend 'cpu' runs on the CPU, the weights are on {weights.up_FD.device}"
     if not all(isinstance(act, Act) for _, _, act in weights.inputs):
@@ -156,9 +165,9 @@ def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _views(weights: FFNWeights, rows: Rows) -> FFNWeights:
-    """`weights`, but with the stored numbers."""
-    *inputs, down_FD = rows.rows_FPD[..., : weights.width].unbind(1)
+def _views(weights: FFNWeights, rows: Rows, matrix_FD: Callable[[int], Tensor]) -> FFNWeights:
+    """`weights`, but with the matrices of the parts, and the biases that are stored."""
+    *inputs, down_FD = (matrix_FD(part) for part in range(rows.bytes_FPB.shape[1]))
     biases = [None] * len(inputs) if rows.biases_FP is None else list(rows.biases_FP.unbind(1))
     gate_FD, gate_F = (inputs[0], biases[0]) if len(inputs) == 2 else (None, None)
     return replace(
@@ -168,20 +177,24 @@ def _views(weights: FFNWeights, rows: Rows) -> FFNWeights:
         gate_FD=gate_FD,
         up_F=biases[-1],
         gate_F=gate_F,
-        down_D=rows.down_D,
+        down_D=rows.bias_D,
+        off_F=rows.off_F,
     )
 
 
-def _describe(weights: FFNWeights, rows: Rows) -> tuple[int | float, ...]:
+def _describe(weights: FFNWeights, rows: Rows, screen: Screen | None) -> tuple[int | float, ...]:
     """The arguments of `prepare` in module.cpp."""
-    tensors = (rows.rows_FPD, rows.scales_FP, rows.biases_FP, rows.down_D)
-    neurons, parts, padded = rows.rows_FPD.shape
+    tensors = (rows.bytes_FPB, rows.scales_FP, rows.biases_FP, rows.off_F, rows.down_D)
+    neurons, parts, _ = rows.bytes_FPB.shape
     up_act = named(weights.up_act) if parts == 3 else Act("identity")
     acts = [act for act in (named(weights.act), up_act) if isinstance(act, Act)]
+    screens = () if screen is None else (screen.rows_FB, screen.scale_F, screen.error_F)
     return (
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
-        *(neurons, weights.width, padded, parts - 1, DTYPES.index(rows.rows_FPD.dtype)),
+        *(neurons, weights.width, rows.lines, parts - 1, DTYPES.index(rows.dtype)),
         *(value for act in acts for value in (act.code, act.theta)),
+        *((tensor.data_ptr() for tensor in screens) if screens else (0, 0, 0)),
+        1.0 if screen is None else screen.reach,
     )
 
 

@@ -1,17 +1,24 @@
 """How the native kernels store an FFN: neuron by neuron, its rows of gate, up and W_down^T.
 
-Letters: D model width, F neurons, P parts: gate (if any), up, down.
+Letters: D model width, F neurons, P parts: gate (if any), up, down; B bytes of a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moe_tools.kernels.cpu.native import extension
-from moe_tools.kernels.quantize import quantize_rows
+from moe_tools.kernels.quantize import (
+    GROUP,
+    INT4,
+    dequantize_groups,
+    quantize_groups,
+    quantize_rows,
+)
 from moe_tools.kernels.weights import FFNWeights
 
 LINE = 64
@@ -24,31 +31,108 @@ HUGE_PAGE = 2 << 20
 class Rows:
     """Everything the kernels read, in memory that it owns."""
 
-    rows_FPD: Tensor
-    """Zeros behind column D, up to a full cache line."""
+    bytes_FPB: Tensor
+    """Zeros behind column D, up to a full cache line. csrc/dtype.h says how int4 is stored."""
+    dtype: torch.dtype
+    width: int
     scales_FP: Tensor | None
     """fp32; what a row of int8 is multiplied with."""
     biases_FP: Tensor | None
     """fp32; of gate and up."""
+    off_F: Tensor | None
+    """fp32; taken from h of a neuron that is on."""
+    bias_D: Tensor | None
+    """fp32; of the output."""
     down_D: Tensor | None
-    """fp32."""
+    """fp32; the output where every neuron is off."""
+
+    @property
+    def lines(self) -> int:
+        """Cache lines of numbers in a row."""
+        return -(-self.width // per_line(self.dtype))
+
+    def stored_FD(self, part: int) -> Tensor:
+        """The numbers of a part: a view, where they are not packed more tightly than torch can."""
+        if self.dtype == INT4:
+            return torch.empty(len(self.bytes_FPB), self.width, device="meta")
+        return self.bytes_FPB.view(self.dtype)[:, part, : self.width]
+
+    def matrix_FD(self, part: int, dtype: torch.dtype) -> Tensor:
+        """The weights of a part, as `dtype`: a view if they are stored so."""
+        if self.dtype == INT4:
+            rows_FB = self.bytes_FPB[:, part]
+            return _read_int4(rows_FB, self.lines, self.width).to(dtype)
+        if self.scales_FP is None:
+            return self.stored_FD(part).to(dtype)
+        return (self.stored_FD(part) * self.scales_FP[:, part, None]).to(dtype)
+
+
+def per_line(dtype: torch.dtype) -> int:
+    """Numbers in a cache line."""
+    return LINE * 2 if dtype == INT4 else LINE // dtype.itemsize
 
 
 def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> Rows:
-    """Copies the weights, as `dtype`: int8 quantizes each row (see `quantize_rows`)."""
+    """Copies the weights, as `dtype`: int8 and int4 quantize (see `kernels/quantize.py`)."""
     matrices = [rows_FD.detach() for rows_FD, _, _ in weights.inputs] + [weights.down_FD.detach()]
-    width = weights.width
-    line = LINE // dtype.itemsize
-    padded = -(-width // line) * line
-    rows_FPD = _allocate((weights.neurons, len(matrices), padded), dtype)
-    rows_FPD[..., width:] = 0
-    scales_FP = torch.ones(weights.neurons, len(matrices)) if dtype == torch.int8 else None
+    shape, bias_D = (weights.neurons, len(matrices)), _float(weights.down_D)
+    rows = Rows(
+        allocate((*shape, row_bytes(weights.width, dtype))).zero_(),
+        dtype,
+        weights.width,
+        torch.ones(shape) if dtype == torch.int8 else None,
+        _biases_FP(weights),
+        _float(weights.off_F),
+        bias_D,
+        bias_D,
+    )
     for part, matrix_FD in enumerate(matrices):
-        if scales_FP is None:
-            rows_FPD[:, part, :width] = matrix_FD
-        else:
-            rows_FPD[:, part, :width], scales_FP[:, part] = quantize_rows(matrix_FD)
-    return Rows(rows_FPD, scales_FP, _biases_FP(weights), _float(weights.down_D))
+        _write(rows, part, matrix_FD)
+    return rows if rows.off_F is None else replace(rows, down_D=_with_off(rows, rows.off_F))
+
+
+def _with_off(rows: Rows, off_F: Tensor) -> Tensor:
+    """The output where every neuron is off: one that is on then adds what it is more."""
+    off_D = off_F @ rows.matrix_FD(rows.bytes_FPB.shape[1] - 1, torch.float32)
+    return off_D if rows.bias_D is None else off_D + rows.bias_D
+
+
+def row_bytes(width: int, dtype: torch.dtype) -> int:
+    """Of a row: whole lines of numbers and, of int4, whole lines of scales behind them."""
+    lines = -(-width // per_line(dtype))
+    scales = lines * per_line(dtype) // GROUP * 2 if dtype == INT4 else 0
+    return (lines + -(-scales // LINE)) * LINE
+
+
+def _write(rows: Rows, part: int, matrix_FD: Tensor) -> None:
+    if rows.dtype == INT4:
+        _write_int4(rows.bytes_FPB[:, part], rows.lines, matrix_FD)
+    elif rows.scales_FP is None:
+        rows.stored_FD(part).copy_(matrix_FD)
+    else:
+        stored_FD, rows.scales_FP[:, part] = quantize_rows(matrix_FD)
+        rows.stored_FD(part).copy_(stored_FD)
+
+
+def _write_int4(rows_FB: Tensor, lines: int, matrix_FD: Tensor) -> None:
+    """Word j of a line holds its numbers j, 16 + j, 32 + j, ..., four bits each and plus 8."""
+    codes_FD, scale_FG = quantize_groups(matrix_FD)
+    columns = lines * per_line(INT4)
+    codes_FD = pad(codes_FD, (0, columns - codes_FD.shape[1])).add_(8).to(torch.uint8)
+    pairs = codes_FD.view(len(codes_FD), lines, 4, 2, 16)
+    nibbles = (pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4).transpose(2, 3)
+    numbers = lines * LINE
+    rows_FB[:, :numbers] = nibbles.flatten(1)
+    scales_FB = scale_FG.contiguous().view(torch.uint8)
+    rows_FB[:, numbers : numbers + scales_FB.shape[1]] = scales_FB
+
+
+def _read_int4(rows_FB: Tensor, lines: int, width: int) -> Tensor:
+    numbers, groups = lines * LINE, -(-width // GROUP)
+    nibbles = rows_FB[:, :numbers].reshape(-1, lines, 16, 4).transpose(2, 3)
+    codes_FD = torch.stack([nibbles & 15, nibbles >> 4], dim=3).flatten(1)[:, :width]
+    scale_FG = rows_FB[:, numbers : numbers + 2 * groups].contiguous().view(torch.bfloat16)
+    return dequantize_groups(codes_FD.to(torch.int8) - 8, scale_FG)
 
 
 def _biases_FP(weights: FFNWeights) -> Tensor | None:
@@ -63,10 +147,11 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
 
 
-def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    size = torch.Size(shape).numel() * dtype.itemsize
+def allocate(shape: tuple[int, ...]) -> Tensor:
+    """Bytes of memory that begins on a cache line, on huge pages where it is large."""
+    size = torch.Size(shape).numel()
     align = HUGE_PAGE if size >= HUGE_PAGE else LINE
     raw = torch.empty(size + align, dtype=torch.uint8)
     start = -raw.data_ptr() % align
     extension().advise_huge_pages(raw.data_ptr() + start, size)  # before the first write
-    return raw[start : start + size].view(dtype).view(shape)
+    return raw[start : start + size].view(shape)

@@ -6,8 +6,29 @@
 
 namespace ffn {
 
-enum class DType : int { f32, bf16, f16, i8 };
+enum class DType : int { f32, bf16, f16, i8, i4 };
+constexpr int kDTypes = 5;
 
+constexpr int kLine = 64;  // bytes of a cache line, to which rows are padded
+constexpr int kGroup = 32; // numbers of int4 that share a scale
+
+// Numbers in a line of a row.
+constexpr int per_line(DType dtype) {
+    constexpr int numbers[] = {16, 32, 32, 64, 128};
+    return numbers[int(dtype)];
+}
+
+// Bytes of a row of so many lines. Behind those of int4 stand the scales, a bf16 for each group.
+constexpr std::int64_t row_bytes(DType dtype, std::int64_t lines) {
+    if (dtype != DType::i4) return lines * kLine;
+    const std::int64_t scales = lines * per_line(dtype) / kGroup * 2;
+    return (lines + (scales + kLine - 1) / kLine) * kLine;
+}
+
+// Sixteen words of eight nibbles: number i of a line is nibble i / 16 of word i % 16, plus 8.
+struct Int4 {
+    std::uint32_t nibbles;
+};
 struct Bf16 {
     std::uint16_t bits;
 };

@@ -7,29 +7,33 @@
 
 namespace ffn {
 
-// Rows of one matrix, each `padded` elements long, zeros behind the last column. The pointers go on
+// Rows of one matrix, each so many cache lines long, zeros behind the last column. The pointers go on
 // for `kAhead` more: the rows that are likely to be read next, for prefetching only.
 constexpr int kAhead = 4;
 
 struct Rows {
     const void* const* data;
     int count;
-    std::int64_t padded;
+    std::int64_t lines;
 };
+
+// y[token] += sum over rows of h[row * tokens + token] * row, in the columns of lines from `begin`
+// to `end`; y[token] is where the first of these columns goes.
+using Add = void (*)(const Rows& rows, const float* h, float* const* y, int tokens,
+                     std::int64_t begin, std::int64_t end);
 
 struct RowKernels {
     // z[row * tokens + token] = row . x[token]
-    void (*dot)(const Rows& rows, const void* x, int tokens, float* z);
-    // y[token] += sum over rows of h[row * tokens + token] * row
-    void (*add)(const Rows& rows, const float* h, int tokens, float* y);
-    // In which format `dot` wants x.
-    DType x;
+    void (*dot)(const Rows& rows, const void* const* x, int tokens, float* z);
+    Add add;
+    Add add_rounded;  // the same, faster, with h rounded to the format of x
+    DType x;          // in which format `dot` wants x
 };
 
 struct Isa {
     const char* name;
     bool (*runs_here)();
-    RowKernels of[4];  // by DType of the weights
+    RowKernels of[kDTypes];  // by DType of the weights
     const Isa* widened;  // for x in another format than `of` wants; may be itself
 };
 

@@ -17,7 +17,11 @@ struct Avx2 {
 
     static F zero() { return _mm256_setzero_ps(); }
     static F set(float value) { return _mm256_set1_ps(value); }
+    static F set(Bf16 value) {
+        return _mm256_castsi256_ps(_mm256_set1_epi32(int(std::uint32_t{value.bits} << 16)));
+    }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
     static float sum(F v) {
         __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -33,6 +37,12 @@ struct Avx2 {
     static F load(const std::int8_t* p) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    }
+    static F nibbles(const Int4* p, int n) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        const __m256i shifted = _mm256_srlv_epi32(words, _mm256_set1_epi32(4 * n));
+        const __m256i codes = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(codes, _mm256_set1_epi32(8)));
     }
 
   private:
@@ -52,7 +62,7 @@ extern const Isa kAvx2 = {
     "avx2",
     runs_here,
     {row_kernels<Avx2, float>(), row_kernels<Avx2, Bf16>(), row_kernels<Avx2, Half>(),
-     row_kernels<Avx2, std::int8_t>()},
+     row_kernels<Avx2, std::int8_t>(), row_kernels<Avx2, Int4>()},
     &kAvx2,
 };
 

@@ -15,7 +15,7 @@ extern const Isa kAvx512 = {
     "avx512",
     [] { return bool(__builtin_cpu_supports("avx512f")); },
     {row_kernels<Avx512, float>(), row_kernels<Avx512, Bf16>(), row_kernels<Avx512, Half>(),
-     row_kernels<Avx512, std::int8_t>()},
+     row_kernels<Avx512, std::int8_t>(), row_kernels<Avx512, Int4>()},
     &kAvx512,
 };
 

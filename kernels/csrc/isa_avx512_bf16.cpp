@@ -16,18 +16,83 @@ struct Bf16Pairs {
     using X = Bf16;
     using Row = __m512bh;
     static constexpr int step = 32;
-    static Row row(const Bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-    static Row x(const Bf16* p) { return row(p); }
+
+    explicit Bf16Pairs(const void* row, std::int64_t line, std::int64_t)
+        : row_((__m512bh)_mm512_loadu_si512(static_cast<const char*>(row) + line * kLine)) {}
+    Row operator()(int) const { return row_; }
+    static Row x(const Bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static __m512 add(__m512 sum, Row w, Row x) { return _mm512_dpbf16_ps(sum, w, x); }
+
+  private:
+    Row row_;
 };
+
+// The numbers of two rows in turn, for sixteen columns from `first` on.
+__m512bh zip(__m512i a, __m512i b, int first) {
+    alignas(64) static constexpr std::uint16_t order[32] = {
+        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i at = _mm512_add_epi16(_mm512_load_si512(order), _mm512_set1_epi16(short(first)));
+    return (__m512bh)_mm512_permutex2var_epi16(a, at, b);
+}
+
+// h of two rows for four tokens, in bf16 and in turn.
+__m128i zip_h(const float* a, const float* b) {
+    const __m128i h = (__m128i)_mm_cvtne2ps_pbh(_mm_loadu_ps(b), _mm_loadu_ps(a));
+    return _mm_unpacklo_epi16(h, _mm_unpackhi_epi64(h, h));
+}
+
+// Four rows for four tokens: the pairs are pairs of rows.
+void add_pairs(const void* const* rows, const float* h, int tokens, float* const* y,
+               std::int64_t begin, std::int64_t end) {
+    __m512bh h_PT[2][4];
+    for (int p = 0; p < 2; ++p) {
+        const __m128i pairs = zip_h(h + 2 * p * tokens, h + (2 * p + 1) * tokens);
+        alignas(16) std::uint32_t each[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(each), pairs);
+        for (int t = 0; t < 4; ++t) h_PT[p][t] = (__m512bh)_mm512_set1_epi32(int(each[t]));
+    }
+    const Streams<4> streams(rows);
+    streams.each_line(begin, end, [&](std::int64_t line) {
+        __m512i w[4];
+        for (int r = 0; r < 4; ++r) w[r] = _mm512_loadu_si512(streams.now[r] + line * kLine);
+        for (int half = 0; half < 2; ++half) {
+            const __m512bh w_P[2] = {zip(w[0], w[1], 16 * half), zip(w[2], w[3], 16 * half)};
+            for (int t = 0; t < 4; ++t) {
+                float* y_t = y[t] + (line - begin) * 32 + 16 * half;
+                __m512 sum = _mm512_loadu_ps(y_t);
+                for (int p = 0; p < 2; ++p) sum = _mm512_dpbf16_ps(sum, w_P[p], h_PT[p][t]);
+                _mm512_storeu_ps(y_t, sum);
+            }
+        }
+    });
+}
+
+void add_rounded(const Rows& list, const float* h, float* const* y, int tokens, std::int64_t begin,
+                 std::int64_t end) {
+    constexpr auto add_exact = add<Avx512, Bf16>;
+    int i = 0;
+    for (; i + 4 <= list.count; i += 4) {
+        int t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            add_pairs(list.data + i, h + i * tokens + t, tokens, y + t, begin, end);
+        add_tokens<Avx512, Bf16, 4, 3>(list.data + i, h + i * tokens + t, tokens, tokens - t, y + t,
+                                       list.lines, begin, end);
+    }
+    const Rows rest{list.data + i, list.count - i, list.lines};
+    if (rest.count) add_exact(rest, h + i * tokens, y, tokens, begin, end);
+}
+
+constexpr RowKernels kBf16Pairs = {dot<Avx512, Bf16, Bf16Pairs>, add<Avx512, Bf16>, add_rounded,
+                                   DType::bf16};
 
 }  // namespace
 
 extern const Isa kAvx512Bf16 = {
     "avx512_bf16",
     [] { return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16"); },
-    {row_kernels<Avx512, float>(), row_kernels<Avx512, Bf16, Bf16Pairs>(DType::bf16),
-     row_kernels<Avx512, Half>(), row_kernels<Avx512, std::int8_t>()},
+    {row_kernels<Avx512, float>(), kBf16Pairs, row_kernels<Avx512, Half>(),
+     row_kernels<Avx512, std::int8_t>(), row_kernels<Avx512, Int4>()},
     &kAvx512,
 };
 

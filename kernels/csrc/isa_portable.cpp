@@ -15,13 +15,22 @@ struct Portable {
 
     static F zero() { return F{}; }
     static F set(float value) { return F{value, value, value, value}; }
+    static F set(Bf16 value) {
+        const std::uint32_t bits = std::uint32_t{value.bits} << 16;
+        return as_floats(U{bits, bits, bits, bits});
+    }
     static F fma(F a, F b, F c) { return a * b + c; }
+    static F mul(F a, F b) { return a * b; }
     static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
     static void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
     static F load(const float* p) { return read<F>(p); }
     static F load(const Bf16* p) { return as_floats(widened(p) << 16); }
     static F load(const std::int8_t* p) { return __builtin_convertvector(read<I8>(p), F); }
+    static F nibbles(const Int4* p, int n) {
+        const U codes = read<U>(p) >> std::uint32_t(4 * n) & 15;
+        return __builtin_convertvector(codes, F) - 8;
+    }
     static F load(const Half* p) {  // `to_float` of dtype.h, four at a time
         const U bits = widened(p), rest = (bits & 0x7fff) << 13;
         const U special = U(rest >= (0x7c00u << 13)) & 0x7f800000;
@@ -50,7 +59,7 @@ extern const Isa kPortable = {
     "portable",
     [] { return true; },
     {row_kernels<Portable, float>(), row_kernels<Portable, Bf16>(), row_kernels<Portable, Half>(),
-     row_kernels<Portable, std::int8_t>()},
+     row_kernels<Portable, std::int8_t>(), row_kernels<Portable, Int4>()},
     &kPortable,
 };
 

@@ -29,36 +29,42 @@ void forget(PyObject* capsule) {
 }
 
 PyObject* prepare(PyObject*, PyObject* args) {
-    unsigned long long rows, scales, biases, down;
-    long long neurons, width, padded;
+    unsigned long long rows, scales, biases, off, down, screen, screen_scales, errors;
+    long long neurons, width, lines;
     int inputs, dtype, kinds[2];
-    float thetas[2];
-    if (!PyArg_ParseTuple(args, "KKKKLLLiiifif", &rows, &scales, &biases, &down, &neurons, &width,
-                          &padded, &inputs, &dtype, &kinds[0], &thetas[0], &kinds[1], &thetas[1]))
+    float thetas[2], reach;
+    if (!PyArg_ParseTuple(args, "KKKKKLLLiiififKKKf", &rows, &scales, &biases, &off, &down, &neurons,
+                          &width, &lines, &inputs, &dtype, &kinds[0], &thetas[0], &kinds[1],
+                          &thetas[1], &screen, &screen_scales, &errors, &reach))
         return nullptr;
     auto* weights = new Weights{address<const std::byte>(rows),
                                 address<const float>(scales),
                                 address<const float>(biases),
+                                address<const float>(off),
                                 address<const float>(down),
                                 neurons,
                                 width,
-                                padded,
+                                lines,
                                 inputs,
                                 DType(dtype),
                                 {Activation{ffn::Act(kinds[0]), thetas[0]},
-                                 Activation{ffn::Act(kinds[1]), thetas[1]}}};
+                                 Activation{ffn::Act(kinds[1]), thetas[1]}},
+                                {address<const std::byte>(screen),
+                                 address<const float>(screen_scales), address<const float>(errors),
+                                 reach}};
     return PyCapsule_New(weights, kCapsule, forget);
 }
 
-// run(weights, isa, threads, x, dtype, tokens, mask, experts, y, most): once a token and layer,
-// hence without the parser of format strings.
+// run(weights, isa, threads, x, dtype, tokens, mask, experts, y, few, most of few, most of many):
+// once a token and layer, hence without the parser of format strings.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count != 10) return PyErr_Format(PyExc_TypeError, "10 arguments, not %zd", count);
+    if (count != 12) return PyErr_Format(PyExc_TypeError, "12 arguments, not %zd", count);
     const auto* weights = static_cast<const Weights*>(PyCapsule_GetPointer(args[0], kCapsule));
     if (!weights) return nullptr;
-    unsigned long long values[9];
-    for (int i = 1; i < 9; ++i) values[i] = PyLong_AsUnsignedLongLong(args[i]);
-    const double most = PyFloat_AsDouble(args[9]);
+    unsigned long long values[10];
+    for (int i = 1; i < 10; ++i) values[i] = PyLong_AsUnsignedLongLong(args[i]);
+    const ffn::Limits limits{std::int64_t(values[9]), PyFloat_AsDouble(args[10]),
+                             PyFloat_AsDouble(args[11])};
     if (PyErr_Occurred()) return nullptr;
     const Isa& isa = *ffn::kIsas[values[1]];
     const Batch batch{address<const void>(values[3]), address<void>(values[8]),
@@ -66,7 +72,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
                       address<const std::uint8_t>(values[6]), std::int64_t(values[7])};
     std::int64_t read = 0;
     Py_BEGIN_ALLOW_THREADS;
-    read = ffn::sparse_ffn(*weights, batch, isa, int(values[2]), most);
+    read = ffn::sparse_ffn(*weights, batch, isa, int(values[2]), limits);
     Py_END_ALLOW_THREADS;
     return PyLong_FromLongLong(read);
 }
@@ -98,7 +104,7 @@ PyObject* advise_huge_pages(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"prepare", prepare, METH_VARARGS, "The handle of an FFN whose tensors the caller keeps."},
     {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
-     "Writes y; the number of rows read, or -1 if the tokens want more than `most`."},
+     "Writes y; the number of rows read, or -1 if the tokens want more than the limits."},
     {"isas", isas, METH_NOARGS, "Instruction sets that run here, the fastest last."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages; may be ignored."},
     {nullptr, nullptr, 0, nullptr},

@@ -27,6 +27,7 @@ from moe_tools.model.checkpoint import load, quiet_transformers
 from moe_tools.model.conversion import Conversion, attach_experts
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.optimized import optimize
+from moe_tools.model.quantized_linear import Kind
 
 LAYERS, VOCABULARY, HEAD = 10, 32000, 64
 """Of the model that a shape makes: HEAD is the width of an attention head, where it divides D."""
@@ -91,6 +92,17 @@ def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
     spec = {"kind": "topk", "share": ON}
     attach_experts(routed, Conversion("bench", expert_size, "sigmoid", spec))
     return _models(dense, routed)
+
+
+def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | None) -> None:
+    """One more model: FFNs packed as `packed`, the other linears as `linears`.
+
+    Raises:
+        ValueError: what `optimize` refuses.
+    """
+    name = str(packed or "optimised").removeprefix("torch.")
+    made = optimize(_twin(models.get("routed", models["dense"])), dtype=packed, linears=linears)
+    models[f"{name}, linears {linears}" if linears else name] = made
 
 
 def bench_generate(

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe_tools.kernels.packed import PackedFFN
 from moe_tools.model.division import Division
 from moe_tools.model.ffn import FFN
 from moe_tools.model.importance import Importance
+from moe_tools.model.packed_ffn import PackableFFN
 from moe_tools.model.routers import Router, RowReader
 from moe_tools.model.routing import RoutedFFN, Routing
 from moe_tools.model.selectors import Everything, Selector
@@ -30,7 +30,7 @@ straight-through estimator, arXiv 1308.3432): routers learn without a gap to clo
 """
 
 
-class ExpertFFN(RoutedFFN):
+class ExpertFFN(PackableFFN, RoutedFFN):
     """An FFN whose neurons run only when their expert is selected.
 
     With every expert on, in hard mode, the output equals the dense FFN's exactly.
@@ -57,8 +57,6 @@ class ExpertFFN(RoutedFFN):
         self.off_F: Tensor | None
         """What a neuron of an expert that is off contributes to h; None means zero."""
         self.register_buffer("off_F", None)
-        self.packed: PackedFFN | None = None
-        """Computes in place of the host's linears, once the model is optimised."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD.

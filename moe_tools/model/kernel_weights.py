@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import activations as stock
 from transformers.pytorch_utils import Conv1D
 
@@ -60,8 +60,8 @@ def up_act_of(module: nn.Module) -> ActName:
     return "relu" if isinstance(module, DReLU) else "identity"
 
 
-def kernel_weights(projections: Projections) -> FFNWeights:
-    """Views of the weights of modules that nothing refuses."""
+def kernel_weights(projections: Projections, off_F: Tensor | None = None) -> FFNWeights:
+    """Views of the weights of modules that nothing refuses; `off_F` stands in for what is off."""
     weights, act = projections.weights(), act_of(projections.act)
     assert act is not None
     return FFNWeights(
@@ -73,4 +73,5 @@ def kernel_weights(projections: Projections) -> FFNWeights:
         weights.gate_F,
         weights.down_D,
         up_act_of(projections.act),
+        off_F,
     )

@@ -13,30 +13,38 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from moe_tools.kernels.cpu.screen import no_screen
 from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.quantize import INT4, QUANTIZED
 from moe_tools.kernels.sparse_ffn import Backend, pack
 from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.ffn import FFN, GraftedFFN, find_ffns, graft
+from moe_tools.model.ffn import FFN, find_ffns, graft
 from moe_tools.model.kernel_weights import kernel_weights, refusal
 from moe_tools.model.layouts import child_name
+from moe_tools.model.packed_ffn import PackableFFN
+from moe_tools.model.quantized_linear import Kind, quantize_linears
 from moe_tools.model.zeros import gives_zeros
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+PACKED = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "int4": INT4,
+}
+"""What FFNs can be packed as, by the names of the command line."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _log = logging.getLogger(__name__)
 
 
-class OptimizedFFN(GraftedFFN):
+class OptimizedFFN(PackableFFN):
     """A dense FFN that skips what its activation makes zero: the gate first, exact, no router."""
 
     done = "optimised"
-
-    def __init__(self, ffn: FFN, packed: PackedFFN) -> None:
-        super().__init__(ffn)
-        self.packed = packed
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD.
@@ -46,10 +54,18 @@ class OptimizedFFN(GraftedFFN):
         """
         if self.training:
             raise ValueError(f"{self.name} is optimised and cannot be trained: load it again")
+        assert self.packed is not None
         return self.packed(x_TD)
 
 
-def optimize(model: Model, *, dtype: torch.dtype | None = None, backend: Backend = "auto") -> Model:
+def optimize(
+    model: Model,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: Backend = "auto",
+    screen: float | None = None,
+    linears: Kind | None = None,
+) -> Model:
     """Packs the FFNs for the sparse kernels, in place, and returns the model: for inference alone.
 
     A routed FFN computes the experts that its router selects; a dense one whose activation gives
@@ -59,31 +75,49 @@ def optimize(model: Model, *, dtype: torch.dtype | None = None, backend: Backend
     `state_dict` and `save` give what they gave before, unless `dtype` lost digits.
 
     Left as they are, with one warning that says why: FFNs whose activation no kernel knows, whose
-    linears are not plain, whose experts give their mean when off, or whose router reads the FFN's
-    own rows. A model without any other is refused.
+    linears are not plain, or whose router reads the FFN's own rows. A model without any other is
+    refused. A deep copy shares what is packed; `to` casts the rest, and refuses another device.
 
     Args:
         model: routed, or dense with ReLU or a relative; in eval mode.
-        dtype: of the packed matrices: fp32, bf16, fp16 or int8 (a scale a row); the model's own
-            by default.
+        dtype: of the packed matrices: fp32, bf16, fp16, int8 (a scale a row) or int4 (a scale for
+            each 32 of a row); the model's own by default.
         backend: see `moe_tools.kernels.sparse_ffn.pack`. `auto` takes the native kernels on a CPU
             and PyTorch elsewhere.
+        screen: of FFNs with ReLU or a relative: a copy of the gate in int8 says which neurons
+            cannot fire, with a margin in standard deviations of its error (4 misses next to
+            nothing, `inf` nothing at all). Half of the gate's bytes, and as much memory more.
+        linears: quantize the linears outside the FFNs as well, in eight or four bits (attention
+            and head; see `quantize_linears`).
 
     Raises:
         ValueError: a model that is being trained, scores softly or has no FFN to pack, an unknown
-            dtype or backend, or one that cannot run here.
+            dtype, backend or kind, one that cannot run here, or a gate that cannot be screened.
     """
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"weights cannot be packed as {dtype}: {', '.join(map(str, DTYPES))} can")
+    if dtype is not None and dtype not in PACKED.values():
+        raise ValueError(
+            f"weights cannot be packed as {dtype}: {', '.join(map(str, PACKED.values()))} can"
+        )
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
     obstacles = [_obstacle(ffn) for ffn in ffns]
     _report(model, obstacles)
+    if screen is not None:
+        _check_screen([f for f, o in zip(ffns, obstacles, strict=True) if not o], dtype, screen)
+    if linears is not None:
+        quantize_linears(
+            model, linears, besides=[module for ffn in ffns for module in ffn.projections.linears()]
+        )
     for ffn, obstacle in zip(ffns, obstacles, strict=True):
         if obstacle is None:
-            packed = pack(kernel_weights(ffn.projections), dtype=dtype, backend=backend, sole=True)
-            _free(_put(model, ffn, packed), packed, dtype)
+            off_F = ffn.off_F if isinstance(ffn, ExpertFFN) else None
+            weights = kernel_weights(ffn.projections, off_F)
+            packed = pack(weights, dtype=dtype, backend=backend, sole=True, screen=screen)
+            _free(_put(model, ffn, packed), dtype)
+    for routed in expert_ffns(model):
+        _widen_router(routed)
+    _fold_head(model)
     return model.requires_grad_(False)
 
 
@@ -97,8 +131,6 @@ def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
         return "optimised already"
     if ffn.mode == "soft":
         return "every expert runs in mode soft"
-    if ffn.off_F is not None:
-        return "experts that are off give their mean"
     if ffn.router.reads_rows:
         return f"{type(ffn.router).__name__} reads the FFN's own rows"
     return refusal(ffn.projections)
@@ -118,42 +150,94 @@ def _report(model: nn.Module, obstacles: list[str | None]) -> None:
         _log.warning("%s: left as they are: %s", type(model).__name__, why)
 
 
-def _put(model: nn.Module, ffn: ExpertFFN | FFN, packed: PackedFFN) -> GraftedFFN:
+def _check_screen(
+    ffns: Sequence[ExpertFFN | FFN], dtype: torch.dtype | None, screen: float
+) -> None:
+    """Before anything is packed.
+
+    Raises:
+        ValueError: a gate that cannot be screened.
+    """
+    for ffn in ffns:
+        weights = kernel_weights(ffn.projections)
+        why = no_screen(weights.act, dtype or weights.up_FD.dtype, screen)
+        if why is not None:
+            raise ValueError(f"{ffn.name}: {why}")
+
+
+def _put(model: nn.Module, ffn: ExpertFFN | FFN, packed: PackedFFN) -> PackableFFN:
     """Lets the packed weights compute; the module that does."""
     if isinstance(ffn, ExpertFFN):
         ffn.packed = packed
         return ffn
-    module = OptimizedFFN(ffn, packed)
+    module = OptimizedFFN(ffn)
+    module.packed = packed
     graft(model, ffn, module)
     return module
 
 
-def _free(ffn: GraftedFFN, packed: PackedFFN, dtype: torch.dtype | None) -> None:
+def _free(ffn: PackableFFN, dtype: torch.dtype | None) -> None:
     """Leaves names, shapes and dtypes of the matrices; the state dict is read from `packed`."""
     lossy = False
     for linear in ffn.projections.linears():
         weight = linear.get_parameter("weight")
-        lossy |= dtype is not None and torch.promote_types(weight.dtype, dtype) != dtype
+        lossy |= dtype is not None and not _holds(dtype, weight.dtype)
         linear.weight = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
 
-    def fill(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    def fill(ffn: PackableFFN, state: dict[str, Any], prefix: str, _: Any) -> None:
         if lossy:
             raise ValueError(
                 f"{ffn.name} is packed as {dtype}, which lost digits: save the model that it was "
                 "made from"
             )
-        for name, tensor in _unpacked(ffn, packed).items():
+        assert ffn.packed is not None
+        for name, tensor in _unpacked(ffn, ffn.packed).items():
             state[f"{prefix}{name}"] = tensor
 
     ffn.register_state_dict_post_hook(fill)  # type: ignore[no-untyped-call]
 
 
+def _widen_router(ffn: ExpertFFN) -> None:
+    """Keeps a router in fp32, in which it computes anyway; saved, it is what it was."""
+    dtypes = {f"router.{name}": value.dtype for name, value in ffn.router.state_dict().items()}
+    ffn.router.float()
+
+    def narrow(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name, dtype in dtypes.items():
+            value = state[f"{prefix}{name}"]
+            if value.dtype == torch.float32:  # else the model was cast since
+                state[f"{prefix}{name}"] = value.to(dtype)
+
+    ffn.register_state_dict_post_hook(narrow)  # type: ignore[no-untyped-call]
+
+
+def _fold_head(model: nn.Module) -> None:
+    """Shows the head of a language model the last token of a prompt with the strides of a matrix.
+
+    With those of the prompt, and weights that ask for no gradient, torch.matmul takes that token
+    for a batch and copies the weights, transposed: 0.4 s for 32000 x 2048.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(_folded)
+
+
+def _folded(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x_TD, *rest = args
+    return (x_TD.reshape(-1, x_TD.shape[-1]).view(x_TD.shape), *rest)
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of `other` is one of `dtype`."""
+    return dtype not in QUANTIZED and torch.promote_types(other, dtype) == dtype
+
+
 @torch.no_grad()
-def _unpacked(ffn: GraftedFFN, packed: PackedFFN) -> dict[str, Tensor]:
+def _unpacked(ffn: PackableFFN, packed: PackedFFN) -> dict[str, Tensor]:
     """The matrices as the host has them, whatever its linears fuse or transpose."""
     layout, projections = ffn.layout, deepcopy(ffn.projections)
     for linear in projections.linears():
-        linear.to_empty(device=packed.weights.up_FD.device)
+        linear.to_empty(device=packed.device)
     made, stored = projections.weights(), packed.weights
     for mine, packed_FD in (
         (made.gate_FD, stored.gate_FD),

@@ -29,18 +29,47 @@ def test_an_unknown_shape_is_one_line(capsys):
     assert "known: smollm2-135m, llama2-7b, d2048" in capsys.readouterr().err
 
 
+KERNELS = ["bench", "kernels", "--shape", "24x64", "--dtype", "bf16", "--expert-size", "8"]
+FEW = ["--repeats", "2", "--rotate", "0.0001"]
+
+
 def test_bench_times_the_kernels_beside_the_dense_ways(capsys):
-    command = ["bench", "kernels", "--shape", "24x64", "--dtype", "bf16", "--expert-size", "8"]
-    assert main([*command, "--repeats", "2", "--rotate", "0.0001", "--json", "-"]) == 0
+    assert main([*KERNELS, *FEW, "--json", "-"]) == 0
     figures = json.loads(capsys.readouterr().out)["kernels"]
-    ways = ["torch gather", "experts of 8", "neurons given", "exact gate"]
+    ways = ["torch gather", "experts of 8", "neurons given", "exact gate", "screened gate"]
     assert [(row["operation"], row["sparsity"]) for row in figures] == [
         ("F.linear", 0.0),
         ("torch.mv", 0.0),
         *((way, sparsity) for sparsity in (0.5, 0.75, 0.9, 0.97) for way in ways),
     ]
     assert all(row["ms"] > 0 and row["share_of_bandwidth"] > 0 for row in figures)
+    assert all((row["dtype"], row["tokens"]) == ("bfloat16", 1) for row in figures)
     assert figures[0]["speedup"] == 1.0
+
+
+def test_bench_times_batches_and_dtypes_of_packed_weights_and_draws_them(tmp_path, capsys):
+    picture = tmp_path / "kernels.svg"
+    more = ["--batch", "1", "4", "--packed-dtype", "fp16", "int4", "--plot", str(picture)]
+    assert main([*KERNELS, *FEW, *more, "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)["kernels"]
+    experts = [row for row in figures if row["operation"] == "experts of 8"]
+    assert [(row["dtype"], row["tokens"]) for row in experts[::4]] == [
+        ("float16", 1),
+        ("float16", 4),
+        ("int4", 1),
+        ("int4", 4),
+    ]
+    dense = {(row["dtype"], row["tokens"]) for row in figures if row["sparsity"] == 0}
+    assert dense == {("bfloat16", 1), ("bfloat16", 4)}
+    # Nothing is screened where the gate is small already, and a batch has no matrix times vector.
+    assert not [r for r in figures if r["operation"] == "screened gate" and r["dtype"] == "int4"]
+    assert not [r for r in figures if r["operation"] == "torch.mv" and r["tokens"] == 4]
+    assert "4 tokens" in picture.read_text()
+
+
+def test_only_kernels_are_drawn(tmp_path, capsys):
+    assert main(["bench", "ffn", "--plot", str(tmp_path / "x.svg")]) == 2
+    assert "bench ffn has no picture: leave --plot out" in capsys.readouterr().err
 
 
 def test_a_shape_may_be_given_in_numbers(capsys):
@@ -63,7 +92,17 @@ def test_bench_times_whole_models(tmp_path, capsys):
 def test_bench_times_a_random_model_of_a_shape(capsys):
     few = ["--prompt-tokens", "4", "--tokens", "2", "--repeats", "1"]
     assert main(["bench", "generate", "--shape", "64x128", *few]) == 0
-    assert "optimised   88% off" in capsys.readouterr().out
+    assert "optimised                 88% off" in capsys.readouterr().out
+
+
+def test_bench_times_a_model_in_few_bits_beside_the_others(capsys):
+    few = ["--prompt-tokens", "4", "--tokens", "2", "--repeats", "1", "--expert-size", "16"]
+    options = ["--packed-dtype", "int4", "--linears", "int8"]
+    assert main(["bench", "generate", "--shape", "64x128", *few, *options, "--json", "-"]) == 0
+    figures = json.loads(capsys.readouterr().out)["generate"]
+    assert [row["model"] for row in figures][2:] == ["optimised", "int4, linears int8"]
+    assert main(["bench", "generate", *few, "--packed-dtype", "int8", "int4"]) == 2
+    assert "times one --packed-dtype, not int8, int4" in capsys.readouterr().err
 
 
 def test_only_generate_takes_a_folder(capsys):

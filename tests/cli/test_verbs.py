@@ -196,6 +196,8 @@ def test_an_encoder_gets_its_mask_token(run: Run, work: Path) -> None:
         ),
         (("generate", "donor", "--prompt", "w1", "--optimize"), "has no FFN to optimise: dense"),
         (("generate", "out", "--prompt", "w1", "--packed-dtype", "int8"), "add --optimize"),
+        (("generate", "out", "--prompt", "w1", "--linears", "int8"), "--linears is of the sparse"),
+        (("generate", "out", "--prompt", "w1", "--screen", "0"), "--screen is of the sparse"),
         (("doctor", "missing"), "missing"),
     ],
 )
