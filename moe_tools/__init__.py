@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_tools.measure.evaluate import evaluate
+    from moe_tools.measure.inspection import inspect
     from moe_tools.model.checkpoint import load, save
+    from moe_tools.model.intervene import intervene
     from moe_tools.model.optimized import optimize
     from moe_tools.model.routing import record_routing
     from moe_tools.pipeline import convert, run
@@ -19,6 +21,8 @@ __all__ = [
     "Recipe",
     "convert",
     "evaluate",
+    "inspect",
+    "intervene",
     "load",
     "optimize",
     "read_recipe",
@@ -31,6 +35,8 @@ _HOME = {
     "Recipe": "moe_tools.recipe",
     "convert": "moe_tools.pipeline",
     "evaluate": "moe_tools.measure.evaluate",
+    "inspect": "moe_tools.measure.inspection",
+    "intervene": "moe_tools.model.intervene",
     "load": "moe_tools.model.checkpoint",
     "optimize": "moe_tools.model.optimized",
     "read_recipe": "moe_tools.recipe",
