@@ -17,6 +17,7 @@ from moe_tools.registry import unknown
 VERBS = (
     "convert",
     "evaluate",
+    "inspect",
     "compare",
     "grid",
     "generate",

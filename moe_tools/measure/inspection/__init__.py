@@ -4,7 +4,7 @@
     inspecting(model)                   the same of whatever runs meanwhile, `generate` for one
     overlap(inspection, other)          two texts, or two checkpoints
     effect(model, tokenizer, text, off={3: [17]})   what breaks
-    write_page(inspection, file)        one HTML page that needs nothing else
+    page.write_page(inspection, "report.html", title="...")   one page that needs nothing else
 
 `moe_tools.intervene` forces experts on or off. Rows are documented in `records`.
 """

@@ -15,7 +15,7 @@ from moe_tools.data.progress import progress
 from moe_tools.measure.inspection.inspection import Inspection
 from moe_tools.measure.inspection.watch import watch
 from moe_tools.model.checkpoint import load, load_tokenizer
-from moe_tools.model.experts import ExpertFFN
+from moe_tools.model.experts import ExpertFFN, expert_ffns
 from moe_tools.model.inputs import model_inputs
 from moe_tools.model.intervene import FFNName, ffn_name, routed_by_name
 
@@ -86,10 +86,15 @@ def inspecting(
 ) -> Iterator[Inspection]:
     """While it lasts, everything that the model runs is inspected.
 
-    `generate` with its KV cache, batches with padding, training: see `inspect` for the arguments
-    and errors. Padding that `attention_mask` names is left out, except in an encoder-decoder. Under beam
-    search the text before a token may be that of another beam.
+    `generate` with its KV cache, batches with padding, training: see `inspect` for arguments and
+    errors. Padding that `attention_mask` names is left out, except in an encoder-decoder; under
+    beam search the text before a token may be that of another beam.
     """
+    if not expert_ffns(model):
+        raise ValueError(
+            f"{type(model).__name__} has no router to inspect: convert it first; for the zeros of a "
+            "dense model use `moe-tools doctor`"
+        )
     known = routed_by_name(model)
     names = list(known) if ffns is None else [ffn_name(known, name) for name in ffns]
     chosen = {name: ffn for name, ffn in known.items() if name in set(names)}
