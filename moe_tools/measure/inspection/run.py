@@ -92,8 +92,8 @@ def inspecting(
     """
     if not expert_ffns(model):
         raise ValueError(
-            f"{type(model).__name__} has no router to inspect: convert it first; for the zeros of a "
-            "dense model use `moe-tools doctor`"
+            f"{type(model).__name__} has no router to inspect: convert it first; for the zeros of "
+            "a dense model use `moe-tools doctor`"
         )
     known = routed_by_name(model)
     names = list(known) if ffns is None else [ffn_name(known, name) for name in ffns]
