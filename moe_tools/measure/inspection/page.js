@@ -13,6 +13,8 @@
   const decode = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const decisions = decode(data.decisions);
   const starts = data.experts.reduce((sums, count) => [...sums, sums.at(-1) + count], [0]);
+  const steps = new Uint16Array(decode(data.loads).buffer);
+  const loads = data.experts.map((count, layer) => Array.from(steps.subarray(starts[layer], starts[layer] + count), (step) => step / 65535));
   const responses = data.responses;
   const Wide = responses.wide ? Uint32Array : Uint16Array;
   const windows = new Wide(decode(responses.windows).buffer);
@@ -95,7 +97,7 @@
 
   const showExperts = () => {
     const {layer} = state, experts = data.experts[layer], tau = data.tau[layer];
-    order = [...data.loads[layer].keys()].sort((one, other) => data.loads[layer][one] - data.loads[layer][other]);
+    order = [...loads[layer].keys()].sort((one, other) => loads[layer][one] - loads[layer][other]);
     const cells = grid(experts, tokens, (row, token) => decision(layer, order[row], token));
     const ND = matrix("experts", "side").constructor;
     const flat = (pick) => new ND(cells.flat().map((cell) => cell === null ? NaN : pick(cell)), [experts, tokens]);
@@ -166,7 +168,7 @@
   };
 
   const readExpert = () => {
-    const {layer, expert} = state, load = data.loads[layer][expert], {count, context, at} = responses;
+    const {layer, expert} = state, load = loads[layer][expert], {count, context, at} = responses;
     const use = load === 0 ? "dead: no token selects it" : load === 1 ? "always on" : `load ${percent(load)} of the tokens`;
     const list = document.createElement("ol");
     for (let rank = 0; rank < count; rank++) {
@@ -177,12 +179,12 @@
       item.append(words.slice(0, at).join(""), element("mark", words[at]), words.slice(at + 1).join(""), element("small", `score ${score.toFixed(3)}`));
       list.append(item);
     }
-    byId("expert").replaceChildren(element("h3", `Expert ${expert} of layer ${layer}`), element("p", `${use}. It scores these tokens highest:`), list);
+    byId("expert").replaceChildren(element("h3", `Expert ${expert} of layer ${layer}`), element("p", count ? `${use}. It scores these tokens highest:` : use), list);
   };
   const shownOrNothing = (word) => word === "" ? "" : shown(word);
 
   const listDead = () => {
-    const dead = data.loads[state.layer].flatMap((load, expert) => load === 0 ? [expert] : []);
+    const dead = loads[state.layer].flatMap((load, expert) => load === 0 ? [expert] : []);
     const text = dead.length ? `Layer ${state.layer}, ${dead.length} dead of ${data.experts[state.layer]}:` : `Layer ${state.layer} has no dead expert.`;
     byId("dead").replaceChildren(element("span", text), ...dead.map((expert) => {
       const made = element("button", expert);

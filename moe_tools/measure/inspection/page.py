@@ -23,6 +23,7 @@ from jinja2 import Environment
 from moe_tools.measure.inspection import figures
 from moe_tools.measure.inspection.inspection import Inspection
 from moe_tools.measure.inspection.kept import Decisions
+from moe_tools.measure.inspection.tally import Tally
 from moe_tools.measure.inspection.watch import AFTER, BEFORE
 from moe_tools.measure.report import Row
 from moe_tools.model.atomic import new_file
@@ -34,8 +35,8 @@ CELLS = 1_000_000
 """Decisions that are shown one by one, a byte each: a page stays below 5 MB."""
 RANKS = 1024
 """Experts of an FFN that the load map draws; of more, evenly spaced ranks."""
-EXAMPLES = 100_000
-"""Examples of what experts respond to; `SHOWN` an expert, fewer where that exceeds it."""
+EXAMPLES = 40_000
+"""Examples of what experts respond to: `SHOWN` an expert, fewer or none where that is more."""
 SHOWN = 3
 UNSEEN, STEPS = 0, 126
 """A byte a decision: 0 unseen, 1 to 127 off, 128 to 254 on; the distance to the threshold inside.
@@ -124,7 +125,7 @@ def _data(inspection: Inspection) -> dict[str, Any]:
                 ]
             )
         ),
-        "loads": [_rounded(t.load_E / max(1, t.tokens)) for t in tallies],
+        "loads": _base64(np.concatenate([_load_bytes(tally) for tally in tallies])),
         "margins": [
             {
                 "width": t.margins.width,
@@ -172,6 +173,13 @@ def _bytes(found: Decisions | None, experts: int, shown: int, scale: float) -> n
     return made.ravel()
 
 
+def _load_bytes(tally: Tally) -> np.ndarray:
+    """Of 65,535: 0 is dead and all of it always on, exactly."""
+    load_E = tally.load_E.numpy()
+    steps_E = (load_E / max(1, tally.tokens) * 65535).round().clip(1, 65534)
+    return np.where(load_E == 0, 0, np.where(load_E == tally.tokens, 65535, steps_E)).astype("<u2")
+
+
 def _scale(inspection: Inspection, name: str) -> float:
     """The largest distance to the threshold that is told apart."""
     edges = inspection.tallies[name].margins.edges
@@ -205,7 +213,7 @@ def _responses(inspection: Inspection) -> dict[str, Any]:
     """Windows as indices into a list of the words that they need; 0 is no word."""
     tallies = list(inspection.tallies.values())
     experts = sum(tally.division.num_experts for tally in tallies)
-    count = min(SHOWN, tallies[0].responses.top, max(1, EXAMPLES // experts))
+    count = min(SHOWN, tallies[0].responses.top, EXAMPLES // experts)
     start, stop = BEFORE - 8, BEFORE + 1 + min(AFTER, 3)
     found = [tally.responses for tally in tallies]
     windows_XC = torch.cat([r.window_EKC[:, :count, start:stop].flatten() for r in found]).numpy()

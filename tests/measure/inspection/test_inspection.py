@@ -322,9 +322,9 @@ def test_what_is_not_measured_is_nan(model, blocks_BT):
 def test_some_ffns_can_be_chosen(model, blocks_BT):
     found = inspect(model, blocks_BT, ffns=[1])
     assert [row.ffn for row in found.summaries] == ["model.layers.1.mlp"]
-    with pytest.raises(ValueError, match="unknown FFN 'model.layers.0.mlp'"):
+    with pytest.raises(ValueError, match=r"unknown FFN 'model.layers.0.mlp'"):
         found.coselection(FIRST)
-    with pytest.raises(ValueError, match="did you mean 'model.layers.0.mlp'"):
+    with pytest.raises(ValueError, match=r"did you mean 'model.layers.0.mlp'"):
         inspect(model, blocks_BT, ffns=["model.layer.0.mlp"])
 
 
