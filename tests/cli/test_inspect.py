@@ -86,7 +86,10 @@ def test_a_sweep_in_the_folder_or_given_is_drawn(run, work):
         (["nowhere", "--prompt", "w1"], "nowhere has no tokenizer"),
         (["out", "--prompt", " "], "--prompt is empty"),
         (["out", "--prompt", "w1 " * 81], "a text of 81 tokens exceeds the context of Llama"),
-        (["out", "--data", "text.txt", "--block-length", "99"], "a text of 99 tokens exceeds"),
+        (
+            ["out", "--data", "text.txt", "--block-length", "99", "--tokens", "99"],
+            "a text of 99 tokens exceeds",
+        ),
         (["out", "--prompt", "w1", "--ffn", "model.layer.0.mlp"], "mean 'model.layers.0.mlp'?"),
         (["out", "--prompt", "w1", "--html", "text.txt"], "'text.txt' exists: choose another"),
         (["out", "--prompt", "w1", "--sweep", "no.json"], "--sweep no.json is no file"),
