@@ -157,9 +157,10 @@ def _by_token(inspection: Inspection, shown: int) -> list[np.ndarray]:
         found = _first(inspection, name, shown)
         if found is not None:
             on, margin, captured = made
-            on[layer, found.number_T] = found.mask_TE.float().mean(1)
-            margin[layer, found.number_T] = found.margin_TE.abs().amin(1)
-            captured[layer, found.number_T] = found.captured_T
+            at_T = found.number_T.numpy()  # a tensor of one number would be read as that number
+            on[layer, at_T] = found.mask_TE.float().mean(1)
+            margin[layer, at_T] = found.margin_TE.abs().amin(1)
+            captured[layer, at_T] = found.captured_T
     return made
 
 
@@ -169,7 +170,7 @@ def _bytes(found: Decisions | None, experts: int, shown: int, scale: float) -> n
     if found is not None:
         steps_TE = (found.margin_TE.abs() / scale * STEPS).round().clamp(0, STEPS)
         bytes_TE = torch.where(found.mask_TE, 128 + steps_TE, 127 - steps_TE)
-        made[:, found.number_T] = bytes_TE.T.to(torch.uint8).numpy()
+        made[:, found.number_T.numpy()] = bytes_TE.T.to(torch.uint8).numpy()
     return made.ravel()
 
 
