@@ -19,7 +19,13 @@ def test_the_how_to_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     randomize(model)
     save(model, tmp_path / "out", build_tokenizer(WORDS))
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    names = {"FOLDER": str(tmp_path / "out"), "TEXT": "w1 w2 w3 w4", "SENTENCE": "w1 w2 w3"}
+    names = {
+        "FOLDER": str(tmp_path / "out"),
+        "TEXT": "w1 w2 w3 w4",
+        "SENTENCE": "w1 w2 w3",
+        "LAYER": 1,
+        "EXPERT": 2,
+    }
     for block in code:
         exec(block, names)
     assert len(code) == 4
