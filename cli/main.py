@@ -20,6 +20,7 @@ VERBS = (
     "convert",
     "train",
     "evaluate",
+    "inspect",
     "compare",
     "grid",
     "generate",

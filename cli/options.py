@@ -33,6 +33,13 @@ def file_target(word: str) -> str:
     return json_target(word)
 
 
+def new_target(word: str) -> str:
+    """An argparse type: a file that is not there yet and can be made."""
+    if Path(word).exists():
+        raise argparse.ArgumentTypeError(f"{word!r} exists: choose another name, or remove it")
+    return file_target(word)
+
+
 def plot_target(word: str) -> str:
     """An argparse type: a picture file that can be made."""
     if Path(word).suffix not in PICTURES:

@@ -12,7 +12,9 @@ from moe_tools.model.auto import patch_transformers, unpatch_transformers
 
 if TYPE_CHECKING:
     from moe_tools.measure.evaluate import evaluate
+    from moe_tools.measure.inspection import inspect
     from moe_tools.model.checkpoint import load, save
+    from moe_tools.model.intervene import intervene
     from moe_tools.model.optimized import optimize
     from moe_tools.model.routing import record_routing
     from moe_tools.pipeline import convert, run
@@ -23,6 +25,8 @@ __all__ = [
     "Recipe",
     "convert",
     "evaluate",
+    "inspect",
+    "intervene",
     "load",
     "optimize",
     "patch_transformers",
@@ -37,6 +41,8 @@ _HOME = {
     "Recipe": "moe_tools.recipe",
     "convert": "moe_tools.pipeline",
     "evaluate": "moe_tools.measure.evaluate",
+    "inspect": "moe_tools.measure.inspection",
+    "intervene": "moe_tools.model.intervene",
     "load": "moe_tools.model.checkpoint",
     "optimize": "moe_tools.model.optimized",
     "read_recipe": "moe_tools.recipe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -103,6 +103,23 @@ def to_json(rows: Sequence[Row]) -> str:
         ValueError: a number that JSON does not have (NaN, infinity).
     """
     return json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
+
+
+def read_json(file: Path) -> list[Row]:
+    """The rows that `to_json` wrote to a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    known = {entry.name for entry in fields(Row)}
+    try:
+        objects = json.loads(file.read_text(encoding="utf-8"))
+        rows = [Row(**{key: one[key] for key in one if key in known}) for one in objects]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} holds no rows of `evaluate --json`: {error}") from error
+    if not rows:
+        raise ValueError(f"{file} holds no row: write it with `evaluate --sweep --json`")
+    return rows
 
 
 def table(rows: Sequence[Row]) -> Table:

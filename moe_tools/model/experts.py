@@ -6,7 +6,7 @@ takes any leading dimensions where T stands.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -57,6 +57,8 @@ class ExpertFFN(PackableFFN, RoutedFFN):
         self.off_F: Tensor | None
         """What a neuron of an expert that is off contributes to h; None means zero."""
         self.register_buffer("off_F", None)
+        self.interventions: list[Callable[[Tensor], Tensor]] = []
+        """Each is given mask_TE and returns another, see `intervene`."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD.
@@ -73,12 +75,14 @@ class ExpertFFN(PackableFFN, RoutedFFN):
         return self.packed(x_TD, routing.mask_TE)
 
     def route(self, x_TD: Tensor) -> Routing:
-        """Scores and mask, shown to the observers."""
+        """Scores and mask, as interventions leave it, shown to the observers."""
         scores_TR = self.router(x_TD)
         mask_TR = self.selector(scores_TR)
         if self.shared:
             scores_TR = nn.functional.pad(scores_TR, (self.shared, 0), value=1.0)
             mask_TR = nn.functional.pad(mask_TR, (self.shared, 0), value=True)
+        for change in self.interventions:
+            mask_TR = change(mask_TR)
         routing = Routing(self.name, scores_TR, mask_TR, self.division)
         for observe in self.observers:
             observe(routing)

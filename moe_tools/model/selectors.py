@@ -38,6 +38,13 @@ class Selector(ABC):
     def limits_TR(self, scores_TR: Tensor) -> Tensor:
         """An expert runs once the limit given to `at` exceeds its own."""
 
+    def threshold_T1(self, scores_TR: Tensor) -> Tensor:
+        """The score that decides, for each token: here the lowest score that runs.
+
+        No expert below it runs, and every expert above it does.
+        """
+        return torch.where(self(scores_TR), scores_TR, math.inf).amin(-1, keepdim=True)
+
     @abstractmethod
     def at(self, limit: float) -> Self:
         """The same kind, with its knob at a limit."""
@@ -65,6 +72,10 @@ class Threshold(Selector):
     def limits_TR(self, scores_TR: Tensor) -> Tensor:
         """The scores, falling."""
         return -scores_TR
+
+    def threshold_T1(self, scores_TR: Tensor) -> Tensor:
+        """Tau, for every token."""
+        return torch.full_like(scores_TR[..., :1], self.tau)
 
     def at(self, limit: float) -> Self:
         """Tau falls as the limit rises."""
@@ -136,6 +147,10 @@ class DynamicK(Selector):
         """1 - score / max; 0 where all scores are 0."""
         largest_T1 = scores_TR.amax(-1, keepdim=True)
         return torch.where(largest_T1 > 0, 1 - scores_TR / largest_T1, 0.0)
+
+    def threshold_T1(self, scores_TR: Tensor) -> Tensor:
+        """(1 - tau) max."""
+        return (1 - self.tau) * scores_TR.amax(-1, keepdim=True)
 
     def at(self, limit: float) -> Self:
         """A tau."""
