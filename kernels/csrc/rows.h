@@ -13,7 +13,6 @@
 namespace ffn {
 
 constexpr int kInFlight = 2048;    // bytes prefetched ahead, over all rows that are read at once
-constexpr int kTileBytes = 32768;  // y of all tokens that stays in the first cache
 
 template <class W>
 constexpr int numbers_of_a_line = int(kLine / sizeof(W));
