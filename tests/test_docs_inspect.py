@@ -28,6 +28,6 @@ def test_the_how_to_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     }
     for block in code:
         exec(block, names)
-    assert len(code) == 4
+    assert len(code) == 5
     out = capsys.readouterr().out
-    assert "w1" in out and "nats" in out
+    assert "w1" in out and "nats a token" in out

@@ -84,6 +84,7 @@ def test_a_page_is_one_small_file(page: Path) -> None:
         assert hostile not in text
 
 
+@pytest.mark.slow
 def test_a_page_stays_small_however_wide_the_model_is() -> None:
     conversion = Conversion("d", 1, "sigmoid", {"kind": "threshold", "tau": 0.5})
     model, _ = routed(build("llama", intermediate_size=11008, num_hidden_layers=12), conversion)
