@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -122,9 +122,12 @@ def plan_grouped_backward(
     pairs, group = _plan_pairs(call)
     rows = call.tiling.rows
     blocks = -(-call.gate_XND.shape[1] // rows)
+    like = partial(torch.empty_like, memory_format=torch.contiguous_format)
     made = GroupedGradients(
         _by_pair(call),
-        *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in _weights(call)),
+        like(call.gate_XND),
+        like(call.up_XND),
+        like(call.down_XND),
         call.empty(call.chosen_TK.numel(), blocks, dtype=torch.float32),
     )
     hidden, d_gate_x, d_up_x = call.values(), call.values(), call.values()
@@ -145,10 +148,6 @@ def plan_grouped_backward(
         _plan_combine(call, pairs, back, made.x_PD),
         _plan_experts_grads(call, pairs, dy_TD, values, made),
     ], made
-
-
-def _weights(call: GroupedCall) -> tuple[Tensor, Tensor, Tensor]:
-    return call.gate_XND, call.up_XND, call.down_XND
 
 
 def _by_pair(call: GroupedCall) -> Tensor:
@@ -187,7 +186,9 @@ def _rows(name: str, weight_XND: Tensor) -> dict[str, Any]:
 def _plan_combine(
     call: GroupedCall, pairs: _Pairs, sums: list[tuple[Tensor, Tensor]], y_PD: Tensor
 ) -> Launch:
-    (hidden, rows), (hidden_2, rows_2) = (*sums, (None, None))[:2]
+    (hidden, rows), *more = sums
+    hidden_2, rows_2 = more[0] if more else (None, None)
+    expert_2, row_2 = (0, 0) if rows_2 is None else rows_2.stride()[:2]
     columns = call.tiling.down_columns
     arguments = {
         **call.shared,
@@ -198,8 +199,8 @@ def _plan_combine(
         "rows_expert": rows.stride(0),
         "hidden_2": hidden_2,
         "rows_2": rows_2,
-        "stride_2": 0 if rows_2 is None else rows_2.stride(1),
-        "rows_2_expert": 0 if rows_2 is None else rows_2.stride(0),
+        "stride_2": row_2,
+        "rows_2_expert": expert_2,
         "y": y_PD,
         "BLOCK_N": call.tiling.down_rows,
         "BLOCK_D": columns,

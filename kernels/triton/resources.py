@@ -127,10 +127,10 @@ def _cases(call: Call, end: str) -> _Cases:
 
 
 def _int8_cases(call: Call, end: str) -> _Cases:
-    rows = {name: getattr(call, name).to(torch.int8) for name in ("gate_FD", "up_FD", "down_FD")}
+    rows_FD = call.gate_FD.to(torch.int8)
     scale_F = _blank(call.neurons, dtype=torch.float32)
-    scales = {f"{name}_scale_F": scale_F for name in ("gate", "up", "down")}
-    given = replace(call, **rows, **scales)
+    given = replace(call, gate_FD=rows_FD, up_FD=rows_FD, down_FD=rows_FD)
+    given = replace(given, gate_scale_F=scale_F, up_scale_F=scale_F, down_scale_F=scale_F)
     yield f"experts {end}", plan_forward(given)[0]
     recheck = replace(given, act="relu", gate_first=True)  # of a predicted list
     yield f"gate first {end}", plan_forward(recheck)[0]

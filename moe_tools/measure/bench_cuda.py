@@ -232,7 +232,7 @@ def _mask(tokens: int, experts: int, off: float) -> Tensor:
 
 def _capture(call: Call) -> Any:
     """The call as a CUDA graph; it ran before, so that nothing is compiled while capturing."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(side):
         call()

@@ -63,8 +63,9 @@ class HostExperts(nn.ModuleList):
         asked = self.config._experts_implementation == IMPLEMENTATION
         act = one_activation(self._parts("activation_fn")) if asked and self._plain() else None
         if act is not None:
-            weights = (as_one(self._weights(name)) for name in ("gate_up_proj", "down_proj"))
-            return run_experts(*weights, act, x_TD, chosen_TK, weight_TK)
+            gate_up_XFD = as_one(self._weights("gate_up_proj"))
+            down_XDF = as_one(self._weights("down_proj"))
+            return run_experts(gate_up_XFD, down_XDF, act, x_TD, chosen_TK, weight_TK)
         return self._one_by_one(x_TD, chosen_TK, weight_TK)
 
     def _plain(self) -> bool:
