@@ -320,6 +320,7 @@ def test_a_swapped_language_model_becomes_a_swapped_classifier(tmp_path: Path) -
     save(swapped(build("llama"), "drelu"), tmp_path / "out")
     model = load_classifier(str(tmp_path / "out"), ["no", "yes"], dtype=torch.float32)
     assert {type(ffn.act).__name__ for ffn in find_ffns(model)} == {"DReLU"}
+    model.config.pad_token_id = 0
     assert logits(model).shape == (2, 2)
 
 
