@@ -244,7 +244,7 @@ def test_a_cache_is_complete_or_made_again(
     expected = fitted(whole, tmp_path / "whole")
     activations = tmp_path / "work" / "activations"
     if left == "in the middle":
-        die_at(monkeypatch, cache_module, "_append", 7)
+        die_at(monkeypatch, cache_module, "append_raw", 7)
         with pytest.raises(Killed):
             fitted(attached("mlp"), tmp_path / "work")
         monkeypatch.undo()
