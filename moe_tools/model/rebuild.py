@@ -62,7 +62,8 @@ def rebuild(
     conversion = read_conversion(model)
     assert conversion is not None
     _check_host(model, source, report)
-    _check_places(model, conversion)
+    if offloaded is not None:
+        _check_places(model, conversion)
     stored = _stored(tensors)
     shift = _shift(model, stored)
     conversion = _renamed(conversion, shift)

@@ -334,7 +334,8 @@ every_moe = pytest.mark.parametrize("family", MOE)
 
 
 def test_every_way_to_run_experts_is_known() -> None:
-    assert set(ALL_EXPERTS_FUNCTIONS.keys()) == {*RUNNABLE[1:], "deepgemm", "sonicmoe"}
+    stock = set(ALL_EXPERTS_FUNCTIONS.keys()) - {"moe_tools"}  # another test may have added ours
+    assert stock == {*RUNNABLE[1:], "deepgemm", "sonicmoe"}
 
 
 @every_way

@@ -58,9 +58,12 @@ class Histogram:
         )
 
     def _merge(self, first: int, found: Tensor) -> None:
+        if not len(self.counts):
+            self.first, self.counts = first, found
+            return
         size = max(first + len(found), self.first + len(self.counts)) - first
         counts = torch.zeros(size, dtype=torch.int64)
         counts[: len(found)] += found
-        start = self.first - first if len(self.counts) else 0
+        start = self.first - first
         counts[start : start + len(self.counts)] += self.counts
         self.first, self.counts = first, counts
