@@ -4,6 +4,8 @@ import os
 
 # Tiny models on two threads mostly wait for each other; the real ones ask for more themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else DeepSpeed, once transformers imports it, says on standard output that it found no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Triton reads it when it is first imported, by whomever: its kernels then run on CPU tensors.
 os.environ["TRITON_INTERPRET"] = "1"
 
