@@ -141,7 +141,7 @@ def history(folder: Path) -> list[list[dict[str, float]]]:
 def test_the_output_is_a_plain_folder(done: Path, work: Path) -> None:
     names = {path.name for path in done.iterdir()}
     plain = {"config.json", "generation_config.json", "model.safetensors"}
-    plain |= {"tokenizer.json", "tokenizer_config.json"}
+    plain |= {"tokenizer.json", "tokenizer_config.json", "README.md"}
     assert names == plain | {"recipe.yaml", "metrics.json", "control", "steps"}
     host = {key for key in tensors(done) if not is_router(key)}
     assert host == set(tensors(work / "donor"))

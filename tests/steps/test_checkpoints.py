@@ -75,15 +75,15 @@ def test_recomputed_layers_give_the_same_gradients(
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """The file system refuses the weights of one checkpoint."""
-    save_model = checkpoints.save_model
+    save_weights = checkpoints.save_weights
 
-    def refuse(model: Any, file: str) -> None:
-        if f"checkpoint-{at}" in file:
-            Path(file).write_bytes(b"half")
+    def refuse(model: Any, file: Path) -> None:
+        if f"checkpoint-{at}" in str(file):
+            file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save_model(model, file)
+        save_weights(model, file)
 
-    monkeypatch.setattr(checkpoints, "save_model", refuse)
+    monkeypatch.setattr(checkpoints, "save_weights", refuse)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(

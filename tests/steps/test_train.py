@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.model.conversion import Conversion, read_conversion, set_mode
+from moe_tools.model.conversion import Conversion, attach_experts, read_conversion, set_mode
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
 from moe_tools.model.routing import record_routing
@@ -766,8 +766,8 @@ def test_a_top_k_model_is_trained_without_a_target(tmp_path: Path) -> None:
 
 def test_a_router_that_reads_rows_is_not_sharded(tmp_path: Path) -> None:
     """What it reads belongs to other modules, which DeepSpeed has not gathered when it scores."""
-    rows = Conversion("donor", EXPERT_SIZE, "oracle", {"kind": "topk", "k": 2})
-    model, _ = routed(build("llama"), rows)
+    model = build("llama")
+    attach_experts(model, Conversion("donor", EXPERT_SIZE, "oracle", {"kind": "topk", "k": 2}))
     launch = Launch(deepspeed={"zero_optimization": {"stage": 3}})
     with pytest.raises(
         ValueError, match="its router reads the rows of the FFN, which ZeRO-3 shard"
