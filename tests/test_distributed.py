@@ -20,7 +20,7 @@ from moe_tools.cli.main import main
 from moe_tools.model.checkpoint import load, save
 from moe_tools.model.experts import expert_ffns
 from tests.cli.test_convert import WORDS, tokenizer
-from tests.families import build, is_router
+from tests.families import build, is_router, load_stock
 from tests.two_processes import STEPS
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +191,7 @@ def test_the_folder_needs_no_deepspeed(
     )
     command = [sys.executable, "-c", code, str(work / "through")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    stock = LlamaForCausalLM.from_pretrained(work / "through").state_dict()
+    stock = load_stock(LlamaForCausalLM, work / "through").state_dict()
     ours = load(work / "through")
     host = {name for name in ours.state_dict() if not is_router(name)}
     assert host == set(stock) and expert_ffns(ours)
