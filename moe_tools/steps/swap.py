@@ -37,7 +37,7 @@ def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) ->
 
     Raises:
         ValueError: an activation that is unknown or that an FFN cannot have, a `max_error` that
-            theta = 0 already exceeds, an MoE expert that saw no token, or a routed model.
+            the FFN's own theta already exceeds, an MoE expert that saw no token, or a routed model.
     """
     _check(step)
     if step.max_error is None:
@@ -95,20 +95,22 @@ def calibrate_thetas(model: nn.Module, max_error: float, blocks_BT: Tensor) -> d
     """Name of every FFN -> the largest theta whose error is at most `max_error`.
 
     y is what the FFN computes now, from the inputs it has now: no other FFN is changed meanwhile.
-    The error grows with theta, so halving a range finds the largest, to 1 / 2^ROUNDS of the
-    largest row on the text.
+    The error grows with theta from where the FFN's own is, so halving a range finds the largest,
+    to 1 / 2^ROUNDS of the largest row on the text.
 
     Raises:
-        ValueError: theta = 0 already exceeds `max_error`, or an MoE expert that saw no token.
+        ValueError: the FFN's own theta, 0 where it has none, already exceeds `max_error`, or an
+            MoE expert that saw no token.
     """
     ffns = find_ffns(model)
+    own = [ffn.act.theta if isinstance(ffn.act, FATReLU) else 0.0 for ffn in ffns]
     high = _largest_rows(model, ffns, blocks_BT)
-    low = _tried(model, ffns, [0.0] * len(ffns), blocks_BT)
+    low = _tried(model, ffns, own, blocks_BT)
     for ffn, start in zip(ffns, low, strict=True):
         if start.error > max_error:
             raise ValueError(
-                f"{ffn.name}: fatrelu with theta 0 makes an error of {start.error:.3g}, above the "
-                f"max_error of {max_error:g}: put `swap` to relu and `train` before it"
+                f"{ffn.name}: fatrelu with theta {start.theta:g} makes an error of "
+                f"{start.error:.3g}, above the max_error of {max_error:g}: put `swap` to relu and `train` before it"
             )
     for _ in range(ROUNDS):
         middle = [(one.theta + other) / 2 for one, other in zip(low, high, strict=True)]

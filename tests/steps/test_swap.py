@@ -115,6 +115,15 @@ def test_a_larger_bound_gives_larger_thetas() -> None:
     assert all(small[name].theta < large[name].theta for name in small)
 
 
+def test_thetas_of_a_model_that_has_some_only_grow() -> None:
+    model = relu_model("llama")
+    first = {name: found.theta for name, found in calibrate_thetas(model, 0.2, text()).items()}
+    swap(model, Swap({"kind": "fatrelu"}, max_error=0.2), DONOR, text())
+    again = calibrate_thetas(model, 0.01, text())
+    assert all(found.theta >= first[name] for name, found in again.items())
+    assert all(found.error <= 0.01 for found in again.values())
+
+
 def test_thetas_do_not_depend_on_the_batches() -> None:
     model = relu_model("llama")
     whole = calibrate_thetas(model, BOUND, text())
