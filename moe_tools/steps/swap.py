@@ -110,7 +110,8 @@ def calibrate_thetas(model: nn.Module, max_error: float, blocks_BT: Tensor) -> d
         if start.error > max_error:
             raise ValueError(
                 f"{ffn.name}: fatrelu with theta {start.theta:g} makes an error of "
-                f"{start.error:.3g}, above the max_error of {max_error:g}: put `swap` to relu and `train` before it"
+                f"{start.error:.3g}, above the max_error of {max_error:g}: put `swap` to relu and "
+                "`train` before it"
             )
     for _ in range(ROUNDS):
         middle = [(one.theta + other) / 2 for one, other in zip(low, high, strict=True)]
