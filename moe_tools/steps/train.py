@@ -17,6 +17,7 @@ from moe_tools.model.checkpoint import is_classifier
 from moe_tools.model.conversion import set_mode
 from moe_tools.model.experts import expert_ffns
 from moe_tools.model.ffn import find_ffns
+from moe_tools.model.moe_host import unfuse_experts
 from moe_tools.model.zeros import gives_zeros
 from moe_tools.recipe import Train, check_step
 from moe_tools.steps import zero
@@ -26,7 +27,7 @@ from moe_tools.steps.checkpoints import check_layout, newest_checkpoint
 from moe_tools.steps.controller import ZEROS, followed, warn_if_missed
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.lora import adapters, low_rank
-from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES
+from moe_tools.steps.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED
 from moe_tools.steps.trainer import RecipeTrainer
 from moe_tools.steps.trim import check_trimmable
 
@@ -67,6 +68,8 @@ def train(
     batches = whole_batches(text, step)
     checkpoint = newest_checkpoint(work)
     check_layout(checkpoint, launch)
+    if WATCHED.keys() & step.losses.keys() or step.drive in ZEROS:
+        unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.model.conversion import Conversion, attach_experts, read_conversion, set_mode
 from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import find_ffns
+from moe_tools.model.ffn import find_ffns, host_state_dict
 from moe_tools.model.routing import record_routing
 from moe_tools.recipe import Attach, Stage, Swap, Train
 from moe_tools.steps.attach import attach
@@ -762,6 +762,17 @@ def test_a_top_k_model_is_trained_without_a_target(tmp_path: Path) -> None:
         step = replace(DENSE, mode=mode, lr=5e-3)
         measured = train(model, step, text(40), tmp_path / mode)
         assert measured["sparsity"] == pytest.approx(1 - 2 / 6)
+
+
+@pytest.mark.parametrize("losses", [{"lm": 1.0}, {"lm": 1.0, "l1": 0.1}])
+def test_fused_experts_learn(losses: dict[str, Any], tmp_path: Path) -> None:
+    """Also where a loss looks inside them, for which they are taken apart."""
+    model = build("mixtral", hidden_act="relu")
+    before = {name: tensor.clone() for name, tensor in host_state_dict(model).items()}
+    train(model, replace(DENSE, losses=losses), text(32), tmp_path / "work")
+    after = host_state_dict(model)
+    experts = [name for name in before if ".experts." in name]
+    assert experts and not any(torch.equal(before[name], after[name]) for name in experts)
 
 
 def test_a_router_that_reads_rows_is_not_sharded(tmp_path: Path) -> None:
