@@ -114,6 +114,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+TALKATIVE = ("DeepSpeed", "torchao", "torch.utils._pytree")
+"""Loggers that speak at import: the first on standard output, which is for results, the others of
+what an install without a GPU lacks."""
+
+
 def _debugging() -> bool:
     return os.environ.get(DEBUG, "") not in ("", "0")
 
@@ -125,16 +130,18 @@ def _quiet() -> Iterator[None]:
     handler.setFormatter(logging.Formatter("moe-tools: %(message)s"))
     level, handlers, propagate = ours.level, ours.handlers, ours.propagate
     ours.handlers, ours.propagate = [handler], False
-    deepspeed, silent = logging.getLogger("DeepSpeed"), logging.Filter("not DeepSpeed")
+    others, silent = [logging.getLogger(name) for name in TALKATIVE], logging.Filter("none of them")
     ours.setLevel(logging.ERROR if processes.rank() else logging.INFO)  # the first one speaks
     try:
         with warnings.catch_warnings():
             if not _debugging():
-                deepspeed.addFilter(silent)  # it logs to standard output, which is for results
+                for logger in others:
+                    logger.addFilter(silent)
                 warnings.filterwarnings("ignore", module=r"(?!moe_tools)")
             yield
     finally:
-        deepspeed.removeFilter(silent)
+        for logger in others:
+            logger.removeFilter(silent)
         ours.handlers, ours.propagate = handlers, propagate
         ours.setLevel(level)
 
