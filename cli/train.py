@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from moe_tools.cli.options import positive
+from moe_tools.cli.dry_run import add_dry_run_options, dry_run
+from moe_tools.cli.options import json_target, positive
 
 SUMMARY = "run a recipe on one device or many: plainly, by torchrun or by deepspeed"
 
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("recipe", help="a recipe file, or the name of one that comes with us")
     parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
-    parser.add_argument("--output", required=True, help="new folder; the same command resumes it")
+    parser.add_argument("--output", help="new folder; the same command resumes it")
     parser.add_argument("--deepspeed", metavar="JSON", help="a file, or zero0, zero1, zero2, ...")
     parser.add_argument("--target-sparsity", type=float, help="share of FFN neurons off, in (0, 1)")
     parser.add_argument("--expert-size", type=positive, help="neurons of one expert")
@@ -27,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep-steps", action="store_true", help="keep the folder of every step")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
     parser.add_argument("--device", default="auto", help="cpu or cuda; default: auto")
+    parser.add_argument(
+        "--json", type=json_target, metavar="FILE", help="of --dry-run; - is standard output"
+    )
+    add_dry_run_options(parser)
     parser.add_argument(
         "--report-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb, ..."
     )
@@ -56,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if args.deepspeed is not None:
         path = deepspeed_path(args.deepspeed)
         config = read_deepspeed(path, recipe, dtype=args.dtype, processes=processes.count())
+    if args.dry_run:
+        return dry_run(recipe, args)
+    if args.output is None:
+        raise ValueError("--output is required, except with --dry-run")
     from moe_tools.pipeline import run as run_recipe
     from moe_tools.steps.launch import Launch, check_launch
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_tools.data.sources import is_hub
+from moe_tools.data.sources import is_hub, mixture
 from moe_tools.measure.flops import forward_flops
 from moe_tools.measure.memory import STAGES, ModelStates, size
 from moe_tools.model.experts import expert_ffns
@@ -136,7 +136,7 @@ def _step(
         return PlannedStep(verb, step.tokens, parameters, disk=disk)
     trained = [one for group in trainable_parts(model, step) for one in group["params"]]
     taught = bool(set(step.losses) & set(DONOR_LOSSES))
-    passes = 4 if taught else 3  # the teacher's is a forward pass more
+    passes = 3 + taught + step.checkpointing  # a teacher's, or recomputing: a forward pass more
     return PlannedStep(
         verb,
         step.tokens,
@@ -166,13 +166,16 @@ def _cached(model: nn.Module, tokens: int) -> int:
 
 def _sources(recipe: Recipe) -> Iterator[Source]:
     wanted = max(recipe.train_tokens(), *(step.tokens for step in recipe.steps))
-    name = recipe.data
-    if name in ("docs", "self"):
-        yield Source(name, name, True, wanted)
-    elif is_hub(name):
-        yield Source(name, "hub", None, wanted)
-    else:
-        yield Source(name, "file", Path(name).expanduser().exists(), wanted)
+    mixed = mixture(recipe.data)
+    whole = sum(weight for _, weight in mixed)
+    for name, weight in mixed:
+        tokens = round(wanted * weight / whole)
+        if name in ("docs", "self"):
+            yield Source(name, name, True, tokens)
+        elif is_hub(name):
+            yield Source(name, "hub", None, tokens)
+        else:
+            yield Source(name, "file", Path(name).expanduser().exists(), tokens)
 
 
 def _memory(states: Sequence[ModelStates], processes: int) -> dict[str, dict[str, float]]:

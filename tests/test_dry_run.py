@@ -84,6 +84,22 @@ def test_a_teacher_costs_its_weights_and_a_forward_pass(models: Path) -> None:
     assert taught.memory["8"]["3"] - plain.memory["8"]["3"] == 2 * plain.parameters
 
 
+def test_recomputing_costs_a_forward_pass(models: Path) -> None:
+    model = str(models / "smollm2-135m")
+    plain, recomputed = (
+        plan(Recipe("x", (Train(tokens=1024, checkpointing=again),)), model)
+        for again in (False, True)
+    )
+    assert recomputed.steps[0].flops == pytest.approx(plain.steps[0].flops * 4 / 3)
+
+
+def test_mixed_text_is_named_source_by_source(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    data = f"{tmp_path / 'a.jsonl'}:3 + {tmp_path / 'b.jsonl'}:1"
+    found = plan(Recipe("x", (Train(tokens=1024),), data=data), str(models / "smollm2-135m"))
+    assert [(one.there, one.tokens) for one in found.data] == [(True, 768), (False, 256)]
+
+
 def test_routers_alone_need_little(models: Path) -> None:
     steps = (
         Split(expert_size=32),

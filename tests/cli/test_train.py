@@ -51,6 +51,12 @@ def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return call
 
 
+def test_a_dry_run_writes_nothing(run: Run, work: Path) -> None:
+    code, out, _ = run("--dry-run", output="never")
+    assert code == 0 and "mine" in out and "ZeRO" in out
+    assert not (work / "never").exists()
+
+
 def test_it_writes_what_convert_writes(run: Run, work: Path) -> None:
     code, out, _ = run(output="trained")
     assert (code, out) == (0, "")
