@@ -61,9 +61,11 @@ test-newest: ## the same with the newest transformers and torch, in .venv-newest
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
 
-bench: $(STAMP) ## time an FFN, its kernels, the clustering of its neurons, and a training step
+bench: $(STAMP) ## time an FFN, its kernels, a model that generates, a training step, and clustering
 	$(BIN)/moe-tools bench ffn
-	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32
+	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32 --packed-dtype bf16 int8 int4
+	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32 --batch 4 16 512
+	$(BIN)/moe-tools bench generate --shape d2048 --dtype bf16 --expert-size 32 --packed-dtype int4 --linears int4
 	$(BIN)/moe-tools bench train --dtype bf16
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b
