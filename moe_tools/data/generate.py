@@ -3,6 +3,7 @@
 Shapes: B blocks, T tokens a block (`length`), V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ from moe_tools.data.progress import progress
 if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import PreTrainedModel
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What a KV cache is called: by transformers 5.24 and later, and by those before it."""
 
 
 def generate_blocks(
@@ -105,6 +109,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the model's forward pass and its output call the KV cache: one of `CACHE_NAMES`."""
+    known = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in known)
+
+
 def _uniform_T(seed: int, number: int, length: int) -> Tensor:
     """The random numbers of one block, the same whatever batch it is in."""
     # Hashed, since seed + number would give seed 1 the second block of seed 0.
@@ -120,12 +130,12 @@ def _sample(
     """One batch of blocks_BT, token by token with the model's own cache."""
     batch, length = uniform_BT.shape
     token_B = torch.full((batch,), first)
-    columns, cache = [token_B], None
+    columns, cache, name = [token_B], None, cache_name(model)
     bar.update(batch)
     for position in range(1, length):
         ids_B1 = token_B[:, None].to(model.device)
-        output = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids_B1, use_cache=True, **{name: cache})
+        cache = output[name]
         token_B = _draw(output.logits[:, -1].cpu() / temperature, uniform_BT[:, position])
         columns.append(token_B)
         bar.update(batch)

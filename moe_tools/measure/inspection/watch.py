@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from moe_tools.data.generate import CACHE_NAMES
 from moe_tools.model.experts import ExpertFFN
 from moe_tools.model.importance import Importance
 from moe_tools.model.moe_host import HostExperts
@@ -107,7 +108,8 @@ def _hooks(
     begin: Callable[[Tokens], None],
 ) -> Iterator[RemovableHandle]:
     def enter(_: nn.Module, args: Any, given: dict[str, Any]) -> None:
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        mask = given.get("attention_mask")
+        cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
         plain = isinstance(mask, Tensor) and mask.ndim == 2 and not model.config.is_encoder_decoder
         state.valid_BT = mask.bool() if plain and mask is not None else None
         state.continues = cache is not None and cache.get_seq_length() > 0

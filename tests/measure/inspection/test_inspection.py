@@ -227,8 +227,11 @@ def test_generation_with_a_cache_is_one_pass_over_the_text(model):
         assert row.load == other.load and row.score == pytest.approx(other.score, rel=1e-4)
     for step, once in zip(stepwise.summaries, whole.summaries, strict=True):
         assert step.captured == pytest.approx(once.captured, rel=1e-4)
-    response, expected = stepwise.responses(0, 1)[0], whole.responses(0, 1)[0]
-    assert (response.before, response.text) == (expected.before, expected.text)
+    context = [
+        [(row.before, row.text) for expert in range(4) for row in seen.responses(0, expert)]
+        for seen in (stepwise, whole)
+    ]
+    assert context[0] == context[1]
 
 
 def test_padding_is_left_out(model):
