@@ -10,7 +10,7 @@ SANITIZE_thread := -fsanitize=thread
 CROSS ?= aarch64-linux-gnu-g++
 
 # What touches transformers, and what that needs.
-HOST_TESTS := tests/model tests/test_families.py tests/test_moe_hosts.py
+HOST_TESTS := tests/hosts tests/experts tests/checkpoint tests/inference tests/test_families.py tests/test_moe_hosts.py
 TEST_TOOLS := 'pytest>=9,<10' 'pytest-timeout>=2.3,<3' 'hypothesis>=6.100,<7' \
   'k-means-constrained>=0.7,<1'
 

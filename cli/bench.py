@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ffn(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
+    from moe_tools.bench.ffn import bench_ffn
     from moe_tools.cli.common import DTYPES
-    from moe_tools.measure.bench import bench_ffn
 
     timings = bench_ffn(args.shape, expert_size=args.expert_size, dtype=DTYPES[args.dtype])
     lines = [
@@ -106,8 +106,8 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
         return _cuda_kernels(args)
     import torch
 
+    from moe_tools.bench.kernels import bench_kernels
     from moe_tools.cli.common import DTYPES, PACKED
-    from moe_tools.measure.bench_kernels import bench_kernels
 
     timings = list(
         bench_kernels(
@@ -121,7 +121,7 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
         )
     )
     if args.plot:
-        from moe_tools.measure.plot_kernels import plot_kernels
+        from moe_tools.bench.plot import plot_kernels
 
         plot_kernels(timings, args.plot)
     lines = [
@@ -135,8 +135,8 @@ def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _cuda_kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
+    from moe_tools.bench.cuda import bench_cuda
     from moe_tools.cli.common import DTYPES
-    from moe_tools.measure.bench_cuda import bench_cuda
 
     timings = bench_cuda(
         args.shape,
@@ -154,14 +154,14 @@ def _cuda_kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
-    from moe_tools.cli.common import DTYPES, PACKED
-    from moe_tools.measure.bench_generate import (
+    from moe_tools.bench.generate import (
         add_quantized,
         bench_generate,
         folder_models,
         shape_models,
         threads,
     )
+    from moe_tools.cli.common import DTYPES, PACKED
 
     dtype, size, packed = DTYPES[args.dtype], args.expert_size, args.packed_dtype or []
     if len(packed) > 1:
@@ -186,7 +186,7 @@ def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _clustering(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
-    from moe_tools.measure.bench_clustering import bench_clustering
+    from moe_tools.bench.clustering import bench_clustering
 
     found = bench_clustering(args.shape)
     lines = [
@@ -198,7 +198,7 @@ def _clustering(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _train(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
-    from moe_tools.bench_train import bench_train
+    from moe_tools.bench.train import bench_train
     from moe_tools.cli.common import DTYPES, pick_device
     from moe_tools.cli.demo import donor_file
     from moe_tools.recipe import read_recipe, recipe_path

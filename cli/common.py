@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from moe_tools.model.checkpoint import quiet_transformers
-from moe_tools.model.optimized import PACKED
+from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.inference.optimized import PACKED
 
 __all__ = ["DTYPES", "PACKED", "pick_device", "pick_dtype", "quiet_transformers", "write_text"]
 

@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from moe_tools.cli.common import DTYPES, pick_device, quiet_transformers, write_text
-    from moe_tools.comparison import Study, compare_recipes
-    from moe_tools.measure.plot import plot
-    from moe_tools.measure.report import print_table, to_json
+    from moe_tools.report.plot import plot
+    from moe_tools.report.report import print_table, to_json
+    from moe_tools.runs.study import Study, compare_recipes
 
     study = Study(
         recipes=tuple(args.recipe),

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         return dry_run(recipe, args)
     if args.output is None:
         raise ValueError("--output is required, except with --dry-run")
-    from moe_tools.pipeline import run as run_recipe
-    from moe_tools.streaming import is_large
+    from moe_tools.runs.run import run as run_recipe
+    from moe_tools.runs.stream import is_large
 
     device = pick_device(args.device)
     large = is_large(args.model, DTYPES[args.dtype]) if args.stream is None else args.stream
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_table_text(data: str, model: str, block_length: int) -> None:
     """One held-out block at least: better known before the training than after."""
+    from moe_tools.checkpoint.loading import load_tokenizer
     from moe_tools.data import blocks
-    from moe_tools.model.checkpoint import load_tokenizer
 
     source = "docs" if data == "self" else data
     tokenizer = load_tokenizer(model)

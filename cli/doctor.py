@@ -12,8 +12,8 @@ from moe_tools.cli.options import json_target, not_negative, positive
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moe_tools.experts.conversion import Conversion
     from moe_tools.measure.diagnose import Diagnosis
-    from moe_tools.model.conversion import Conversion
 
 LENGTH = 256
 """Tokens of a block, at most."""
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one fact a line."""
+    from moe_tools.checkpoint.loading import load
     from moe_tools.cli.common import quiet_transformers, write_text
     from moe_tools.measure.diagnose import diagnose
-    from moe_tools.model.checkpoint import load
 
     with quiet_transformers():
         model = load(args.model)
@@ -60,10 +60,10 @@ def _natural(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]
     """Sparsity of the dense model on a little training text."""
     from dataclasses import asdict
 
+    from moe_tools.checkpoint.loading import load_tokenizer
     from moe_tools.data import blocks
     from moe_tools.measure.natural import natural_sparsity, observe
     from moe_tools.measure.truncation import sparsity_within
-    from moe_tools.model.checkpoint import load_tokenizer
 
     context = getattr(model.config, "max_position_embeddings", None) or LENGTH
     length = min(LENGTH, args.tokens, context)
@@ -77,7 +77,7 @@ def _natural(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]
 
 
 def _tokenizer(source: str) -> str | None:
-    from moe_tools.model.checkpoint import load_tokenizer
+    from moe_tools.checkpoint.loading import load_tokenizer
 
     try:
         return type(load_tokenizer(source)).__name__
@@ -89,8 +89,8 @@ def _machine() -> dict[str, Any]:
     import torch
     import transformers
 
+    from moe_tools.bench.kernels import backends
     from moe_tools.cli.common import pick_dtype
-    from moe_tools.measure.bench_kernels import backends
 
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return {

@@ -12,8 +12,8 @@ from moe_tools.cli.options import positive
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from moe_tools.dry_run import Plan, Source
     from moe_tools.recipe import Recipe
+    from moe_tools.runs.plan import Plan, Source
 
 
 def add_dry_run_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def add_dry_run_options(parser: argparse.ArgumentParser) -> None:
 def dry_run(recipe: Recipe, args: argparse.Namespace) -> int:
     """Prints the plan; `args` has model, dtype, processes and json."""
     from moe_tools.cli.common import DTYPES, write_text
-    from moe_tools.dry_run import plan
+    from moe_tools.runs.plan import plan
 
     found = plan(recipe, args.model, dtype=DTYPES[args.dtype], processes=args.processes)
     if args.json:

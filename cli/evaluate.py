@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; with `--json -` the table goes to standard error."""
+    from moe_tools.checkpoint.card import check_card
     from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
-    from moe_tools.measure.card import write_figures
-    from moe_tools.measure.compare import Setup, compare
-    from moe_tools.measure.plot import plot
-    from moe_tools.measure.report import print_table, to_json
-    from moe_tools.measure.sweep import sweep
     from moe_tools.measure.tasks import Tasks
-    from moe_tools.model.card import check_card
+    from moe_tools.report.card import write_figures
+    from moe_tools.report.compare import Setup, compare
+    from moe_tools.report.plot import plot
+    from moe_tools.report.report import print_table, to_json
+    from moe_tools.report.sweep import sweep
 
     device = pick_device(args.device)
     setup = Setup(

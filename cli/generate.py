@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, option) is not None and not args.optimize:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is of the sparse kernels: add --optimize")
+    from moe_tools.checkpoint.loading import load, load_tokenizer
     from moe_tools.cli.common import PACKED, pick_device, pick_dtype, quiet_transformers
+    from moe_tools.inference.optimized import optimize
     from moe_tools.measure.neurons import count_neurons, sparsity
-    from moe_tools.model.checkpoint import load, load_tokenizer
-    from moe_tools.model.optimized import optimize
 
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)

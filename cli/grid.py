@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
-    from moe_tools.grid import Grid, explore
-    from moe_tools.measure.report import print_cells
     from moe_tools.recipe import Fit
+    from moe_tools.report.report import print_cells
+    from moe_tools.runs.grid import Grid, explore
 
     device = pick_device(args.device)
     grid = Grid(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moe_tools.cli.options import add_model_options, json_target, new_target, positive, zero_or_more
 
 if TYPE_CHECKING:
-    from moe_tools.measure.inspection import Inspection
-    from moe_tools.measure.report import Row
+    from moe_tools.inspection import Inspection
+    from moe_tools.report.report import Row
 
 SUMMARY = "see which experts run for which token, and which never do"
 SWEEP = "sweep.json"
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         inspection = _inspect(args)
     _print(inspection, sys.stderr if args.json == "-" else sys.stdout)
     if args.html:
-        from moe_tools.measure.inspection.page import write_page
+        from moe_tools.inspection.page import write_page
 
         text = "a prompt" if args.data is None else args.data
         title = f"{Path(args.folder).resolve().name} on {text}"
@@ -72,10 +72,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> Inspection:
+    from moe_tools.checkpoint.loading import load, load_tokenizer
     from moe_tools.cli.common import pick_device, pick_dtype
     from moe_tools.data import blocks
-    from moe_tools.measure.inspection import inspect
-    from moe_tools.model.checkpoint import load, load_tokenizer
+    from moe_tools.inspection import inspect
 
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.folder)
@@ -95,7 +95,7 @@ def _inspect(args: argparse.Namespace) -> Inspection:
 
 
 def _sweep(args: argparse.Namespace) -> list[Row]:
-    from moe_tools.measure.report import read_json
+    from moe_tools.report.report import read_json
 
     found = Path(args.sweep or Path(args.folder) / SWEEP)
     if not found.is_file():

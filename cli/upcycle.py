@@ -36,10 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes a stock Mixtral folder with the donor's tokenizer, if it has one."""
+    from moe_tools.checkpoint.atomic import check_free
+    from moe_tools.checkpoint.loading import load
+    from moe_tools.checkpoint.saving import save
     from moe_tools.cli.common import DTYPES, quiet_transformers
-    from moe_tools.model.atomic import check_free
-    from moe_tools.model.checkpoint import load, save
-    from moe_tools.model.upcycle import check_upcycling, upcycle
+    from moe_tools.hosts.upcycle import check_upcycling, upcycle
 
     check_free(args.output)
     check_upcycling(args.num_experts, args.top_k, args.noise)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    from moe_tools.model.checkpoint import load_tokenizer
+    from moe_tools.checkpoint.loading import load_tokenizer
 
     try:
         return load_tokenizer(source)

@@ -1,24 +1,25 @@
 """moe-tools: dense language models into models that compute only what a token needs.
 
 The public names, whole; each is imported on first use. `import moe_tools` does one thing: from then
-on transformers loads a converted folder as the routed model it is (`moe_tools.model.auto` says how
-and why; `unpatch_transformers` takes it back).
+on transformers loads a converted folder as the routed model it is (`moe_tools.checkpoint.auto` says
+how and why; `unpatch_transformers` takes it back).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moe_tools.model.auto import patch_transformers, unpatch_transformers
+from moe_tools.checkpoint.auto import patch_transformers, unpatch_transformers
 
 if TYPE_CHECKING:
+    from moe_tools.checkpoint.loading import load
+    from moe_tools.checkpoint.saving import save
+    from moe_tools.experts.intervene import intervene
+    from moe_tools.experts.routing import record_routing
+    from moe_tools.inference.optimized import optimize
+    from moe_tools.inspection import inspect
     from moe_tools.measure.evaluate import evaluate
-    from moe_tools.measure.inspection import inspect
-    from moe_tools.model.checkpoint import load, save
-    from moe_tools.model.intervene import intervene
-    from moe_tools.model.optimized import optimize
-    from moe_tools.model.routing import record_routing
-    from moe_tools.pipeline import convert, run
     from moe_tools.recipe import Recipe, read_recipe
+    from moe_tools.runs.run import convert, run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,16 +40,16 @@ __all__ = [
 
 _HOME = {
     "Recipe": "moe_tools.recipe",
-    "convert": "moe_tools.pipeline",
+    "convert": "moe_tools.runs.run",
     "evaluate": "moe_tools.measure.evaluate",
-    "inspect": "moe_tools.measure.inspection",
-    "intervene": "moe_tools.model.intervene",
-    "load": "moe_tools.model.checkpoint",
-    "optimize": "moe_tools.model.optimized",
+    "inspect": "moe_tools.inspection",
+    "intervene": "moe_tools.experts.intervene",
+    "load": "moe_tools.checkpoint.loading",
+    "optimize": "moe_tools.inference.optimized",
     "read_recipe": "moe_tools.recipe",
-    "record_routing": "moe_tools.model.routing",
-    "run": "moe_tools.pipeline",
-    "save": "moe_tools.model.checkpoint",
+    "record_routing": "moe_tools.experts.routing",
+    "run": "moe_tools.runs.run",
+    "save": "moe_tools.checkpoint.loading",
 }
 
 

@@ -1,7 +1,7 @@
 """`python -m moe_tools.patched MODULE ARGUMENTS`: as `python -m MODULE ARGUMENTS`, and routed.
 
 For programs that load models themselves, such as `lm_eval`: with moe-tools imported first, a
-converted folder is the routed model there too (`moe_tools.model.auto`).
+converted folder is the routed model there too (`moe_tools.checkpoint.auto`).
 """
 
 from __future__ import annotations

@@ -52,10 +52,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from moe_tools.model.auto import transformers_patched
-from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.ffn import host_state_dict
+from moe_tools.checkpoint.auto import transformers_patched
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.hosts.ffn import host_state_dict
 
 NEURONS = 48
 EXPERT_SIZE = 8

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moe_tools.model.shards import write_index
+from moe_tools.checkpoint.shards import write_index
 
 WORDS = 60
 SAMPLES_PER_SECOND = 50

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
+from moe_tools.experts.conversion import attach_experts, read_conversion, set_mode
+from moe_tools.experts.experts import every_expert_on, expert_ffns
+from moe_tools.experts.routing import record_routing
+from moe_tools.hosts.ffn import find_ffns, permute_neurons
+from moe_tools.hosts.layouts import LAYOUTS
 from moe_tools.kernels.sparse_ffn import sparse_ffn
 from moe_tools.measure.evaluate import evaluate
-from moe_tools.model.checkpoint import load, save
-from moe_tools.model.conversion import attach_experts, read_conversion, set_mode
-from moe_tools.model.experts import every_expert_on, expert_ffns
-from moe_tools.model.ffn import find_ffns, permute_neurons
-from moe_tools.model.layouts import LAYOUTS
-from moe_tools.model.partition import random_partition
-from moe_tools.model.routing import record_routing
 from moe_tools.recipe import Attach, Budget, Fit, Split
 from moe_tools.steps.attach import attach
 from moe_tools.steps.budget import budget
 from moe_tools.steps.fit import fit
+from moe_tools.steps.partition import random_partition
 from moe_tools.steps.split import split
 from tests.families import (
     EXPERTS,

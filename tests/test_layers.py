@@ -55,18 +55,18 @@ ARROWS = {
     },
 }
 KERNEL_USERS = {
-    "moe_tools.model.kernel_weights",
-    "moe_tools.model.moe_kernels",
-    "moe_tools.model.optimized",
-    "moe_tools.measure.bench_cuda",
-    "moe_tools.model.packed_ffn",
-    "moe_tools.measure.bench_kernels",
+    "moe_tools.hosts.kernel_weights",
+    "moe_tools.hosts.moe_kernels",
+    "moe_tools.inference.optimized",
+    "moe_tools.bench.cuda",
+    "moe_tools.experts.packed_ffn",
+    "moe_tools.bench.kernels",
 }
 WITHOUT_TORCH = [
     "moe_tools.registry",
     "moe_tools.recipe",
     "moe_tools.recipe.deepspeed",
-    "moe_tools.measure.report",
+    "moe_tools.report.report",
 ]
 VERBS = {
     f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "fit", "budget", "train")
@@ -89,7 +89,7 @@ LAYERED = [name for name in MODULES if name != "moe_tools"]
 
 
 def layer(module: str) -> str:
-    """moe_tools.model.ffn -> model; the package itself is its own layer."""
+    """moe_tools.hosts.ffn -> model; the package itself is its own layer."""
     return module.split(".")[1] if "." in module else module
 
 
@@ -159,7 +159,7 @@ def run_python(code: str, *args: str) -> str:
     ],
 )
 def test_every_form_of_import_is_read(source: str, expected: set[str]) -> None:
-    assert read_imports(source, "moe_tools.model.experts") == expected
+    assert read_imports(source, "moe_tools.experts.experts") == expected
 
 
 def test_relative_imports_of_a_package_start_at_itself() -> None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
+from moe_tools.experts.conversion import Conversion, read_conversion
+from moe_tools.experts.experts import every_expert_on, expert_ffns
+from moe_tools.experts.routing import record_routing
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.two_levels import TwoLevels
-from moe_tools.model.checkpoint import load, save
-from moe_tools.model.conversion import Conversion, read_conversion
-from moe_tools.model.experts import every_expert_on, expert_ffns
-from moe_tools.model.ffn import find_ffns
-from moe_tools.model.routing import record_routing
 from moe_tools.recipe import Attach, Budget, Split, Swap
 from moe_tools.steps.attach import attach
 from moe_tools.steps.budget import budget

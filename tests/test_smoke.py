@@ -14,19 +14,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import moe_tools
+from moe_tools.checkpoint.loading import load_tokenizer
 from moe_tools.cli.demo import donor_file
 from moe_tools.cli.main import main
 from moe_tools.data import blocks
+from moe_tools.experts.conversion import Conversion, attach_experts, conversion_so_far
+from moe_tools.experts.routing import record_routing
+from moe_tools.hosts.ffn import find_ffns, permute_neurons
+from moe_tools.hosts.upcycle import upcycle
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.two_levels import TwoLevels
-from moe_tools.model.checkpoint import load_tokenizer
-from moe_tools.model.conversion import Conversion, attach_experts, conversion_so_far
-from moe_tools.model.ffn import find_ffns, permute_neurons
-from moe_tools.model.partition import random_partition
-from moe_tools.model.routing import record_routing
-from moe_tools.model.upcycle import upcycle
 from moe_tools.recipe import Attach, Split, Swap
 from moe_tools.steps.attach import attach
+from moe_tools.steps.partition import random_partition
 from moe_tools.steps.split import split
 from moe_tools.steps.swap import swap
 

@@ -21,13 +21,14 @@ from transformers import (
     pipeline,
 )
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.model.checkpoint import load, save
-from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.routing import record_routing
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routing import record_routing
+from tests.checkpoint.test_loading import convert, make_tokenizer
 from tests.families import EXPERT_SIZE, aligned, build, logits, model_inputs
-from tests.model.test_checkpoint import convert, make_tokenizer
 
 TOPK = {"kind": "topk", "k": 2}
 ORACLE = Conversion("donor", EXPERT_SIZE, "oracle", TOPK)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.inputs import model_inputs
+from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.inputs import model_inputs
 
 Baseline = Literal["teal", "cats"]
 SAMPLE = 65536

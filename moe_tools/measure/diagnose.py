@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from moe_tools.experts.conversion import Conversion, read_conversion
+from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.inputs import model_inputs
 from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons
-from moe_tools.model.conversion import Conversion, read_conversion
-from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.inputs import model_inputs
 
 SIZES = (4, 8, 16, 32, 64)
 """Neurons of an expert that are worth trying."""

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
 from moe_tools.data.progress import progress
+from moe_tools.experts.prediction import Prediction
+from moe_tools.hosts.inputs import model_inputs
 from moe_tools.measure.flops import FlopCounter, Flops, count_flops
 from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, zeros
 from moe_tools.measure.predictions import count_predictions
 from moe_tools.measure.two_levels import TwoLevels, moe_layers, two_levels
-from moe_tools.model.inputs import model_inputs
-from moe_tools.model.prediction import Prediction
 
 IGNORE = -100
 ROWS = 256

@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.moe_host import chosen_share
 from moe_tools.measure.neurons import NeuronCount
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import find_ffns
-from moe_tools.model.moe_host import chosen_share
 
 
 @dataclass(frozen=True)

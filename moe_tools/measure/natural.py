@@ -28,10 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
-from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
-from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.inputs import model_inputs
-from moe_tools.model.zeros import zero_share
+from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.zeros import zero_share
 
 CETT = 0.2
 """What ReLU^2 Wins (arXiv 2402.03804) finds to cost little."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.moe_host import HostExperts
-from moe_tools.model.projections import Weights
-from moe_tools.model.routing import Routing
-from moe_tools.model.zeros import gives_zeros
+from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.routing import Routing
+from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.moe_host import HostExperts
+from moe_tools.hosts.projections import Weights
+from moe_tools.hosts.zeros import gives_zeros
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 """Sees a module and the inputs of its forward pass."""

@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.prediction import Prediction
-from moe_tools.model.routing import Routing
+from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.prediction import Prediction
+from moe_tools.experts.routing import Routing
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import observe
-from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
-from moe_tools.model.ffn import FFN, find_ffns
 
 HALVINGS = 10
 """Of the interval [0, 1] of errors: it is known to a thousandth."""

@@ -113,14 +113,14 @@ class Train:
     tokens: int
     """Training tokens of this step; every step goes on where the last one stopped."""
     mode: Literal["dense", "soft", "straight", "hard"] = "dense"
-    """How scores switch experts; see `moe_tools.model.experts.Mode`."""
+    """How scores switch experts; see `moe_tools.experts.experts.Mode`."""
     losses: dict[str, Weight] = field(default_factory=lambda: {"lm": 1.0})
     """Name of a loss -> its weight, a number or stages. What `drive` turns starts from there."""
     target_sparsity: float | None = None
     """Share of neurons off, over tokens and FFNs, that this step has to reach; under the drives
     l1 and hoyer, of a dense model, the share that is exactly 0."""
     drive: Literal["shift", "eta", "l1", "hoyer"] = "shift"
-    """What brings the sparsity there; see `moe_tools.steps.controller`."""
+    """What brings the sparsity there; see `moe_tools.training.controller`."""
     ramp: float = 0.6
     """Share of the steps in which the target is reached; 0: at once."""
     parts: Literal["all", "ffn", "routers"] = "all"

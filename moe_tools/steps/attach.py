@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.experts import ExpertFFN
-from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.importance import Importance
-from moe_tools.model.routers import ROUTERS, RepresentativeRouter, SigmoidRouter
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import ExpertFFN
+from moe_tools.experts.importance import Importance
+from moe_tools.experts.routers import ROUTERS, RepresentativeRouter, SigmoidRouter
+from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.recipe import Attach
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.profiles import Sketch, marks_TF

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.data.generate import evaluating
-from moe_tools.model.conversion import set_selectors
-from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
-from moe_tools.model.inputs import model_inputs
-from moe_tools.model.routing import Routing, observe_routing
-from moe_tools.model.selectors import (
+from moe_tools.experts.conversion import set_selectors
+from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.experts.routing import Routing, observe_routing
+from moe_tools.experts.selectors import (
     Selector,
     describe_selector,
     sample_stride,
     tune_selector,
 )
+from moe_tools.hosts.inputs import model_inputs
 from moe_tools.recipe import Budget
 from moe_tools.steps.calibrate import check_routed, check_sparsity
 from moe_tools.steps.spending import error_curves, spend_by_error

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_tools.data.generate import evaluating
-from moe_tools.model.experts import ExpertFFN, every_expert_on, expert_ffns
-from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.inputs import model_inputs
+from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.inputs import model_inputs
 
 BATCH = 4
 """Blocks of one forward pass."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.checkpoint.atomic import new_file
+from moe_tools.checkpoint.parts import OneLayer
 from moe_tools.data.generate import evaluating
-from moe_tools.model.atomic import new_file
-from moe_tools.model.experts import every_expert_on
-from moe_tools.model.inputs import model_inputs
-from moe_tools.model.parts import OneLayer
+from moe_tools.experts.experts import every_expert_on
+from moe_tools.hosts.inputs import model_inputs
 from moe_tools.steps.calibrate import BATCH
 from moe_tools.steps.raw_file import append_raw, map_raw
 

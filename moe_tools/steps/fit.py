@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moe_tools.model.atomic import new_file
-from moe_tools.model.experts import ExpertFFN
-from moe_tools.model.prediction import Prediction, together
-from moe_tools.model.routers import LearnedRouter
+from moe_tools.checkpoint.atomic import new_file
+from moe_tools.experts.experts import ExpertFFN
+from moe_tools.experts.prediction import Prediction, together
+from moe_tools.experts.routers import LearnedRouter
 from moe_tools.recipe import Fit
+from moe_tools.recipe.schedules import warmup_cosine
 from moe_tools.steps.activation_cache import ActivationCache
 from moe_tools.steps.calibrate import check_routed
-from moe_tools.steps.schedules import warmup_cosine
 
 WARMUP = 0.05
 """Share of the optimizer steps."""

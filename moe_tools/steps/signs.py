@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_tools.model.activations import JointActivation
-from moe_tools.model.ffn import find_ffns, turn_neurons
+from moe_tools.hosts.activations import JointActivation
+from moe_tools.hosts.ffn import find_ffns, turn_neurons
 from moe_tools.steps.calibrate import visit_activations
 
 

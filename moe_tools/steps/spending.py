@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from moe_tools.model.experts import ExpertFFN
-from moe_tools.model.selectors import tune_selector
+from moe_tools.experts.experts import ExpertFFN
+from moe_tools.experts.selectors import tune_selector
 from moe_tools.steps.calibrate import visit_activations
 
 STEPS = 20

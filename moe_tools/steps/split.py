@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moe_tools.model.division import Division
-from moe_tools.model.ffn import FFN, find_ffns, permute_neurons
-from moe_tools.model.graph import coactivation_partition
-from moe_tools.model.partition import (
+from moe_tools.experts.division import Division
+from moe_tools.hosts.ffn import FFN, find_ffns, permute_neurons
+from moe_tools.recipe import Split
+from moe_tools.steps.calibrate import visit_activations
+from moe_tools.steps.graph import coactivation_partition
+from moe_tools.steps.partition import (
     Partition,
     contiguous_partition,
     kmeans_partition,
     random_partition,
 )
-from moe_tools.recipe import Split
-from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.profiles import Sketch, contributions_TF, marks_TF
 
 GRAPH_BYTES = 4 * 2**30

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_tools.model.activations import FATReLU, hidden_TF
-from moe_tools.model.conversion import Conversion
-from moe_tools.model.ffn import FFN, find_ffns
-from moe_tools.model.swapped import check_swap, swap_activations
+from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.swapped import check_swap, swap_activations
+from moe_tools.hosts.activations import FATReLU, hidden_TF
+from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.recipe import Swap
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.signs import align_signs

@@ -1,7 +1,7 @@
 import json
 
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.model.checkpoint import save
 from tests.families import build, routed
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_tools.model.checkpoint import load
-from moe_tools.model.experts import expert_ffns
+from moe_tools.checkpoint.loading import load
+from moe_tools.experts.experts import expert_ffns
 from moe_tools.recipe import read_recipe
 from tests.cli.test_verbs import EVALUATE, Run, rows_of, run, work
 

@@ -13,9 +13,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.model.checkpoint import load, save
-from moe_tools.model.experts import expert_ffns
+from moe_tools.experts.experts import expert_ffns
 from tests.families import build
 
 WORDS = [f"w{index}" for index in range(60)]

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import moe_tools
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.measure.report import read_json, to_json
-from moe_tools.model.checkpoint import save
+from moe_tools.report.report import read_json, to_json
 from tests.cli.test_verbs import WORDS, build_tokenizer
 from tests.families import build, randomize, routed
-from tests.measure.test_report import ROW
+from tests.report.test_report import ROW
 
 
 @pytest.fixture(scope="module")

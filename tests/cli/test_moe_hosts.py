@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.model.checkpoint import load, save
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import find_ffns
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.hosts.ffn import find_ffns
 from tests.cli.test_verbs import WORDS, build_tokenizer
 from tests.families import MOE, build
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.model.checkpoint import save
 from moe_tools.recipe import recipe_path
 from tests.cli.test_verbs import WORDS, build_tokenizer
 from tests.families import build, is_router

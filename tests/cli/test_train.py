@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.model.checkpoint import save
 from tests.cli.test_convert import RECIPE, WORDS, tokenizer
 from tests.families import build
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
+from moe_tools.checkpoint.loading import load, load_tokenizer
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.model.checkpoint import load, load_tokenizer, save
 from tests.cli.test_verbs import WORDS, build_tokenizer
 from tests.families import build, logits
 

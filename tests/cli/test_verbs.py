@@ -15,15 +15,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.common import pick_device, pick_dtype
 from moe_tools.cli.main import main
 from moe_tools.data import blocks
+from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.swapped import swap_activations
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import natural_sparsity, observe
-from moe_tools.model.checkpoint import load, save
-from moe_tools.model.conversion import Conversion
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.swapped import swap_activations
 from tests.families import EXPERT_SIZE, build, randomize, routed
 
 WORDS = [f"w{index}" for index in range(60)]

@@ -14,15 +14,15 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-from moe_tools.cli.main import _Parser, main
-from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.routers import ROUTERS, Router
-from moe_tools.model.routers.base import RowReader
-from moe_tools.recipe import parse_recipe
-from tests.families import build, logits
 from tests.test_pipeline import LENGTH
 from tests.test_pipeline import work as work
+
+from moe_tools.cli.main import _Parser, main
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.routers import ROUTERS, Router
+from moe_tools.experts.routers.base import RowReader
+from moe_tools.recipe import parse_recipe
+from tests.families import build, logits
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

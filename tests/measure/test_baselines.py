@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.measure.baselines import thresholded
-from moe_tools.model.ffn import find_ffns
 from tests.families import FAMILIES, build, logits
 
 TEXT_BT = torch.randint(3, 64, (4, 16), generator=torch.Generator().manual_seed(3))

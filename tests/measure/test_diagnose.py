@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from moe_tools.measure.bench_kernels import backends
+from moe_tools.bench.kernels import backends
+from moe_tools.experts.routing import record_routing
 from moe_tools.measure.diagnose import Shape, diagnose
-from moe_tools.model.routing import record_routing
 from tests.families import (
     EXPERT_SIZE,
     FAMILIES,

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
+from moe_tools.experts.conversion import set_mode
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routing import record_routing
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.measure.evaluate import evaluate
-from moe_tools.model.conversion import set_mode
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import find_ffns
-from moe_tools.model.routing import record_routing
 from tests.families import (
     EXPERTS,
     FAMILIES,

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from moe_tools.experts.experts import expert_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.flops import Flops, attention_flops, causal_context, forward_flops
-from moe_tools.model.experts import expert_ffns
 from tests.families import FAMILIES, build, routed
 
 T = 8

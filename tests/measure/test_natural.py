@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.measure.natural import Activations, natural_sparsity, observe
-from moe_tools.model.ffn import find_ffns
 from tests.families import FAMILIES, NEURONS, THRESHOLD, build, model_inputs, randomize, routed
 
 

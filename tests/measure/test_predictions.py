@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.prediction import together
+from moe_tools.experts.routing import record_routing
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.predictions import count_predictions
-from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.prediction import together
-from moe_tools.model.routing import record_routing
 from tests.families import build, logits, model_inputs
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import observe
 from moe_tools.measure.truncation import sparsity_within, truncated
-from moe_tools.model.ffn import find_ffns
 from tests.families import build, logits, randomize, routed
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.model.conversion import read_conversion
-from moe_tools.model.division import Division
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.ffn import find_ffns
-from moe_tools.model.importance import Importance
-from moe_tools.model.routers import ROUTERS, RepresentativeRouter
-from moe_tools.model.routing import record_routing
+from moe_tools.experts.conversion import read_conversion
+from moe_tools.experts.division import Division
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.importance import Importance
+from moe_tools.experts.routers import ROUTERS, RepresentativeRouter
+from moe_tools.experts.routing import record_routing
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Attach
 from moe_tools.steps.attach import RIDGE, SPREAD, attach, rehearse_attach, representatives_R
 from tests.families import (

@@ -18,11 +18,12 @@ from scipy.optimize import linprog
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.model.checkpoint import load, save
-from moe_tools.model.conversion import Conversion, attach_experts, read_conversion
-from moe_tools.model.experts import expert_ffns
-from moe_tools.model.routing import record_routing
-from moe_tools.model.selectors import tune_selector
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
+from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routing import record_routing
+from moe_tools.experts.selectors import tune_selector
 from moe_tools.recipe import Budget
 from moe_tools.steps.budget import budget
 from moe_tools.steps.spending import STEPS, Point, error_curves, spend_by_error
@@ -103,7 +104,7 @@ def test_many_scores_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(tuple(scores_TR.shape))
         return tune_selector(selector, scores_TR, density)
 
-    monkeypatch.setattr("moe_tools.model.selectors.SAMPLE", 256 * NEURONS // 3)
+    monkeypatch.setattr("moe_tools.experts.selectors.SAMPLE", 256 * NEURONS // 3)
     monkeypatch.setattr(budget_module, "tune_selector", tune)
     model = attached(router="norm", size=1)
     found = budget(model, Budget(0.6), text())

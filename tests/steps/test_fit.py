@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.model.conversion import Conversion, attach_experts
-from moe_tools.model.experts import ExpertFFN, expert_ffns
-from moe_tools.model.routers import ROUTERS, LearnedRouter
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.routers import ROUTERS, LearnedRouter
 from moe_tools.recipe import Fit
 from moe_tools.steps.activation_cache import ActivationCache
 from moe_tools.steps.fit import DENSITIES, fit, judge

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_tools.model.conversion import Conversion
-from moe_tools.model.ffn import find_ffns
+from moe_tools.experts.conversion import Conversion
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Swap
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.signs import align_signs

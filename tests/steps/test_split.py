@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.model.ffn import find_ffns
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Split
 from moe_tools.steps.split import split
 from tests.families import (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.model.conversion import Conversion, read_conversion
-from moe_tools.model.ffn import find_ffns
+from moe_tools.experts.conversion import Conversion, read_conversion
+from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Split, Swap
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.split import split

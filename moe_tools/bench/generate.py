@@ -1,0 +1,220 @@
+"""Tokens a second of whole models: dense, routed, and routed through the sparse kernels.
+
+All models continue the same random prompt in one interleaved run, each with an ordinary
+`generate`: its first token ends the prefill, the others are decoded one by one.
+
+Letters: B rows of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from moe_tools.bench.ffn import widths
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.inference.optimized import optimize
+from moe_tools.inference.quantized_linear import Kind
+from moe_tools.measure.neurons import count_neurons
+
+LAYERS, VOCABULARY, HEAD = 10, 32000, 64
+"""Of the model that a shape makes: HEAD is the width of an attention head, where it divides D."""
+ON = 0.1
+"""Share of its experts that run, whatever the token."""
+
+Models = dict[str, PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class GenerateTiming:
+    """One model: medians over the rounds."""
+
+    model: str
+    """dense, routed (every neuron is computed, then masked) or optimised."""
+    sparsity: float
+    """Share of FFN neurons off, or exactly 0, over the prompt and its continuation."""
+    prefill: float
+    """Tokens of the prompt a second."""
+    decode: float
+    """New tokens a second."""
+    prefill_speedup: float
+    decode_speedup: float
+    """Medians of this model over the dense one, round by round."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def folder_models(folder: str, dtype: torch.dtype) -> Models:
+    """A converted folder optimised, as it is, and as the dense model of the same weights.
+
+    A folder without routers has two: as it is, which is dense, and optimised.
+
+    Raises:
+        ValueError: what `load` and `optimize` refuse, or a model that continues no text.
+    """
+    dense, plain = load(folder, dtype=dtype, routed=False), load(folder, dtype=dtype)
+    if not plain.can_generate():
+        raise ValueError(f"{type(plain).__name__} predicts masked tokens and continues no text")
+    return _models(dense, plain if expert_ffns(plain) else None)
+
+
+def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
+    """The same of a random llama of 10 layers, of which a tenth of the experts run for a token.
+
+    Raises:
+        ValueError: an unknown shape, or an expert size that exceeds its neurons.
+    """
+    width, neurons = widths(shape)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=neurons,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=1 if width % HEAD else width // HEAD,
+        pad_token_id=0,
+    )
+    dense: Any = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+    routed = _twin(dense)
+    spec = {"kind": "topk", "share": ON}
+    attach_experts(routed, Conversion("bench", expert_size, "sigmoid", spec))
+    return _models(dense, routed)
+
+
+def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | None) -> None:
+    """One more model: FFNs packed as `packed`, the other linears as `linears`.
+
+    Raises:
+        ValueError: what `optimize` refuses.
+    """
+    name = str(packed or "optimised").removeprefix("torch.")
+    made = optimize(_twin(models.get("routed", models["dense"])), dtype=packed, linears=linears)
+    models[f"{name}, linears {linears}" if linears else name] = made
+
+
+def bench_generate(
+    models: Models, *, prompt: int = 128, tokens: int = 64, rounds: int = 5
+) -> list[GenerateTiming]:
+    """Times models of one host; the first is what the others are compared with.
+
+    Args:
+        models: by name, as `folder_models` and `shape_models` make them.
+        prompt: tokens of the prompt.
+        tokens: that are decoded, one by one, after the first.
+        rounds: that count; one before them does not.
+
+    Raises:
+        ValueError: more tokens than the context has.
+    """
+    first = next(iter(models.values()))
+    context = getattr(first.config, "max_position_embeddings", None)
+    if context is not None and prompt + tokens + 1 > context:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {tokens + 1} new ones exceed the context of {context}"
+        )
+    drawn = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(first.config.vocab_size, (1, prompt), generator=drawn)
+    seen = models.get("routed", first)
+    with quiet_transformers():
+        sparsity = _share_off(seen, ids_BT, tokens)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        for round_ in range(rounds + 1):
+            for name, model in models.items():
+                pair = _seconds(model, ids_BT, tokens)
+                times[name] += [pair] if round_ else []
+    base = next(iter(times.values()))
+    return [
+        _timing(name, own, base, (prompt, tokens), sparsity if models[name] is not first else 0.0)
+        for name, own in times.items()
+    ]
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[int]:
+    """While it lasts, PyTorch and the kernels use that many threads; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _models(dense: PreTrainedModel, routed: PreTrainedModel | None) -> Models:
+    fast = optimize(_twin(routed or dense))
+    middle = {} if routed is None else {"routed": routed}
+    return {"dense": dense, **middle, "optimised": fast}
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules around the same parameters."""
+    return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _share_off(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> float:
+    with count_neurons(model) as counts:
+        _seconds(model, ids_BT, tokens)
+    return 1 - sum(count.working for count in counts) / sum(count.seen for count in counts)
+
+
+class _Clock(BaseStreamer):
+    """When `generate` handed out the prompt, then each token."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """A token."""
+        self.moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to print."""
+
+
+def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> tuple[float, float]:
+    """Of the prefill, the first token included, and of the `tokens` after it."""
+    clock, new = _Clock(), tokens + 1
+    host: Any = model  # transformers gives `generate` a type that no model has
+    began = time.perf_counter()
+    host.generate(
+        input_ids=ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        streamer=clock,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+    )
+    first, last = clock.moments[1], clock.moments[-1]
+    return first - began, last - first
+
+
+def _timing(
+    name: str,
+    own: list[tuple[float, float]],
+    base: list[tuple[float, float]],
+    counts: tuple[int, int],
+    sparsity: float,
+) -> GenerateTiming:
+    rates = [
+        count / statistics.median(column)
+        for count, column in zip(counts, zip(*own, strict=True), strict=True)
+    ]
+    speedups = [
+        statistics.median(slow[phase] / quick[phase] for slow, quick in zip(base, own, strict=True))
+        for phase in (0, 1)
+    ]
+    return GenerateTiming(name, sparsity, *rates, *speedups)

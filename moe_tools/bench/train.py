@@ -1,0 +1,147 @@
+"""Time of an optimizer step: dense, and routed with every loss of a recipe, in one interleaved run.
+
+Both models train with the loop of the train step: same text, same optimizer.
+
+Letters: B blocks of a batch, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_tools.checkpoint.loading import load
+from moe_tools.data import Batch
+from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
+from moe_tools.recipe import Attach, Recipe, Split, Train
+from moe_tools.training.launch import Launch
+from moe_tools.training.losses import DONOR_LOSSES
+from moe_tools.training.train import trainable_parts
+from moe_tools.training.trainer import RecipeTrainer
+
+STEPS = 1000
+"""Of the schedules: long enough that nothing is at its end."""
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One optimizer step; medians over the rounds."""
+
+    step: str
+    """dense, or the mode of the routed step."""
+    tokens: int
+    milliseconds: float
+    ratio: float
+    """Median of this step / the dense one, round by round."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def bench_train(
+    source: str,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    length: int = 512,
+    rounds: int = 5,
+) -> list[StepTiming]:
+    """The dense step and the first routed one of a recipe, on random tokens.
+
+    Args:
+        source: a dense model.
+        recipe: its split, attach and first routed train step are timed.
+        dtype: of the host's weights.
+        device: where.
+        length: tokens of a block.
+        rounds: that count; one before them does not.
+
+    Raises:
+        ValueError: no routed train step, or one that needs a donor.
+    """
+    step = _routed_step(recipe)
+    plain = Train(tokens=1, batch_size=step.batch_size, accumulate=step.accumulate, lr=step.lr)
+    with tempfile.TemporaryDirectory() as work:
+        calls = {}
+        for name, kind in (("dense", plain), (step.mode, step)):
+            model = load(source, dtype=dtype, device=device)
+            if kind.mode != "dense":
+                _route(model, recipe, kind)
+            calls[name] = _stepper(model, kind, length, Path(work), Launch(device))
+        found = [[_milliseconds(call) for call in calls.values()] for _ in range(rounds + 1)][1:]
+    tokens = step.batch_size * step.accumulate * length
+    return [
+        StepTiming(
+            name,
+            tokens,
+            statistics.median(row[i] for row in found),
+            statistics.median(row[i] / row[0] for row in found),
+        )
+        for i, name in enumerate(calls)
+    ]
+
+
+def _routed_step(recipe: Recipe) -> Train:
+    routed = [s for s in recipe.steps if isinstance(s, Train) and s.mode in ("soft", "straight")]
+    if not routed:
+        raise ValueError(f"recipe {recipe.name} has no soft or straight train step to time")
+    if set(routed[0].losses) & set(DONOR_LOSSES):
+        raise ValueError(f"recipe {recipe.name} distils from a donor: what it costs is a choice")
+    return routed[0]
+
+
+def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:
+    """Fresh routers: what they cost does not depend on what they learned."""
+    size = next(s.expert_size for s in recipe.steps if isinstance(s, Split))
+    attach = next(s for s in recipe.steps if isinstance(s, Attach))
+    spec = Conversion("bench", size, attach.router, attach.selector)
+    attach_experts(model, replace(spec, router_options=attach.router_options))
+    assert step.mode != "dense"  # _routed_step
+    set_mode(model, step.mode)
+
+
+def _stepper(
+    model: PreTrainedModel, step: Train, length: int, work: Path, launch: Launch
+) -> Callable[[], None]:
+    """One optimizer step a call, as the Trainer takes it."""
+    drawn = torch.Generator().manual_seed(0)
+    vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
+    size = (step.batch_size, length)
+    batches = [
+        Batch(torch.randint(vocabulary, size, generator=drawn)) for _ in range(step.accumulate)
+    ]
+    groups = trainable_parts(model, step)
+    trainer = RecipeTrainer(model, step, batches, work, STEPS, groups, None, 0, launch)
+    trainer.state.max_steps = STEPS
+    optimizer = trainer.create_optimizer()
+    model.train()
+
+    def call() -> None:
+        trainer.enter_step(1, STEPS)
+        for batch in batches:
+            inputs = {"input_ids": batch.ids_BT.to(launch.device)}
+            (trainer.compute_loss(model, inputs) / step.accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.end_step()
+        if torch.device(launch.device).type == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def _milliseconds(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3

@@ -1,0 +1,1 @@
+"""Models in folders: load, save, and transformers' own loading."""

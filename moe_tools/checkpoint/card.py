@@ -1,0 +1,174 @@
+"""The model card of a converted folder: what it is, how it was made and measured, how to run it.
+
+A card is a function of the folder's other files, so it can be written again whenever one of them
+changes: `config.json`, `recipe.yaml`, `metrics.json` and `figures.json`, which
+`moe-tools evaluate --card` leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from moe_tools.checkpoint.atomic import new_file
+from moe_tools.experts.conversion import Conversion
+
+README, FIGURES = "README.md", "figures.json"
+MARK = "<!-- Written by moe-tools, which may write it again. -->"
+"""Stands in every card of ours; a card without it is somebody's own."""
+HEADS: dict[str, tuple[str, str | None]] = {
+    "Classification": ("AutoModelForSequenceClassification", "text-classification"),
+    "MaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ConditionalGeneration": ("AutoModelForSeq2SeqLM", None),
+    "": ("AutoModelForCausalLM", "text-generation"),
+}
+"""Part of the name of a stock class -> its Auto class and its task, the first that fits."""
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""owner/name."""
+
+_LOAD = """```python
+import moe_tools  # from here on transformers knows what this folder is
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{place}")
+```"""
+
+
+def write_card(folder: Path) -> None:
+    """Writes `README.md`; nothing for a model that moe-tools did not convert.
+
+    Raises:
+        ValueError: there is a card that moe-tools did not write.
+    """
+    config = _read(folder / "config.json")
+    if config.get("moe_tools") is not None:
+        check_card(folder)
+        with new_file(folder / README) as partial:
+            partial.write_text(str(card(folder, config)), encoding="utf-8")
+
+
+def check_card(folder: Path) -> None:
+    """Whether a folder can get a card of ours.
+
+    Raises:
+        ValueError: it holds no converted model, or a card that moe-tools did not write.
+    """
+    if _read(folder / "config.json").get("moe_tools") is None:
+        raise ValueError(f"{folder} holds no converted model, so moe-tools has no card for it")
+    readme = folder / README
+    if readme.is_file() and MARK not in readme.read_text(encoding="utf-8"):
+        raise ValueError(f"{readme} was written by someone else: move it away first")
+
+
+def card(folder: Path, config: dict[str, Any]) -> ModelCard:
+    """The card of a folder with this `config.json`, its metadata as the hub wants them."""
+    conversion = Conversion.from_dict(config["moe_tools"])
+    auto, task = _head(config)
+    data = ModelCardData(
+        library_name="transformers",
+        base_model=conversion.donor if _is_hub_id(conversion.donor) else None,
+        pipeline_tag=task,
+        tags=["moe-tools", "activation-sparsity"],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n{MARK}\n",
+        f"# {_name(conversion.donor)}, converted by moe-tools",
+        _what(conversion),
+        _how_to_load(conversion, auto),
+        _figures(folder),
+        _recipe(folder, conversion),
+    ]
+    return ModelCard("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _what(conversion: Conversion) -> str:
+    said = [f"Made from `{_name(conversion.donor)}`."]
+    if conversion.activation is not None:
+        said.append(f"Its FFNs have the activation `{conversion.activation['kind']}`.")
+    if conversion.expert_size is not None:
+        said.append(f"The neurons of every FFN are ordered in experts of {conversion.expert_size}.")
+    if conversion.router is not None:
+        kind = (conversion.selector or {}).get("kind")
+        said.append(
+            f"A router (`{conversion.router}`) scores the experts for every token, and a selector "
+            f"(`{kind}`) decides which of them run."
+        )
+    return " ".join(said)
+
+
+def _how_to_load(conversion: Conversion, auto: str) -> str:
+    load = _LOAD.format(auto=auto, place="PATH_OR_HUB_ID")
+    if conversion.stock_activation is not None:
+        without = "Without moe-tools it does not load: no stock class knows its activation."
+    elif conversion.router is not None:
+        without = (
+            "**Without `import moe_tools` the same folder is a dense model**: the routers are left "
+            "out, every expert runs, and nothing is saved."
+        )
+    else:
+        without = "It is a dense model, and loads without moe-tools just as well."
+    commands = 'moe-tools generate FOLDER --prompt "The sea is"\nmoe-tools evaluate FOLDER'
+    return f"## How to run it\n\n{load}\n\n{without}\n\n```\n{commands}\n```"
+
+
+def _figures(folder: Path) -> str:
+    rows: Sequence[dict[str, Any]] = _read(folder / FIGURES, [])
+    if not rows:
+        return ""
+    first = rows[0]
+    measure = "perplexity" if first["accuracy"] is None else "accuracy"
+    lines = [f"| model | {measure} | FFN sparsity | FFN FLOPs, router included |"]
+    lines += ["|---|---|---|---|", *(_line(row, measure) for row in rows)]
+    text = (
+        f"{first['tokens']:,} held-out tokens of `{_name(first['data'])}`, blocks of "
+        f"{first['block_length']}, {first['dtype']} on {first['device']}."
+    )
+    return "## Figures\n\n" + "\n".join(lines) + f"\n\n{text}"
+
+
+def _line(row: dict[str, Any], measure: str) -> str:
+    roles = {"donor": "dense donor", "control": "dense control, trained on the same tokens"}
+    title, off = roles.get(row["role"], "converted"), row["ffn_sparsity"]
+    return f"| {title} | {row[measure]:.4g} | {off:.1%} | {row['ffn_share']:.2f}x |"
+
+
+def _recipe(folder: Path, conversion: Conversion) -> str:
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return ""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+    recipe, donor = "\n".join(lines), _name(conversion.donor)
+    tokens = _read(folder / "metrics.json").get("train_tokens")
+    trained = "" if tokens is None else f"Trained on {tokens:,} tokens. "
+    command = f"moe-tools convert --recipe recipe.yaml --model {donor} --output DIR"
+    return (
+        f"## How it was made\n\n{trained}The recipe, every default spelled out:\n\n"
+        f"```yaml\n{recipe}\n```\n\n```\n{command}\n```"
+    )
+
+
+def _head(config: dict[str, Any]) -> tuple[str, str | None]:
+    """The Auto class of the model that was saved, and what the hub calls its task."""
+    name = (config.get("architectures") or [""])[0]
+    return next(found for part, found in HEADS.items() if part in name)
+
+
+def _is_hub_id(donor: str) -> bool:
+    return HUB_ID.fullmatch(donor) is not None and not Path(donor).exists()
+
+
+def _name(source: str) -> str:
+    """A hub id as it is, of a path the last part: the rest is nobody's business."""
+    return source if _is_hub_id(source) else Path(source).name
+
+
+def _read(file: Path, default: Any = None) -> Any:
+    """The JSON in a file; the default, or an empty object, where there is none."""
+    missing = {} if default is None else default
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else missing

@@ -1,0 +1,211 @@
+"""A folder, a hub id or a GGUF file in, a model out. No pickle, no remote code.
+
+A converted folder is a dense Hugging Face folder (the stock class loads it) with `router.*`
+tensors beside the host's and a `moe_tools` block in `config.json`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from moe_tools.checkpoint.auto import transformers_patched
+from moe_tools.checkpoint.parts import Part
+from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.checkpoint.rebuild import BrokenFolder
+from moe_tools.checkpoint.stored import some, stored_tensors
+from moe_tools.experts.conversion import read_block
+from moe_tools.inference.optimized import optimize as optimize_model
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model tells classes of whole texts apart."""
+    return type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+
+
+def is_classifier_source(source: str) -> bool:
+    """The same of a folder or hub id, by its config; what has none is a language model."""
+    if Path(source).suffix == ".gguf":
+        return False
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        return False
+    return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+
+
+def load_classifier(
+    source: str, labels: Sequence[str], *, dtype: torch.dtype, device: str = "cpu"
+) -> transformers.PreTrainedModel:
+    """A dense model as a classifier of `labels`; one that is none gets a fresh, random head.
+
+    Raises:
+        ValueError: nothing there, a tensor of the body is missing, a classifier of other labels,
+            or an architecture that transformers has no classifier of.
+    """
+    if is_classifier_source(source):
+        model = load(source, dtype=dtype, device=device)
+        if model.config.num_labels != len(labels):
+            raise ValueError(
+                f"{source} tells {model.config.num_labels} classes apart, but the data has "
+                f"{len(labels)} labels: {some(labels)}"
+            )
+        return model
+    names = dict(enumerate(labels))
+    named = named_errors(f"cannot load {source}: ")
+    with quiet_transformers(), named, transformers_patched(True):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=dtype,
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    prefix = f"{model.base_model_prefix}."  # a pooler stands before the head, and is new with it
+    missing = {key for key in report["missing_keys"] if key.startswith(prefix)}
+    body = {key for key in missing if not key.startswith(f"{prefix}pooler.")}
+    if body:
+        raise ValueError(f"{source} lacks the tensors {some(body)}")
+    return model.to(device).eval()
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    routed: bool = True,
+    optimize: bool = False,
+    part: Part | None = None,
+) -> transformers.PreTrainedModel:
+    """Loads a dense or converted model: a folder, a hub id or a GGUF file.
+
+    Args:
+        source: where the model is.
+        dtype: of the host's weights; None keeps the dtype they were saved in. Routers stay fp32.
+        device: where to put it; `meta` reads no weights of a folder or hub id, and checks all else.
+        routed: False leaves the routers out: the dense model of the same weights.
+        optimize: for the sparse kernels, see `moe_tools.optimize`.
+        part: the only part to read, of a folder or hub id; one without FFNs stays dense.
+
+    Raises:
+        ValueError: nothing there, nothing to optimise, a missing or truncated shard, a tensor that
+            is missing (a router too: it is never replaced by a random one) or of another shape
+            than `config.json` says, or an unknown format.
+    """
+    path = Path(source)
+    with quiet_transformers():
+        if path.suffix == ".gguf":
+            model = _load_gguf(path, dtype)
+        else:
+            empty = torch.device("meta") if device == "meta" else nullcontext()
+            with empty:  # routers are made empty, too
+                model = _load_folder(str(source), dtype, routed, device, part)
+    model = model.to(device).eval()  # type: ignore[arg-type]
+    return optimize_model(model) if optimize else model
+
+
+def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model source.
+
+    Raises:
+        ValueError: the source has none.
+    """
+    path = Path(source)
+    if path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES):
+        # transformers 5 would invent an empty one for some families
+        raise ValueError(f"{source} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+    try:
+        with quiet_transformers():
+            if path.suffix == ".gguf":
+                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{source} has no tokenizer: {_first_line(error)}") from error
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: give a GGUF file, a model folder or a hub id")
+    with redirect_stderr(io.StringIO()):  # transformers draws a bar that nothing turns off
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=dtype or torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+
+
+def _load_folder(
+    source: str, dtype: torch.dtype | None, routed: bool, device: str, part: Part | None
+) -> transformers.PreTrainedModel:
+    place = "no such folder, and as a hub id: "
+    if Path(source).is_dir():
+        stored_tensors(Path(source))  # names what is truncated, which transformers would not
+        place = ""
+    with named_errors(f"cannot load {source}: {place}"):
+        config = AutoConfig.from_pretrained(source)
+    conversion = read_block(config)
+    if conversion is not None:
+        wanted = conversion if routed else conversion.unrouted()
+        kept = wanted if part is None else part.of_conversion(wanted)
+        config.moe_tools = None if kept is None else kept.to_dict()
+    host: Any = host_class(config) if part is None else part.of(host_class(config))
+    with named_errors(f"cannot load {source}: {place}"), transformers_patched(True):
+        model, report = host.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            device_map={"": "meta"} if device == "meta" else None,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported, and refused below
+            output_loading_info=True,
+        )
+    if report["mismatched_keys"]:
+        key, shape, expected = min(report["mismatched_keys"])
+        raise ValueError(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
+    if report["missing_keys"]:
+        raise ValueError(f"{source} lacks the tensors {some(report['missing_keys'])}")
+    return model
+
+
+@contextmanager
+def named_errors(prefix: str) -> Iterator[None]:
+    """A user's mistake, whatever transformers makes of it; no activation of a name: a KeyError."""
+    try:
+        yield
+    except BrokenFolder:  # it has its name already
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{prefix}{_first_line(error)}") from error
+
+
+def host_class(config: Any) -> type[transformers.PreTrainedModel]:
+    """The stock class that the folder was saved from."""
+    names = getattr(config, "architectures", None) or []
+    if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):
+        return getattr(transformers, names[0])
+    return AutoModelForCausalLM  # type: ignore[return-value]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,217 @@
+"""From a stock model that was just loaded to the converted one: what its folder adds to it.
+
+The config's block says what to add; the tensors are beside the host's in the same files. Every one
+of them must be there, with its shape: nothing here is ever left at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_tools.checkpoint.stored import some, tensor_files
+from moe_tools.experts.conversion import (
+    Conversion,
+    attach_experts,
+    read_conversion,
+    write_conversion,
+)
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routers import ROUTERS, RowReader
+from moe_tools.experts.swapped import replace_stand_ins, swap_activations
+from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
+from moe_tools.hosts.moe_host import HostExperts, fused_experts
+
+Tensors = Sequence[str | Path] | Mapping[str, Tensor]
+"""Weight files, or the tensors themselves."""
+
+
+class BrokenFolder(ValueError):
+    """A converted folder whose tensors are not those that its config asks for."""
+
+
+def rebuild(
+    model: PreTrainedModel,
+    tensors: Tensors,
+    source: str,
+    report: Any,
+    offloaded: dict[str, Any] | None = None,
+) -> None:
+    """Swaps activations and attaches routers as the config's block says, in place.
+
+    Args:
+        model: the stock class, its weights loaded.
+        tensors: where they were loaded from.
+        source: what the errors call the model.
+        report: of transformers, on the host's tensors; what is ours is taken off its list of
+            unexpected ones.
+        offloaded: accelerate's index of the tensors that stay on disk; ours are added.
+
+    Raises:
+        BrokenFolder: a router's tensor, or the FFN's it belongs to, is missing or of another
+            shape than the block says.
+        ValueError: a block that this version cannot read, or that does not fit the host.
+    """
+    conversion = read_conversion(model)
+    assert conversion is not None
+    _check_host(model, source, report)
+    if offloaded is not None:
+        _check_places(model, conversion)
+    stored = _stored(tensors)
+    shift = _shift(model, stored)
+    conversion = _renamed(conversion, shift)
+    write_conversion(model, conversion)
+    add_modules(model, conversion)
+    if conversion.router is not None:
+        if offloaded is not None:
+            _rename_offloaded(model, offloaded)
+        _fill(model, {shift(key): (key, where) for key, where in stored.items()}, source, offloaded)
+    _mark_loaded(model)
+    model.register_load_state_dict_pre_hook(read_host_names)  # Trainer resumes from our folders
+    added = _added(model)
+    report.unexpected_keys -= {key for key in report.unexpected_keys if shift(key) in added}
+
+
+def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
+    """Swaps activations and attaches routers, whose tensors are still fresh, to a stock model.
+
+    Raises:
+        ValueError: a block that does not fit the host.
+    """
+    replace_stand_ins(model, conversion.stock_activation)
+    if conversion.stock_activation is not None:
+        swap_activations(model, conversion)
+    if conversion.router is not None:
+        attach_experts(model, conversion)
+
+
+def _check_host(model: nn.Module, source: str, report: Any) -> None:
+    ffns = stock_ffn_tensors(model)
+    for key, shape, expected in sorted(report.mismatched_keys):
+        if key in ffns:
+            raise BrokenFolder(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
+    if missing := ffns & set(report.missing_keys):
+        raise BrokenFolder(f"{source} lacks the tensors {some(missing)}")
+
+
+def _check_places(model: nn.Module, conversion: Conversion) -> None:
+    """What stays on disk under a device map has its hooks on the host's own linears."""
+    for path, fused in fused_experts(model).items():
+        if any(parameter.is_meta for parameter in fused.parameters()):
+            raise ValueError(f"{path}: the experts of an MoE host cannot stay on disk")
+    reads = conversion.router is not None and issubclass(ROUTERS[conversion.router], RowReader)
+    if reads and any(ffn.weights().up_FD.is_meta for ffn in find_ffns(model)):
+        raise ValueError(
+            f"router {conversion.router} reads the FFN's rows, which cannot stay on disk then"
+        )
+
+
+def _stored(tensors: Tensors) -> dict[str, Path | Tensor]:
+    """Name -> the tensor, or the file that holds it."""
+    return dict(tensors) if isinstance(tensors, Mapping) else dict(tensor_files(tensors))
+
+
+class _Shift:
+    """From names in a folder to names in a model, where only one of them has a head."""
+
+    def __init__(self, cut: str = "", put: str = "") -> None:
+        self.cut, self.put = cut, put
+
+    def __call__(self, name: str) -> str:
+        return self.put + name.removeprefix(self.cut)
+
+
+def _shift(model: PreTrainedModel, stored: Mapping[str, Any]) -> _Shift:
+    names, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
+    for shift in (_Shift(), _Shift(cut=prefix), _Shift(put=prefix)):
+        if names & {shift(key) for key in stored}:
+            return shift
+    return _Shift()
+
+
+def _renamed(conversion: Conversion, shift: _Shift) -> Conversion:
+    """The same block, its FFNs named as they are in the model."""
+    return replace(
+        conversion,
+        selector_of={shift(name): each for name, each in conversion.selector_of.items()},
+        activation_of={shift(name): each for name, each in conversion.activation_of.items()},
+    )
+
+
+def _added(model: nn.Module) -> set[str]:
+    """Names of the tensors that a routed model has beside its host's."""
+    return {
+        f"{ffn.name}.{key}"
+        for ffn in expert_ffns(model)
+        for key in ffn.state_dict(keep_vars=True)
+        if key.startswith("router.") or key == "off_F"
+    }
+
+
+def _fill(
+    model: nn.Module,
+    stored: Mapping[str, tuple[str, Path | Tensor]],
+    source: str,
+    offloaded: dict[str, Any] | None,
+) -> None:
+    added = _added(model)
+    if missing := added - set(stored):
+        raise BrokenFolder(f"{source} lacks the router tensors {some(missing)}")
+    for name in sorted(added):
+        key, where = stored[name]
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        fresh: Tensor = getattr(owner, leaf)
+        value = _read(where, key)
+        if value.shape != fresh.shape:
+            raise BrokenFolder(
+                f"{source}: {name} is {tuple(value.shape)}, expected {tuple(fresh.shape)}"
+            )
+        if fresh.is_meta and offloaded is not None and isinstance(where, Path):
+            offloaded[name] = _entry(where, key, fresh)
+        _put(owner, leaf, fresh, value)
+
+
+def _put(owner: nn.Module, leaf: str, fresh: Tensor, value: Tensor) -> None:
+    """Gives a tensor its value, in its own dtype; one on the meta device comes to the CPU."""
+    if fresh.is_meta:
+        real = torch.empty_like(fresh, device="cpu")
+        fresh = nn.Parameter(real) if isinstance(fresh, nn.Parameter) else real
+        setattr(owner, leaf, fresh)
+    fresh.detach().copy_(value)
+
+
+def _mark_loaded(model: nn.Module) -> None:
+    """What transformers finds without its mark it would draw anew: fresh views, and all of ours."""
+    for module in model.modules():
+        if isinstance(module, GraftedFFN | HostExperts):
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def _read(where: Path | Tensor, key: str) -> Tensor:
+    if isinstance(where, Tensor):
+        return where
+    with safe_open(where, framework="pt") as file:
+        return file.get_tensor(key)
+
+
+def _entry(file: Path, key: str, tensor: Tensor) -> dict[str, str]:
+    """A line of accelerate's index of what stays on disk."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"safetensors_file": str(file), "weight_name": key, "dtype": dtype}
+
+
+def _rename_offloaded(model: nn.Module, offloaded: dict[str, Any]) -> None:
+    """The same index, where our module gave the host's linears other names."""
+    renames = [pair for ffn in expert_ffns(model) for pair in ffn.renames.items()]
+    for ours, host in renames:
+        for key in [key for key in offloaded if key.startswith(host)]:
+            offloaded[ours + key.removeprefix(host)] = offloaded.pop(key)

@@ -1,0 +1,35 @@
+"""A model into a folder: a dense Hugging Face folder, what moe-tools added beside it.
+
+Safetensors and JSON only: no pickle.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+
+from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.checkpoint.card import write_card
+from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.hosts.ffn import host_state_dict
+
+
+def save(
+    model: transformers.PreTrainedModel,
+    folder: str | Path,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Writes a model folder: complete or not at all, a converted one with its model card.
+
+    Where moe-tools is imported, `save_pretrained` of a converted model writes the same files.
+
+    Raises:
+        ValueError: `folder` exists and is not empty, or an optimised model that has lost digits.
+    """
+    with new_folder(folder) as partial, quiet_transformers():
+        state = host_state_dict(model)
+        model.save_pretrained(partial, state_dict=state, save_original_format=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        write_card(partial)

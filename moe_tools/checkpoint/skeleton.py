@@ -1,0 +1,59 @@
+"""A model without its numbers: all of its modules, on the meta device, from `config.json` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from moe_tools.checkpoint.auto import transformers_patched
+from moe_tools.checkpoint.loading import host_class, is_classifier, named_errors
+from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.checkpoint.rebuild import add_modules
+from moe_tools.experts.conversion import read_block
+
+
+def skeleton(
+    source: str, *, dtype: torch.dtype = torch.bfloat16, classify: bool = False
+) -> PreTrainedModel:
+    """What `load` would give, with shapes and dtypes for tensors; takes next to no memory.
+
+    Args:
+        source: a folder with a `config.json`, a hub id or a GGUF file.
+        dtype: of the host's weights. Routers stay fp32.
+        classify: a classifier, its head new where the model is none.
+
+    Raises:
+        ValueError: no config there, or one that no model can be built from.
+    """
+    with quiet_transformers(), named_errors(f"cannot read the config of {source}: "):
+        config = _config(source)
+    conversion = read_block(config)
+    with quiet_transformers(), torch.device("meta"), transformers_patched(True):
+        with named_errors(f"cannot build a model from the config of {source}: "):
+            model = _build(config, classify)
+        model = model.to(dtype)  # type: ignore[arg-type]
+        if conversion is not None:
+            add_modules(model, conversion)
+    return model.eval()
+
+
+def _config(source: str) -> Any:
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    return AutoConfig.from_pretrained(source)
+
+
+def _build(config: Any, classify: bool) -> PreTrainedModel:
+    host: Any = host_class(config)
+    made: PreTrainedModel = host.from_config(config) if _is_auto(host) else host(config)
+    if classify and not is_classifier(made):
+        return AutoModelForSequenceClassification.from_config(config)
+    return made
+
+
+def _is_auto(host: type[Any]) -> bool:
+    return not issubclass(host, PreTrainedModel)

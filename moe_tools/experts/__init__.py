@@ -1,0 +1,1 @@
+"""What a converted FFN is made of: experts, routers, selectors, routing."""

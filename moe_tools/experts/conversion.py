@@ -1,0 +1,197 @@
+"""What `config.json` says about a converted model: enough to rebuild it around its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from moe_tools.experts.division import Division
+from moe_tools.experts.experts import ExpertFFN, Mode, expert_ffns
+from moe_tools.experts.importance import Importance
+from moe_tools.experts.routers import build_router
+from moe_tools.experts.selectors import Selector, build_selector, describe_selector
+from moe_tools.hosts.ffn import FFN, find_ffns, graft
+from moe_tools.registry import unknown
+
+FORMAT = 1
+
+Off = Literal["zero", "mean"]
+"""What an expert that is off contributes to the hidden activations."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The `moe_tools` block of `config.json`."""
+
+    donor: str
+    """The dense model it was made from: folder, hub id or GGUF file, as the user gave it."""
+    expert_size: int | None = None
+    """Neurons of one expert, see `Division.of_size` where it does not divide them; None: the
+    neurons are as the donor has them."""
+    router: str | None = None
+    """Kind of router; None: the model is still dense."""
+    selector: dict[str, Any] | None = None
+    mode: Mode = "hard"
+    when_off: Off = "zero"
+    shared_experts: int = 0
+    """Experts that always run: the first ones of every FFN."""
+    router_options: dict[str, Any] = field(default_factory=dict)
+    selector_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of an FFN -> its selector, where it is not `selector`."""
+    activation: dict[str, Any] | None = None
+    """What every FFN has in place of the donor's activation, e.g. {"kind": "relu"}; None: the
+    donor's."""
+    activation_of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of an FFN -> its activation, where it is not `activation`."""
+    stock_activation: str | None = None
+    """Where no stock class knows the activation: the one to build the host with, by its name."""
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.expert_size, int | None):
+            raise ValueError(f"expert_size is a number of neurons, not {self.expert_size!r}")
+        if self.router is not None and self.expert_size is None:
+            raise ValueError(f"router {self.router} needs experts: expert_size is missing")
+        for kind, value, known in (("mode", self.mode, Mode), ("when_off", self.when_off, Off)):
+            if value not in get_args(known):
+                raise unknown(kind, str(value), get_args(known))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON block."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, block: Any) -> Conversion:
+        """Reads the JSON block.
+
+        Raises:
+            ValueError: no mapping, an unknown or a missing key, a value that no field allows, or a
+                format newer than this code.
+        """
+        if not isinstance(block, dict):
+            raise ValueError(f"the moe_tools block of config.json is no mapping: {block!r}")
+        if block.get("format") != FORMAT:  # first: a newer format may have new keys
+            raise ValueError(
+                f"config.json has moe_tools format {block.get('format')!r}; this version reads "
+                f"{FORMAT}: install the moe-tools that wrote it"
+            )
+        known = {entry.name for entry in fields(cls)}
+        for key in block:
+            if key not in known:
+                raise unknown("key in the moe_tools block of config.json", key, known)
+        if "donor" not in block:
+            raise ValueError("the moe_tools block of config.json lacks donor")
+        return cls(**block)
+
+    def unrouted(self) -> Conversion:
+        """The same before the routers: swapped and split, but dense."""
+        return replace(self, router=None, selector=None, router_options={}, selector_of={})
+
+    def check_names(self, ffns: Sequence[FFN]) -> None:
+        """Whether every FFN that has settings of its own is there.
+
+        Raises:
+            ValueError: a name in `selector_of` or `activation_of` that is none of theirs.
+        """
+        known = {ffn.name for ffn in ffns}
+        for key in ("selector_of", "activation_of"):
+            for name in getattr(self, key):
+                if name not in known:
+                    raise unknown(f"FFN in {key}", name, known)
+
+    def divide(self, neurons: int, name: str) -> Division:
+        """The experts of an FFN.
+
+        Raises:
+            ValueError: an expert exceeds the FFN called `name`.
+        """
+        assert self.expert_size is not None
+        return Division.of_size(neurons, self.expert_size, name)
+
+
+def read_conversion(model: nn.Module) -> Conversion | None:
+    """The model's block, or None for a model moe-tools never touched."""
+    return read_block(model.config)
+
+
+def read_block(config: Any) -> Conversion | None:
+    """The same, of a host's config."""
+    block = getattr(config, "moe_tools", None)
+    return None if block is None else Conversion.from_dict(block)
+
+
+def conversion_so_far(model: nn.Module, donor: str) -> Conversion:
+    """The model's block, now with this donor; an empty one where moe-tools changed nothing yet."""
+    return replace(read_conversion(model) or Conversion(donor), donor=donor)
+
+
+def write_conversion(model: nn.Module, conversion: Conversion) -> None:
+    """Puts the block into the model's config, from where `save` takes it."""
+    model.config.moe_tools = conversion.to_dict()  # type: ignore[union-attr]
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Soft or hard, in every FFN and in the config."""
+    conversion = read_conversion(model)
+    if conversion is None:
+        raise ValueError(f"{type(model).__name__} is dense: it has no routing mode to set")
+    write_conversion(model, replace(conversion, mode=mode))
+    for ffn in expert_ffns(model):
+        ffn.mode = mode
+
+
+def set_selectors(model: nn.Module, selectors: Sequence[Selector]) -> None:
+    """Gives every routed FFN its selector, in the host's order, in the model and in the config."""
+    conversion = read_conversion(model)
+    if conversion is None:
+        raise ValueError(f"{type(model).__name__} is dense: it has no selector to set")
+    pairs = list(zip(expert_ffns(model), selectors, strict=True))
+    for ffn, selector in pairs:
+        ffn.selector = selector
+    described = {ffn.name: describe_selector(selector) for ffn, selector in pairs}
+    write_conversion(model, replace(conversion, selector_of=described))
+
+
+def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
+    """Grafts an `ExpertFFN` with a fresh router onto every FFN of a dense model.
+
+    Raises:
+        ValueError: no router is named, an expert exceeds an FFN, no expert is left to route,
+            router and selector do not fit, settings of an FFN that is not there, or the model is
+            routed already.
+    """
+    if conversion.router is None or conversion.selector is None:
+        raise ValueError("a routed model needs a router and a selector; this conversion has none")
+    found = find_ffns(model)
+    conversion.check_names(found)
+    made = [_expert_ffn(ffn, conversion) for ffn in found]
+    for ffn, module in zip(found, made, strict=True):  # first all checks, then the first change
+        graft(model, ffn, module)
+    write_conversion(model, conversion)
+    return made
+
+
+def _expert_ffn(ffn: FFN, conversion: Conversion) -> ExpertFFN:
+    assert conversion.router is not None
+    weights = ffn.weights()
+    neurons, shared = len(weights.up_FD), conversion.shared_experts
+    division = conversion.divide(neurons, ffn.name)
+    if not 0 <= shared < division.num_experts:
+        raise ValueError(f"{ffn.name}: {shared} of {division.num_experts} experts cannot be shared")
+    importance = Importance(division, shared, weights.down_FD)
+    router = build_router(conversion.router, conversion.router_options, ffn, importance)
+    selector = build_selector(conversion.selector_of.get(ffn.name, conversion.selector or {}))
+    selector(torch.zeros(1, importance.routed))  # top-k refuses fewer experts than k
+    if selector.needs_ratio_scale and not router.ratio_scale:
+        raise ValueError(
+            f"router {conversion.router} scores below 0, which selector "
+            f"{describe_selector(selector)['kind']} cannot compare: use topk or threshold"
+        )
+    module = ExpertFFN(ffn, division, router, selector, conversion.mode, shared)
+    if conversion.when_off == "mean":
+        module.off_F = weights.up_FD.new_zeros(neurons)
+    return module.to(weights.up_FD.device)

@@ -1,0 +1,128 @@
+"""The converted FFN: the host's own linears, a router, a selector.
+
+Letters: T tokens, D model width, F neurons, E experts, R experts that are routed. Every method
+takes any leading dimensions where T stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.experts.division import Division
+from moe_tools.experts.importance import Importance
+from moe_tools.experts.packed_ffn import PackableFFN
+from moe_tools.experts.routers import Router, RowReader
+from moe_tools.experts.routing import RoutedFFN, Routing
+from moe_tools.experts.selectors import Everything, Selector
+from moe_tools.hosts.ffn import FFN
+
+Mode = Literal["soft", "straight", "hard"]
+"""How scores G switch experts.
+
+soft: y = sum G_e E_e(x), LTE stage 1. hard: y = sum of the selected experts, LTE stage 2; the
+router gets no gradient. straight: hard in the forward pass, soft in the backward pass (the
+straight-through estimator, arXiv 1308.3432): routers learn without a gap to close afterwards.
+"""
+
+
+class ExpertFFN(PackableFFN, RoutedFFN):
+    """An FFN whose neurons run only when their expert is selected.
+
+    With every expert on, in hard mode, the output equals the dense FFN's exactly.
+    """
+
+    def __init__(
+        self,
+        ffn: FFN,
+        division: Division,
+        router: Router,
+        selector: Selector,
+        mode: Mode,
+        shared: int = 0,
+    ) -> None:
+        super().__init__(ffn)
+        self.division = division
+        self.shared = shared
+        """Experts that always run: the first ones."""
+        self.router = router
+        if isinstance(router, RowReader):
+            router.ffn = self.found
+        self.selector = selector
+        self.mode: Mode = mode
+        self.off_F: Tensor | None
+        """What a neuron of an expert that is off contributes to h; None means zero."""
+        self.register_buffer("off_F", None)
+        self.interventions: list[Callable[[Tensor], Tensor]] = []
+        """Each is given mask_TE and returns another, see `intervene`."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD.
+
+        Raises:
+            ValueError: an optimised FFN in training, or in mode soft.
+        """
+        routing = self.route(x_TD)
+        if self.packed is None:
+            return self.project(self.switch(self.hidden(x_TD), routing))
+        if self.training or self.mode == "soft":
+            state = "in training" if self.training else "in mode soft"
+            raise ValueError(f"{self.name} is optimised and cannot run {state}: load it again")
+        return self.packed(x_TD, routing.mask_TE)
+
+    def route(self, x_TD: Tensor) -> Routing:
+        """Scores and mask, as interventions leave it, shown to the observers."""
+        scores_TR = self.router(x_TD)
+        mask_TR = self.selector(scores_TR)
+        if self.shared:
+            scores_TR = nn.functional.pad(scores_TR, (self.shared, 0), value=1.0)
+            mask_TR = nn.functional.pad(mask_TR, (self.shared, 0), value=True)
+        for change in self.interventions:
+            mask_TR = change(mask_TR)
+        routing = Routing(self.name, scores_TR, mask_TR, self.division)
+        for observe in self.observers:
+            observe(routing)
+        return routing
+
+    def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
+        """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
+        if self.off_F is not None and self.mode == "hard":  # an infinite h that is off stays off
+            mask_TF = self.division.spread_TF(routing.mask_TE)
+            return torch.where(mask_TF, h_TF, self.off_F.to(h_TF.dtype))
+        weight_TF = self.division.spread_TF(self._weight_TE(routing).to(h_TF.dtype))
+        if self.off_F is None:
+            return h_TF * weight_TF
+        return self.off_F.to(h_TF.dtype).lerp(h_TF, weight_TF)
+
+    def _weight_TE(self, routing: Routing) -> Tensor:
+        scores_TE, mask_TE = routing.scores_TE, routing.mask_TE.to(routing.scores_TE.dtype)
+        if self.mode == "soft":
+            return scores_TE
+        return mask_TE if self.mode == "hard" else scores_TE + (mask_TE - scores_TE).detach()
+
+    def importance(self) -> Importance:
+        """Its experts, and what their neurons are worth."""
+        return Importance(self.division, self.shared, self.weights().down_FD, self.off_F)
+
+
+@contextmanager
+def every_expert_on(model: nn.Module) -> Iterator[None]:
+    """While it lasts, a converted model computes what its dense model would."""
+    ffns = expert_ffns(model)
+    kept = [(ffn.selector, ffn.mode) for ffn in ffns]
+    for ffn in ffns:
+        ffn.selector, ffn.mode = Everything(), "hard"
+    try:
+        yield
+    finally:
+        for ffn, (selector, mode) in zip(ffns, kept, strict=True):
+            ffn.selector, ffn.mode = selector, mode
+
+
+def expert_ffns(model: nn.Module) -> list[ExpertFFN]:
+    """The converted FFNs of a model, in the host's order; empty when it is dense."""
+    return [module for module in model.modules() if isinstance(module, ExpertFFN)]

@@ -1,0 +1,92 @@
+"""What a router is. Letters: T tokens, D model width, F neurons, R experts that are routed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.experts.importance import Importance
+from moe_tools.hosts.ffn import FFN
+from moe_tools.hosts.projections import Projections
+
+
+class Router(nn.Module, ABC):
+    """Scores every routed expert from the FFN's input, in fp32 under any dtype."""
+
+    ratio_scale: bool = True
+    """Scores are 0 or more, and twice the score means twice the expert: shares make sense."""
+    reads_rows: bool = False
+    """Scores with the weights of the FFN itself, which then have to stay where they are."""
+    zero_below: float = 0.0
+    """What its experts are predicted to be: see `Importance.nonzero_TR`."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
+        """A fresh router for an FFN and its experts.
+
+        Raises:
+            TypeError: an option that this kind does not take.
+        """
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """scores_TR."""
+
+    @abstractmethod
+    def flops(self) -> int:
+        """Matrix FLOPs of scoring one token."""
+
+
+class RowReader(Router):
+    """Scores from the FFN's own weights, whatever they are by then; it has none of its own."""
+
+    reads_rows = True
+
+    def __init__(self, ffn: FFN, importance: Importance) -> None:
+        super().__init__()
+        self.ffn = ffn
+        """Where the rows are; `ExpertFFN` makes it itself, so that adapters are seen."""
+        self.division, self.shared = importance.division, importance.shared
+
+    @classmethod
+    def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
+        """For an FFN and its experts; there are no options."""
+        return cls(ffn, importance, **options)
+
+    @property
+    def projections(self) -> Projections:
+        """The FFN's modules, as they are now."""
+        return self.ffn.projections
+
+
+class LearnedRouter(Router):
+    """A router that the `fit` step trains on the donor's activations, one FFN at a time."""
+
+    target_dtype: torch.dtype = torch.bfloat16
+    """Of targets on disk: labels need no more than its three digits."""
+
+    @abstractmethod
+    def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:
+        """What this kind learns to predict from the donor's hidden activations."""
+
+    @abstractmethod
+    def loss(self, x_TD: Tensor, target_TR: Tensor) -> Tensor:
+        """How far the predictions are from the targets: a scalar."""
+
+    def prepare(self, target_TR: Tensor) -> None:
+        """Sees all targets once, in `target_dtype` and maybe on disk, before the training."""
+        del target_TR
+
+
+def matrix_flops(*matrices: Tensor) -> int:
+    """A multiply and an add for each weight."""
+    return 2 * sum(matrix.numel() for matrix in matrices)
+
+
+def in_fp32(x: Tensor) -> torch.autocast:
+    """Switches autocast off: a router's scores decide, and bf16 would make ties of them."""
+    return torch.autocast(x.device.type, enabled=False)

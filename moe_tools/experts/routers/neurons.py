@@ -1,0 +1,60 @@
+"""Routers that run neurons of the FFN itself.
+
+Letters: T tokens, D model width, F neurons, R experts that are routed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_tools.experts.importance import Importance
+from moe_tools.experts.routers.base import RowReader
+from moe_tools.hosts.ffn import FFN
+
+
+class RepresentativeRouter(RowReader):
+    """|h| of one neuron of each expert, the one most like the rest (CMoE, arXiv 2502.04416).
+
+    The neuron is named by its index; its rows are read from the FFN, so that training the FFN
+    trains the router.
+    """
+
+    neurons: Tensor
+
+    def __init__(self, ffn: FFN, importance: Importance) -> None:
+        """The first neuron of each expert, until `represent` names better ones."""
+        super().__init__(ffn, importance)
+        first_E = torch.tensor(importance.division.sizes).cumsum(0).roll(1)
+        first_E[0] = 0
+        self.register_buffer("neurons", first_E[importance.shared :])
+
+    def represent(self, neurons_R: Tensor) -> None:
+        """Names the neuron of each expert."""
+        self.neurons.copy_(neurons_R)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """scores_TR, 0 or more."""
+        return self.projections.hidden_TK(x_TD, self.neurons).float().abs()
+
+    def flops(self) -> int:
+        """The rows of these neurons; a kernel runs no others to score."""
+        return 2 * len(self.neurons) * self.projections.weights().row_numbers
+
+
+class OracleRouter(RowReader):
+    """The norm of each expert's own output: the upper bound of every router.
+
+    It runs the whole FFN to decide what to run of it, so it saves nothing; it tells what a split
+    is worth, and how far a router falls short.
+    """
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """scores_TR, 0 or more."""
+        down_FD = self.projections.computed().down_FD
+        importance = Importance(self.division, self.shared, down_FD)
+        return importance.norm_TR(self.projections.hidden_TF(x_TD))
+
+    def flops(self) -> int:
+        """Every neuron's rows."""
+        return 2 * self.division.neurons * self.projections.weights().row_numbers

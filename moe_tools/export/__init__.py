@@ -1,1 +1,0 @@
-"""Where a model can go from here: one file a format."""

@@ -1,0 +1,303 @@
+"""The FFNs of a host: found by `LAYOUTS`, reordered, given another activation, replaced by ours.
+
+`graft` puts our module in place of the host's, `host_state_dict` gives every tensor its host name
+back.
+
+Letters: T tokens (any leading dimensions), D model width, F neurons of one FFN.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from moe_tools.hosts.activations import Activation, JointActivation
+from moe_tools.hosts.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, inside, join
+from moe_tools.hosts.moe_host import HostExperts, fused_experts, unfuse_experts
+from moe_tools.hosts.projections import Projections, Weights
+
+
+@dataclass(frozen=True)
+class FFN:
+    """An FFN found in a dense model."""
+
+    name: str
+    """Path of the slot: the module that `graft` replaces."""
+    layer: nn.Module
+    """The module that holds every part: the host's, or ours where the activation is a joint one."""
+    layout: Layout
+
+    def part(self, path: str) -> nn.Module:
+        """One part, by its path in the layout."""
+        return self.layer.get_submodule(path)
+
+    @property
+    def act(self) -> nn.Module:
+        """The activation."""
+        return self.part(self.layout.act)
+
+    @property
+    def down(self) -> nn.Module:
+        """The down projection."""
+        return self.part(self.layout.down)
+
+    @property
+    def projections(self) -> Projections:
+        """What computes the hidden activations, and the way down."""
+        gate = None if self.layout.gate is None else self.part(self.layout.gate)
+        return Projections(gate, self.part(self.layout.up), self.act, self.down)
+
+    def weights(self) -> Weights:
+        """Neuron-major views of the weights."""
+        return self.projections.weights()
+
+
+class GraftedFFN(nn.Module, ABC):
+    """A module of ours in place of the host's: its own linears and activation, our forward pass.
+
+    The children keep the host's names, so adapters and quantisers written for the host still find
+    them.
+    """
+
+    done: ClassVar[str | None]
+    """What has been done to it, after which nothing else can be; None: it is dense."""
+
+    def __init__(self, ffn: FFN) -> None:
+        super().__init__()
+        self.name = ffn.name
+        """Its path in the model."""
+        self.layout = ffn.layout
+        for path in ffn.layout.parts():
+            self.add_module(child_name(ffn.layout, path), ffn.part(path))
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD."""
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """h_TF of every neuron, as the host computes it."""
+        return self.projections.hidden_TF(x_TD)
+
+    def project(self, h_TF: Tensor) -> Tensor:
+        """y_TD from h_TF, with the host's own dropouts."""
+        if self.layout.hidden_dropout is not None:
+            h_TF = self._part(self.layout.hidden_dropout)(h_TF)
+        down = self.down
+        if not torch.is_autocast_enabled(h_TF.device.type):
+            # T5 keeps this one in fp32 when loaded in fp16
+            h_TF = h_TF.to(down.weight.dtype)  # type: ignore[arg-type]
+        y_TD: Tensor = down(h_TF)
+        if self.layout.output_dropout is not None:
+            y_TD = self._part(self.layout.output_dropout)(y_TD)
+        return y_TD
+
+    def weights(self) -> Weights:
+        """Neuron-major views of the weights."""
+        return self.projections.weights()
+
+    @property
+    def projections(self) -> Projections:
+        """The host's modules."""
+        layout = self.layout
+        gate = None if layout.gate is None else self._part(layout.gate)
+        return Projections(gate, self._part(layout.up), self._part(layout.act), self.down)
+
+    @property
+    def down(self) -> nn.Module:
+        """The host's down projection."""
+        return self._part(self.layout.down)
+
+    @property
+    def found(self) -> FFN:
+        """Itself as an FFN whose parts are what they are whenever one looks: adapters included."""
+        return FFN(self.name, self, inside(self.layout))
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """Prefixes of our tensors -> the host's, where they differ."""
+        return host_names(self.name, self.layout)
+
+    def _part(self, path: str) -> nn.Module:
+        return self.get_submodule(child_name(self.layout, path))
+
+
+class SwappedFFN(GraftedFFN):
+    """A dense FFN whose activation joins gate and up rows as no host does (`JointActivation`)."""
+
+    done = None
+
+    def __init__(self, ffn: FFN) -> None:
+        assert not ffn.layout.slot  # so every part has its host name here, and is found again
+        super().__init__(ffn)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """y_TD."""
+        return self.project(self.hidden(x_TD))
+
+
+def find_ffns(model: nn.Module) -> list[FFN]:
+    """The FFNs of a dense model, in the host's order; an MoE host's experts are FFNs too.
+
+    The host's order is that of the forward pass, but for the shared expert of Qwen2-MoE, which
+    runs before the others. The fused experts of an MoE host are first taken apart in place
+    (`unfuse_experts`).
+
+    Raises:
+        ValueError: the model has no FFN of a known family, or one whose parts were renamed; its
+            FFNs are routed or optimised already, or it is an MoE host whose experts cannot be
+            taken apart.
+    """
+    for module in grafted_ffns(model):
+        if module.done is not None:
+            name = type(model).__name__
+            raise ValueError(f"{name} is {module.done} already: start from the dense model")
+    unfuse_experts(model)
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, SwappedFFN):
+            found.append(FFN(path, module, module.layout))
+        elif (layout := LAYOUTS.get(type(module).__name__)) is not None:
+            _check_parts(path, module, layout)
+            found.append(FFN(join(path, layout.slot), module, layout))
+    if not found:
+        raise _unknown_host(model)
+    return found
+
+
+def _check_parts(path: str, module: nn.Module, layout: Layout) -> None:
+    known = {name for name, _ in module.named_modules()}
+    lacking = [part for part in layout.parts() if part not in known]
+    if lacking:
+        raise ValueError(
+            f"{path}: {type(module).__name__} of transformers {transformers.__version__} has no "
+            f"{' and no '.join(lacking)}: it was renamed since the versions that moe-tools knows; "
+            "install one of these"
+        )
+
+
+def _unknown_host(model: nn.Module) -> ValueError:
+    said = f"{type(model).__name__} has no FFN that moe-tools knows; supported: {FAMILIES}"
+    families = FAMILIES.replace(" (text)", "_text").split(", ")
+    if getattr(getattr(model, "config", None), "model_type", None) in families:
+        said += (
+            f". It is of one of these families, but transformers {transformers.__version__} names "
+            "its FFNs otherwise: install a version of the range that moe-tools supports"
+        )
+    return ValueError(said)
+
+
+@torch.no_grad()
+def permute_neurons(ffn: FFN, order_F: Tensor) -> None:
+    """Reorders the neurons in place: new neuron i is old neuron order_F[i]. y stays the same.
+
+    Raises:
+        ValueError: `order_F` is not a permutation of the neurons.
+    """
+    weights = ffn.weights()
+    neurons = len(weights.up_FD)
+    if not torch.equal(order_F.sort().values.cpu(), torch.arange(neurons)):
+        raise ValueError(f"{ffn.name}: the order is not a permutation of its {neurons} neurons")
+    for tensor in weights.per_neuron():
+        tensor.copy_(tensor[order_F.to(tensor.device)])
+
+
+@torch.no_grad()
+def turn_neurons(ffn: FFN, signs_F: Tensor) -> None:
+    """Multiplies up rows and down columns of a gated FFN by 1 or -1: no output changes, exactly.
+
+    h = act(gate x) * up x changes its sign where the up row does, and the down column undoes it.
+    """
+    weights = ffn.weights()
+    assert weights.gate_FD is not None  # without a gate, up x goes through the activation
+    for tensor in (weights.up_FD, weights.up_F, weights.down_FD):
+        if tensor is not None:
+            tensor.mul_(signs_F.to(tensor).view(-1, *[1] * (tensor.dim() - 1)))
+
+
+def set_activation(model: nn.Module, ffn: FFN, act: Activation) -> None:
+    """Gives an FFN another activation, in place; its own forward pass stays, if it can.
+
+    Raises:
+        ValueError: an activation that joins gate and up rows, and an FFN without a gate.
+    """
+    check_activation(ffn, act)
+    ffn.layer.set_submodule(ffn.layout.act, act.train(ffn.layer.training))
+    if isinstance(act, JointActivation) and not isinstance(ffn.layer, SwappedFFN):
+        graft(model, ffn, SwappedFFN(ffn))
+
+
+def check_activation(ffn: FFN, act: Activation) -> None:
+    """Whether an FFN can have an activation; changes nothing.
+
+    Raises:
+        ValueError: as `set_activation`.
+    """
+    if isinstance(act, JointActivation) and ffn.layout.gate is None:
+        raise ValueError(
+            f"{ffn.name} has no gate, which {type(act).__name__} needs: use relu or fatrelu"
+        )
+
+
+def graft(model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+    """Puts `module` in the FFN's slot; parts that the host calls elsewhere become Identity."""
+    for path in ffn.layout.bypass:
+        ffn.layer.set_submodule(path, nn.Identity())
+    model.set_submodule(ffn.name, module.train(ffn.layer.training))
+
+
+def grafted_ffns(model: nn.Module) -> list[GraftedFFN]:
+    """Our modules in a model, in the host's order."""
+    return [module for module in model.modules() if isinstance(module, GraftedFFN)]
+
+
+def stock_ffn_tensors(model: nn.Module) -> set[str]:
+    """Names of the tensors of every FFN of a stock model, as its own state dict has them."""
+    prefixes = tuple(f"{path}." for path in fused_experts(model))
+    for path, module in model.named_modules():
+        if (layout := LAYOUTS.get(type(module).__name__)) is not None:
+            prefixes += tuple(f"{join(path, part)}." for part in layout.parts())
+    return {key for key in model.state_dict() if key.startswith(prefixes)}
+
+
+def host_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The state dict under the host's own names and shapes, our `router.*` tensors beside.
+
+    Args:
+        model: whose names they are.
+        state: its tensors under our names, or the host's; by default its own state dict.
+    """
+    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
+    given = model.state_dict() if state is None else state
+    renamed = {_rename(key, renames): tensor for key, tensor in given.items()}
+    for path, module in model.named_modules():
+        if isinstance(module, HostExperts) and f"{path}.gate_up_proj" not in renamed:
+            module.fuse_into(renamed, path)
+    return renamed
+
+
+def read_host_names(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A `load_state_dict` pre-hook: tensors of `host_state_dict` get our names again, in place."""
+    known = set(model.state_dict())
+    for path, module in model.named_modules():
+        if isinstance(module, HostExperts):
+            module.split_from(state, prefix + path)
+    for ours, host in [pair for ffn in grafted_ffns(model) for pair in ffn.renames.items()]:
+        for key in [key for key in state if key.startswith(prefix + host)]:
+            name = ours + key.removeprefix(prefix + host)
+            if key.removeprefix(prefix) not in known and name in known:
+                state[prefix + name] = state.pop(key)
+
+
+def _rename(key: str, renames: dict[str, str]) -> str:
+    for ours, host in renames.items():
+        if key.startswith(ours):
+            return host + key.removeprefix(ours)
+    return key

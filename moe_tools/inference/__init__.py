@@ -1,0 +1,1 @@
+"""Models made for inference: packed FFNs, quantised linears."""

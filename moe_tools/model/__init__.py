@@ -1,1 +1,0 @@
-"""What a converted model is made of: the nouns."""

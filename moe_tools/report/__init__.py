@@ -1,0 +1,1 @@
+"""Tables, cards and plots of what was measured."""

@@ -1,0 +1,226 @@
+"""Models side by side: one `Row` each, as a table for people and as JSON for machines. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Role = Literal["donor", "control", "model"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one text: what JSON holds, and what a line of the table is made of."""
+
+    model: str
+    role: Role
+    """control: the donor trained on the same tokens without routers."""
+    perplexity: float
+    nats_per_token: float
+    ratio_to_control: float | None
+    """Perplexity over the control's; None where there is no control, or no perplexity."""
+    ratio_to_donor: float | None
+    """Perplexity over the donor's."""
+    ffn_sparsity: float
+    """Share of neurons off, over tokens and FFNs."""
+    ffn_dense_flops: float
+    """Per token, every neuron on; like every count here: matrix FLOPs per token of the text."""
+    ffn_flops: float
+    router_flops: float
+    total_flops: float
+    total_dense_flops: float
+    train_tokens: int | None
+    """Tokens it was trained on by its recipe; None when no recipe says so."""
+    tokens: int
+    """Predicted tokens of this evaluation."""
+    seconds: float
+    data: str
+    block_length: int
+    dtype: str
+    device: str
+    layer_sparsity: dict[str, float] = field(default_factory=dict)
+    """FFN name -> share of its neurons off."""
+    two_levels: dict[str, float] | None = None
+    """Of an MoE host's layers: share of the neurons in experts that it did not choose (experts);
+    off, or exactly 0, inside the others (neurons); for either reason (both). None: it has none."""
+    moe_layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same of each MoE layer, by its path."""
+    accuracy: float | None = None
+    """Share of held-out texts whose class is right; None: a language model."""
+    zeros: float | None = None
+    """Share of exact zeros among the neurons that ran; None where the activation gives none."""
+    recall: float | None = None
+    """Of neuron predictors: share of the non-zero neurons that are predicted on; None: none."""
+    precision: float | None = None
+    """Share of the neurons predicted on that are non-zero."""
+    layer_prediction: dict[str, dict[str, float]] = field(default_factory=dict)
+    """FFN name -> its recall, precision and predicted sparsity, and the counts they are of."""
+    tasks: dict[str, float] = field(default_factory=dict)
+    """"task metric" of lm-evaluation-harness -> figure."""
+    series: str = ""
+    """Rows of one series are one line of a plot."""
+    setting: dict[str, float] = field(default_factory=dict)
+    """Of the selectors, where it is not the one that was saved: knob -> value."""
+
+    @property
+    def ffn_share(self) -> float:
+        """FFN FLOPs, router included, over those of the dense FFNs."""
+        return (self.ffn_flops + self.router_flops) / self.ffn_dense_flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with `ffn_share` beside the fields."""
+        return {**asdict(self), "ffn_share": self.ffn_share}
+
+
+Share = Callable[[Row], float | None]
+
+
+def _level(name: str) -> Share:
+    return lambda row: None if row.two_levels is None else row.two_levels[name]
+
+
+SHARES: dict[str, Share] = {
+    "zeros": lambda row: row.zeros,
+    "off in\nchosen\nexperts": _level("neurons"),
+    "off in\nMoE layers": _level("both"),
+    "recall": lambda row: row.recall,
+    "precision": lambda row: row.precision,
+}
+"""Heading -> a figure with a column of its own where any row has it."""
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """A list with one object a row.
+
+    Raises:
+        ValueError: a number that JSON does not have (NaN, infinity).
+    """
+    return json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
+
+
+def read_json(file: Path) -> list[Row]:
+    """The rows that `to_json` wrote to a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    known = {entry.name for entry in fields(Row)}
+    try:
+        objects = json.loads(file.read_text(encoding="utf-8"))
+        rows = [Row(**{key: one[key] for key in one if key in known}) for one in objects]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} holds no rows of `evaluate --json`: {error}") from error
+    if not rows:
+        raise ValueError(f"{file} holds no row: write it with `evaluate --sweep --json`")
+    return rows
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows as a table; the caption names the text, the dtype and the device.
+
+    What few models have (`SHARES`, tasks) has a column only where one of them has it.
+    """
+    first = rows[0]
+    tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
+    shares = {
+        heading: share
+        for heading, share in SHARES.items()
+        if any(share(row) is not None for row in rows)
+    }
+    made = Table(
+        box=box.SIMPLE,
+        collapse_padding=True,
+        caption_justify="left",
+        caption=f"{_text(first)}, {first.dtype} on {first.device}; FFN includes the router; "
+        "x: share of dense",
+    )
+    made.add_column("model", overflow="fold")
+    for heading in (
+        "perplexity" if first.accuracy is None else "accuracy",
+        "/ control",
+        "/ donor",
+        "FFN\nsparsity",
+        *shares,
+        "FFN\nMFLOPs/token",
+        "total\nMFLOPs/token",
+        "trained on\ntokens",
+        *(name.replace(" ", "\n") for name in tasks),
+    ):
+        made.add_column(heading, justify="right")
+    for row in rows:
+        figures = (_figure(row.tasks.get(name)) for name in tasks)
+        made.add_row(*_cells(row, shares.values()), *figures)
+    return made
+
+
+def print_table(rows: Sequence[Row], file: IO[str]) -> None:
+    """Writes the table; a pipe gets 120 columns."""
+    wide = None if file.isatty() else 120
+    Console(file=file, width=wide, highlight=False).print(table(rows))
+
+
+def _cells(row: Row, shares: Iterable[Share]) -> list[str]:
+    name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
+    name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
+    ffn = (row.ffn_flops + row.router_flops) / 1e6
+    return [
+        name,
+        f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}",
+        _ratio(row.ratio_to_control),
+        _ratio(row.ratio_to_donor),
+        _percent(row.ffn_sparsity) if row.layer_sparsity else "dense",
+        *(_percent(share(row)) for share in shares),
+        f"{_short(ffn)} ({row.ffn_share:.2f}x)",
+        f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
+        "-" if row.train_tokens is None else f"{row.train_tokens:,}",
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _short(mega: float) -> str:
+    return f"{mega:.1f}" if mega >= 1 else f"{mega:.3g}"
+
+
+def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
+    """Writes the figures of a grid (`moe_tools.runs.grid.Cell`), a line each."""
+    made = Table(box=box.SIMPLE)
+    for heading in ("split", "router"):
+        made.add_column(heading)
+    for heading in ("target", "sparsity", "perplexity", "FFN FLOPs", "recall", "captured"):
+        made.add_column(heading, justify="right")
+    for cell in cells:
+        shares = [cell["recall"], cell["captured"]]
+        made.add_row(
+            cell["split"],
+            cell["router"],
+            f"{cell['target']:.0%}",
+            f"{cell['sparsity']:.1%}",
+            f"{cell['perplexity']:.2f}",
+            f"{cell['ffn_share']:.2f}x",
+            *("-" if share is None else f"{share:.2f}" for share in shares),
+        )
+    Console(file=file, width=None if file.isatty() else 120, highlight=False).print(made)
+
+
+def _text(row: Row) -> str:
+    if row.accuracy is None:
+        return f"{row.tokens} tokens of held-out {row.data}, blocks of {row.block_length}"
+    return f"{row.tokens} held-out texts of {row.data}, cut at {row.block_length} tokens"

@@ -1,0 +1,48 @@
+"""One checkpoint, many operating points: the same model at other settings of its selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_tools.experts.conversion import set_selectors
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.report.compare import Bench, Setup
+from moe_tools.report.report import Row
+
+TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
+KNOBS = {"tau": TENTHS, "share": (*TENTHS, 1.0), "p": (*TENTHS, 0.95, 1.0)}
+"""Settings that are tried when none are named."""
+
+
+def sweep(
+    source: str, setup: Setup, values: Sequence[float] = (), *, donor: str | None = None
+) -> list[Row]:
+    """Evaluates a converted model at every value of its selector's knob, the same in all FFNs.
+
+    Args:
+        source: a converted folder; it is read, and stays as it is.
+        setup: text, dtype and device.
+        values: of the knob (tau, share of top-k, p); empty: `KNOBS`.
+        donor: stands in for the donor that the folder names.
+
+    Returns:
+        The donor and the control, where there are any, and a row for every value.
+
+    Raises:
+        ValueError: the model is dense, or a value that the selector does not take.
+    """
+    bench = Bench(setup, source)
+    model = bench.load(source)
+    ffns = expert_ffns(model)
+    if not ffns:
+        raise ValueError(f"{source} has no router: there is nothing to sweep")
+    knob = ffns[0].selector.knob
+    points = [
+        (value, [ffn.selector.with_knob(value) for ffn in ffns]) for value in values or KNOBS[knob]
+    ]
+    for value, selectors in points:
+        set_selectors(model, selectors)
+        name = f"{source} at {knob} {value:g}"
+        bench.sources[name], bench.settings[name] = source, {knob: value}
+        bench.evaluate(name, model)
+    return bench.rows(donor)

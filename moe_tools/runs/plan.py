@@ -1,0 +1,187 @@
+"""What a recipe would do to a model: steps, tokens, FLOPs, memory and text, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_tools.checkpoint.skeleton import skeleton
+from moe_tools.data.sources import is_hub, mixture
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routers import LearnedRouter
+from moe_tools.hosts.moe_host import chosen_share
+from moe_tools.measure.flops import forward_flops
+from moe_tools.measure.memory import STAGES, ModelStates, size
+from moe_tools.recipe import Fit, Recipe, Step, Train, step_name
+from moe_tools.runs.rehearsal import rehearse_step
+from moe_tools.steps.activation_cache import DTYPE
+from moe_tools.training.losses import DONOR_LOSSES
+from moe_tools.training.train import trainable_parts
+
+PROCESSES = (1, 8, 64)
+"""For which the memory is told, beside the number that is asked for: a GPU, a node, eight nodes."""
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step, as the recipe says, on the model that the steps before it leave."""
+
+    verb: str
+    tokens: int
+    """Of text: that it trains on, or calibrates with."""
+    parameters: int
+    """Of the model after it; a shared tensor once."""
+    optimizer_steps: int = 0
+    trained: int = 0
+    """Parameters that it trains with gradients through the whole model."""
+    flops: float = 0.0
+    """Of a train step, forward and backward, the teacher included, every neuron on."""
+    disk: int = 0
+    """Bytes of cached activations while `fit` runs."""
+    states: ModelStates | None = None
+    """Of a train step."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where text comes from."""
+
+    name: str
+    kind: str
+    """docs, self, hub or file; a folder is a file, too."""
+    there: bool | None
+    """None: the hub was not asked."""
+    tokens: int
+    """That the recipe reads of it, once."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a model."""
+
+    recipe: str
+    paper: str
+    model: str
+    host: str
+    """Its class."""
+    parameters: int
+    processes: int
+    """For which `optimizer_steps` are told."""
+    steps: tuple[PlannedStep, ...]
+    data: tuple[Source, ...]
+    memory: dict[str, dict[str, float]]
+    """Processes -> stage of ZeRO -> bytes of one of them, in the hungriest train step; where
+    nothing is trained, the model's weights alone."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all train steps."""
+        return sum(step.tokens for step in self.steps if step.verb == "train")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the sums over train steps beside the fields."""
+        sums = {
+            "tokens": self.tokens,
+            "optimizer_steps": sum(step.optimizer_steps for step in self.steps),
+            "flops": sum(step.flops for step in self.steps),
+        }
+        return {**asdict(self), **sums}
+
+
+def plan(
+    recipe: Recipe, model: str, *, dtype: torch.dtype = torch.bfloat16, processes: int = 1
+) -> Plan:
+    """Rehearses a recipe on a model without numbers: a folder with a config.json is enough.
+
+    Args:
+        recipe: what would be run.
+        model: folder, hub id or GGUF file; only its config is read.
+        dtype: of the host's weights.
+        processes: that would train together, each with the recipe's batch size and accumulation.
+
+    Raises:
+        ValueError: a step that is impossible for this model, or no model there.
+    """
+    host = skeleton(model, dtype=dtype, classify=recipe.task == "classify")
+    before, donor_bytes = host.num_parameters(), size(host.parameters())
+    steps = tuple(_step(step, host, recipe, model, donor_bytes, processes) for step in recipe.steps)
+    states = [step.states for step in steps if step.states is not None]
+    return Plan(
+        recipe=recipe.name,
+        paper=recipe.paper,
+        model=model,
+        host=type(host).__name__,
+        parameters=before,
+        processes=processes,
+        steps=steps,
+        data=tuple(_sources(recipe)),
+        memory=_memory(states or [ModelStates(size(host.parameters()))], processes),
+    )
+
+
+def _step(
+    step: Step, model: PreTrainedModel, recipe: Recipe, donor: str, teacher: int, processes: int
+) -> PlannedStep:
+    with torch.device("meta"):  # routers are made without numbers, too
+        rehearse_step(step, model, donor)
+    verb, parameters = step_name(step), model.num_parameters()
+    if not isinstance(step, Train):
+        disk = _cached(model, step.tokens) if isinstance(step, Fit) else 0
+        return PlannedStep(verb, step.tokens, parameters, disk=disk)
+    trained = [one for group in trainable_parts(model, step) for one in group["params"]]
+    taught = bool(set(step.losses) & set(DONOR_LOSSES))
+    passes = 3 + taught + step.checkpointing  # a teacher's, or recomputing: a forward pass more
+    return PlannedStep(
+        verb,
+        step.tokens,
+        parameters,
+        optimizer_steps=_optimizer_steps(step, recipe.block_length, processes),
+        trained=sum(one.numel() for one in trained),
+        flops=passes * step.tokens * forward_flops(model, recipe.block_length),
+        states=ModelStates.of(model.parameters(), trained, teacher if taught else 0),
+    )
+
+
+def _optimizer_steps(step: Train, length: int, processes: int) -> int:
+    """A classifier's texts count as whole blocks: there are more of them, if they are shorter."""
+    return max(1, step.tokens // length // (step.batch_size * step.accumulate * processes))
+
+
+def _cached(model: nn.Module, tokens: int) -> int:
+    """Bytes of the inputs and targets that `fit` keeps on disk."""
+    total = 0.0
+    for ffn in expert_ffns(model):
+        row = ffn.weights().up_FD.shape[1] * DTYPE.itemsize
+        if isinstance(ffn.router, LearnedRouter):
+            row += ffn.importance().routed * ffn.router.target_dtype.itemsize
+        total += chosen_share(model, ffn.name) * tokens * row
+    return round(total)
+
+
+def _sources(recipe: Recipe) -> Iterator[Source]:
+    wanted = max(recipe.train_tokens(), *(step.tokens for step in recipe.steps))
+    mixed = mixture(recipe.data)
+    whole = sum(weight for _, weight in mixed)
+    for name, weight in mixed:
+        tokens = round(wanted * weight / whole)
+        if name in ("docs", "self"):
+            yield Source(name, name, True, tokens)
+        elif is_hub(name):
+            yield Source(name, "hub", None, tokens)
+        else:
+            yield Source(name, "file", Path(name).expanduser().exists(), tokens)
+
+
+def _memory(states: Sequence[ModelStates], processes: int) -> dict[str, dict[str, float]]:
+    return {
+        str(count): {
+            str(stage): max(one.per_process(stage, count) for one in states) for stage in STAGES
+        }
+        for count in sorted({*PROCESSES, processes})
+    }

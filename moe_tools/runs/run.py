@@ -1,0 +1,293 @@
+"""Runs a recipe's steps in order and resumes where a killed run stopped (see `run_folder`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from moe_tools import processes
+from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
+from moe_tools.checkpoint.saving import save
+from moe_tools.data import fingerprint, label_names
+from moe_tools.recipe import (
+    Attach,
+    Recipe,
+    Step,
+    Swap,
+    Train,
+    control_recipe,
+    read_recipe,
+    recipe_path,
+    step_name,
+    with_options,
+)
+from moe_tools.runs.folder import METRICS, RunFolder
+from moe_tools.runs.rehearsal import rehearse
+from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
+from moe_tools.runs.text import RunText
+from moe_tools.runs.verbs import apply_step, needs_text
+from moe_tools.training.launch import Launch
+from moe_tools.training.losses import DONOR_LOSSES
+from moe_tools.training.train import train
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[Path, PreTrainedTokenizerBase], None]
+"""Puts the model of a step into a folder."""
+
+
+def run(
+    recipe: Recipe,
+    model: str,
+    output: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    control: bool = False,
+    keep_steps: bool = False,
+    like: Path | None = None,
+    launch: Launch | None = None,
+    stream: bool | None = None,
+) -> Path:
+    """Converts `model` by `recipe` into the folder `output`; the same call resumes.
+
+    Args:
+        recipe: the steps.
+        model: the donor: folder, hub id or GGUF file.
+        output: a new or empty folder, or one that a killed run of the same recipe left.
+        dtype: of the host's weights while training; bf16 weights get fp32 masters.
+        device: where it runs.
+        control: also train the dense control on the same tokens, into `output/control`.
+        keep_steps: keep the folder of every step.
+        like: a run that kept its steps; those at its start that are the same are not done again.
+        launch: how train steps are computed; default: by PyTorch on `device`. In several processes
+            (`processes.process_group`) every one makes this call on one shared `output`; all steps
+            but train are the first one's alone, and only it writes.
+        stream: whether the steps run layer by layer, with one layer in memory, which changes
+            nothing in the result (`moe_tools.runs.stream`). None: if the model is large for the
+            free memory; the steps that cannot then run as ever.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: a user's mistake; nothing that was there before is changed.
+        FloatingPointError: a train step's loss is not finite.
+    """
+    folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
+    work = _Run(folder, launch or Launch(device), stream)
+    unfinished = processes.on_first(lambda: folder.claim(work.check))
+    if unfinished:
+        if like is not None:
+            processes.on_first(lambda: folder.adopt(like))
+        work.execute()
+    else:
+        logger.info("%s is complete", output)
+    if control:  # before the steps go: it begins with the dense ones among them
+        run(
+            control_recipe(recipe),
+            model,
+            Path(output) / "control",
+            dtype=dtype,
+            device=device,
+            keep_steps=keep_steps,
+            like=Path(output),
+            launch=launch,
+            stream=stream,
+        )
+    if unfinished:
+        processes.on_first(lambda: folder.finish(keep_steps))
+    return Path(output)
+
+
+def convert(
+    model: str,
+    output: str | Path,
+    *,
+    method: str = "lte",
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    control: bool = False,
+    stream: bool | None = None,
+    **options: Any,
+) -> Path:
+    """Runs the recipe of a method, as `moe-tools convert --method` does.
+
+    Args:
+        model: as in `run`, like output, dtype, device, control and stream.
+        output: see `run`.
+        method: a recipe that comes with moe-tools; `moe-tools recipes` lists them.
+        dtype: see `run`.
+        device: see `run`.
+        control: see `run`.
+        stream: see `run`.
+        **options: those of `moe_tools.recipe.with_options`, e.g. target_sparsity=0.5.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: no such method, or a user's mistake as in `run`.
+    """
+    recipe = with_options(read_recipe(recipe_path(method)), **options)
+    return run(recipe, model, output, dtype=dtype, device=device, control=control, stream=stream)
+
+
+class _Run:
+    def __init__(self, folder: RunFolder, launch: Launch, stream: bool | None) -> None:
+        self.folder, self.launch = folder, launch
+        self.recipe, self.source, self.dtype = folder.recipe, folder.source, folder.dtype
+        self.device = launch.device
+        self.stream = stream
+
+    def check(self) -> None:
+        """Everything that can be wrong with the user's words, before the first folder exists."""
+        _ = self.tokenizer
+        _ = self.streamed
+        self._rehearse()
+        self.text.check()
+
+    def _rehearse(self) -> None:
+        """Every step's own checks; without the donor's weights, where it can be built without."""
+        empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
+        model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
+        with torch.device("meta") if empty else nullcontext():
+            rehearse(self.recipe, model, self.source)
+
+    @cached_property
+    def streamed(self) -> list[bool]:
+        """Of every step, whether it runs layer by layer.
+
+        Raises:
+            ValueError: all are to, and one cannot.
+        """
+        steps = self.recipe.steps
+        if self.stream:
+            check_streams(self.recipe, self.source)
+            return [True] * len(steps)
+        if self.stream is False or not is_large(self.source, self.dtype):
+            return [False] * len(steps)
+        reasons = [why_not(step, self.recipe, self.source) for step in steps]
+        for index, (step, reason) in enumerate(zip(steps, reasons, strict=True)):
+            if reason is not None:
+                logger.warning(
+                    "the model is large for the free memory, but step %d, %s, needs it whole: %s",
+                    index,
+                    step_name(step),
+                    reason,
+                )
+        return [reason is None for reason in reasons]
+
+    def execute(self) -> None:
+        """Every step that is not complete yet; of several processes, only train steps use all."""
+        previous = self.source
+        for index, step in enumerate(self.recipe.steps):
+            folder = self.folder.step(index)
+            if not processes.on_first(folder.is_dir):
+                logger.info("step %d: %s", index, step_name(step))
+                if isinstance(step, Train):
+                    self._execute_one(index, step, previous, folder)
+                else:
+                    processes.on_first(partial(self._execute_one, index, step, previous, folder))
+            previous = str(folder)
+
+    def _execute_one(self, index: int, step: Step, previous: str, folder: Path) -> None:
+        set_seed(self.recipe.seed)
+        began = time.time()
+        work = folder.with_name(f"{folder.name}.work")
+        if self.streamed[index]:
+            streamed = self._streamed(step, previous, work / "layers")
+            measured, write = streamed.run(), streamed.save
+        else:
+            device = self.launch.home if isinstance(step, Train) else self.device
+            model = load(previous, dtype=self.dtype, device=device) if index else self.donor(device)
+            measured, write = self._apply(step, model, index, work), partial(save, model)
+        measured = {**asdict(step), **measured, "seconds": round(time.time() - began, 1)}
+        if isinstance(step, Train):
+            processes.on_first(partial(self._write, folder, write, measured, work))
+        else:
+            self._write(folder, write, measured, work)
+
+    def _write(self, folder: Path, write: Write, measured: dict[str, Any], work: Path) -> None:
+        with new_folder(folder) as unfinished:
+            write(unfinished, self.tokenizer)
+            (unfinished / METRICS).write_text(json.dumps(measured, indent=1))
+        shutil.rmtree(work, ignore_errors=True)
+
+    def _apply(self, step: Step, model: PreTrainedModel, index: int, work: Path) -> dict[str, Any]:
+        if not isinstance(step, Train):
+            text = self.text.calibration(step.tokens)
+            return apply_step(model, step, text, work, donor=self.source, seed=self.recipe.seed)
+        processes.on_first(self.text.prepare)
+        seen = self.text.of_step(index)
+        teacher = self._teacher(index) if set(step.losses) & set(DONOR_LOSSES) else None
+        measured = train(
+            model,
+            step,
+            seen,
+            work,
+            donor=teacher,
+            seed=self.recipe.seed,
+            launch=replace(self.launch, logs=self.folder.logs(index)),
+        )
+        return {**measured, "data": fingerprint(seen)}
+
+    def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:
+        assert not isinstance(step, Train)
+        return Streamed(
+            previous,
+            work,
+            step,
+            self.text.calibration(step.tokens) if needs_text(step) else None,
+            donor=self.source,
+            seed=self.recipe.seed,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @cached_property
+    def text(self) -> RunText:
+        """What it calibrates and trains on."""
+        return RunText(self.recipe, self.tokenizer, self.folder.steps, self.donor)
+
+    def _teacher(self, index: int) -> PreTrainedModel:
+        """What the model of a train step was before a step changed what it computes.
+
+        Dense training before `swap` or `attach` makes a better teacher than the donor: it knows
+        the text.
+        """
+        before = self.recipe.steps[:index]
+        changed = next((i for i, step in enumerate(before) if isinstance(step, Swap | Attach)), 0)
+        if not changed:
+            return self.donor()
+        return load(self.folder.step(changed - 1), dtype=self.dtype, device=self.device)
+
+    def donor(self, device: str | None = None) -> PreTrainedModel:
+        """The dense model that all starts from."""
+        device = device or self.device
+        if self.recipe.task == "classify":
+            labels = label_names(self.recipe.data)
+            return load_classifier(self.source, labels, dtype=self.dtype, device=device)
+        return load(self.source, dtype=self.dtype, device=device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The donor's."""
+        return load_tokenizer(self.source)
+
+
+def _lasting(source: str) -> str:
+    """A local donor by its absolute path, so that it is found from any directory."""
+    return str(Path(source).resolve()) if Path(source).exists() else source

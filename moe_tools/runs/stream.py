@@ -1,0 +1,212 @@
+"""A step on a model larger than memory: layer by layer, from folder to folder.
+
+In memory is one layer with what its step needs, or what stands around the layers (embeddings and
+head). A layer that is done is a file: a killed step goes on at the first one that is missing. The
+result equals that of the same step on the whole model, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_tools.checkpoint.atomic import new_file
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.parts import Part, layer_paths
+from moe_tools.checkpoint.saving import save
+from moe_tools.checkpoint.shards import write_index
+from moe_tools.checkpoint.stored import SINGLE
+from moe_tools.data.progress import progress
+from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
+from moe_tools.hosts.ffn import host_state_dict
+from moe_tools.recipe import Budget, Fit, Recipe, Step, Train, step_name
+from moe_tools.runs.folder import link
+from moe_tools.runs.rehearsal import rehearse_step
+from moe_tools.runs.verbs import Calibrating, apply_step, needs_text
+from moe_tools.steps.carry import Carried
+from moe_tools.steps.fit import overall
+
+SHARE = 0.5
+"""Of the free memory: a larger model is streamed. A step on a whole model needs room beside it."""
+NO_TEXT = torch.empty(0, 1, dtype=torch.long)
+
+
+def is_large(source: str, dtype: torch.dtype) -> bool:
+    """Whether the weights of a folder or hub id would take more than `SHARE` of the free memory."""
+    if Path(source).suffix == ".gguf":
+        return False
+    model = load(source, dtype=dtype, device="meta")
+    wanted = sum(parameter.nbytes for parameter in model.parameters())
+    return wanted > SHARE * psutil.virtual_memory().available
+
+
+def why_not(step: Step, recipe: Recipe, source: str) -> str | None:
+    """Why a step of a recipe cannot be streamed; None: it can."""
+    if Path(source).suffix == ".gguf":
+        return "a GGUF file is read as a whole"
+    if recipe.task == "classify":
+        return "a classifier may get a new head, which is made with the whole model"
+    if isinstance(step, Train):
+        return "its gradients go through all layers at once"
+    if isinstance(step, Budget):
+        return "it sets the selectors of all layers together"
+    if not needs_text(step):
+        return None
+    if recipe.data == "self":
+        return "it calibrates on samples of the donor, which the whole donor makes"
+    if load(source, device="meta").config.is_encoder_decoder:
+        return "it calibrates, and the layers of an encoder-decoder are no single chain"
+    return None
+
+
+def check_streams(recipe: Recipe, source: str) -> None:
+    """Whether every step can be streamed.
+
+    Raises:
+        ValueError: the first that cannot, and why.
+    """
+    for index, step in enumerate(recipe.steps):
+        reason = why_not(step, recipe, source)
+        if reason is not None:
+            raise ValueError(
+                f"step {index}, {step_name(step)}, cannot run layer by layer: {reason}; leave "
+                "--stream away, on a machine with memory for the whole model"
+            )
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One step of a run."""
+
+    source: str
+    """Folder or hub id of the model before the step."""
+    work: Path
+    """Folder of the layers that are done, and of nothing else."""
+    step: Calibrating
+    text_BT: Tensor | None
+    """Calibration text; None: the step needs none."""
+    donor: str
+    seed: int
+    dtype: torch.dtype
+    device: str
+
+    def run(self) -> dict[str, Any]:
+        """Every layer that is not done yet; returns what the step measured of all of them.
+
+        Raises:
+            ValueError: as the step says.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        carried = self._carried()
+        with progress(step_name(self.step), len(self.layers), "layer") as bar:
+            for index in range(len(self.layers)):
+                if not self._shard(index).is_file():
+                    self._run_one(index, carried)
+                    gc.collect()  # modules know each other: reference counts do not free a part
+                bar.update()
+        return self._measured()
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Writes the model into an empty folder, a shard a layer."""
+        around = self._load(Part(self.layers))
+        around.config = self._config()
+        save(around, folder, tokenizer)
+        shards = {name: self._shard(index) for index, name in enumerate(self._names()[1:])}
+        for name, shard in shards.items():
+            link(shard, folder / name)
+        (folder / SINGLE).rename(folder / self._names()[0])
+        write_index(folder)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Of the whole model."""
+        return layer_paths(self._empty)
+
+    def _run_one(self, index: int, carried: Carried | None) -> None:
+        if index:
+            torch.set_rng_state(torch.tensor(self._report(index - 1)["random"], dtype=torch.uint8))
+        model = self._load(Part(self.layers, self.layers[index]))
+        text_BT = NO_TEXT if carried is None else carried.enter(model, index)
+        own = self.work / str(index)
+        measured = apply_step(model, self.step, text_BT, own, donor=self.donor, seed=self.seed)
+        self._keep(index, model, measured)
+        shutil.rmtree(own, ignore_errors=True)
+        if carried is not None:
+            carried.leave(index)
+
+    def _keep(self, index: int, model: PreTrainedModel, measured: dict[str, Any]) -> None:
+        """The layer last: where it is, its report is, too."""
+        conversion = read_conversion(model)
+        assert conversion is not None
+        report = {
+            "measured": measured,
+            "conversion": conversion.to_dict(),
+            "random": torch.get_rng_state().tolist(),
+        }
+        with new_file(self._report_file(index)) as partial:
+            partial.write_text(json.dumps(report))
+        state = {key: tensor.contiguous() for key, tensor in host_state_dict(model).items()}
+        with new_file(self._shard(index)) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
+
+    def _carried(self) -> Carried | None:
+        if self.text_BT is None:
+            return None
+        carried = Carried(self.work, self.layers, self.text_BT)
+        carried.begin(self._load(Part(self.layers)))
+        return carried
+
+    def _measured(self) -> dict[str, Any]:
+        """Figures go by the names of FFNs; `fit` has some of all of them together."""
+        merged: dict[str, dict[str, Any]] = {}
+        for index in range(len(self.layers)):
+            for kind, found in self._report(index)["measured"].items():
+                merged[kind] = {**merged.get(kind, {}), **found}
+        return overall(merged["routers"]) if isinstance(self.step, Fit) else merged
+
+    def _config(self) -> Any:
+        """What the step makes of the whole model's, with what it found for each FFN."""
+        empty = self._empty
+        with torch.device("meta"):
+            rehearse_step(self.step, empty, self.donor)
+        conversion = read_conversion(empty)
+        assert conversion is not None
+        blocks = [self._report(index)["conversion"] for index in range(len(self.layers))]
+        found = [Conversion.from_dict(block) for block in blocks]
+        own = {ffn: act for one in found for ffn, act in one.activation_of.items()}
+        write_conversion(empty, replace(conversion, activation_of=own))
+        return empty.config
+
+    @cached_property
+    def _empty(self) -> PreTrainedModel:
+        """The whole model without a number in it."""
+        return load(self.source, dtype=self.dtype, device="meta")
+
+    def _load(self, part: Part) -> PreTrainedModel:
+        return load(self.source, dtype=self.dtype, device=self.device, part=part)
+
+    def _names(self) -> list[str]:
+        """Of the shards: what stands around the layers comes first."""
+        count = len(self.layers) + 1
+        return [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
+
+    def _shard(self, index: int) -> Path:
+        return self.work / f"{index}.safetensors"
+
+    def _report_file(self, index: int) -> Path:
+        return self.work / f"{index}.json"
+
+    def _report(self, index: int) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self._report_file(index).read_text())
+        return report

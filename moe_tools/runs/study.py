@@ -1,0 +1,95 @@
+"""Several recipes on one model: the same tokens, the same held-out text, one list of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_tools.measure.baselines import Baseline
+from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
+from moe_tools.report.compare import Bench, Setup, find_control
+from moe_tools.report.report import Row
+from moe_tools.runs.run import run
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, and on what."""
+
+    recipes: tuple[str, ...]
+    """Methods that come with moe-tools, or recipe files."""
+    model: str
+    """The donor."""
+    output: Path
+    """A folder for the runs: OUTPUT/RECIPE-SPARSITY."""
+    sparsities: tuple[float, ...]
+    baselines: tuple[Baseline, ...] = ()
+    """At the same sparsities; on the dense control where there is one, else on the donor."""
+    tokens: int | None = None
+    """Training tokens of each recipe that trains; None: what it says."""
+    data: str | None = None
+    seed: int | None = None
+    eval_tokens: int = 32768
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+
+
+def compare_recipes(study: Study) -> list[Row]:
+    """Runs every recipe at every sparsity and evaluates all of them beside the donor.
+
+    A recipe that trains gets a dense control on the same tokens, once. Steps that do not depend on
+    the sparsity are done once. The same call resumes.
+
+    Raises:
+        ValueError: a user's mistake; every recipe is read before the first one runs.
+    """
+    plan = [
+        (name, sparsity, _recipe(study, name, sparsity))
+        for name in study.recipes
+        for sparsity in study.sparsities
+    ]
+    task = plan[0][2].task
+    bench = Bench(_setup(study, plan[0][2]), study.model, task == "classify")
+    first: dict[str, Path] = {}
+    for name, sparsity, recipe in plan:
+        folder = study.output / f"{recipe.name}-{sparsity:g}"
+        run(
+            recipe,
+            study.model,
+            folder,
+            dtype=study.dtype,
+            device=study.device,
+            control=bool(recipe.train_tokens()) and name not in first,
+            keep_steps=True,
+            like=first.get(name),
+        )
+        first.setdefault(name, folder)
+        bench.measure(str(folder), series=recipe.name, control=find_control(str(first[name])))
+    control = next(filter(None, (find_control(str(folder)) for folder in first.values())), None)
+    for kind in study.baselines:
+        for sparsity in study.sparsities:
+            bench.baseline(kind, sparsity, study.model, control)
+    return bench.rows(study.model if task == "lm" else None)  # a body without a head has no row
+
+
+def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
+    recipe = read_recipe(name if Path(name).is_file() else recipe_path(name))
+    return with_options(
+        recipe,
+        target_sparsity=sparsity,
+        tokens=study.tokens if recipe.train_tokens() else None,
+        data=study.data,
+        seed=study.seed,
+    )
+
+
+def _setup(study: Study, recipe: Recipe) -> Setup:
+    return Setup(
+        data="docs" if recipe.data == "self" else recipe.data,
+        tokens=study.eval_tokens,
+        block_length=recipe.block_length,
+        dtype=study.dtype,
+        device=study.device,
+    )

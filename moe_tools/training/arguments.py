@@ -1,0 +1,91 @@
+"""What transformers' Trainer is told about a train step. Letters: B blocks of a batch, T tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from moe_tools.data import Batch
+from moe_tools.recipe import Train
+from moe_tools.recipe.deepspeed import CLIPPING
+from moe_tools.training.launch import Launch
+
+TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+"""Where transformers looks for the folder."""
+
+
+class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """One item is a whole batch: rows come in the order and the groups that the data layer made."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids_BT, labels_B = self.batches[index]
+        return {"input_ids": ids_BT} | ({} if labels_B is None else {"labels": labels_B})
+
+
+def only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The one item of a list."""
+    (item,) = items
+    return item
+
+
+def training_arguments(
+    step: Train, work: Path, steps: int, seed: int, launch: Launch, *, bf16: bool
+) -> TrainingArguments:
+    """The Trainer's arguments; `bf16` says what the weights are."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(work),
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,  # an item is a batch
+        "gradient_accumulation_steps": step.accumulate,
+        "max_grad_norm": CLIPPING,
+        "save_strategy": "steps",
+        "save_steps": step.checkpoint_every,
+        "save_total_limit": 2,
+        "logging_steps": 10,
+        "report_to": list(launch.report_to),
+        "remove_unused_columns": False,
+        "use_cpu": torch.device(launch.device).type == "cpu",
+        "seed": seed,
+        "dataloader_pin_memory": False,
+        "activation_checkpointing": step.checkpointing,
+        # The other kind runs the first forward pass without a graph: losses collected from modules
+        # would lose their gradient, silently.
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "ddp_find_unused_parameters": False,
+    }
+    if launch.deepspeed is not None:
+        # A copy: transformers fills in what is `auto`.
+        arguments |= {"deepspeed": _copied(dict(launch.deepspeed)), "bf16": bf16}
+    return TrainingArguments(**arguments)
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@contextmanager
+def tensorboard_in(folder: Path | None) -> Iterator[None]:
+    """While it lasts, TensorBoard's files go to a folder."""
+    before = os.environ.get(TENSORBOARD)
+    if folder is not None:
+        os.environ[TENSORBOARD] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(TENSORBOARD, None)
+        else:
+            os.environ[TENSORBOARD] = before

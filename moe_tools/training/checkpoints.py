@@ -1,0 +1,126 @@
+"""Checkpoints inside a train step: complete or ignored, and never of a model that is spoilt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from moe_tools import processes
+from moe_tools.training import zero
+from moe_tools.training.launch import Launch
+from moe_tools.training.weight_file import load_weights, save_weights
+
+TRAINER_STATE = "trainer_state.json"
+LAYOUT = "moe_tools_layout"
+"""Where a checkpoint says which processes wrote it."""
+WEIGHTS = "model.safetensors"
+
+
+def newest_checkpoint(work: Path) -> str | None:
+    """The last complete checkpoint: `trainer_state.json` is what the Trainer writes last."""
+    complete = [(step, str(folder)) for folder, step in _checkpoints(work)]
+    return max(complete)[1] if complete else None
+
+
+def _checkpoints(work: Path) -> list[tuple[Path, int]]:
+    """Complete ones and the optimizer steps that each has seen."""
+    found = []
+    for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            found.append((folder, int(_state(folder)["global_step"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / TRAINER_STATE).read_text())
+    return state
+
+
+def layout(launch: Launch) -> dict[str, int | None]:
+    """What two runs must share for one to go on with the other's checkpoint."""
+    return {"processes": processes.count(), "zero": launch.zero_stage}
+
+
+def check_layout(checkpoint: str | None, launch: Launch) -> None:
+    """Whether this run can go on from a checkpoint.
+
+    Raises:
+        ValueError: another number of processes wrote it, or another stage of ZeRO.
+    """
+    if checkpoint is None:
+        return
+    now = layout(launch)
+    written = _state(Path(checkpoint)).get("stateful_callbacks", {}).get(LAYOUT, now)
+    if written != now:
+        raise ValueError(
+            f"{checkpoint} was written by {_in_words(written)}, but this run has "
+            f"{_in_words(now)}: start it as it was started before, or choose another --output"
+        )
+
+
+def _in_words(layout: dict[str, int | None]) -> str:
+    zero_stage = layout["zero"]
+    how = "without DeepSpeed" if zero_stage is None else f"under ZeRO-{zero_stage}"
+    count = layout["processes"]
+    return f"{count} process{'' if count == 1 else 'es'} {how}"
+
+
+class CheckpointingTrainer(Trainer):
+    """A Trainer whose checkpoints hold no pickled arguments, and no weight that is not finite."""
+
+    model: nn.Module
+    launch: Launch
+    state: Any  # `stateful_callbacks` is annotated as what it is made from
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._check_weights()
+        self.state.stateful_callbacks[LAYOUT] = layout(self.launch)
+        work, step = Path(str(self.args.output_dir)), self.state.global_step
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
+            if (work / f"{PREFIX_CHECKPOINT_DIR}-{step}" / TRAINER_STATE).is_file():
+                raise  # it is complete: something else went wrong
+            shutil.rmtree(work / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+            raise ValueError(
+                f"the checkpoint of optimizer step {step} cannot be written to {work}: "
+                f"{str(error).splitlines()[0]}; the last good one is kept: make room, and the same "
+                "command goes on from it"
+            ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Not under DeepSpeed, whose own checkpoint has the weights."""
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.model, folder / WEIGHTS)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every process writes: only then the first may call it complete."""
+        super()._save_rng_state(output_dir)
+        processes.barrier()
+
+    def _check_weights(self) -> None:
+        """A gradient that overflows spoils the weights before any loss shows it."""
+        spoilt = zero.not_finite(self.model)
+        if not processes.all_agree(spoilt is None):
+            raise FloatingPointError(
+                f"{spoilt or 'a weight'} is not finite after optimizer step "
+                f"{self.state.global_step}: lower the learning rates; the last good checkpoint is "
+                "kept"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)

@@ -1,0 +1,262 @@
+"""The loop of a train step: transformers' Trainer with our losses, optimizer and checkpoints.
+
+Letters: B blocks of a batch, T tokens of a block, V vocabulary, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+
+from moe_tools import processes
+from moe_tools.data import Batch
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
+from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.zeros import zero_share
+from moe_tools.recipe import Train
+from moe_tools.recipe.schedules import warmup_cosine
+from moe_tools.training import zero
+from moe_tools.training.arguments import Batches, only, training_arguments
+from moe_tools.training.checkpoints import CheckpointingTrainer
+from moe_tools.training.controller import Reference, followed
+from moe_tools.training.launch import Launch
+from moe_tools.training.logit_losses import IGNORE, logit_losses
+from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
+from moe_tools.training.optimizer import MasterAdamW
+from moe_tools.training.progress import Progress, in_words
+from moe_tools.training.trim import add_, sample_logits, shift_routers
+from moe_tools.training.watch import Kind, watch_ffns
+from moe_tools.training.weights import LossWeights
+
+logger = logging.getLogger(__name__)
+
+DRIVE = "moe_tools_drive"
+"""Where a checkpoint keeps the state of the drive."""
+
+
+class RecipeTrainer(CheckpointingTrainer):
+    """The loop, with our losses and our optimizer."""
+
+    train_dataset: Batches
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        step: Train,
+        batches: Sequence[Batch],
+        work: Path,
+        steps: int,
+        groups: list[dict[str, Any]],
+        donor: PreTrainedModel | None,
+        seed: int,
+        launch: Launch,
+    ) -> None:
+        self.step, self.steps, self.groups, self.launch = step, steps, groups, launch
+        self.donor = None if donor is None else donor.eval()
+        self.weights = LossWeights(step)
+        self.options = {"use_cache": False} if model.can_generate() else {}
+        self.start: float | None = None
+        self.logits: list[Tensor] = []
+        self.sums: dict[str, float] = {}
+        self.passes = 0
+        self.last: dict[str, float] = {}
+        self.dtypes = {name: param.dtype for name, param in model.named_parameters()}
+        bf16 = torch.bfloat16 in self.dtypes.values()
+        self.finer = _finer(model) if bf16 and launch.deepspeed is not None else {}
+        super().__init__(
+            model=model,
+            args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
+            train_dataset=Batches(batches),
+            data_collator=only,
+            callbacks=[Progress(self, f"train {step.mode}")],
+        )
+        self.loss_is_scaled_for_ga = False
+        for printer in (PrinterCallback, ProgressCallback):  # standard output is for results
+            self.remove_callback(printer)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with fp32 masters: ours, or DeepSpeed's around PyTorch's."""
+        if self.optimizer is None:
+            kind = MasterAdamW if self.launch.deepspeed is None else torch.optim.AdamW
+            self.optimizer = kind(self.groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Warmup, then a cosine, for every group."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.create_optimizer(),
+                lambda at: warmup_cosine(at, self.steps, self.step.warmup),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The weighted sum of the recipe's losses on one batch."""
+        ids_BT, labels_B = inputs["input_ids"], inputs.get("labels")
+        routed = bool(expert_ffns(self.model))
+        recording: AbstractContextManager[list[Routing]] = (
+            record_routing(self.model) if routed else nullcontext([])
+        )
+        weights = self.weights.now
+        kinds = {WATCHED[name] for name in weights if name in WATCHED}
+        with recording as routings, watch_ffns(self.model, kinds) as ffns:
+            logits = self._logits(model, ids_BT)
+        donor_logits, donor_outputs = self._donor_pass(ids_BT, kinds & {"outputs"})
+        total, parts = logit_losses(
+            logits,
+            next_token_labels(ids_BT).flatten() if labels_B is None else labels_B,
+            donor_logits,
+            lm_weight=weights.get("lm", 0.0),
+            distill_weight=weights.get("distill", 0.0),
+        )
+        seen = Observed(routings, ffns.outputs, donor_outputs, ffns.hidden, ffns.pre)
+        values = {"lm": parts.lm}
+        if donor_logits is not None:
+            values["distill"] = parts.distill
+        for name, weight in weights.items():
+            if name not in LOGIT_LOSSES:
+                values[name] = LOSSES[name](seen)
+                total = total + weight * values[name]
+        self._note(values, routings, ffns.hidden)
+        self._check_loss(total)
+        return total
+
+    def _check_loss(self, total: Tensor) -> None:
+        """Together, so that no process waits for one that has stopped."""
+        finite = bool(torch.isfinite(total))
+        if not processes.all_agree(finite):
+            loss = "not finite in another process" if finite else f"{total.item()}"
+            raise FloatingPointError(
+                f"the loss is {loss} at optimizer step {self.state.global_step}: lower the "
+                "learning rates; the last good checkpoint is kept"
+            )
+
+    def _donor_pass(
+        self, ids_BT: Tensor, kinds: set[Kind]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        if self.donor is None or not set(self.weights.now) & set(DONOR_LOSSES):
+            return None, {}
+        with torch.no_grad(), watch_ffns(self.donor, kinds) as ffns:
+            logits = self._logits(self.donor, ids_BT)
+        return (logits if "distill" in self.weights.now else None), ffns.outputs
+
+    def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
+        """(tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
+        host = self.donor if model is self.donor else self.model  # `model` may be wrapped
+        assert host is not None
+        return model(**model_inputs(host, ids_BT), **self.options).logits.flatten(0, -2)
+
+    @torch.no_grad()
+    def _note(
+        self, values: dict[str, Tensor], routings: list[Routing], hidden_TF: list[Tensor]
+    ) -> None:
+        noted = {name: value.item() for name, value in values.items()}
+        if routings:
+            noted["sparsity"] = routing_sparsity(routings)
+        if hidden_TF:
+            noted["zeros"] = zero_share(hidden_TF)
+        for name, value in noted.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.passes += 1
+        if routings and self._shifts:
+            self.logits.append(sample_logits(self.model, routings))
+
+    def end_step(self) -> None:
+        """After an optimizer step: follow the reference, keep what is logged."""
+        self.last = self._means()
+        self.sums, self.passes = {}, 0
+        self.last |= self.weights.moving()
+        if self.step.target_sparsity is not None:
+            self._follow()
+        self.state.stateful_callbacks[DRIVE] = {
+            "start": self.start,
+            "controller": self.weights.state(),
+            "last": self.last,
+        }
+
+    def _means(self) -> dict[str, float]:
+        """Over the passes of all processes, which see as many."""
+        sums = processes.together(torch.tensor([[*self.sums.values()]], dtype=torch.double))
+        means = sums.mean(0) / self.passes
+        return dict(zip(self.sums, means.tolist(), strict=True))
+
+    def _follow(self) -> None:
+        measured = followed(self.last, self.step.drive)
+        if self.start is None:
+            self.start = measured
+        self.last["reference"] = reference = self._reference().at(self.state.global_step)
+        if self.weights.controller is not None:
+            self.weights.controller.update(reference, measured)
+        if self._shifts:
+            logits_S = processes.together(torch.cat(self.logits))
+            add = zero.add_ if self.is_deepspeed_enabled else add_
+            shift_routers(self.model, logits_S, reference, damping=0.5, add=add)
+        self.logits = []
+
+    @property
+    def _shifts(self) -> bool:
+        """Whether the line moves, not the weight of a loss."""
+        return self.step.target_sparsity is not None and self.weights.controller is None
+
+    def begin(self) -> None:
+        """Before the first step, or the first after a resume."""
+        if self.state.global_step == 0:
+            for name, value in self.finer.items():
+                zero.set_(self.model.get_parameter(name), value)
+        saved = self.state.stateful_callbacks.get(DRIVE)
+        if saved is not None:
+            self.start, self.last = saved["start"], saved["last"]
+            self.weights.resume(saved["controller"])
+
+    def enter_step(self, step: int, steps: int) -> None:
+        """Sets the weights of the losses."""
+        self.weights.enter(step, steps)
+
+    def finish(self) -> None:
+        """The model is plain again, whatever trained it."""
+        if self.step.checkpointing:
+            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+        if self.is_deepspeed_enabled:
+            zero.make_plain(self.model, self.deepspeed, self.dtypes)
+
+    def _reference(self) -> Reference:
+        assert self.start is not None and self.step.target_sparsity is not None
+        ramp = 0.0 if self.step.mode == "hard" else self.step.ramp
+        return Reference(self.start, self.step.target_sparsity, self.state.max_steps, ramp)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds our figures to the Trainer's, and says them."""
+        super().log({**logs, **self.last}, *args, **kwargs)
+        at, steps = self.state.global_step, self.state.max_steps
+        logger.info("%s %d/%d  %s", self.step.mode, at, steps, in_words(self.last))
+
+    def summary(self) -> dict[str, Any]:
+        """What the run folder keeps of this step."""
+        history = [entry for entry in self.state.log_history if "lm" in entry]
+        return {**self.last, "steps": self.state.global_step, "history": history}
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
+        """In order: the blocks come shuffled, and every run sees them in the same order."""
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def _finer(model: nn.Module) -> dict[str, Tensor]:
+    """fp32 weights, by name: DeepSpeed rounds them to bf16 before it makes their masters."""
+    finer = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
+    return {name: param.detach().clone() for name, param in finer.items()}
+
+
+def next_token_labels(blocks_BT: Tensor) -> Tensor:
+    """The token after each, `IGNORE` at the end of a block."""
+    return nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)

@@ -1,0 +1,102 @@
+"""Trim: shift all routers by one constant so that a stated share of the experts is off.
+
+The order of the scores is what a router learned; the constant only says where the line falls.
+Letters: B blocks, T tokens, E experts, S sampled scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.data.generate import evaluating
+from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.routers import SigmoidRouter
+from moe_tools.experts.routing import Routing, record_routing
+from moe_tools.experts.selectors import Threshold
+from moe_tools.hosts.inputs import model_inputs
+
+ROUNDS = 3
+"""An FFN's mask moves the inputs of those above it, so one shift alone misses."""
+SAMPLE = 256
+"""Tokens of a batch whose scores are looked at: 1.5 million scores at 192 experts and 30 FFNs."""
+
+
+def check_trimmable(model: nn.Module) -> None:
+    """Only a bias under a threshold can be shifted.
+
+    Raises:
+        ValueError: another kind of router or selector.
+    """
+    for ffn in expert_ffns(model):
+        if not isinstance(ffn.router, SigmoidRouter) or not isinstance(ffn.selector, Threshold):
+            raise ValueError(
+                f"{ffn.name}: a target sparsity needs sigmoid routers under a threshold; "
+                "with top-k, k sets the sparsity"
+            )
+
+
+@torch.no_grad()
+def sample_logits(model: nn.Module, routings: Iterable[Routing]) -> Tensor:
+    """logits_S: how far a sample of scores lies above the threshold, on the logit scale."""
+    ffns = {ffn.name: ffn for ffn in expert_ffns(model)}
+    return torch.cat([_sample(ffns[r.ffn], r.scores_TE).flatten() for r in routings])
+
+
+def _sample(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
+    assert isinstance(ffn.selector, Threshold)  # check_trimmable
+    scores_TR = scores_TE.flatten(0, -2)[:, ffn.shared :]
+    tau = torch.tensor(ffn.selector.tau, device=scores_TR.device)
+    return scores_TR[:: max(1, len(scores_TR) // SAMPLE)].logit(eps=1e-6) - tau.logit()
+
+
+@torch.no_grad()
+def add_(param: nn.Parameter, value: Tensor) -> None:
+    """param += value."""
+    param.add_(value)
+
+
+@torch.no_grad()
+def shift_routers(
+    model: nn.Module,
+    logits_S: Tensor,
+    sparsity: float,
+    damping: float = 1.0,
+    add: Callable[[nn.Parameter, Tensor], None] = add_,
+) -> None:
+    """Moves every bias by `damping` times what turns the share `sparsity` of all neurons off.
+
+    Shared experts stay on, so of the others a larger share is turned off. `add` moves it, where a
+    weight is more than its tensor.
+    """
+    share = sparsity / _routed_share(model)
+    place = min(len(logits_S), max(1, round(share * len(logits_S))))
+    shift = -damping * logits_S.kthvalue(place).values
+    for ffn in expert_ffns(model):
+        add(ffn.router.get_parameter("bias"), shift)
+
+
+def _routed_share(model: nn.Module) -> float:
+    """Share of the neurons that a router can turn off."""
+    ffns = expert_ffns(model)
+    routed = sum(sum(ffn.division.sizes[ffn.shared :]) for ffn in ffns)
+    return routed / sum(ffn.division.neurons for ffn in ffns)
+
+
+@torch.no_grad()
+def trim(model: nn.Module, sparsity: float, blocks_BT: Tensor) -> None:
+    """Shifts the routers until `sparsity` of the experts are off on the given text.
+
+    Raises:
+        ValueError: as `check_trimmable`.
+    """
+    check_trimmable(model)
+    for _ in range(ROUNDS):
+        found = []
+        for block_BT in blocks_BT.split(1):
+            with evaluating(model), record_routing(model) as routings:
+                model(**model_inputs(model, block_BT.to(next(model.parameters()).device)))
+            found.append(sample_logits(model, routings))
+        shift_routers(model, torch.cat(found), sparsity)

@@ -1,0 +1,83 @@
+"""What FFNs compute in a forward pass, for losses. Letters: T tokens, D model width, F neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.moe_host import HostExperts
+
+Kind = Literal["outputs", "hidden", "pre"]
+
+
+@dataclass
+class FFNTensors:
+    """Tensors of every FFN, in forward order, with their graph; those not asked for stay empty."""
+
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """y_TD of the down projections, by the FFN's name; of an MoE host's experts, the sum of those
+    that it chose, weighed by its router, by the path of them all: two models of one donor may give
+    different tokens to an expert, or none."""
+    hidden: list[Tensor] = field(default_factory=list)
+    """h_TF: what enters them."""
+    pre: list[Tensor] = field(default_factory=list)
+    """pre_TF: what enters the activations, where the FFN itself calls them."""
+
+
+@contextmanager
+def watch_ffns(model: nn.Module, kinds: set[Kind]) -> Iterator[FFNTensors]:
+    """Yields what grows by the asked kinds with every forward pass."""
+    seen = FFNTensors()
+    ffns: Sequence[ExpertFFN | FFN] = (expert_ffns(model) or find_ffns(model)) if kinds else []
+    handles: list[Any] = []
+    if "outputs" in kinds:
+        for name, module in _sources(model, ffns).items():
+            handles.append(module.register_forward_hook(_named(seen.outputs, name)))
+    for parts in (ffn.projections for ffn in ffns):
+        if "hidden" in kinds:
+            handles.append(parts.down.register_forward_pre_hook(_input(seen.hidden)))
+        if "pre" in kinds:  # not at the activation: experts share one, and routers call it
+            source = parts.up if parts.gate is None else parts.gate
+            handles.append(source.register_forward_hook(_output(seen.pre, parts.gate is parts.up)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _sources(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> dict[str, nn.Module]:
+    """Name -> the module whose output is the FFN's, or that of all experts of an MoE layer."""
+    hosts: dict[str, nn.Module] = {
+        path: host for path, host in model.named_modules() if isinstance(host, HostExperts)
+    }
+    inside = tuple(f"{path}." for path in hosts)
+    alone = {ffn.name: ffn.down for ffn in ffns if not ffn.name.startswith(inside)}
+    return alone | hosts
+
+
+def _named(tensors: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        tensors[name] = output
+
+    return keep
+
+
+def _input(tensors: list[Tensor]) -> Callable[..., None]:
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tensors.append(args[0])
+
+    return keep
+
+
+def _output(tensors: list[Tensor], first_half: bool = False) -> Callable[..., None]:
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        tensors.append(output.chunk(2, dim=-1)[0] if first_half else output)
+
+    return keep

@@ -1,0 +1,83 @@
+"""What `bench kernels --device cuda` would run, as far as it can be seen without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_tools.bench.cuda import BATCHES, SPARSITIES, Plan, Way, timings, ways
+from moe_tools.cli.main import main
+
+LLAMA2 = Plan(4096, 11008, 344, torch.bfloat16, l2=50 << 20)
+TINY = Plan(16, 64, 8, torch.float32, l2=0)
+
+
+def test_a_turn_over_the_layers_reads_more_than_twice_the_l2() -> None:
+    least = LLAMA2.size * (1 - max(SPARSITIES))
+    assert LLAMA2.size == 3 * 4096 * 11008 * 2
+    assert (LLAMA2.layers - 1) * least <= 2 * LLAMA2.l2 < LLAMA2.layers * least
+    assert LLAMA2.layers * LLAMA2.size < 10e9  # three copies of it fit any GPU that is meant
+    assert TINY.layers == 1
+
+
+def test_dense_stands_beside_every_number_of_tokens() -> None:
+    variants = LLAMA2.variants
+    assert [v for v in variants if v[2] == "F.linear"] == [(t, 0.0, "F.linear") for t in BATCHES]
+    operations = {"experts", "experts int8", "neurons", "exact gate"}
+    for tokens in BATCHES:
+        for sparsity in SPARSITIES:
+            found = {name for t, off, name in variants if (t, off) == (tokens, sparsity)}
+            assert found == operations
+    assert len(set(variants)) == len(variants) == len(BATCHES) * (1 + 4 * len(SPARSITIES))
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Way]:
+    """Every way at a tiny shape, whose calls the interpreter would run."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    return ways(TINY, "cpu")
+
+
+def test_bytes_are_those_of_the_union(found: list[Way]) -> None:
+    assert [(way.tokens, way.sparsity, way.operation) for way in found] == TINY.variants
+    size = {(way.operation, way.tokens, way.sparsity): way.size for way in found}
+    assert size["F.linear", 1, 0.0] == TINY.size
+    assert size["experts", 1, 0.5] == TINY.size // 2
+    assert size["experts int8", 1, 0.5] == TINY.size // 8
+    assert size["neurons", 1, 0.75] == TINY.size // 4
+    for tokens in BATCHES:
+        assert size["experts", tokens, 0.9] >= size["experts", 1, 0.9]
+        assert TINY.size // 3 <= size["exact gate", tokens, 0.97] <= TINY.size
+
+
+@pytest.mark.parametrize("operation", ["F.linear", "experts", "experts int8", "exact gate"])
+def test_every_way_runs(found: list[Way], operation: str) -> None:
+    way = next(way for way in found if way.operation == operation)
+    y_TD = way.calls[0]()
+    assert len(way.calls) == TINY.layers
+    assert y_TD.shape == (1, 16) and bool(y_TD.isfinite().all()) and bool(y_TD.any())
+
+
+def test_a_row_is_held_against_dense_of_as_many_tokens() -> None:
+    def way(operation: str, tokens: int, size: int) -> Way:
+        return Way(operation, tokens, 0.5, size, [])
+
+    given = [way("F.linear", 1, 4000), way("experts", 1, 2000), way("F.linear", 4, 4000)]
+    rows = timings(given, [[4.0, 6.0, 5.0], [2.0, 2.0, 1.0], [8.0, 8.0, 8.0]], bandwidth=1e6)
+    assert [row.speedup for row in rows] == [1.0, 3.0, 1.0]  # medians of 2, 3, 5 and of ones
+    assert rows[1].ms == 2.0
+    assert rows[1].gigabytes_per_second == pytest.approx(2000 / 2e-3 / 1e9)
+    assert rows[1].share_of_bandwidth == pytest.approx(1.0)
+    assert rows[1].to_dict()["tokens"] == 1
+
+
+def test_without_a_gpu_it_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "kernels", "--device", "cuda"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.strip().splitlines()
+    assert "bench kernels --device cuda needs a GPU, and torch sees none" in line

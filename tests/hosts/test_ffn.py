@@ -1,0 +1,183 @@
+"""Reading, reordering and grafting the FFNs of a host."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_tools.hosts import layouts as host
+from moe_tools.hosts.ffn import find_ffns, graft, host_state_dict, permute_neurons
+from moe_tools.hosts.layouts import host_names
+from tests.families import FAMILIES, NEURONS, build, logits
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+REVERSED = torch.arange(NEURONS).flip(0)
+
+
+@every_family
+def test_every_tested_family_is_named_as_supported(family: str) -> None:
+    assert family.split("-")[0] in host.FAMILIES
+
+
+@every_family
+def test_weights_are_views_of_the_host(family: str) -> None:
+    model = build(family)
+    before = logits(model)
+    for ffn in find_ffns(model):
+        assert len(ffn.weights().down_norm_F) == NEURONS
+        with torch.no_grad():
+            ffn.weights().down_FD.zero_()
+        assert not ffn.weights().down_norm_F.any()
+    assert not torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("family", ["phi3", "mixtral"])
+def test_a_fused_linear_holds_gate_rows_then_up_rows(family: str) -> None:
+    ffn = find_ffns(build(family))[0]
+    weights, fused = ffn.weights(), ffn.part("gate_up_proj").get_parameter("weight")
+    assert torch.equal(torch.cat([weights.gate_FD, weights.up_FD]), fused)
+    assert weights.routing_FD is weights.gate_FD
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+@torch.no_grad()
+def test_some_neurons_are_those_of_all(family: str) -> None:
+    projections, x_TD = find_ffns(build(family))[0].projections, torch.randn(2, 3, 16)
+    h_TF = projections.hidden_TF(x_TD)
+    few_K = torch.tensor([5, 0, 47])
+    few_TK = projections.hidden_TK(x_TD, few_K)
+    torch.testing.assert_close(few_TK, h_TF[..., few_K], rtol=1e-5, atol=1e-6)
+    assert torch.equal(projections.hidden_TK(x_TD, REVERSED), h_TF[..., REVERSED])
+
+
+def test_ungated_neurons_fire_by_their_up_rows() -> None:
+    weights = find_ffns(build("gpt2"))[0].weights()
+    assert weights.gate_FD is None
+    assert weights.routing_FD is weights.up_FD
+
+
+@every_family
+def test_reordering_back_gives_the_same_weights(family: str) -> None:
+    model = build(family)
+    expected = {key: tensor.clone() for key, tensor in host_tensors(model).items()}
+    for ffn in find_ffns(model):
+        permute_neurons(ffn, REVERSED)
+    assert any(
+        not torch.equal(tensor, expected[key]) for key, tensor in host_tensors(model).items()
+    )
+    for ffn in find_ffns(model):
+        permute_neurons(ffn, REVERSED)
+    for key, tensor in host_tensors(model).items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+def host_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return host_state_dict(model)
+
+
+@pytest.mark.parametrize(
+    "order_F",
+    [torch.arange(NEURONS - 1), torch.arange(NEURONS) + 1, torch.zeros(NEURONS, dtype=torch.long)],
+    ids=["short", "outside", "repeated"],
+)
+def test_what_is_no_permutation_is_refused_and_changes_nothing(order_F: Tensor) -> None:
+    model = build("llama")
+    before = logits(model)
+    message = "^model.layers.0.mlp: the order is not a permutation of its 48 neurons$"
+    with pytest.raises(ValueError, match=message):
+        permute_neurons(find_ffns(model)[0], order_F)
+    assert torch.equal(logits(model), before)
+
+
+def test_grafting_bypasses_what_the_host_calls_outside_the_slot() -> None:
+    model = build("bert")
+    for ffn in find_ffns(model):
+        graft(model, ffn, nn.Identity())
+        assert isinstance(model.get_submodule(ffn.name), nn.Identity)
+        assert isinstance(ffn.part("output.dense"), nn.Identity)
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("family", "renames"),
+    [
+        ("llama", {}),
+        (
+            "opt",
+            {
+                "{}fc1.activation_fn.": "{}activation_fn.",
+                "{}fc1.fc1.": "{}fc1.",
+                "{}fc1.fc2.": "{}fc2.",
+            },
+        ),
+        ("bert", {"{}intermediate.output_dense.": "{}output.dense."}),
+    ],
+    ids=["llama", "opt", "bert"],
+)
+def test_only_parts_that_moved_have_another_host_name(family: str, renames: dict[str, str]) -> None:
+    prefix = {"llama": "", "opt": "model.decoder.layers.0.", "bert": "bert.encoder.layer.0."}
+    ffn = find_ffns(build(family))[0]
+    expected = {a.format(prefix[family]): b.format(prefix[family]) for a, b in renames.items()}
+    assert host_names(ffn.name, ffn.layout) == expected
+
+
+def test_taking_an_moe_host_apart_copies_no_weight() -> None:
+    model = build("mixtral")
+    fused = {
+        name: parameter.untyped_storage().data_ptr()
+        for name, parameter in model.named_parameters()
+        if ".experts." in name
+    }
+    find_ffns(model)
+    for name, storage in fused.items():
+        holder, part = name.rsplit(".", 1)
+        for expert in model.get_submodule(holder):
+            weight = expert.get_submodule(part).get_parameter("weight")
+            assert weight.untyped_storage().data_ptr() == storage
+
+
+def test_taking_an_moe_host_apart_keeps_frozen_what_was_frozen() -> None:
+    model = build("mixtral").requires_grad_(False)
+    find_ffns(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_finding_twice_finds_the_same() -> None:
+    model = build("mixtral")
+    first, second = find_ffns(model), find_ffns(model)
+    assert [ffn.name for ffn in first] == [ffn.name for ffn in second]
+    assert [ffn.layer for ffn in first] == [ffn.layer for ffn in second]
+
+
+def test_fused_tensors_come_back_in_order() -> None:
+    model = build("mixtral")
+    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    twin = copy.deepcopy(model)
+    find_ffns(twin)
+    state = host_state_dict(twin)
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_renamed_class_of_a_known_family_is_named() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.__class__ = type("LlamaFeedForward", (type(layer.mlp),), {})
+    message = r"^LlamaForCausalLM has no FFN .*It is of one of these families, but transformers \d"
+    with pytest.raises(ValueError, match=message):
+        find_ffns(model)
+
+
+def test_a_renamed_part_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    layout = replace(host.LAYOUTS["LlamaMLP"], gate="old_gate")
+    monkeypatch.setitem(host.LAYOUTS, "LlamaMLP", layout)
+    message = (
+        r"^model\.layers\.0\.mlp: LlamaMLP of transformers \S+ has no old_gate: it was renamed"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_ffns(model)

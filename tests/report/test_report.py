@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from moe_tools.report.report import Row, print_table, to_json
+
+ROW = Row(
+    model="out/lte",
+    role="model",
+    perplexity=21.5,
+    nats_per_token=math.log(21.5),
+    ratio_to_control=1.0524,
+    ratio_to_donor=None,
+    ffn_sparsity=0.5,
+    ffn_dense_flops=160e6,
+    ffn_flops=80e6,
+    router_flops=4e6,
+    total_flops=190e6,
+    total_dense_flops=266e6,
+    train_tokens=500_000,
+    tokens=1022,
+    seconds=3.0,
+    data="docs",
+    block_length=512,
+    dtype="bfloat16",
+    device="cpu",
+    layer_sparsity={"model.layers.0.mlp": 0.25, "model.layers.1.mlp": 0.75},
+)
+DENSE = replace(
+    ROW,
+    model="donor",
+    role="donor",
+    ratio_to_control=None,
+    ffn_sparsity=0.0,
+    ffn_flops=160e6,
+    router_flops=0.0,
+    total_flops=266e6,
+    train_tokens=None,
+    layer_sparsity={},
+)
+
+
+def shown(*rows: Row) -> list[list[str]]:
+    """The words of every line of the table."""
+    file = io.StringIO()
+    print_table(rows, file)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 120
+    return [line.replace("│", " ").split() for line in lines]
+
+
+def test_a_line_has_every_figure() -> None:
+    expected = "out/lte 21.50 1.052 - 50.0% 84.0 (0.53x) 190.0 (0.71x) 500,000"
+    assert expected.split() in shown(DENSE, ROW)
+
+
+def test_a_dense_line_says_so() -> None:
+    expected = "donor (donor) 21.50 - - dense 160.0 (1.00x) 266.0 (1.00x) -"
+    assert expected.split() in shown(DENSE, ROW)
+
+
+def test_a_sparsity_of_zero_is_not_dense() -> None:
+    line = shown(replace(ROW, ffn_sparsity=0.0, layer_sparsity={"a": 0.0}))
+    assert any("0.0%" in words for words in line)
+
+
+def test_zeros_have_a_column_where_some_model_has_any() -> None:
+    relu = replace(DENSE, model="relu", role="model", zeros=0.6125)
+    words = "relu 21.50 - - dense 61.3% 160.0 (1.00x) 266.0 (1.00x) -"
+    assert words.split() in shown(DENSE, relu, ROW)
+    expected = "donor (donor) 21.50 - - dense - 160.0 (1.00x) 266.0 (1.00x) -"
+    assert expected.split() in shown(DENSE, relu)
+    assert not any("zeros" in line for line in shown(DENSE, ROW))
+    assert json.loads(to_json([relu, ROW]))[0]["zeros"] == 0.6125
+
+
+def test_tiny_models_keep_their_digits() -> None:
+    tiny = replace(ROW, ffn_flops=5000.0, router_flops=376.0, ffn_dense_flops=9216.0)
+    assert any("0.00538" in words for words in shown(tiny))
+
+
+def test_predictors_have_two_columns_of_their_own() -> None:
+    predicted = replace(ROW, recall=0.9, precision=0.755)
+    assert not {"recall", "precision"} & {word for line in shown(ROW) for word in line}
+    lines = shown(DENSE, predicted)
+    assert {"recall", "precision"} <= {word for line in lines for word in line}
+    model = "out/lte 21.50 1.052 - 50.0% 90.0% 75.5% 84.0 (0.53x) 190.0 (0.71x) 500,000"
+    donor = "donor (donor) 21.50 - - dense - - 160.0 (1.00x) 266.0 (1.00x) -"
+    assert model.split() in lines and donor.split() in lines
+
+
+def test_the_caption_names_text_and_machine() -> None:
+    words = [word for line in shown(ROW) for word in line]
+    for word in ("1022", "docs,", "512,", "bfloat16", "cpu;"):
+        assert word in words
+
+
+def test_json_holds_every_field_of_every_row() -> None:
+    first, second = json.loads(to_json([DENSE, ROW]))
+    assert first["model"] == "donor" and first["layer_sparsity"] == {}
+    assert second["layer_sparsity"] == ROW.layer_sparsity
+    assert second["ffn_share"] == 84 / 160
+    assert Row(**{key: value for key, value in second.items() if key != "ffn_share"}) == ROW
+
+
+def test_json_never_holds_what_json_does_not_have() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json([replace(ROW, perplexity=math.inf)])
+
+
+def test_an_moe_host_shows_both_levels() -> None:
+    levels = {"experts": 0.75, "neurons": 0.85, "both": 0.9625}
+    lines = shown(replace(ROW, two_levels=levels), DENSE)
+    assert any({"MoE", "layers"} <= set(line) for line in lines)
+    assert any(line[4:7] == ["50.0%", "85.0%", "96.2%"] for line in lines)
+    assert any("dense - -" in " ".join(line) for line in lines)
+    assert not any("MoE" in line for line in shown(ROW))

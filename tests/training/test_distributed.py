@@ -1,0 +1,208 @@
+"""Two processes on this machine, under every stage of ZeRO: what one process computes, they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
+from moe_tools.cli.main import main
+from moe_tools.experts.experts import expert_ffns
+from tests.cli.test_convert import WORDS, tokenizer
+from tests.families import build, is_router, load_stock
+from tests.training.two_processes import STEPS
+
+ROOT = Path(__file__).parents[2]
+WAYS = ("plain", "zero0", "zero1", "zero2", "zero3")
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+name: two-stages
+block_length: 16
+steps:
+  - split: {expert_size: 8, tokens: 256}
+  - attach: {start_sparsity: 0.1, tokens: 256}
+  - train: {mode: soft, tokens: 512, target_sparsity: 0.4, lr: 1e-3, checkpoint_every: 2,
+            losses: {lm: 1.0, efficiency: 0.1, separability: 0.1}}
+  - train: {mode: hard, tokens: 512, target_sparsity: 0.4, lr: 1e-3, checkpoint_every: 2}
+"""
+
+
+def start(
+    count: int, *words: str, cwd: Path = ROOT, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """`count` processes of tests/training/two_processes.py, one thread each."""
+    script = str(ROOT / "tests" / "two_processes.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(port)]
+    command = [sys.executable, "-m", *torchrun, script] if count > 1 else [sys.executable, script]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(
+        [*command, *words], cwd=cwd, env=os.environ | settings, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """one/ and two/: every train step by one process and by two, in every way."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, count in (("one", 1), ("two", 2)):
+        done = start(count, "stages", str(folder / name))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def figures(folder: Path) -> dict[str, float]:
+    found = json.loads((folder / "figures.json").read_text())
+    return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "trained.safetensors")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", STEPS)
+def test_two_processes_end_where_one_does(way: str, step: str, trained: Path) -> None:
+    alone = trained / "one" / f"fp32-plain-{step}"
+    together = trained / "two" / f"fp32-{way}-{step}"
+    assert figures(together) == pytest.approx(figures(alone), abs=1e-5)
+    mine, theirs = weights(together), weights(alone)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() < 2e-6, name
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "zero0"])
+def test_bf16_weights_have_fp32_routers_and_masters(way: str, trained: Path) -> None:
+    alone, together = trained / "one" / "bf16-plain-soft", trained / "two" / f"bf16-{way}-soft"
+    assert figures(together)["lm"] == pytest.approx(figures(alone)["lm"], rel=2e-3)
+    assert figures(together)["sparsity"] == pytest.approx(figures(alone)["sparsity"], abs=0.03)
+    for name, value in weights(together).items():
+        assert value.dtype == (torch.float32 if is_router(name) else torch.bfloat16), name
+        if is_router(name):
+            assert not torch.equal(value, value.bfloat16().float()), name
+            assert (value - weights(alone)[name]).abs().max() < 0.05, name
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """donor/, text.txt, recipe.yaml."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("work")
+    save(build("llama"), folder / "donor", tokenizer())
+    draw = random.Random(0)
+    passages = [" ".join(draw.choices(WORDS, k=30)) for _ in range(200)]
+    (folder / "text.txt").write_text("\n\n".join(passages))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def words(output: str, *more: str) -> list[str]:
+    given = ["train", "recipe.yaml", "--model", "donor", "--output", output, "--data", "text.txt"]
+    return [*given, "--dtype", "fp32", "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def runs(work: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """through/ in one go; killed/ killed -9 in each stage, and taken up again."""
+    zero = ("--deepspeed", "zero2", "--keep-steps")
+    return {
+        "through": start(2, "command", *words("through", *zero), cwd=work),
+        **{
+            f"killed in {mode}": start(
+                *(2, "command", *words("killed", *zero)),
+                cwd=work,
+                MOE_TOOLS_TEST_KILL="4",
+                MOE_TOOLS_TEST_MODE=mode,
+            )
+            for mode in ("soft", "hard")
+        },
+        "fewer": start(1, "command", *words("killed", *zero), cwd=work),
+        "resumed": start(2, "command", *words("killed", *zero), cwd=work),
+    }
+
+
+def test_a_killed_run_ends_where_an_undisturbed_one_does(
+    runs: dict[str, subprocess.CompletedProcess[str]], work: Path
+) -> None:
+    assert runs["killed in soft"].returncode and runs["killed in hard"].returncode
+    for name in ("through", "resumed"):
+        assert runs[name].returncode == 0, runs[name].stderr[-3000:]
+    for step in ("2-train", "3-train"):
+        mine = load_file(work / "killed" / "steps" / step / "model.safetensors")
+        theirs = load_file(work / "through" / "steps" / step / "model.safetensors")
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_stage_that_is_done_is_not_done_again(
+    runs: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
+    """Killed in the hard stage: the soft one was complete, and its checkpoint went on before."""
+    for name in ("killed in hard", "resumed"):
+        assert "step 0: split" not in runs[name].stderr
+    assert "step 2: train" in runs["killed in hard"].stderr
+    assert "step 2: train" not in runs["resumed"].stderr
+    assert "step 3: train" in runs["resumed"].stderr
+
+
+def test_fewer_processes_than_before_are_refused(
+    runs: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
+    assert runs["fewer"].returncode == 2
+    said = runs["fewer"].stderr
+    assert (
+        "checkpoint-2 was written by 2 processes under ZeRO-2, but this run has 1 process" in said
+    )
+    assert "Traceback" not in said
+
+
+def test_only_the_first_process_speaks(
+    runs: dict[str, subprocess.CompletedProcess[str]],
+) -> None:
+    assert runs["through"].stderr.count("step 3: train") == 1
+
+
+def test_the_folder_needs_no_deepspeed(
+    runs: dict[str, subprocess.CompletedProcess[str]], work: Path
+) -> None:
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "import moe_tools; from moe_tools.experts.experts import expert_ffns\n"
+        "model = moe_tools.load(sys.argv[1]); assert len(expert_ffns(model)) == 2"
+    )
+    command = [sys.executable, "-c", code, str(work / "through")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    stock = load_stock(LlamaForCausalLM, work / "through").state_dict()
+    ours = load(work / "through")
+    host = {name for name in ours.state_dict() if not is_router(name)}
+    assert host == set(stock) and expert_ffns(ours)
+    assert all(torch.equal(ours.state_dict()[name], stock[name]) for name in host)
+
+
+def test_other_verbs_run_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["--local_rank=0", "evaluate", "x"]) == 2
+    assert "evaluate runs in one process: start it without torchrun" in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""Trim moves one line for all routers: the stated share is met, the order of scores stays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
+from moe_tools.training.trim import sample_logits, shift_routers, trim
+from tests.families import (
+    EXPERT_SIZE,
+    NEURONS,
+    UNEVEN,
+    build,
+    of_size,
+    per_neuron,
+    randomize,
+    routed,
+)
+
+
+def text(rows: int = 12, length: int = 48) -> Tensor:
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+def converted(selector: dict[str, float | str] | None = None) -> PreTrainedModel:
+    spec = selector or {"kind": "threshold", "tau": 0.5}
+    model, _ = routed(build("llama"), Conversion("donor", EXPERT_SIZE, "sigmoid", spec))
+    randomize(model)
+    return model
+
+
+@torch.no_grad()
+def sparsity(model: PreTrainedModel, blocks_BT: Tensor) -> float:
+    with record_routing(model) as routings:
+        model(input_ids=blocks_BT)
+    off = sum(int((~routing.mask_TE).sum()) for routing in routings)
+    return off / sum(routing.mask_TE.numel() for routing in routings)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.2])
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.5, 0.8, 0.95])
+def test_the_target_is_reached_within_a_point(target: float, tau: float) -> None:
+    model = converted({"kind": "threshold", "tau": tau})
+    trim(model, target, text())
+    assert sparsity(model, text()) == pytest.approx(target, abs=0.01)
+
+
+def test_an_ffn_that_moves_the_scores_of_the_next_is_followed() -> None:
+    """One shift would miss: what is off below changes what is seen above."""
+    model = converted()
+    first, second = expert_ffns(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        first.down.weight.mul_(10.0)
+        first.down.bias.zero_()
+        second.router.weight.mul_(3.0)
+        for ffn in (first, second):
+            ffn.router.bias.add_(6.0)
+    trim(model, 0.9, text(48))
+    assert sparsity(model, text(48)) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("experts", [7, 14])
+def test_every_expert_counts_whatever_their_number(experts: int) -> None:
+    """Every 7th score is sampled: with 7 experts, that must not be always the same one."""
+    donor = build("llama", intermediate_size=EXPERT_SIZE * experts)
+    model, ffns = routed(donor)
+    randomize(model)
+    with torch.no_grad():
+        for ffn in ffns:
+            ffn.router.bias[::7] += 4.0
+    trim(model, 0.5, text(48))
+    assert sparsity(model, text(48)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_every_bias_moves_by_the_same_and_nothing_else_does() -> None:
+    model = converted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trim(model, 0.7, text())
+    shifts = []
+    for name, tensor in model.state_dict().items():
+        if name.endswith("router.bias"):
+            shifts.append(tensor - before[name])
+        else:
+            assert torch.equal(tensor, before[name])
+    assert len(shifts) == 2
+    moved = torch.cat(shifts)
+    assert (moved - moved[0]).abs().max() < 1e-5
+    assert moved[0].abs() > 0.1
+
+
+def test_trimming_twice_changes_little() -> None:
+    model = converted()
+    trim(model, 0.4, text())
+    once = [ffn.router.bias.detach().clone() for ffn in expert_ffns(model)]
+    trim(model, 0.4, text())
+    for ffn, was in zip(expert_ffns(model), once, strict=True):
+        assert (ffn.router.bias - was).abs().max() < 0.05
+
+
+def test_a_shift_takes_the_share_of_the_sample_below_zero() -> None:
+    model = converted()
+    logits_S = torch.linspace(-1.0, 3.0, 401)
+    before = expert_ffns(model)[0].router.bias.detach().clone()
+    shift_routers(model, logits_S, 0.25)
+    assert (expert_ffns(model)[0].router.bias - before).tolist() == pytest.approx(
+        [0.0] * len(before), abs=0.02
+    )
+    shift_routers(model, logits_S, 0.5, damping=0.5)
+    assert (expert_ffns(model)[0].router.bias - before).tolist() == pytest.approx(
+        [-0.5] * len(before), abs=0.02
+    )
+
+
+def test_scores_at_the_ends_stay_finite() -> None:
+    """A score of exactly 1 has no logit."""
+    model, _ = routed(build("llama"))
+    with record_routing(model) as routings, torch.no_grad():
+        model(input_ids=text())
+    logits_S = sample_logits(model, routings)
+    assert all(bool((routing.scores_TE == 1).all()) for routing in routings)
+    assert torch.isfinite(logits_S).all()
+
+
+def test_top_k_has_no_line_to_move() -> None:
+    model = converted({"kind": "topk", "k": 2})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp: a target sparsity needs sigmoid .*top-k"
+    ):
+        trim(model, 0.5, text())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_dense_model_has_nothing_to_trim() -> None:
+    with pytest.raises(ValueError, match="has no routed FFN"):
+        trim(build("llama"), 0.5, text())
+
+
+@pytest.mark.parametrize(("shared", "target"), [(1, 0.3), (1, 0.7), (2, 0.4)])
+@pytest.mark.parametrize("size", [EXPERT_SIZE, UNEVEN])
+def test_shared_experts_count_as_neurons_that_stay_on(
+    shared: int, target: float, size: int
+) -> None:
+    model, _ = routed(build("llama"), replace(of_size(size), shared_experts=shared))
+    randomize(model)
+    trim(model, target, text())
+    with record_routing(model) as routings, torch.no_grad():
+        model(input_ids=text())
+    off = sum(int((~per_neuron(routing.mask_TE, size)).sum()) for routing in routings)
+    assert off / sum(r.mask_TE[..., 0].numel() * NEURONS for r in routings) == pytest.approx(
+        target, abs=0.015
+    )
+    assert all(routing.mask_TE[..., :shared].all() for routing in routings)
+    assert routing_sparsity(routings) == pytest.approx(1 - neurons_on(routings, size), abs=1e-9)
+
+
+def neurons_on(routings: list[Routing], size: int) -> float:
+    """Share of neurons on, counted one by one."""
+    on = [per_neuron(routing.mask_TE, size).flatten() for routing in routings]
+    return torch.cat(on).double().mean().item()
+
+
+@pytest.mark.parametrize("router", ["mlp", "norm"])
+def test_only_a_bias_of_sigmoid_routers_can_move(router: str) -> None:
+    model = build("llama")
+    attach_experts(model, Conversion("donor", EXPERT_SIZE, router, {"kind": "threshold"}))
+    with pytest.raises(ValueError, match="a target sparsity needs sigmoid routers"):
+        trim(model, 0.5, text())
