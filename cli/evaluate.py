@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from moe_tools.cli.options import add_model_options, json_target, plot_target, positive
+from moe_tools.names import RECIPE
 
 SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
 
@@ -101,6 +102,6 @@ def _recipe_data(folder: str) -> str:
     """The text that the folder's run was trained on; for `self`, which nobody held out: docs."""
     from moe_tools.recipe import read_recipe
 
-    file = Path(folder) / "recipe.yaml"
+    file = Path(folder) / RECIPE
     data = read_recipe(file).data if file.is_file() else "docs"
     return "docs" if data == "self" else data

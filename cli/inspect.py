@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_tools.cli.options import add_model_options, json_target, new_target, positive, zero_or_more
+from moe_tools.names import SWEEP
 
 if TYPE_CHECKING:
     from moe_tools.inspection import Inspection
     from moe_tools.report.report import Row
 
 SUMMARY = "see which experts run for which token, and which never do"
-SWEEP = "sweep.json"
-"""In a model's folder: what `evaluate --sweep --json` wrote."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

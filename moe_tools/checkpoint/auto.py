@@ -35,10 +35,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from moe_tools.names import OURS
+
 PATCHED = "transformers.modeling_utils"
 """The module that is patched, as soon as someone imports it."""
-OURS = "moe_tools."
-"""How the name of an activation begins that no stock class knows."""
 
 _undo: list[Callable[[], None]] = []
 """What takes the patch away again; empty: there is none."""

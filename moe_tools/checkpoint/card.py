@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from moe_tools.checkpoint.atomic import new_file
 from moe_tools.experts.conversion import Conversion
+from moe_tools.names import CONFIG, FIGURES, METRICS, README, RECIPE
 
-README, FIGURES = "README.md", "figures.json"
 MARK = "<!-- Written by moe-tools, which may write it again. -->"
 """Stands in every card of ours; a card without it is somebody's own."""
 HEADS: dict[str, tuple[str, str | None]] = {
@@ -46,7 +46,7 @@ def write_card(folder: Path) -> None:
     Raises:
         ValueError: there is a card that moe-tools did not write.
     """
-    config = _read(folder / "config.json")
+    config = _read(folder / CONFIG)
     if config.get("moe_tools") is not None:
         check_card(folder)
         with new_file(folder / README) as partial:
@@ -59,7 +59,7 @@ def check_card(folder: Path) -> None:
     Raises:
         ValueError: it holds no converted model, or a card that moe-tools did not write.
     """
-    if _read(folder / "config.json").get("moe_tools") is None:
+    if _read(folder / CONFIG).get("moe_tools") is None:
         raise ValueError(f"{folder} holds no converted model, so moe-tools has no card for it")
     readme = folder / README
     if readme.is_file() and MARK not in readme.read_text(encoding="utf-8"):
@@ -139,12 +139,12 @@ def _line(row: dict[str, Any], measure: str) -> str:
 
 
 def _recipe(folder: Path, conversion: Conversion) -> str:
-    file = folder / "recipe.yaml"
+    file = folder / RECIPE
     if not file.is_file():
         return ""
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     recipe, donor = "\n".join(lines), _name(conversion.donor)
-    tokens = _read(folder / "metrics.json").get("train_tokens")
+    tokens = _read(folder / METRICS).get("train_tokens")
     trained = "" if tokens is None else f"Trained on {tokens:,} tokens. "
     command = f"moe-tools convert --recipe recipe.yaml --model {donor} --output DIR"
     return (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-INDEX = "model.safetensors.index.json"
+from moe_tools.names import INDEX
 
 
 def write_index(folder: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from moe_tools.names import INDEX, SINGLE
 
 
 def stored_tensors(folder: Path) -> dict[str, Path]:

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from moe_tools.checkpoint.auto import OURS
 from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.hosts.activations import Activation, build_activation
 from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation
 from moe_tools.hosts.layouts import ALSO_ACTIVATED
+from moe_tools.names import OURS
 
 FOREIGN = OURS + "{}: load this folder with moe_tools.load"
 """What stands in the host's config for an activation of a kind that transformers lacks."""

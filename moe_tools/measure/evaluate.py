@@ -23,8 +23,8 @@ from moe_tools.measure.flops import FlopCounter, Flops, count_flops
 from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, zeros
 from moe_tools.measure.predictions import count_predictions
 from moe_tools.measure.two_levels import TwoLevels, moe_layers, two_levels
+from moe_tools.names import IGNORE
 
-IGNORE = -100
 ROWS = 256
 """Tokens whose logits are in fp32 at once."""
 MASKED = 0.15

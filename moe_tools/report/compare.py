@@ -23,13 +23,11 @@ from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, evaluate
 from moe_tools.measure.tasks import Tasks, run_tasks
+from moe_tools.names import CONFIG, CONTROL, METRICS
 from moe_tools.report.report import Role, Row
 
 logger = logging.getLogger(__name__)
 
-CONTROL = "control"
-"""Folder of the dense control inside a run's folder."""
-METRICS = "metrics.json"
 CALIBRATION = 8192
 """Training tokens that set the thresholds of the baselines."""
 
@@ -273,7 +271,7 @@ def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
 def find_control(source: str) -> str | None:
     """The dense control inside a run's folder."""
     folder = Path(source) / CONTROL
-    return str(folder) if (folder / "config.json").is_file() else None
+    return str(folder) if (folder / CONFIG).is_file() else None
 
 
 def _prediction(seen: Evaluation) -> dict[str, Any]:

@@ -24,9 +24,8 @@ import torch
 
 from moe_tools.checkpoint.atomic import new_file, new_folder, partial_of
 from moe_tools.checkpoint.card import write_card
+from moe_tools.names import LOGS, METRICS, RECIPE, STEPS
 from moe_tools.recipe import Recipe, Train, read_recipe, step_name
-
-RECIPE, METRICS, STEPS, LOGS = "recipe.yaml", "metrics.json", "steps", "logs"
 
 
 @dataclass(frozen=True)

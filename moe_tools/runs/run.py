@@ -21,6 +21,7 @@ from moe_tools.checkpoint.atomic import new_folder
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
 from moe_tools.checkpoint.saving import save
 from moe_tools.data import fingerprint, label_names
+from moe_tools.names import CONTROL, METRICS
 from moe_tools.recipe import (
     Attach,
     Recipe,
@@ -33,7 +34,7 @@ from moe_tools.recipe import (
     step_name,
     with_options,
 )
-from moe_tools.runs.folder import METRICS, RunFolder
+from moe_tools.runs.folder import RunFolder
 from moe_tools.runs.rehearsal import rehearse
 from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
 from moe_tools.runs.text import RunText
@@ -99,7 +100,7 @@ def run(
         run(
             control_recipe(recipe),
             model,
-            Path(output) / "control",
+            Path(output) / CONTROL,
             dtype=dtype,
             device=device,
             keep_steps=keep_steps,

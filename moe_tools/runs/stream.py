@@ -26,10 +26,10 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.parts import Part, layer_paths
 from moe_tools.checkpoint.saving import save
 from moe_tools.checkpoint.shards import write_index
-from moe_tools.checkpoint.stored import SINGLE
 from moe_tools.data.progress import progress
 from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.hosts.ffn import host_state_dict
+from moe_tools.names import SINGLE
 from moe_tools.recipe import Budget, Fit, Recipe, Step, Train, step_name
 from moe_tools.runs.folder import link
 from moe_tools.runs.rehearsal import rehearse_step

@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_tools import processes
+from moe_tools.names import SINGLE
 from moe_tools.training import zero
 from moe_tools.training.launch import Launch
 from moe_tools.training.weight_file import load_weights, save_weights
@@ -20,7 +21,6 @@ from moe_tools.training.weight_file import load_weights, save_weights
 TRAINER_STATE = "trainer_state.json"
 LAYOUT = "moe_tools_layout"
 """Where a checkpoint says which processes wrote it."""
-WEIGHTS = "model.safetensors"
 
 
 def newest_checkpoint(work: Path) -> str | None:
@@ -105,7 +105,7 @@ class CheckpointingTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, folder / WEIGHTS)
+        save_weights(self.model, folder / SINGLE)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that every process writes: only then the first may call it complete."""
@@ -123,4 +123,4 @@ class CheckpointingTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        load_weights(self.model, Path(resume_from_checkpoint) / SINGLE)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE = -100
+from moe_tools.names import IGNORE
+
 ROWS = 128
 TINY = torch.finfo(torch.float32).tiny
 

@@ -21,6 +21,7 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.zeros import zero_share
+from moe_tools.names import IGNORE
 from moe_tools.recipe import Train
 from moe_tools.recipe.schedules import warmup_cosine
 from moe_tools.training import zero
@@ -28,7 +29,7 @@ from moe_tools.training.arguments import Batches, only, training_arguments
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
 from moe_tools.training.launch import Launch
-from moe_tools.training.logit_losses import IGNORE, logit_losses
+from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words

@@ -25,10 +25,10 @@ from moe_tools.checkpoint import auto
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.checkpoint.stored import SINGLE
 from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.experts.swapped import swap_activations
+from moe_tools.names import SINGLE
 from tests.checkpoint.test_loading import ROUTER, UP, convert, edit_tensors
 from tests.families import (
     FAMILIES,

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from moe_tools.checkpoint.loading import load, load_tokenizer
 from moe_tools.checkpoint.saving import save
-from moe_tools.checkpoint.stored import INDEX, SINGLE
 from moe_tools.experts.conversion import Conversion, read_conversion, set_mode, write_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
+from moe_tools.names import INDEX, SINGLE
 from tests.families import THRESHOLD, aligned, build, logits, randomize, routed, stored_shapes
 
 ROUTER = "model.layers.1.mlp.router.bias"

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from moe_tools.training.logit_losses import IGNORE, ROWS, logit_losses
+from moe_tools.names import IGNORE
+from moe_tools.training.logit_losses import ROWS, logit_losses
 
 
 def reference(

@@ -1,0 +1,25 @@
+"""Names that several parts must spell alike: files of a folder, marks in a config."""
+
+from __future__ import annotations
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Of a Hugging Face folder: its configuration, its weights in one file, the index of several."""
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.json"
+STEPS = "steps"
+LOGS = "logs"
+CONTROL = "control"
+"""Of the folder of a run (`moe_tools.runs.folder`)."""
+
+README = "README.md"
+FIGURES = "figures.json"
+SWEEP = "sweep.json"
+"""The model card, and the figures that it and the page of `moe-tools inspect` read."""
+
+OURS = "moe_tools."
+"""How the name of an activation begins that no stock class knows."""
+IGNORE = -100
+"""The label of a token that is not predicted, as PyTorch's cross entropy has it."""
