@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         model = upcycle(
             donor,
             num_experts=args.num_experts,
-            chosen=args.top_k,
+            top_k=args.top_k,
             seed=args.seed,
             noise=args.noise,
         )

@@ -17,6 +17,8 @@ ActName = Literal[
 ]
 NAMES: tuple[ActName, ...] = get_args(ActName)
 """In the order of csrc/activation.h."""
+GIVES_ZEROS: tuple[ActName, ...] = ("relu", "relu2", "fatrelu", "shifted_relu")
+"""Exactly zero below their threshold: neurons there can be left out without an error."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,22 @@ class Act:
     """An activation with a name: called, it is plain PyTorch; a kernel computes the same.
 
     Raises:
-        ValueError: an unknown name, or a `theta` that this activation does not have.
+        ValueError: an unknown name, or a `threshold` that this activation does not have.
     """
 
     name: ActName
-    theta: float = 0.0
-    """Of fatrelu: x where x >= theta, else 0 (ProSparse, arXiv 2402.13516). Of shifted_relu:
-    max(x - theta, 0) (arXiv 2310.04564). Not negative."""
+    threshold: float = 0.0
+    """Of fatrelu: x where x >= threshold, else 0 (ProSparse, arXiv 2402.13516). Of shifted_relu:
+    max(x - threshold, 0) (arXiv 2310.04564). Not negative."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"unknown activation {self.name!r}; known: {', '.join(NAMES)}")
         limit = float("inf") if self.name in ("fatrelu", "shifted_relu") else 0.0
-        if not 0.0 <= self.theta <= limit:
-            raise ValueError(f"theta is {self.theta}: {self.name} takes {_thetas(limit)}")
+        if not 0.0 <= self.threshold <= limit:
+            raise ValueError(
+                f"the threshold is {self.threshold}: {self.name} takes {_thresholds(limit)}"
+            )
 
     @property
     def code(self) -> int:
@@ -46,19 +50,19 @@ class Act:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Element by element."""
-        return _FUNCTIONS[self.name](x, self.theta)
+        return _FUNCTIONS[self.name](x, self.threshold)
 
 
-Activation = ActName | Act | Callable[[Tensor], Tensor]
-"""A name, a name with its theta, or any function, which only the reference can run."""
+ActivationLike = ActName | Act | Callable[[Tensor], Tensor]
+"""A name, a name with its threshold, or any function, which only the reference can run."""
 
 
-def named(activation: Activation) -> Act | Callable[[Tensor], Tensor]:
+def named(activation: ActivationLike) -> Act | Callable[[Tensor], Tensor]:
     """An `Act` in place of a name."""
     return Act(activation) if isinstance(activation, str) else activation
 
 
-def _thetas(limit: float) -> str:
+def _thresholds(limit: float) -> str:
     return "a number of 0 or more" if limit else "none"
 
 
@@ -66,8 +70,8 @@ _FUNCTIONS: dict[ActName, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda x, _: x,
     "relu": lambda x, _: functional.relu(x),
     "relu2": lambda x, _: functional.relu(x).square(),
-    "fatrelu": lambda x, theta: x.masked_fill(x < theta, 0.0),
-    "shifted_relu": lambda x, theta: functional.relu(x - theta),
+    "fatrelu": lambda x, threshold: x.masked_fill(x < threshold, 0.0),
+    "shifted_relu": lambda x, threshold: functional.relu(x - threshold),
     "silu": lambda x, _: functional.silu(x),
     "gelu": lambda x, _: functional.gelu(x),
     "gelu_tanh": lambda x, _: functional.gelu(x, approximate="tanh"),

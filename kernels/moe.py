@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from moe_tools.kernels.activations import Activation
+from moe_tools.kernels.activations import ActivationLike
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.sparse_ffn import triton_kernels
 from moe_tools.kernels.weights import FFNWeights
@@ -32,8 +32,8 @@ class ExpertWeights:
     up_XND: Tensor
     down_XND: Tensor
     """W_down of each expert transposed; Triton copies it where its rows are not contiguous."""
-    act: Activation
-    up_act: Activation = "identity"
+    act: ActivationLike
+    up_act: ActivationLike = "identity"
 
     def __post_init__(self) -> None:
         shapes = {tuple(one.shape) for one in (self.gate_XND, self.up_XND, self.down_XND)}

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from moe_tools.kernels.activations import Activation
+from moe_tools.kernels.activations import ActivationLike
 from moe_tools.kernels.cpu.native import isas
 from moe_tools.kernels.cpu.packed import CpuFFN, unsupported
 from moe_tools.kernels.packed import PackedFFN, ReferenceFFN
@@ -33,12 +33,12 @@ def sparse_ffn(
     down_FD: Tensor,
     mask_TE: Tensor | None = None,
     *,
-    act: Activation,
+    act: ActivationLike,
     gate_FD: Tensor | None = None,
     up_F: Tensor | None = None,
     gate_F: Tensor | None = None,
     down_D: Tensor | None = None,
-    up_act: Activation = "identity",
+    up_act: ActivationLike = "identity",
     off_F: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:

@@ -1,13 +1,16 @@
-"""The weights of one FFN, a neuron a row. Letters: T tokens, D width, F neurons, E experts."""
+"""The weights of one FFN, a neuron a row, and what is computed with them.
+
+Letters: T tokens, D width, F neurons, E experts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from moe_tools.kernels.activations import Act, Activation, named
+from moe_tools.kernels.activations import Act, ActivationLike, named
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,13 @@ class FFNWeights:
     up_FD: Tensor
     down_FD: Tensor
     """W_down transposed, so that a neuron is one row of each."""
-    act: Activation
+    act: ActivationLike
     gate_FD: Tensor | None = None
     up_F: Tensor | None = None
     gate_F: Tensor | None = None
     down_D: Tensor | None = None
     """Biases. That of the output is added once, whatever is off."""
-    up_act: Activation = "identity"
+    up_act: ActivationLike = "identity"
     """relu makes the FFN that of dReLU (TurboSparse, arXiv 2406.05955)."""
     off_F: Tensor | None = None
     """What a neuron that a mask turns off is taken for, in h; None: zero. A constant."""
@@ -72,6 +75,33 @@ class FFNWeights:
             (self.gate_FD, self.gate_F, named(self.act)),
             (self.up_FD, self.up_F, named(self.up_act)),
         ]
+
+    def matrices(self) -> Iterator[Tensor]:
+        """Gate (if any), up and down."""
+        for tensor in (self.gate_FD, self.up_FD, self.down_FD):
+            if tensor is not None:
+                yield tensor
+
+    def per_neuron(self) -> Iterator[Tensor]:
+        """Every weight and bias whose first dimension is the neuron."""
+        for tensor in (*self.matrices(), self.gate_F, self.up_F):
+            if tensor is not None:
+                yield tensor
+
+    @property
+    def row_numbers(self) -> int:
+        """Weights that are read to compute h of one neuron."""
+        return self.width * len(self.inputs)
+
+    @property
+    def routing_FD(self) -> Tensor:
+        """The rows that decide when a neuron fires: gate rows when gated, else up rows."""
+        return self.up_FD if self.gate_FD is None else self.gate_FD
+
+    @property
+    def down_norm_F(self) -> Tensor:
+        """How much one unit of each neuron moves the output: ||column of W_down||, in fp32."""
+        return self.down_FD.detach().float().norm(dim=1)
 
     @property
     def requires_grad(self) -> bool:

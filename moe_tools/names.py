@@ -9,7 +9,7 @@ INDEX = "model.safetensors.index.json"
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
-STEPS = "steps"
+STEPS_FOLDER = "steps"
 LOGS = "logs"
 CONTROL = "control"
 """Of the folder of a run (`moe_tools.runs.folder`)."""

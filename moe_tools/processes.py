@@ -100,7 +100,7 @@ def barrier() -> None:
     on_first(lambda: None)
 
 
-def together(values: Tensor) -> Tensor:
+def gather_rows(values: Tensor) -> Tensor:
     """The rows of every process, joined; each may have another number of them."""
     if count() == 1:
         return values
@@ -124,4 +124,4 @@ def all_agree(holds: bool) -> bool:
         return holds
     import torch
 
-    return bool(together(torch.tensor([holds], dtype=torch.uint8)).all())
+    return bool(gather_rows(torch.tensor([holds], dtype=torch.uint8)).all())

@@ -114,7 +114,7 @@ def test_an_upcycled_smollm2_is_sparse_on_two_levels():
     experts, neurons = 2 * donor.config.num_hidden_layers, donor.config.intermediate_size
     everything = text_BT.numel() * experts * neurons
 
-    model = upcycle(donor, num_experts=2, chosen=1)
+    model = upcycle(donor, num_experts=2, top_k=1)
     del donor
     seen = evaluate(model, text_BT)
     assert seen.nats_per_token == pytest.approx(dense.nats_per_token, abs=0.02)  # of bf16

@@ -16,7 +16,7 @@ from moe_tools.kernels.activations import Act, named
 from moe_tools.kernels.cpu.dense import dense_ffn
 from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.native import extension, isas
-from moe_tools.kernels.cpu.rows import Rows, pack_rows
+from moe_tools.kernels.cpu.rows import PackedRows, pack_rows
 from moe_tools.kernels.cpu.screen import Screen, make_screen, no_screen
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import INT4
@@ -165,7 +165,7 @@ def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _views(weights: FFNWeights, rows: Rows, matrix_FD: Callable[[int], Tensor]) -> FFNWeights:
+def _views(weights: FFNWeights, rows: PackedRows, matrix_FD: Callable[[int], Tensor]) -> FFNWeights:
     """`weights`, but with the matrices of the parts, and the biases that are stored."""
     *inputs, down_FD = (matrix_FD(part) for part in range(rows.bytes_FPB.shape[1]))
     biases = [None] * len(inputs) if rows.biases_FP is None else list(rows.biases_FP.unbind(1))
@@ -182,7 +182,9 @@ def _views(weights: FFNWeights, rows: Rows, matrix_FD: Callable[[int], Tensor]) 
     )
 
 
-def _describe(weights: FFNWeights, rows: Rows, screen: Screen | None) -> tuple[int | float, ...]:
+def _describe(
+    weights: FFNWeights, rows: PackedRows, screen: Screen | None
+) -> tuple[int | float, ...]:
     """The arguments of `prepare` in module.cpp."""
     tensors = (rows.bytes_FPB, rows.scales_FP, rows.biases_FP, rows.off_F, rows.down_D)
     neurons, parts, _ = rows.bytes_FPB.shape
@@ -192,7 +194,7 @@ def _describe(weights: FFNWeights, rows: Rows, screen: Screen | None) -> tuple[i
     return (
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
         *(neurons, weights.width, rows.lines, parts - 1, DTYPES.index(rows.dtype)),
-        *(value for act in acts for value in (act.code, act.theta)),
+        *(value for act in acts for value in (act.code, act.threshold)),
         *((tensor.data_ptr() for tensor in screens) if screens else (0, 0, 0)),
         1.0 if screen is None else screen.reach,
     )

@@ -28,7 +28,7 @@ HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedRows:
     """Everything the kernels read, in memory that it owns."""
 
     bytes_FPB: Tensor
@@ -72,11 +72,11 @@ def per_line(dtype: torch.dtype) -> int:
     return LINE * 2 if dtype == INT4 else LINE // dtype.itemsize
 
 
-def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> Rows:
+def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> PackedRows:
     """Copies the weights, as `dtype`: int8 and int4 quantize (see `kernels/quantize.py`)."""
     matrices = [rows_FD.detach() for rows_FD, _, _ in weights.inputs] + [weights.down_FD.detach()]
     shape, bias_D = (weights.neurons, len(matrices)), _float(weights.down_D)
-    rows = Rows(
+    rows = PackedRows(
         allocate((*shape, row_bytes(weights.width, dtype))).zero_(),
         dtype,
         weights.width,
@@ -91,7 +91,7 @@ def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> Rows:
     return rows if rows.off_F is None else replace(rows, down_D=_with_off(rows, rows.off_F))
 
 
-def _with_off(rows: Rows, off_F: Tensor) -> Tensor:
+def _with_off(rows: PackedRows, off_F: Tensor) -> Tensor:
     """The output where every neuron is off: one that is on then adds what it is more."""
     off_D = off_F @ rows.matrix_FD(rows.bytes_FPB.shape[1] - 1, torch.float32)
     return off_D if rows.bias_D is None else off_D + rows.bias_D
@@ -104,7 +104,7 @@ def row_bytes(width: int, dtype: torch.dtype) -> int:
     return (lines + -(-scales // LINE)) * LINE
 
 
-def _write(rows: Rows, part: int, matrix_FD: Tensor) -> None:
+def _write(rows: PackedRows, part: int, matrix_FD: Tensor) -> None:
     if rows.dtype == INT4:
         _write_int4(rows.bytes_FPB[:, part], rows.lines, matrix_FD)
     elif rows.scales_FP is None:

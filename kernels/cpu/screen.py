@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_tools.kernels.activations import Act, Activation, named
-from moe_tools.kernels.cpu.rows import Rows, allocate, row_bytes
+from moe_tools.kernels.activations import GIVES_ZEROS, Act, ActivationLike, named
+from moe_tools.kernels.cpu.rows import PackedRows, allocate, row_bytes
 from moe_tools.kernels.quantize import QUANTIZED, quantize_rows
 
-ZERO_BELOW = ("relu", "relu2", "fatrelu", "shifted_relu")
-"""Activations that are zero below their theta."""
 ROUNDING = 2.0**-24
 """Of one sum in fp32, as a share of it."""
 
@@ -37,7 +35,7 @@ class Screen:
     """Share of error |x| that is taken for possible: 1 is a proof."""
 
 
-def make_screen(rows: Rows, sigmas: float) -> Screen:
+def make_screen(rows: PackedRows, sigmas: float) -> Screen:
     """From the rows of the first part, as they are stored; `inf` sigmas: nothing is missed."""
     row_FD = rows.matrix_FD(0, torch.float32)
     copy_FD, scale_F = quantize_rows(row_FD)
@@ -49,13 +47,13 @@ def make_screen(rows: Rows, sigmas: float) -> Screen:
     return Screen(rows_FB, scale_F, error_F, min(1.0, sigmas / rows.width**0.5))
 
 
-def no_screen(act: Activation, dtype: torch.dtype, sigmas: float) -> str | None:
+def no_screen(act: ActivationLike, dtype: torch.dtype, sigmas: float) -> str | None:
     """Why a gate cannot be screened; None when it can."""
     if not sigmas > 0:
         return f"screen is {sigmas}: give the margin in sigmas, above 0, or inf for a proof"
     kind = named(act)
-    if not (isinstance(kind, Act) and kind.name in ZERO_BELOW):
-        return f"a screen needs an activation that is zero below a number: {', '.join(ZERO_BELOW)}"
+    if not (isinstance(kind, Act) and kind.name in GIVES_ZEROS):
+        return f"a screen needs an activation that is zero below a number: {', '.join(GIVES_ZEROS)}"
     if dtype in QUANTIZED:
         return f"a screen is of eight bits, weights in {dtype} are no larger: leave it out"
     return None

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_tools.kernels.activations import GIVES_ZEROS
 from moe_tools.kernels.triton.config import Config, next_power, pinned, tokens_of_a_program
-
-ZEROING = ("relu", "relu2", "fatrelu", "shifted_relu")
-"""Activations that are zero up to a threshold: their neurons can be left out without an error."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Call:
     @cached_property
     def skips_zeros(self) -> bool:
         """Whether a neuron that launch one has listed may still turn out to be zero."""
-        return self.up_act in ZEROING or (self.act in ZEROING and not self.gate_first)
+        return self.up_act in GIVES_ZEROS or (self.act in GIVES_ZEROS and not self.gate_first)
 
     @cached_property
     def tokens(self) -> int:

@@ -12,10 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_tools.kernels.activations import Act
+from moe_tools.kernels.activations import GIVES_ZEROS, Act
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import quantize_rows
-from moe_tools.kernels.triton.call import ZEROING
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.weights import FFNWeights
@@ -75,8 +74,8 @@ def sparse_ffn_triton(
         None if mask_TE is None else mask_TE.reshape(-1, mask_TE.shape[-1]).contiguous(),
         *(first_F, up_F, weights.down_D),
         *_scales(scales),
-        *(act.name, up_act.name, act.theta, up_act.theta),
-        act.name in ZEROING if gate_first is None else gate_first,
+        *(act.name, up_act.name, act.threshold, up_act.threshold),
+        act.name in GIVES_ZEROS if gate_first is None else gate_first,
         atomic,
         [] if config is None else list(astuple(config)),
     )
@@ -117,8 +116,8 @@ def unsupported(
     acts = [act for _, _, act in weights.inputs]
     if not all(isinstance(act, Act) for act in acts):
         return "backend 'triton' knows activations by name: give a name or an Act, not a function"
-    if gate_first and _inputs(weights)[0][2].name not in ZEROING:
-        return f"gate_first needs an activation that can be zero: {', '.join(ZEROING)}"
+    if gate_first and _inputs(weights)[0][2].name not in GIVES_ZEROS:
+        return f"gate_first needs an activation that can be zero: {', '.join(GIVES_ZEROS)}"
     if scales is not None and x_TD.requires_grad and torch.is_grad_enabled():
         return "int8 weights have no gradients: call under torch.no_grad()"
     return no_device(x_TD)

@@ -13,9 +13,8 @@ from dataclasses import astuple
 
 from torch import Tensor
 
-from moe_tools.kernels.activations import Act, named
+from moe_tools.kernels.activations import GIVES_ZEROS, Act, named
 from moe_tools.kernels.moe import ExpertWeights
-from moe_tools.kernels.triton.call import ZEROING
 from moe_tools.kernels.triton.config import MOST_TOGETHER, Config
 from moe_tools.kernels.triton.ffn import DTYPES, no_device
 from moe_tools.kernels.triton.op import forward
@@ -54,7 +53,7 @@ def moe_ffn_triton(
     rows = (_rows(experts.gate_XND), _rows(experts.up_XND), experts.down_XND.contiguous())
     if rows[0].stride() != rows[1].stride():
         rows = (rows[0].contiguous(), rows[1].contiguous(), rows[2])
-    acts = (act.name, up_act.name, act.theta, up_act.theta)
+    acts = (act.name, up_act.name, act.threshold, up_act.threshold)
     sizes = [] if config is None else list(astuple(config))
     x_TD = x_TD.contiguous()
     if len(x_TD) > MOST_TOGETHER:
@@ -62,7 +61,7 @@ def moe_ffn_triton(
         many_TD: Tensor = grouped_forward(x_TD, *rows, *pairs, *acts, sizes)
         return many_TD
     mask_TX = weight_TK.new_zeros(len(x_TD), len(rows[0])).scatter(1, chosen_TK, weight_TK)
-    first = act.name in ZEROING if gate_first is None else gate_first
+    first = act.name in GIVES_ZEROS if gate_first is None else gate_first
     few_TD: Tensor = forward(x_TD, *rows, mask_TX, *[None] * 6, *acts, first, False, sizes)
     return few_TD
 

@@ -21,7 +21,7 @@ from moe_tools.kernels.triton.lists import list_experts, list_firing
 
 
 @dataclass(frozen=True)
-class Launch:
+class KernelLaunch:
     """One kernel, its grid and every argument by name."""
 
     kernel: Any
@@ -46,7 +46,7 @@ class Launch:
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def plan_forward(call: Call) -> tuple[list[Launch], Tensor]:
+def plan_forward(call: Call) -> tuple[list[KernelLaunch], Tensor]:
     """The y_TD and its launches: list the neurons, compute h, combine the rows.
 
     Three, and a fourth to add the shares where launch three does not (`Call.tickets`).
@@ -62,15 +62,15 @@ def plan_forward(call: Call) -> tuple[list[Launch], Tensor]:
     return launches, y_TD
 
 
-def plan_list(call: Call, lists: Lists) -> Launch:
+def plan_list(call: Call, lists: Lists) -> KernelLaunch:
     """Launch one, by the mask."""
     sizes = {name: size for name, size in call.sizes.items() if name != "D"}
     arguments = {"mask": call.mask, **sizes, "BLOCK_T": call.tokens, **lists.for_launch_one}
     grid = (lists.num_tiles, call.token_tiles)
-    return Launch(list_experts, grid, arguments, call.tiling.warps)
+    return KernelLaunch(list_experts, grid, arguments, call.tiling.warps)
 
 
-def _plan_firing(call: Call, lists: Lists, gates: Tensor) -> Launch:
+def _plan_firing(call: Call, lists: Lists, gates: Tensor) -> KernelLaunch:
     arguments = {
         "x": call.x_TD,
         "gate": call.gate_FD,
@@ -88,10 +88,10 @@ def _plan_firing(call: Call, lists: Lists, gates: Tensor) -> Launch:
         **lists.for_launch_one,
     }
     grid = (lists.num_tiles, call.token_tiles)
-    return Launch(list_firing, grid, arguments, call.tiling.warps, call.stages)
+    return KernelLaunch(list_firing, grid, arguments, call.tiling.warps, call.stages)
 
 
-def _plan_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor) -> Launch:
+def _plan_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor) -> KernelLaunch:
     arguments = {
         **for_launch_two(call, lists),
         "gate": call.gate_FD if gates is None else None,
@@ -100,7 +100,9 @@ def _plan_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor)
         "gates": gates,
         "hidden": hidden,
     }
-    return Launch(compute_hidden, grid_two(call, lists), arguments, call.tiling.warps, call.stages)
+    return KernelLaunch(
+        compute_hidden, grid_two(call, lists), arguments, call.tiling.warps, call.stages
+    )
 
 
 def for_launch_two(call: Call, lists: Lists) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def grid_two(call: Call, lists: Lists) -> tuple[int, int]:
     return (lists.num_tiles * (lists.tile // call.tiling.rows), call.token_tiles)
 
 
-def _plan_down(call: Call, lists: Lists, hidden: Tensor, y_TD: Tensor) -> list[Launch]:
+def _plan_down(call: Call, lists: Lists, hidden: Tensor, y_TD: Tensor) -> list[KernelLaunch]:
     own = {
         "bias": call.down_D,
         "scale": call.down_scale_F,
@@ -145,7 +147,7 @@ def plan_combine(
     pairs: list[tuple[Tensor, Tensor]],
     y_TD: Tensor,
     own: dict[str, Any],
-) -> list[Launch]:
+) -> list[KernelLaunch]:
     """Launch three: y_TD from one or two pairs of values and rows; `own` are its own arguments."""
     (hidden, rows), (hidden_2, rows_2) = (*pairs, (None, None))[:2]
     splits, width = call.tiling.splits, y_TD.shape[1]
@@ -181,10 +183,10 @@ def plan_combine(
         "BLOCK_N": call.tiling.down_rows,
     }
     warps, grid = call.tiling.warps, (lists.columns, splits, call.token_tiles)
-    launches = [Launch(combine, grid, arguments, warps, call.stages)]
+    launches = [KernelLaunch(combine, grid, arguments, warps, call.stages)]
     if not call.tickets:
         grid_of_sums = (lists.columns, call.token_tiles)
-        launches.append(Launch(add_shares, grid_of_sums, {**shared, "PLACES": places}, warps))
+        launches.append(KernelLaunch(add_shares, grid_of_sums, {**shared, "PLACES": places}, warps))
     return launches
 
 

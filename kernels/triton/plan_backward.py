@@ -11,7 +11,7 @@ from moe_tools.kernels.triton.call import Call, Lists
 from moe_tools.kernels.triton.gradients import compute_mask_grads, compute_weight_grads
 from moe_tools.kernels.triton.hidden import compute_hidden_grads
 from moe_tools.kernels.triton.plan import (
-    Launch,
+    KernelLaunch,
     for_launch_two,
     grid_two,
     plan_combine,
@@ -53,7 +53,7 @@ class _Hidden(NamedTuple):
     d_weight: Tensor | None
 
 
-def plan_backward(call: Call, dy_TD: Tensor) -> tuple[list[Launch], Gradients]:
+def plan_backward(call: Call, dy_TD: Tensor) -> tuple[list[KernelLaunch], Gradients]:
     """Four launches, five with a mask that learns (and `add_shares`), and what they write.
 
     The list is made again and h is computed again: nothing but the operands is kept for it.
@@ -83,7 +83,7 @@ def _blank(tensor: Tensor | None) -> Tensor | None:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _plan_hidden_grads(call: Call, lists: Lists, dy_TD: Tensor, values: _Hidden) -> Launch:
+def _plan_hidden_grads(call: Call, lists: Lists, dy_TD: Tensor, values: _Hidden) -> KernelLaunch:
     columns = call.tiling.columns
     arguments = {
         **for_launch_two(call, lists),
@@ -95,10 +95,10 @@ def _plan_hidden_grads(call: Call, lists: Lists, dy_TD: Tensor, values: _Hidden)
         "down_stride": stride(call.down_FD),
         **values._asdict(),
     }
-    return Launch(compute_hidden_grads, grid_two(call, lists), arguments, call.tiling.warps)
+    return KernelLaunch(compute_hidden_grads, grid_two(call, lists), arguments, call.tiling.warps)
 
 
-def _plan_weight_grads(call: Call, dy_TD: Tensor, values: _Hidden, made: Gradients) -> Launch:
+def _plan_weight_grads(call: Call, dy_TD: Tensor, values: _Hidden, made: Gradients) -> KernelLaunch:
     rows, columns = max(16, call.tiling.rows), min(64, call.tiling.down_columns)
     arguments = {
         "x": call.x_TD,
@@ -120,10 +120,10 @@ def _plan_weight_grads(call: Call, dy_TD: Tensor, values: _Hidden, made: Gradien
         "BLOCK_D": columns,
     }
     grid = (-(-call.sizes["F"] // rows), -(-call.sizes["D"] // columns))
-    return Launch(compute_weight_grads, grid, arguments, call.tiling.warps)
+    return KernelLaunch(compute_weight_grads, grid, arguments, call.tiling.warps)
 
 
-def _plan_mask_grads(call: Call, d_weight: Tensor, d_mask: Tensor) -> Launch:
+def _plan_mask_grads(call: Call, d_weight: Tensor, d_mask: Tensor) -> KernelLaunch:
     sizes = {name: size for name, size in call.sizes.items() if name != "D"}
     arguments = {
         "mask": call.mask,
@@ -134,4 +134,4 @@ def _plan_mask_grads(call: Call, d_weight: Tensor, d_mask: Tensor) -> Launch:
         "BLOCK_E": EXPERTS,
     }
     grid = (-(-call.sizes["E"] // EXPERTS), call.token_tiles)
-    return Launch(compute_mask_grads, grid, arguments, call.tiling.warps)
+    return KernelLaunch(compute_mask_grads, grid, arguments, call.tiling.warps)

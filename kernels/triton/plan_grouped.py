@@ -21,7 +21,7 @@ from moe_tools.kernels.triton.grouped_gradients import (
     compute_experts_grads,
     compute_pairs_hidden_grads,
 )
-from moe_tools.kernels.triton.plan import Launch
+from moe_tools.kernels.triton.plan import KernelLaunch
 
 STEP = 1024
 """Pairs that `group_pairs` looks at in one go."""
@@ -96,7 +96,7 @@ class GroupedGradients(NamedTuple):
     """B blocks of neurons, to be added."""
 
 
-def plan_grouped(call: GroupedCall) -> tuple[list[Launch], Tensor]:
+def plan_grouped(call: GroupedCall) -> tuple[list[KernelLaunch], Tensor]:
     """Three launches, and the y_PD that they write, in fp32: what each pair adds to its token."""
     pairs, group = _plan_pairs(call)
     hidden, y_PD = call.values(), _by_pair(call)
@@ -110,14 +110,14 @@ def plan_grouped(call: GroupedCall) -> tuple[list[Launch], Tensor]:
     grid = (-(-call.gate_XND.shape[1] // rows), call.tiles)
     return [
         group,
-        Launch(compute_pairs_hidden, grid, arguments, call.tiling.warps),
+        KernelLaunch(compute_pairs_hidden, grid, arguments, call.tiling.warps),
         _plan_combine(call, pairs, [(hidden, call.down_XND)], y_PD),
     ], y_PD
 
 
 def plan_grouped_backward(
     call: GroupedCall, dy_TD: Tensor
-) -> tuple[list[Launch], GroupedGradients]:
+) -> tuple[list[KernelLaunch], GroupedGradients]:
     """Four launches; h is computed again."""
     pairs, group = _plan_pairs(call)
     rows = call.tiling.rows
@@ -144,7 +144,9 @@ def plan_grouped_backward(
     back = [(d_gate_x, call.gate_XND), (d_up_x, call.up_XND)]
     return [
         group,
-        Launch(compute_pairs_hidden_grads, (blocks, call.tiles), arguments, call.tiling.warps),
+        KernelLaunch(
+            compute_pairs_hidden_grads, (blocks, call.tiles), arguments, call.tiling.warps
+        ),
         _plan_combine(call, pairs, back, made.x_PD),
         _plan_experts_grads(call, pairs, dy_TD, values, made),
     ], made
@@ -154,14 +156,14 @@ def _by_pair(call: GroupedCall) -> Tensor:
     return call.empty(call.chosen_TK.numel(), call.x_TD.shape[1], dtype=torch.float32)
 
 
-def _plan_pairs(call: GroupedCall) -> tuple[_Pairs, Launch]:
+def _plan_pairs(call: GroupedCall) -> tuple[_Pairs, KernelLaunch]:
     experts, tokens = len(call.gate_XND), len(call.x_TD)
     made = _Pairs(
         call.empty(experts, tokens, dtype=torch.int32), call.empty(experts, dtype=torch.int32)
     )
     sizes = {"T": tokens, "P": call.chosen_TK.numel(), "STEP": STEP}
     arguments = {"chosen": call.chosen_TK, **made._asdict(), **sizes}
-    return made, Launch(group_pairs, (experts,), arguments, call.tiling.warps)
+    return made, KernelLaunch(group_pairs, (experts,), arguments, call.tiling.warps)
 
 
 def _inputs(call: GroupedCall, pairs: _Pairs) -> dict[str, Any]:
@@ -185,7 +187,7 @@ def _rows(name: str, weight_XND: Tensor) -> dict[str, Any]:
 
 def _plan_combine(
     call: GroupedCall, pairs: _Pairs, sums: list[tuple[Tensor, Tensor]], y_PD: Tensor
-) -> Launch:
+) -> KernelLaunch:
     (hidden, rows), *more = sums
     hidden_2, rows_2 = more[0] if more else (None, None)
     expert_2, row_2 = (0, 0) if rows_2 is None else rows_2.stride()[:2]
@@ -206,7 +208,7 @@ def _plan_combine(
         "BLOCK_D": columns,
     }
     grid = (-(-y_PD.shape[1] // columns), call.tiles)
-    return Launch(combine_pairs, grid, arguments, call.tiling.warps)
+    return KernelLaunch(combine_pairs, grid, arguments, call.tiling.warps)
 
 
 def _plan_experts_grads(
@@ -215,7 +217,7 @@ def _plan_experts_grads(
     dy_TD: Tensor,
     values: dict[str, Tensor],
     made: GroupedGradients,
-) -> Launch:
+) -> KernelLaunch:
     rows, columns = min(32, call.tiling.rows), min(64, call.tiling.down_columns)  # three sums
     arguments = {
         **call.shared,
@@ -232,4 +234,4 @@ def _plan_experts_grads(
     }
     experts, neurons, width = call.gate_XND.shape
     grid = (-(-neurons // rows), -(-width // columns), experts)
-    return Launch(compute_experts_grads, grid, arguments, call.tiling.warps)
+    return KernelLaunch(compute_experts_grads, grid, arguments, call.tiling.warps)

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import MOST_TOGETHER
-from moe_tools.kernels.triton.plan import Launch, plan_forward
+from moe_tools.kernels.triton.plan import KernelLaunch, plan_forward
 from moe_tools.kernels.triton.plan_backward import plan_backward
 from moe_tools.kernels.triton.plan_grouped import (
     GroupedCall,
@@ -98,7 +98,9 @@ class Usage:
         return lean and self.load_bits in ((), (128,))
 
 
-def cases(width: int, neurons: int, tokens: int, target: str) -> Iterator[tuple[str, list[Launch]]]:
+def cases(
+    width: int, neurons: int, tokens: int, target: str
+) -> Iterator[tuple[str, list[KernelLaunch]]]:
     """Name and launches of what is compiled, with experts of 8 neurons; fp32 for one token.
 
     More tokens than one tile holds are grouped: 8 experts of a host, of which each token takes two.
@@ -116,7 +118,7 @@ def cases(width: int, neurons: int, tokens: int, target: str) -> Iterator[tuple[
         yield from _cases(call, "fp32, 1 tokens")
 
 
-_Cases = Iterator[tuple[str, list[Launch]]]
+_Cases = Iterator[tuple[str, list[KernelLaunch]]]
 
 
 def _cases(call: Call, end: str) -> _Cases:
@@ -159,7 +161,7 @@ def _blank(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+def compile_launch(launch: KernelLaunch, target: GPUTarget) -> Any:
     """The kernel as this launch would compile it on `target`."""
     source = _source(launch)
     with triton.knobs.compilation.scope():
@@ -168,7 +170,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
         return triton.compile(source, target=target, options=launch.options)
 
 
-def _source(launch: Launch) -> ASTSource:
+def _source(launch: KernelLaunch) -> ASTSource:
     """The kernel, specialised as the launcher would for these arguments."""
     kernel, values = launch.kernel, launch.arguments
     fixed = {one.name for one in kernel.params if one.is_constexpr or values[one.name] is None}
@@ -194,7 +196,7 @@ def _divides(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
-def measure(case: str, launch: Launch, target: str) -> Usage:
+def measure(case: str, launch: KernelLaunch, target: str) -> Usage:
     """Compiles one launch and reads its resources."""
     made = compile_launch(launch, TARGETS[target])
     amd = TARGETS[target].backend == "hip"

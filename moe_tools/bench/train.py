@@ -27,7 +27,7 @@ from moe_tools.training.losses import DONOR_LOSSES
 from moe_tools.training.train import trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
 
-STEPS = 1000
+SCHEDULE_STEPS = 1000
 """Of the schedules: long enough that nothing is at its end."""
 
 
@@ -121,13 +121,13 @@ def _stepper(
         Batch(torch.randint(vocabulary, size, generator=drawn)) for _ in range(step.accumulate)
     ]
     groups = trainable_parts(model, step)
-    trainer = RecipeTrainer(model, step, batches, work, STEPS, groups, None, 0, launch)
-    trainer.state.max_steps = STEPS
+    trainer = RecipeTrainer(model, step, batches, work, SCHEDULE_STEPS, groups, None, 0, launch)
+    trainer.state.max_steps = SCHEDULE_STEPS
     optimizer = trainer.create_optimizer()
     model.train()
 
     def call() -> None:
-        trainer.enter_step(1, STEPS)
+        trainer.enter_step(1, SCHEDULE_STEPS)
         for batch in batches:
             inputs = {"input_ids": batch.ids_BT.to(launch.device)}
             (trainer.compute_loss(model, inputs) / step.accumulate).backward()

@@ -14,15 +14,15 @@ and tokenizer give the same tensor on every run, and a larger budget of tokens o
 
 from moe_tools.data.batch import Batch, Text, token_count
 from moe_tools.data.generate import generate_blocks
-from moe_tools.data.holdout import Split
+from moe_tools.data.holdout import TextSplit
 from moe_tools.data.labelled import label_names, labelled_batches, labelled_blocks
 from moe_tools.data.packing import blocks, fingerprint
 from moe_tools.data.sources import texts
 
 __all__ = [
     "Batch",
-    "Split",
     "Text",
+    "TextSplit",
     "blocks",
     "fingerprint",
     "generate_blocks",

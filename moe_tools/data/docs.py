@@ -21,7 +21,7 @@ from collections.abc import Set as AbstractSet
 from importlib import metadata, util
 from pathlib import Path
 
-from moe_tools.data.holdout import Split, is_held_out, normalise
+from moe_tools.data.holdout import TextSplit, is_held_out, normalise
 from moe_tools.data.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NESTED = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
-def docs(split: Split) -> list[str]:
+def docs(split: TextSplit) -> list[str]:
     """The documents of one split, sorted by package, path and position in the file.
 
     Raises:
@@ -111,7 +111,7 @@ def _files() -> Iterator[tuple[str, Path]]:
                 yield f"{module}/{inner.as_posix()}", path
 
 
-def _scan() -> dict[Split, list[str]]:
+def _scan() -> dict[TextSplit, list[str]]:
     """Read, divide and de-duplicate: held-out files first, so that train never repeats them."""
     files = list(_files())
     held_out = [file for file in files if is_held_out(file[0])]

@@ -3,7 +3,7 @@
 import hashlib
 from typing import Literal
 
-Split = Literal["train", "heldout"]
+TextSplit = Literal["train", "heldout"]
 
 ONE_IN = 20
 """One document (or file, or row) in this many is held out: 5 %."""
@@ -36,7 +36,7 @@ def is_held_out(key: str) -> bool:
     return digest(key) % ONE_IN == 0
 
 
-def divide(documents: list[str], split: Split, source: str) -> list[str]:
+def divide(documents: list[str], split: TextSplit, source: str) -> list[str]:
     """The documents of one split, in their old order.
 
     From 20 distinct documents on, the 5 % with the smallest hashes of their normalised text are

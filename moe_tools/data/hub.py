@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moe_tools.data.holdout import Split, is_held_out, normalise
+from moe_tools.data.holdout import TextSplit, is_held_out, normalise
 
 HELDOUT_NAMES = ("validation", "test")
 """Splits of a hub data set that are held out already, best first."""
 
 
-def hub_texts(name: str, config: str | None, split: Split) -> Iterator[str]:
+def hub_texts(name: str, config: str | None, split: TextSplit) -> Iterator[str]:
     """Stream the documents of a hub data set, in its order.
 
     Training text is the split "train". Held-out text is "validation", else "test", else those 5 %

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.data.batch import Batch
-from moe_tools.data.holdout import Split, check_split, digest, normalise
+from moe_tools.data.holdout import TextSplit, check_split, digest, normalise
 from moe_tools.data.packing import check_size
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def labelled_batches(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    split: Split,
+    split: TextSplit,
     length: int,
     batch_size: int,
     tokens: int | None = None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.data.batch import Text
-from moe_tools.data.holdout import Split, boundary, digest
+from moe_tools.data.holdout import TextSplit, boundary, digest
 from moe_tools.data.progress import progress
 from moe_tools.data.sources import is_hub, mixture, texts
 
@@ -39,7 +39,7 @@ def blocks(
     source: str,
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    split: Split,
+    split: TextSplit,
     length: int,
     tokens: int | None,
     seed: int = 0,
@@ -160,7 +160,7 @@ def _end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     )
 
 
-def _ordered(source: str, split: Split, seed: int) -> Iterator[str]:
+def _ordered(source: str, split: TextSplit, seed: int) -> Iterator[str]:
     """The passages of a source in the order of packing, which never depends on the budget."""
     documents = texts(source, split=split)
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_tools.data.docs import docs
 from moe_tools.data.files import SUFFIXES, read_path
-from moe_tools.data.holdout import Split, check_split, divide
+from moe_tools.data.holdout import TextSplit, check_split, divide
 from moe_tools.data.hub import hub_texts
 
 JOIN = " + "
@@ -15,7 +15,7 @@ JOIN = " + "
 _OWNER_AND_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def texts(source: str, *, split: Split) -> Iterator[str]:
+def texts(source: str, *, split: TextSplit) -> Iterator[str]:
     """The documents of a source, always in the same order.
 
     Args:

@@ -51,7 +51,7 @@ class Prediction:
         return {**shares, **asdict(self)}
 
 
-def together(predictions: Iterable[Prediction]) -> Prediction:
+def merge_predictions(predictions: Iterable[Prediction]) -> Prediction:
     """The counts of several FFNs as one: each weighed by the tokens it saw."""
     total = Prediction()
     for one in predictions:

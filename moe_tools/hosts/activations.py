@@ -13,7 +13,9 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers import activations as stock
 
+from moe_tools.kernels.activations import Act, ActName
 from moe_tools.registry import Registry
 
 
@@ -133,3 +135,34 @@ def build_activation(spec: dict[str, Any]) -> Activation:
     """
     built: Activation = ACTIVATIONS.build(spec)
     return built
+
+
+KERNEL_ACTS: dict[type[nn.Module], ActName] = {
+    nn.ReLU: "relu",
+    ReLU: "relu",
+    DReLU: "relu",
+    stock.ReLUSquaredActivation: "relu2",
+    SquaredReLU: "relu2",
+    FATReLU: "fatrelu",
+    ShiftedReLU: "shifted_relu",
+    nn.SiLU: "silu",
+    stock.SiLUActivation: "silu",
+    stock.GELUActivation: "gelu",
+    stock.NewGELUActivation: "gelu_tanh",
+    stock.GELUTanh: "gelu_tanh",
+}
+"""Class of an activation, a host's or ours -> what the kernels call it. A subclass is another."""
+
+
+def kernel_act(module: nn.Module) -> Act | None:
+    """An activation in the words of the kernels, None where none of them computes it."""
+    if type(module) not in KERNEL_ACTS:
+        return None
+    return Act(
+        KERNEL_ACTS[type(module)], module.threshold if isinstance(module, Activation) else 0.0
+    )
+
+
+def kernel_up_act(module: nn.Module) -> ActName:
+    """What becomes of the up row of a gated FFN with this activation."""
+    return "relu" if isinstance(module, DReLU) else "identity"

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from moe_tools.hosts.activations import Activation, JointActivation
 from moe_tools.hosts.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, inside, join
 from moe_tools.hosts.moe_host import HostExperts, fused_experts, unfuse_experts
-from moe_tools.hosts.projections import Projections, Weights
+from moe_tools.hosts.projections import Projections
+from moe_tools.kernels.weights import FFNWeights
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FFN:
         gate = None if self.layout.gate is None else self.part(self.layout.gate)
         return Projections(gate, self.part(self.layout.up), self.act, self.down)
 
-    def weights(self) -> Weights:
+    def weights(self) -> FFNWeights:
         """Neuron-major views of the weights."""
         return self.projections.weights()
 
@@ -97,7 +98,7 @@ class GraftedFFN(nn.Module, ABC):
             y_TD = self._part(self.layout.output_dropout)(y_TD)
         return y_TD
 
-    def weights(self) -> Weights:
+    def weights(self) -> FFNWeights:
         """Neuron-major views of the weights."""
         return self.projections.weights()
 

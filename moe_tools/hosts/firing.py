@@ -10,7 +10,7 @@ from moe_tools.hosts.activations import Activation, DReLU
 from moe_tools.hosts.projections import Projections
 
 
-class Rows(NamedTuple):
+class DecidingRows(NamedTuple):
     """Pre-activations that decide: rows_FD x + bias_F, against a threshold."""
 
     rows_FD: Tensor
@@ -18,7 +18,7 @@ class Rows(NamedTuple):
     threshold: float
 
 
-def firing_rows(projections: Projections) -> list[Rows]:
+def firing_rows(projections: Projections) -> list[DecidingRows]:
     """A neuron is zero unless each of these pre-activations of it is above its threshold.
 
     They are those of the gate, or of the up projection where there is no gate; under dReLU, of
@@ -26,8 +26,8 @@ def firing_rows(projections: Projections) -> list[Rows]:
     """
     weights, act = projections.computed(), projections.act
     threshold = act.threshold if isinstance(act, Activation) else 0.0
-    up = Rows(weights.up_FD, weights.up_F, threshold)
+    up = DecidingRows(weights.up_FD, weights.up_F, threshold)
     if weights.gate_FD is None:
         return [up]
-    gate = Rows(weights.gate_FD, weights.gate_F, threshold)
+    gate = DecidingRows(weights.gate_FD, weights.gate_F, threshold)
     return [gate, up] if isinstance(act, DReLU) else [gate]

@@ -23,7 +23,7 @@ from moe_tools.hosts.moe_kernels import (
     one_activation,
     run_experts,
 )
-from moe_tools.hosts.projections import Weights
+from moe_tools.kernels.weights import FFNWeights
 
 FUSED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
 """Host classes with gate_up_proj (X, 2F, D), down_proj (X, D, F) and act_fn."""
@@ -148,7 +148,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def fill_experts(fused: nn.Module, weights: Weights) -> None:
+def fill_experts(fused: nn.Module, weights: FFNWeights) -> None:
     """Makes every expert of a fused module a copy of one gated FFN without biases."""
     assert weights.gate_FD is not None
     gate_up_FD = torch.cat([weights.gate_FD, weights.up_FD])

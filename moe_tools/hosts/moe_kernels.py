@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_tools.hosts.kernel_weights import act_of, up_act_of
-from moe_tools.kernels.activations import Act, Activation
+from moe_tools.hosts.activations import kernel_act, kernel_up_act
+from moe_tools.kernels.activations import Act, ActivationLike
 from moe_tools.kernels.moe import ExpertWeights, moe_ffn
 
 IMPLEMENTATION = "moe_tools"
@@ -33,7 +33,7 @@ def run_experts(
         ValueError: on a GPU, an activation that no kernel computes.
     """
     gate_XFD, up_XFD = gate_up_XFD.unflatten(1, (2, -1)).unbind(1)
-    acts: tuple[Activation, Activation] = (act_of(act) or act, up_act_of(act))
+    acts: tuple[ActivationLike, ActivationLike] = (kernel_act(act) or act, kernel_up_act(act))
     experts = ExpertWeights(gate_XFD, up_XFD, down_XDF.transpose(1, 2), *acts)
     return moe_ffn(experts, x_TD, chosen_TK, weight_TK)
 
@@ -62,5 +62,7 @@ def as_one(parts: Sequence[Tensor]) -> Tensor:
 
 def one_activation(acts: Sequence[nn.Module]) -> nn.Module | None:
     """The activation that all experts share, or None: they differ, or no kernel computes it."""
-    known: set[tuple[Act | None, Activation]] = {(act_of(act), up_act_of(act)) for act in acts}
-    return acts[0] if len(known) == 1 and act_of(acts[0]) is not None else None
+    known: set[tuple[Act | None, ActivationLike]] = {
+        (kernel_act(act), kernel_up_act(act)) for act in acts
+    }
+    return acts[0] if len(known) == 1 and kernel_act(acts[0]) is not None else None

@@ -5,14 +5,14 @@ Letters: T tokens, D model width, F neurons of one FFN, K neurons that are asked
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moe_tools.hosts.activations import hidden_TF
+from moe_tools.hosts.activations import hidden_TF, kernel_act, kernel_up_act
+from moe_tools.kernels.weights import FFNWeights
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,27 @@ class Projections:
         gate_TK = _some_rows(x_TD, weights.gate_FD, weights.gate_F, neurons_K)
         return hidden_TF(self.act, up_TK, gate_TK)
 
-    def weights(self) -> Weights:
-        """Neuron-major views of the weights."""
-        return read_weights(self.gate, self.up, self.down)
+    def weights(self) -> FFNWeights:
+        """Neuron-major views of the weights: writing to them writes to the host."""
+        up_FD, up_F = _rows(self.up), _bias(self.up)
+        gate_FD, gate_F = (
+            (None, None) if self.gate is None else (_rows(self.gate), _bias(self.gate))
+        )
+        if self.gate is self.up:
+            gate_FD, up_FD = up_FD.chunk(2)
+            gate_F, up_F = (None, None) if up_F is None else up_F.chunk(2)
+        return FFNWeights(
+            up_FD,
+            _rows(self.down).T,
+            kernel_act(self.act) or self.act,
+            gate_FD,
+            up_F,
+            gate_F,
+            _bias(self.down),
+            kernel_up_act(self.act),
+        )
 
-    def computed(self) -> Weights:
+    def computed(self) -> FFNWeights:
         """The weights that the modules compute with: under an adapter or a quantiser, copies.
 
         The views of `weights` are then of what the adapter stands on.
@@ -75,57 +91,6 @@ class Projections:
 def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: Tensor) -> Tensor:
     bias_K = None if bias_F is None else bias_F[chosen_K]
     return nn.functional.linear(x_TD, rows_FD[chosen_K], bias_K)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Views of an FFN's weights, a neuron a row. Writing to them writes to the host."""
-
-    gate_FD: Tensor | None
-    up_FD: Tensor
-    down_FD: Tensor
-    gate_F: Tensor | None
-    up_F: Tensor | None
-    down_D: Tensor | None
-    """The bias of the down projection: added once, whatever is routed off."""
-
-    def matrices(self) -> Iterator[Tensor]:
-        """Gate, up and down."""
-        for tensor in (self.gate_FD, self.up_FD, self.down_FD):
-            if tensor is not None:
-                yield tensor
-
-    def per_neuron(self) -> Iterator[Tensor]:
-        """Every tensor whose first dimension is the neuron."""
-        for tensor in (self.gate_FD, self.up_FD, self.down_FD, self.gate_F, self.up_F):
-            if tensor is not None:
-                yield tensor
-
-    @property
-    def row_numbers(self) -> int:
-        """Weights that computing h of one neuron reads."""
-        return self.up_FD.shape[1] * (1 if self.gate_FD is None else 2)
-
-    @property
-    def routing_FD(self) -> Tensor:
-        """The rows that decide when a neuron fires: gate rows when gated, else up rows."""
-        return self.up_FD if self.gate_FD is None else self.gate_FD
-
-    @property
-    def down_norm_F(self) -> Tensor:
-        """How much one unit of each neuron moves the output: ||column of W_down||."""
-        return self.down_FD.detach().float().norm(dim=1)
-
-
-def read_weights(gate: nn.Module | None, up: nn.Module, down: nn.Module) -> Weights:
-    """Neuron-major views of three projections; `gate is up` means one fused linear."""
-    up_rows, up_bias = _rows(up), _bias(up)
-    gate_rows, gate_bias = (None, None) if gate is None else (_rows(gate), _bias(gate))
-    if gate is up:
-        gate_rows, up_rows = up_rows.chunk(2)
-        if up_bias is not None:
-            gate_bias, up_bias = up_bias.chunk(2)
-    return Weights(gate_rows, up_rows, _rows(down).T, gate_bias, up_bias, _bias(down))
 
 
 def is_plain(linear: nn.Module) -> bool:

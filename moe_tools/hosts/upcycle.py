@@ -35,7 +35,7 @@ def upcycle(
     donor: PreTrainedModel,
     *,
     num_experts: int = 8,
-    chosen: int = 2,
+    top_k: int = 2,
     seed: int = 0,
     noise: float = 0.0,
 ) -> MixtralForCausalLM:
@@ -48,18 +48,18 @@ def upcycle(
     Args:
         donor: a dense llama or mistral without biases.
         num_experts: experts of each layer.
-        chosen: how many of them a token passes.
+        top_k: how many of them a token passes.
         seed: of the routers and the noise.
         noise: makes the experts differ from the start: standard deviation of what is added to each
             weight, over that of the weights of its matrix.
 
     Raises:
         ValueError: another class, biases or an activation that Mixtral cannot have, a routed
-            donor, `chosen` outside 1 to `num_experts`, or noise below 0.
+            donor, `top_k` outside 1 to `num_experts`, or noise below 0.
     """
-    check_upcycling(num_experts, chosen, noise)
+    check_upcycling(num_experts, top_k, noise)
     ffns = _checked_ffns(donor)
-    config = _config(donor.config, num_local_experts=num_experts, num_experts_per_tok=chosen)
+    config = _config(donor.config, num_local_experts=num_experts, num_experts_per_tok=top_k)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=donor.dtype)
@@ -74,14 +74,14 @@ def upcycle(
     return model.to(donor.device).eval()
 
 
-def check_upcycling(num_experts: int, chosen: int, noise: float = 0.0) -> None:
+def check_upcycling(num_experts: int, top_k: int, noise: float = 0.0) -> None:
     """The rules that no donor is needed for.
 
     Raises:
         ValueError: as `upcycle`.
     """
-    if not 1 <= chosen <= num_experts:
-        raise ValueError(f"chosen is {chosen}, but must be between 1 and the {num_experts} experts")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}, but must be between 1 and the {num_experts} experts")
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise is {noise}, but must be a number of 0 or more")
 

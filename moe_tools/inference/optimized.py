@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.hosts.ffn import FFN, find_ffns, graft
-from moe_tools.hosts.kernel_weights import kernel_weights, refusal
+from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.layouts import child_name
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.quantized_linear import Kind, quantize_linears
@@ -112,7 +113,7 @@ def optimize(
     for ffn, obstacle in zip(ffns, obstacles, strict=True):
         if obstacle is None:
             off_F = ffn.off_F if isinstance(ffn, ExpertFFN) else None
-            weights = kernel_weights(ffn.projections, off_F)
+            weights = replace(ffn.projections.weights(), off_F=off_F)
             packed = pack(weights, dtype=dtype, backend=backend, sole=True, screen=screen)
             _free(_put(model, ffn, packed), dtype)
     for routed in expert_ffns(model):
@@ -159,7 +160,7 @@ def _check_screen(
         ValueError: a gate that cannot be screened.
     """
     for ffn in ffns:
-        weights = kernel_weights(ffn.projections)
+        weights = ffn.projections.weights()
         why = no_screen(weights.act, dtype or weights.up_FD.dtype, screen)
         if why is not None:
             raise ValueError(f"{ffn.name}: {why}")

@@ -15,8 +15,8 @@ from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routing import Routing
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.moe_host import HostExperts
-from moe_tools.hosts.projections import Weights
 from moe_tools.hosts.zeros import gives_zeros
+from moe_tools.kernels.weights import FFNWeights
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 """Sees a module and the inputs of its forward pass."""
@@ -102,7 +102,7 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
         yield counts
 
 
-def _count(name: str, weights: Weights) -> NeuronCount:
+def _count(name: str, weights: FFNWeights) -> NeuronCount:
     numbers = sum(matrix.numel() for matrix in weights.matrices())
     return NeuronCount(name, len(weights.up_FD), numbers)
 

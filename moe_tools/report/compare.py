@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.loading import is_classifier, is_classifier_source, load, load_tokenizer
 from moe_tools.data import Batch, Text, blocks, labelled_batches, labelled_blocks, token_count
-from moe_tools.data.holdout import Split
+from moe_tools.data.holdout import TextSplit
 from moe_tools.experts.conversion import read_conversion
-from moe_tools.experts.prediction import together
+from moe_tools.experts.prediction import merge_predictions
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, evaluate
@@ -240,7 +240,7 @@ class Bench:
 
 
 def _labelled(
-    setup: Setup, tokenizer: PreTrainedTokenizerBase, split: Split, tokens: int
+    setup: Setup, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
 ) -> list[Batch]:
     return labelled_batches(
         setup.data,
@@ -252,7 +252,9 @@ def _labelled(
     )
 
 
-def _blocks(setup: Setup, tokenizer: PreTrainedTokenizerBase, split: Split, tokens: int) -> Tensor:
+def _blocks(
+    setup: Setup, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
+) -> Tensor:
     return blocks(setup.data, tokenizer, split=split, length=setup.block_length, tokens=tokens)
 
 
@@ -278,7 +280,7 @@ def _prediction(seen: Evaluation) -> dict[str, Any]:
     """The fields of a row that speak of neuron predictors."""
     if not seen.predictions:
         return {}
-    overall = together(seen.predictions.values())
+    overall = merge_predictions(seen.predictions.values())
     each = {name: one.figures() for name, one in seen.predictions.items() if one.seen}
     return {"recall": overall.recall, "precision": overall.precision, "layer_prediction": each}
 

@@ -24,7 +24,7 @@ import torch
 
 from moe_tools.checkpoint.atomic import new_file, new_folder, partial_of
 from moe_tools.checkpoint.card import write_card
-from moe_tools.names import LOGS, METRICS, RECIPE, STEPS
+from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
 from moe_tools.recipe import Recipe, Train, read_recipe, step_name
 
 
@@ -45,7 +45,7 @@ class RunFolder:
     @property
     def steps(self) -> Path:
         """The folder of the steps."""
-        return self.output / STEPS
+        return self.output / STEPS_FOLDER
 
     def step(self, index: int) -> Path:
         """The folder of one step."""

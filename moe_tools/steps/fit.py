@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from moe_tools.checkpoint.atomic import new_file
 from moe_tools.experts.experts import ExpertFFN
-from moe_tools.experts.prediction import Prediction, together
+from moe_tools.experts.prediction import Prediction, merge_predictions
 from moe_tools.experts.routers import LearnedRouter
 from moe_tools.recipe import Fit
 from moe_tools.recipe.schedules import warmup_cosine
@@ -82,7 +82,7 @@ def overall(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for one in measured.values()
         if "prediction" in one
     ]
-    prediction = {"prediction": together(counts).figures()} if counts else {}
+    prediction = {"prediction": merge_predictions(counts).figures()} if counts else {}
     return {"routers": measured, **prediction}
 
 

@@ -15,7 +15,7 @@ from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.selectors import tune_selector
 from moe_tools.steps.calibrate import visit_activations
 
-STEPS = 20
+CURVE_POINTS = 20
 """Points of a curve beside the first."""
 SAMPLE = 512
 """Tokens of a batch on which errors are measured."""
@@ -38,8 +38,8 @@ def error_curves(
     Measured on the donor's activations. `SAMPLE` tokens of a batch are looked at.
     """
     selectors = [ffn.selector for ffn in ffns]  # the visit runs with every expert on
-    off = {ffn.name: [0] * (STEPS + 1) for ffn in ffns}
-    lost = {ffn.name: [0.0] * (STEPS + 1) for ffn in ffns}
+    off = {ffn.name: [0] * (CURVE_POINTS + 1) for ffn in ffns}
+    lost = {ffn.name: [0.0] * (CURVE_POINTS + 1) for ffn in ffns}
     dense, neurons = dict.fromkeys(off, 0.0), dict.fromkeys(off, 0)
 
     def visit(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
@@ -48,8 +48,8 @@ def error_curves(
         down_FD = ffn.weights().down_FD.float()
         dense[ffn.name] += float((h_TF.float() @ down_FD).square().sum())
         neurons[ffn.name] += len(h_TF) * ffn.importance().routed_neurons
-        for step in range(STEPS + 1):
-            mask_TR = tune_selector(selectors[index], scores_TR, 1 - step / STEPS)(scores_TR)
+        for step in range(CURVE_POINTS + 1):
+            mask_TR = tune_selector(selectors[index], scores_TR, 1 - step / CURVE_POINTS)(scores_TR)
             mask_TF = _neuron_mask(ffn, mask_TR)
             off[ffn.name][step] += int((~mask_TF).sum())
             lost_TD = _lost_TF(ffn, h_TF, mask_TF) @ down_FD

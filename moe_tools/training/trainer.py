@@ -30,12 +30,12 @@ from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
 from moe_tools.training.launch import Launch
 from moe_tools.training.logit_losses import logit_losses
+from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
 from moe_tools.training.trim import add_, sample_logits, shift_routers
 from moe_tools.training.watch import Kind, watch_ffns
-from moe_tools.training.weights import LossWeights
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ class RecipeTrainer(CheckpointingTrainer):
 
     def _means(self) -> dict[str, float]:
         """Over the passes of all processes, which see as many."""
-        sums = processes.together(torch.tensor([[*self.sums.values()]], dtype=torch.double))
+        sums = processes.gather_rows(torch.tensor([[*self.sums.values()]], dtype=torch.double))
         means = sums.mean(0) / self.passes
         return dict(zip(self.sums, means.tolist(), strict=True))
 
@@ -200,7 +200,7 @@ class RecipeTrainer(CheckpointingTrainer):
         if self.weights.controller is not None:
             self.weights.controller.update(reference, measured)
         if self._shifts:
-            logits_S = processes.together(torch.cat(self.logits))
+            logits_S = processes.gather_rows(torch.cat(self.logits))
             add = zero.add_ if self.is_deepspeed_enabled else add_
             shift_routers(self.model, logits_S, reference, damping=0.5, add=add)
         self.logits = []

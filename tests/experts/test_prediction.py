@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_tools.experts.prediction import Prediction, together
+from moe_tools.experts.prediction import Prediction, merge_predictions
 
 property_test = settings(deadline=None, max_examples=40, derandomize=True, database=None)
 
@@ -31,7 +31,7 @@ def test_batches_and_ffns_add_up() -> None:
         mask_TF, nonzero_TF = torch.rand(3, 4, 5) < 0.5, torch.rand(3, 4, 5) < 0.3
         one.add(mask_TF, nonzero_TF)
         both.add(mask_TF, nonzero_TF)
-    assert together([first, second]) == both
+    assert merge_predictions([first, second]) == both
     assert first.seen == 120 and both.seen == 180
     shares = {"recall": both.recall, "precision": both.precision, "sparsity": both.sparsity}
     counts = {"seen": 180, "on": both.on, "nonzero": both.nonzero, "hits": both.hits}
@@ -39,5 +39,5 @@ def test_batches_and_ffns_add_up() -> None:
 
 
 def test_nothing_seen_is_nothing_missed() -> None:
-    assert together([]) == Prediction()
+    assert merge_predictions([]) == Prediction()
     assert (Prediction().recall, Prediction().precision, Prediction().sparsity) == (1, 1, 0)

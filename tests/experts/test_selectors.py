@@ -201,7 +201,7 @@ def test_tuning_reaches_the_density_within_an_expert_a_token(
     selector = tune_selector(KINDS[kind], scores_TR, density)
     on = int(selector(scores_TR).sum())
     if kind == "threshold":
-        assert on == round(density * scores_TR.numel())
+        assert abs(on - density * scores_TR.numel()) <= 0.5 + 1e-9  # half-way, both are nearest
     elif kind == "topk":
         assert abs(on - density * scores_TR.numel()) <= tokens
     else:

@@ -51,7 +51,7 @@ def assert_same(model: PreTrainedModel, dense: PreTrainedModel) -> None:
 @pytest.mark.parametrize("name", DONORS)
 def test_an_upcycled_model_computes_what_its_donor_computes(name: str) -> None:
     dense = donor(name)
-    model = upcycle(dense, num_experts=3, chosen=2)
+    model = upcycle(dense, num_experts=3, top_k=2)
     assert type(model) is MixtralForCausalLM
     assert not model.training
     assert_same(model, dense)
@@ -62,7 +62,7 @@ def test_an_upcycled_model_computes_what_its_donor_computes(name: str) -> None:
 def test_whatever_its_routers_say(data: st.DataObject, experts: int, scale: float) -> None:
     dense = donor()
     chosen = data.draw(st.integers(1, experts))
-    model = upcycle(dense, num_experts=experts, chosen=chosen)
+    model = upcycle(dense, num_experts=experts, top_k=chosen)
     assert {tuple(router.shape) for router in routers(model).values()} == {(experts, 16)}
     for router in routers(model).values():
         router.normal_(std=scale)
@@ -71,7 +71,7 @@ def test_whatever_its_routers_say(data: st.DataObject, experts: int, scale: floa
 
 def test_a_token_passes_the_chosen_experts() -> None:
     text = torch.randint(3, 64, (2, 32))
-    seen = evaluate(upcycle(donor(), num_experts=4, chosen=1), text)
+    seen = evaluate(upcycle(donor(), num_experts=4, top_k=1), text)
     assert seen.two_levels == TwoLevels(experts=0.75, neurons=0.0)
 
 
@@ -91,7 +91,7 @@ def test_routers_are_drawn_from_the_seed_alone() -> None:
 def test_the_donor_shares_nothing_with_the_result() -> None:
     dense = donor()
     before, config = copy.deepcopy(dense.state_dict()), dense.config.to_dict()
-    model = upcycle(dense, num_experts=2, chosen=1)
+    model = upcycle(dense, num_experts=2, top_k=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -132,8 +132,8 @@ def test_other_families_are_named(family: str) -> None:
 
 @pytest.mark.parametrize("chosen", [0, 3])
 def test_more_experts_than_there_are_cannot_be_chosen(chosen: int) -> None:
-    with pytest.raises(ValueError, match=f"^chosen is {chosen}, but must be between 1 and the 2"):
-        upcycle(donor(), num_experts=2, chosen=chosen)
+    with pytest.raises(ValueError, match=f"^top_k is {chosen}, but must be between 1 and the 2"):
+        upcycle(donor(), num_experts=2, top_k=chosen)
 
 
 @pytest.mark.parametrize(

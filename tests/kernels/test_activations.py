@@ -34,9 +34,9 @@ def test_a_name_is_an_act_and_a_function_stays() -> None:
     ("name", "theta", "message"),
     [
         ("selu", 0.0, r"^unknown activation 'selu'; known: identity, relu, "),
-        ("relu", 0.1, r"^theta is 0.1: relu takes none$"),
-        ("fatrelu", -0.1, r"^theta is -0.1: fatrelu takes a number of 0 or more$"),
-        ("fatrelu", float("nan"), r"^theta is nan: fatrelu takes a number of 0 or more$"),
+        ("relu", 0.1, r"^the threshold is 0.1: relu takes none$"),
+        ("fatrelu", -0.1, r"^the threshold is -0.1: fatrelu takes a number of 0 or more$"),
+        ("fatrelu", float("nan"), r"^the threshold is nan: fatrelu takes a number of 0 or more$"),
     ],
 )
 def test_what_is_no_activation_is_named(name: str, theta: float, message: str) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.prediction import together
+from moe_tools.experts.prediction import merge_predictions
 from moe_tools.experts.routing import record_routing
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.predictions import count_predictions
@@ -75,7 +75,7 @@ def test_an_evaluation_has_every_predictor(family: str) -> None:
     model = predicted(family)
     seen = evaluate(model, text(), batch_size=2)
     assert list(seen.predictions) == [ffn.name for ffn in expert_ffns(model)]
-    overall = together(seen.predictions.values())
+    overall = merge_predictions(seen.predictions.values())
     assert overall.sparsity == pytest.approx(seen.ffn_sparsity)
     for name, sparsity in seen.layer_sparsity.items():
         assert seen.predictions[name].sparsity == pytest.approx(sparsity)
@@ -90,7 +90,7 @@ def test_int8_with_all_of_its_margin_changes_no_relu_model(dtype: torch.dtype) -
     torch.manual_seed(0)
     model = predicted("opt", "int8_gate", tau=0.0).to(dtype)
     assert torch.equal(logits(model), logits(donor))
-    overall = together(evaluate(model, text()).predictions.values())
+    overall = merge_predictions(evaluate(model, text()).predictions.values())
     assert overall.recall == 1 and overall.precision > 0.9 and overall.sparsity > 0.3
 
 

@@ -58,7 +58,7 @@ def manners() -> None:
     rank = processes.rank()
     assert processes.on_first(lambda: f"from {rank}") == "from 0"
     assert not processes.all_agree(rank == 0) and processes.all_agree(rank < 2)
-    rows = processes.together(torch.full((rank + 1, 3), float(rank)))
+    rows = processes.gather_rows(torch.full((rank + 1, 3), float(rank)))
     assert rows.tolist() == [[0.0] * 3] + [[1.0] * 3] * 2
     with pytest.raises(ValueError, match="the first one's mistake"):
         processes.on_first(_mistake)

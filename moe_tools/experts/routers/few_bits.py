@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.routers.base import RowReader, in_fp32, matrix_flops
-from moe_tools.hosts.firing import Rows, firing_rows
+from moe_tools.hosts.firing import DecidingRows, firing_rows
 
 WORD = 32
 """Sign bits that are compared at once."""
@@ -45,7 +45,7 @@ class FewBitsRouter(RowReader):
         return scores_TE[..., self.shared :]
 
     @abstractmethod
-    def score_TF(self, x_TD: Tensor, rows: Rows) -> Tensor:
+    def score_TF(self, x_TD: Tensor, rows: DecidingRows) -> Tensor:
         """How far each pre-activation is expected above 0; 1/2: at 0."""
 
 
@@ -57,7 +57,7 @@ class SignRouter(FewBitsRouter):
     more product, with 1. The threshold of a FATReLU has no sign bits: it is taken for 0.
     """
 
-    def score_TF(self, x_TD: Tensor, rows: Rows) -> Tensor:
+    def score_TF(self, x_TD: Tensor, rows: DecidingRows) -> Tensor:
         """N_pos / (N_pos + N_neg), in [0, 1]."""
         bias_F = None if rows.bias_F is None else _signs(rows.bias_F)
         sum_TF = nn.functional.linear(_signs(x_TD), _signs(rows.rows_FD), bias_F)
@@ -88,7 +88,7 @@ class Int8GateRouter(FewBitsRouter):
     cover what rounding does. tau between 0 and 1/2 takes a part of the margin, and some misses.
     """
 
-    def score_TF(self, x_TD: Tensor, rows: Rows) -> Tensor:
+    def score_TF(self, x_TD: Tensor, rows: DecidingRows) -> Tensor:
         """(estimate + bound) / (2 bound), 0 or more."""
         w_FD = rows.rows_FD.float()
         q_TD, scale_T1 = _int8(x_TD)

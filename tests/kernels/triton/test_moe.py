@@ -21,7 +21,7 @@ from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import MOST_TOGETHER, Config
 from moe_tools.kernels.triton.moe import moe_ffn_triton
 from moe_tools.kernels.triton.op_grouped import grouped_backward, grouped_forward
-from moe_tools.kernels.triton.plan import Launch, plan_forward
+from moe_tools.kernels.triton.plan import KernelLaunch, plan_forward
 from moe_tools.kernels.triton.plan_grouped import (
     GroupedCall,
     plan_grouped,
@@ -215,7 +215,7 @@ class NoHostReads(TorchDispatchMode):
 @few_or_many
 def test_the_host_reads_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Around the operators; inside them, plans are made of tensors without data."""
-    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    monkeypatch.setattr(KernelLaunch, "run", lambda launch: None)
     experts, (x_TD, chosen_TK, weight_TK) = make("relu"), inputs(tokens)
     with NoHostReads():
         y_TD = moe_ffn_triton(experts, x_TD, chosen_TK, weight_TK)
