@@ -68,7 +68,7 @@ MISTAKES = {
     "output is a file": (("donor", "--output", "file.txt"), "file.txt exists and is not empty"),
     "more than there are": (
         ("donor", "--output", "new", "--num-experts", "2", "--top-k", "3"),
-        "chosen is 3, but must be between 1 and the 2 experts",
+        "top_k is 3, but must be between 1 and the 2 experts",
     ),
     "none chosen": (
         ("donor", "--output", "new", "--top-k", "0"),
