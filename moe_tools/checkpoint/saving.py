@@ -12,6 +12,7 @@ import transformers
 from moe_tools.checkpoint.atomic import new_folder
 from moe_tools.checkpoint.card import write_card
 from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.experts.conversion import update_config
 from moe_tools.hosts.ffn import host_state_dict
 
 
@@ -28,6 +29,7 @@ def save(
         ValueError: `folder` exists and is not empty, or an optimised model that has lost digits.
     """
     with new_folder(folder) as partial, quiet_transformers():
+        update_config(model)
         state = host_state_dict(model)
         model.save_pretrained(partial, state_dict=state, save_original_format=False)
         if tokenizer is not None:

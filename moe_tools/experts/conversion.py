@@ -114,12 +114,30 @@ class Conversion:
 
 
 def read_conversion(model: nn.Module) -> Conversion | None:
-    """The model's block, or None for a model moe-tools never touched."""
-    return read_block(model.config)
+    """What was done to a model; None for one that moe-tools never touched.
+
+    The config says it, but for mode and selectors of a routed model: its FFNs hold these, and may
+    have been given others.
+
+    Raises:
+        ValueError: a block that this version cannot read; FFNs in several modes, or a selector
+            that is in no registry: no config can say that.
+    """
+    conversion, ffns = read_block(model.config), expert_ffns(model)
+    if conversion is None or not ffns:
+        return conversion
+    modes = {ffn.mode: ffn.name for ffn in ffns}
+    if len(modes) > 1:
+        found = ", ".join(f"{name} is {mode}" for mode, name in modes.items())
+        raise ValueError(f"the FFNs are in several modes ({found}): give all of them one")
+    common = describe_selector(build_selector(conversion.selector or {}))
+    found_of = {ffn.name: describe_selector(ffn.selector) for ffn in ffns}
+    own = {name: selector for name, selector in found_of.items() if selector != common}
+    return replace(conversion, mode=ffns[0].mode, selector_of=own)
 
 
 def read_block(config: Any) -> Conversion | None:
-    """The same, of a host's config."""
+    """The `moe_tools` block of a host's config, None where there is none."""
     block = getattr(config, "moe_tools", None)
     return None if block is None else Conversion.from_dict(block)
 
@@ -129,31 +147,48 @@ def conversion_so_far(model: nn.Module, donor: str) -> Conversion:
     return replace(read_conversion(model) or Conversion(donor), donor=donor)
 
 
+def update_config(model: nn.Module) -> None:
+    """Brings the block in a model's config up to what its FFNs are; before every `save`.
+
+    Raises:
+        ValueError: as `read_conversion`.
+    """
+    conversion = read_conversion(model)
+    if conversion is not None:
+        write_conversion(model, conversion)
+
+
 def write_conversion(model: nn.Module, conversion: Conversion) -> None:
-    """Puts the block into the model's config, from where `save` takes it."""
+    """Puts the block into the model's config."""
     model.config.moe_tools = conversion.to_dict()  # type: ignore[union-attr]
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Soft or hard, in every FFN and in the config."""
-    conversion = read_conversion(model)
-    if conversion is None:
+    """Gives every routed FFN a mode.
+
+    Raises:
+        ValueError: the model is dense.
+    """
+    ffns = expert_ffns(model)
+    if not ffns:
         raise ValueError(f"{type(model).__name__} is dense: it has no routing mode to set")
-    write_conversion(model, replace(conversion, mode=mode))
-    for ffn in expert_ffns(model):
+    for ffn in ffns:
         ffn.mode = mode
+    update_config(model)
 
 
 def set_selectors(model: nn.Module, selectors: Sequence[Selector]) -> None:
-    """Gives every routed FFN its selector, in the host's order, in the model and in the config."""
-    conversion = read_conversion(model)
-    if conversion is None:
+    """Gives every routed FFN its selector, in the host's order.
+
+    Raises:
+        ValueError: the model is dense.
+    """
+    ffns = expert_ffns(model)
+    if not ffns:
         raise ValueError(f"{type(model).__name__} is dense: it has no selector to set")
-    pairs = list(zip(expert_ffns(model), selectors, strict=True))
-    for ffn, selector in pairs:
+    for ffn, selector in zip(ffns, selectors, strict=True):
         ffn.selector = selector
-    described = {ffn.name: describe_selector(selector) for ffn, selector in pairs}
-    write_conversion(model, replace(conversion, selector_of=described))
+    update_config(model)
 
 
 def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:

@@ -68,7 +68,8 @@ class ExpertFFN(PackableFFN, RoutedFFN):
         """
         routing = self.route(x_TD)
         if self.packed is None:
-            return self.project(self.switch(self.hidden(x_TD), routing))
+            projections = self.projections
+            return projections.project_TD(self.switch(projections.hidden_TF(x_TD), routing))
         if self.training or self.mode == "soft":
             state = "in training" if self.training else "in mode soft"
             raise ValueError(f"{self.name} is optimised and cannot run {state}: load it again")
@@ -90,8 +91,10 @@ class ExpertFFN(PackableFFN, RoutedFFN):
 
     def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
         """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
-        if self.off_F is not None and self.mode == "hard":  # an infinite h that is off stays off
+        if self.mode == "hard":  # chosen, not multiplied: an infinite h that is off stays off
             mask_TF = self.division.spread_TF(routing.mask_TE)
+            if self.off_F is None:
+                return h_TF.masked_fill(~mask_TF, 0.0)
             return torch.where(mask_TF, h_TF, self.off_F.to(h_TF.dtype))
         weight_TF = self.division.spread_TF(self._weight_TE(routing).to(h_TF.dtype))
         if self.off_F is None:
@@ -99,10 +102,10 @@ class ExpertFFN(PackableFFN, RoutedFFN):
         return self.off_F.to(h_TF.dtype).lerp(h_TF, weight_TF)
 
     def _weight_TE(self, routing: Routing) -> Tensor:
-        scores_TE, mask_TE = routing.scores_TE, routing.mask_TE.to(routing.scores_TE.dtype)
+        scores_TE = routing.scores_TE
         if self.mode == "soft":
             return scores_TE
-        return mask_TE if self.mode == "hard" else scores_TE + (mask_TE - scores_TE).detach()
+        return scores_TE + (routing.mask_TE.to(scores_TE.dtype) - scores_TE).detach()
 
     def importance(self) -> Importance:
         """Its experts, and what their neurons are worth."""

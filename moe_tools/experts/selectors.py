@@ -84,7 +84,11 @@ class Threshold(Selector):
 
 @dataclass(frozen=True)
 class TopK(Selector):
-    """The k experts of the highest score run, for every token; ties go to the lower expert."""
+    """The k experts of the highest score run, for every token; ties go to the lower expert.
+
+    That holds on every device: torch.topk takes any of several equal scores, a stable sort the
+    first. NaN counts as the highest score.
+    """
 
     k: int | None = None
     share: float | None = None
@@ -110,7 +114,7 @@ class TopK(Selector):
         assert k is not None
         if k > experts:
             raise ValueError(f"top-k asks for {k} of {experts} experts")
-        chosen_TK = scores_TR.topk(k, dim=-1).indices
+        chosen_TK = scores_TR.argsort(dim=-1, descending=True, stable=True)[..., :k]
         return torch.zeros_like(scores_TR, dtype=torch.bool).scatter(-1, chosen_TK, True)
 
     def limits_TR(self, scores_TR: Tensor) -> Tensor:
@@ -249,7 +253,17 @@ def build_selector(spec: dict[str, Any]) -> Selector:
 
 
 def describe_selector(selector: Selector) -> dict[str, Any]:
-    """The config entry of a selector: the inverse of `build_selector`."""
-    kind = next(name for name, kind in SELECTORS.items() if kind is type(selector))
+    """The config entry of a selector: the inverse of `build_selector`.
+
+    Raises:
+        ValueError: its class is not in `SELECTORS`.
+    """
+    kinds = [name for name, kind in SELECTORS.items() if kind is type(selector)]
+    if not kinds:
+        raise ValueError(
+            f"a config cannot hold the selector {type(selector).__name__}: register its class in "
+            f"SELECTORS, or use one of {', '.join(SELECTORS)}"
+        )
+    (kind,) = kinds
     given = {key: value for key, value in asdict(selector).items() if value is not None}  # type: ignore[call-overload]
     return {"kind": kind, **given}

@@ -51,8 +51,7 @@ class FFN:
     @property
     def projections(self) -> Projections:
         """What computes the hidden activations, and the way down."""
-        gate = None if self.layout.gate is None else self.part(self.layout.gate)
-        return Projections(gate, self.part(self.layout.up), self.act, self.down)
+        return Projections.of(self.layout, self.part)
 
     def weights(self) -> FFNWeights:
         """Neuron-major views of the weights."""
@@ -74,8 +73,9 @@ class GraftedFFN(nn.Module, ABC):
         self.name = ffn.name
         """Its path in the model."""
         self.layout = ffn.layout
-        for path in ffn.layout.parts():
-            self.add_module(child_name(ffn.layout, path), ffn.part(path))
+        self._names = {path: child_name(ffn.layout, path) for path in ffn.layout.parts()}
+        for path, name in self._names.items():
+            self.add_module(name, ffn.part(path))
 
     @abstractmethod
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -85,29 +85,14 @@ class GraftedFFN(nn.Module, ABC):
         """h_TF of every neuron, as the host computes it."""
         return self.projections.hidden_TF(x_TD)
 
-    def project(self, h_TF: Tensor) -> Tensor:
-        """y_TD from h_TF, with the host's own dropouts."""
-        if self.layout.hidden_dropout is not None:
-            h_TF = self._part(self.layout.hidden_dropout)(h_TF)
-        down = self.down
-        if not torch.is_autocast_enabled(h_TF.device.type):
-            # T5 keeps this one in fp32 when loaded in fp16
-            h_TF = h_TF.to(down.weight.dtype)  # type: ignore[arg-type]
-        y_TD: Tensor = down(h_TF)
-        if self.layout.output_dropout is not None:
-            y_TD = self._part(self.layout.output_dropout)(y_TD)
-        return y_TD
-
     def weights(self) -> FFNWeights:
         """Neuron-major views of the weights."""
         return self.projections.weights()
 
     @property
     def projections(self) -> Projections:
-        """The host's modules."""
-        layout = self.layout
-        gate = None if layout.gate is None else self._part(layout.gate)
-        return Projections(gate, self._part(layout.up), self._part(layout.act), self.down)
+        """The host's modules as they now are: an adapter or a quantiser may have replaced them."""
+        return Projections.of(self.layout, self._part)
 
     @property
     def down(self) -> nn.Module:
@@ -125,7 +110,9 @@ class GraftedFFN(nn.Module, ABC):
         return host_names(self.name, self.layout)
 
     def _part(self, path: str) -> nn.Module:
-        return self.get_submodule(child_name(self.layout, path))
+        module = self._modules[self._names[path]]
+        assert module is not None
+        return module
 
 
 class SwappedFFN(GraftedFFN):
@@ -139,7 +126,8 @@ class SwappedFFN(GraftedFFN):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD."""
-        return self.project(self.hidden(x_TD))
+        projections = self.projections
+        return projections.project_TD(projections.hidden_TF(x_TD))
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:

@@ -19,6 +19,9 @@ class Layout:
     """Dropout between the activation and the down projection."""
     output_dropout: str | None = None
     """Dropout after the down projection, where the FFN itself applies it."""
+    casts_down: bool = False
+    """The host casts h to the dtype of the down projection: T5 keeps that one in fp32 when it is
+    loaded in fp16."""
     slot: str = ""
     """What our module replaces; empty: the holder itself."""
     bypass: tuple[str, ...] = ()
@@ -89,6 +92,7 @@ LAYOUTS: dict[str, Layout] = {
         act="act",
         down="wo",
         hidden_dropout="dropout",
+        casts_down=True,
         act_key="dense_act_fn",
         act_source=("feed_forward_proj", "{}"),
     ),
@@ -98,6 +102,7 @@ LAYOUTS: dict[str, Layout] = {
         act="act",
         down="wo",
         hidden_dropout="dropout",
+        casts_down=True,
         act_key="dense_act_fn",
         act_source=("feed_forward_proj", "gated-{}"),
     ),

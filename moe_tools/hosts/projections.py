@@ -5,6 +5,7 @@ Letters: T tokens, D model width, F neurons of one FFN, K neurons that are asked
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_tools.hosts.activations import hidden_TF, kernel_act, kernel_up_act
+from moe_tools.hosts.layouts import Layout
 from moe_tools.kernels.weights import FFNWeights
+
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a linear can be given. A quantised weight has another dtype than the numbers it takes."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,31 @@ class Projections:
     up: nn.Module
     act: nn.Module
     down: nn.Module
+    hidden_dropout: nn.Module | None = None
+    output_dropout: nn.Module | None = None
+    casts_down: bool = False
+    """See `Layout.casts_down`."""
+
+    @classmethod
+    def of(cls, layout: Layout, part: Callable[[str], nn.Module]) -> Projections:
+        """The modules of an FFN: `part` gives each by its path in the layout."""
+        paths = (layout.gate, layout.hidden_dropout, layout.output_dropout)
+        gate, hidden, output = (None if path is None else part(path) for path in paths)
+        up, act, down = (part(path) for path in (layout.up, layout.act, layout.down))
+        return cls(gate, up, act, down, hidden, output, layout.casts_down)
 
     def hidden_TF(self, x_TD: Tensor) -> Tensor:
         """h of every neuron, as the host computes it."""
         return hidden_TF(self.act, *self.rows_TF(x_TD))
+
+    def project_TD(self, h_TF: Tensor) -> Tensor:
+        """y_TD from h_TF, with the host's own dropouts and cast."""
+        if self.hidden_dropout is not None:
+            h_TF = self.hidden_dropout(h_TF)
+        if self.casts_down and not torch.is_autocast_enabled(h_TF.device.type):
+            h_TF = _as_weight(h_TF, self.down)
+        y_TD: Tensor = self.down(h_TF)
+        return y_TD if self.output_dropout is None else self.output_dropout(y_TD)
 
     def rows_TF(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """What enters the activation: up rows and, where there is a gate, gate rows."""
@@ -88,6 +114,12 @@ class Projections:
         return list(dict.fromkeys(module for module in found if module is not None))
 
 
+def _as_weight(h_TF: Tensor, linear: nn.Module) -> Tensor:
+    """h in the dtype of a linear's weight, if that is one to compute in: int8 and fp8 are not."""
+    dtype = linear.weight.dtype
+    return h_TF.to(dtype) if dtype in COMPUTED else h_TF
+
+
 def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: Tensor) -> Tensor:
     bias_K = None if bias_F is None else bias_F[chosen_K]
     return nn.functional.linear(x_TD, rows_FD[chosen_K], bias_K)
@@ -104,7 +136,8 @@ def _computed_rows(module: nn.Module) -> Tensor:
     """(outputs, inputs) of any module that is affine, by the outputs for each unit vector."""
     weight = module.get_parameter("weight")
     width = weight.shape[0] if isinstance(_base(module), Conv1D) else weight.shape[1]
-    units = torch.eye(width, dtype=weight.dtype, device=weight.device)
+    dtype = weight.dtype if weight.dtype in COMPUTED else torch.float32
+    units = torch.eye(width, dtype=dtype, device=weight.device)
     return (module(units) - module(torch.zeros_like(units[:1]))).T
 
 

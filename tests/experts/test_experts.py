@@ -60,7 +60,7 @@ def test_off_experts_contribute_their_mean(family: str, size: int) -> None:
     assert 0 < on_TF.float().mean() < 1
     switched_TF = ffn.switch(h_TF, routing)
     assert torch.equal(switched_TF, torch.where(on_TF, h_TF, ffn.off_F))
-    assert torch.equal(ffn(x_TD), ffn.project(switched_TF))
+    assert torch.equal(ffn(x_TD), ffn.projections.project_TD(switched_TF))
 
 
 @every_kind
@@ -81,7 +81,7 @@ def test_all_experts_off_leave_the_mean_alone(mode: str) -> None:
     ffn = make("llama", replace(MEAN, mode=mode))
     ffn.router.weight.zero_()
     ffn.router.bias.fill_(-200.0)  # a score of exactly 0
-    constant_TD = ffn.project(ffn.off_F.expand(4, NEURONS))
+    constant_TD = ffn.projections.project_TD(ffn.off_F.expand(4, NEURONS))
     assert torch.equal(ffn(torch.randn(4, 16)), constant_TD)
 
 
@@ -134,7 +134,7 @@ def test_the_straight_gradient_of_a_score_is_the_experts_output(size: int) -> No
     routing = ffn.route(x_TD)
     with torch.enable_grad():
         scores_TE = routing.scores_TE.detach().requires_grad_()
-        y_TD = ffn.project(ffn.switch(h_TF, routing._replace(scores_TE=scores_TE)))
+        y_TD = ffn.projections.project_TD(ffn.switch(h_TF, routing._replace(scores_TE=scores_TE)))
         (gradient_TE,) = torch.autograd.grad((y_TD * direction_TD).sum(), scores_TE)
     parts = zip(h_TF.split(SIZES[size], -1), ffn.weights().down_FD.split(SIZES[size]), strict=True)
     outputs_TED = torch.stack([h_TN @ down_ND for h_TN, down_ND in parts], 1)
@@ -252,4 +252,4 @@ def test_shared_experts_weigh_one_in_every_mode(family: str, mode: str) -> None:
         x_TD = torch.randn(3, 5, 16)
         alone_TF = ffn.hidden(x_TD)
         alone_TF[..., 16:] = 0
-        assert torch.equal(ffn(x_TD), ffn.project(alone_TF))
+        assert torch.equal(ffn(x_TD), ffn.projections.project_TD(alone_TF))

@@ -26,7 +26,7 @@ from moe_tools.experts.routing import record_routing
 from moe_tools.experts.selectors import tune_selector
 from moe_tools.recipe import Budget
 from moe_tools.steps.budget import budget
-from moe_tools.steps.spending import STEPS, Point, error_curves, spend_by_error
+from moe_tools.steps.spending import CURVE_POINTS, Point, error_curves, spend_by_error
 from tests.families import EXPERT_SIZE, NEURONS, UNEVEN, build, per_neuron
 
 budget_module = importlib.import_module(budget.__module__)
@@ -169,7 +169,7 @@ def test_errors_go_from_nothing_to_all_that_can_be_off(when_off: str) -> None:
     assert list(curves) == [ffn.name for ffn in expert_ffns(model)]
     for ffn, x_TD in zip(expert_ffns(model), seen, strict=True):
         found = [point.error for point in curves[ffn.name]]
-        assert len(found) == STEPS + 1 and curves[ffn.name][0] == (0, 0)
+        assert len(found) == CURVE_POINTS + 1 and curves[ffn.name][0] == (0, 0)
         assert found == pytest.approx(sorted(found), rel=0.2)
         assert curves[ffn.name][-1].saved == 1
         bias = ffn.weights().down_D
