@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise ValueError("--output is required, except with --dry-run")
     from moe_tools.runs.run import run as run_recipe
-    from moe_tools.training.launch import Launch, check_launch
+    from moe_tools.steps.launch import Launch, check_launch
 
     device = pick_device(args.device)
     if device == "cuda" and processes.count() > 1:

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ARROWS = (
-    "registry names processes patched kernels < data recipe < hosts < experts < inference measure "
-    "< checkpoint < steps report < training inspection < runs bench export < cli"
+    "registry names processes patched kernels < data < hosts < experts < inference measure "
+    "< checkpoint < steps report < training inspection < recipe < runs bench export < cli"
 )
 """A folder imports from those left of its `<`, and not from its neighbours."""
 RANKS = {layer: rank for rank, group in enumerate(ARROWS.split("<")) for layer in group.split()}
@@ -23,7 +23,7 @@ KERNEL_USERS = {"hosts", "experts", "inference", "bench", "measure"}
 WITHOUT_TORCH = [
     "moe_tools.registry",
     "moe_tools.recipe",
-    "moe_tools.recipe.deepspeed",
+    "moe_tools.recipe.files",
     "moe_tools.report.report",
 ]
 VERBS = {f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "fit", "budget")}

@@ -22,9 +22,9 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.data import Batch
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
 from moe_tools.recipe import Attach, Recipe, Split, Train
-from moe_tools.training.launch import Launch
+from moe_tools.steps.launch import Launch
 from moe_tools.training.losses import DONOR_LOSSES
-from moe_tools.training.train import trainable_parts
+from moe_tools.training.parts import trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
 
 SCHEDULE_STEPS = 1000

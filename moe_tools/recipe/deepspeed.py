@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_tools.recipe.recipe import Recipe
-from moe_tools.recipe.step import Train
 from moe_tools.registry import unknown
+from moe_tools.training.arguments import CLIPPING
+from moe_tools.training.train import Train
 
-CLIPPING = 1.0
-"""Largest norm of a gradient, of every train step."""
 STAGES = (0, 1, 2, 3)
 FILLED = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -72,9 +71,8 @@ def read_deepspeed(
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise ValueError(f"{path}: the recipe sets the {key}: delete `{key}`")
-    for step in recipe.steps:
-        if isinstance(step, Train):
-            _check_sizes(config, path, step, processes)
+    for step in recipe.train_steps:
+        _check_sizes(config, path, step, processes)
     return config | FILLED
 
 

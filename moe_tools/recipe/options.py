@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeGuard
+from typing import Any
 
 from moe_tools.recipe.recipe import Recipe
-from moe_tools.recipe.step import Budget, Split, Step, Train
+from moe_tools.steps.step import Option, Step
+
+LACKS: dict[Option, str] = {
+    "target_sparsity": "step with a target_sparsity",
+    "expert_size": "split step",
+    "tokens": "train step",
+}
+"""Option -> what a recipe lacks of which no step takes it."""
 
 
 def with_options(
@@ -28,17 +35,22 @@ def with_options(
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens is {tokens}, but must be at least 1")
-    _require_takers(recipe, target_sparsity, expert_size, tokens)
+    given: dict[Option, Any] = {
+        "target_sparsity": target_sparsity,
+        "expert_size": expert_size,
+        "tokens": tokens,
+    }
+    options = {option: value for option, value in given.items() if value is not None}
+    for option in options:  # one that changes nothing is a mistake
+        if not any(step.takes(option) for step in recipe.steps):
+            raise ValueError(f"recipe {recipe.name} has no {LACKS[option]}")
     shrink = 1.0 if tokens is None else tokens / recipe.train_tokens()
 
     def change(step: Step) -> Step:
-        if isinstance(step, Split) and expert_size is not None:
-            return replace(step, expert_size=expert_size)
-        if isinstance(step, Train):
-            step = replace(step, tokens=max(1, round(step.tokens * shrink)))
-        if target_sparsity is not None and _has_target(step):
-            step = replace(step, target_sparsity=target_sparsity)
-        return step
+        own = {option: value for option, value in options.items() if step.takes(option)}
+        if "tokens" in own:
+            own["tokens"] = max(1, round(step.tokens * shrink))
+        return replace(step, **own)  # type: ignore[type-var]
 
     return replace(
         recipe,
@@ -49,45 +61,14 @@ def with_options(
     )
 
 
-def _has_target(step: Step) -> TypeGuard[Train | Budget]:
-    return isinstance(step, Train | Budget) and step.target_sparsity is not None
-
-
-def _require_takers(
-    recipe: Recipe, target_sparsity: float | None, expert_size: int | None, tokens: int | None
-) -> None:
-    """An option that changes nothing is a mistake."""
-    trains = [step for step in recipe.steps if isinstance(step, Train)]
-    splits = [step for step in recipe.steps if isinstance(step, Split)]
-    targets = [step for step in recipe.steps if _has_target(step)]
-    for option, takers, lacks in (
-        (target_sparsity, targets, "step with a target_sparsity"),
-        (expert_size, splits, "split step"),
-        (tokens, trains, "train step"),
-    ):
-        if option is not None and not takers:
-            raise ValueError(f"recipe {recipe.name} has no {lacks}")
-
-
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The dense control: the same train steps on the same text, no router, the language loss alone.
+    """The dense control: the same training on the same text without routers, language loss alone.
 
     Raises:
-        ValueError: the recipe trains nothing.
+        ValueError: the recipe trains nothing but routers.
     """
-    trains = tuple(_dense(step) for step in recipe.steps if isinstance(step, Train))
-    if not trains:
+    controls = [step.control() for step in recipe.steps]
+    steps = tuple(step for step in controls if step is not None)
+    if not steps:
         raise ValueError(f"recipe {recipe.name} trains nothing: its dense control is the donor")
-    return replace(recipe, name=f"{recipe.name}-control", steps=trains)
-
-
-def _dense(step: Train) -> Train:
-    """What only concerns routers goes back to its default."""
-    return Train(
-        tokens=step.tokens,
-        lr=step.lr,
-        batch_size=step.batch_size,
-        accumulate=step.accumulate,
-        warmup=step.warmup,
-        checkpoint_every=step.checkpoint_every,
-    )
+    return replace(recipe, name=f"{recipe.name}-control", steps=steps)

@@ -5,37 +5,16 @@ from __future__ import annotations
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
-from moe_tools.recipe.recipe import Recipe
-from moe_tools.recipe.step import STEPS, Step
+from moe_tools.recipe.recipe import STEPS, Recipe
 from moe_tools.registry import unknown
+from moe_tools.steps.step import Step
 
 T = TypeVar("T")
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a recipe that comes with moe-tools.
-
-    Raises:
-        ValueError: no recipe of this name.
-    """
-    found = known_recipes()
-    if name not in found:
-        raise unknown("recipe", name, found)
-    return found[name]
-
-
-def known_recipes() -> dict[str, Path]:
-    """Name -> file, in the order of the names; those of the papers' own models stand in papers/."""
-    entries = [Path(str(entry)) for entry in files("moe_tools.recipes").iterdir()]
-    inside = [path for entry in entries if entry.is_dir() for path in entry.rglob("*.yaml")]
-    paths = [path for path in entries + inside if path.suffix == ".yaml"]
-    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
 def read_recipe(path: str | Path) -> Recipe:

@@ -25,7 +25,7 @@ import torch
 from moe_tools.checkpoint.atomic import new_file, new_folder, partial_of
 from moe_tools.checkpoint.card import write_card
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
-from moe_tools.recipe import Recipe, Train, read_recipe, step_name
+from moe_tools.recipe import Recipe, read_recipe
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RunFolder:
 
     def step(self, index: int) -> Path:
         """The folder of one step."""
-        return self.steps / f"{index}-{step_name(self.recipe.steps[index])}"
+        return self.steps / f"{index}-{self.recipe.steps[index].verb}"
 
     def logs(self, index: int) -> Path:
         """Where TensorBoard finds a train step: it outlives the step's folder."""
@@ -118,7 +118,7 @@ def _same_text(one: RunFolder, other: RunFolder) -> bool:
 
     def text(folder: RunFolder) -> tuple[object, ...]:
         recipe = folder.recipe
-        trained = [step.tokens for step in recipe.steps if isinstance(step, Train)]
+        trained = [step.tokens for step in recipe.steps if step.trains]
         return recipe.data, recipe.block_length, recipe.seed, trained
 
     return text(one) == text(other)

@@ -27,11 +27,11 @@ from moe_tools.experts.conversion import conversion_so_far
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.evaluate import evaluate
-from moe_tools.recipe import Attach, Budget, Fit, Split, parse_recipe
-from moe_tools.steps.attach import attach
-from moe_tools.steps.budget import budget
-from moe_tools.steps.fit import fit
-from moe_tools.steps.split import split
+from moe_tools.recipe import parse_recipe
+from moe_tools.steps.attach import Attach, attach
+from moe_tools.steps.budget import Budget, budget
+from moe_tools.steps.fit import Fit, fit
+from moe_tools.steps.split import Split, split
 
 logger = logging.getLogger(__name__)
 

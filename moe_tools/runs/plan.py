@@ -8,44 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.data.sources import is_hub, mixture
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routers import LearnedRouter
-from moe_tools.hosts.moe_host import chosen_share
-from moe_tools.measure.flops import forward_flops
 from moe_tools.measure.memory import STAGES, ModelStates, size
-from moe_tools.recipe import Fit, Recipe, Step, Train, step_name
-from moe_tools.runs.rehearsal import rehearse_step
-from moe_tools.steps.activation_cache import DTYPE
-from moe_tools.training.losses import DONOR_LOSSES
-from moe_tools.training.train import trainable_parts
+from moe_tools.recipe import Recipe
+from moe_tools.steps.step import Cost, Setting, Step
 
 PROCESSES = (1, 8, 64)
 """For which the memory is told, beside the number that is asked for: a GPU, a node, eight nodes."""
 
 
 @dataclass(frozen=True)
-class PlannedStep:
+class PlannedStep(Cost):
     """One step, as the recipe says, on the model that the steps before it leave."""
 
-    verb: str
-    tokens: int
+    verb: str = ""
+    tokens: int = 0
     """Of text: that it trains on, or calibrates with."""
-    parameters: int
+    parameters: int = 0
     """Of the model after it; a shared tensor once."""
-    optimizer_steps: int = 0
-    trained: int = 0
-    """Parameters that it trains with gradients through the whole model."""
-    flops: float = 0.0
-    """Of a train step, forward and backward, the teacher included, every neuron on."""
-    disk: int = 0
-    """Bytes of cached activations while `fit` runs."""
-    states: ModelStates | None = None
-    """Of a train step."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +93,8 @@ def plan(
     """
     host = skeleton(model, dtype=dtype, classify=recipe.task == "classify")
     before, donor_bytes = host.num_parameters(), size(host.parameters())
-    steps = tuple(_step(step, host, recipe, model, donor_bytes, processes) for step in recipe.steps)
+    setting = Setting(recipe.block_length, processes, donor_bytes)
+    steps = tuple(_step(step, host, model, setting) for step in recipe.steps)
     states = [step.states for step in steps if step.states is not None]
     return Plan(
         recipe=recipe.name,
@@ -125,43 +109,13 @@ def plan(
     )
 
 
-def _step(
-    step: Step, model: PreTrainedModel, recipe: Recipe, donor: str, teacher: int, processes: int
-) -> PlannedStep:
+def _step(step: Step, model: PreTrainedModel, donor: str, setting: Setting) -> PlannedStep:
     with torch.device("meta"):  # routers are made without numbers, too
-        rehearse_step(step, model, donor)
-    verb, parameters = step_name(step), model.num_parameters()
-    if not isinstance(step, Train):
-        disk = _cached(model, step.tokens) if isinstance(step, Fit) else 0
-        return PlannedStep(verb, step.tokens, parameters, disk=disk)
-    trained = [one for group in trainable_parts(model, step) for one in group["params"]]
-    taught = bool(set(step.losses) & set(DONOR_LOSSES))
-    passes = 3 + taught + step.checkpointing  # a teacher's, or recomputing: a forward pass more
+        step.rehearse(model, donor)
+    cost = vars(step.cost(model, setting))
     return PlannedStep(
-        verb,
-        step.tokens,
-        parameters,
-        optimizer_steps=_optimizer_steps(step, recipe.block_length, processes),
-        trained=sum(one.numel() for one in trained),
-        flops=passes * step.tokens * forward_flops(model, recipe.block_length),
-        states=ModelStates.of(model.parameters(), trained, teacher if taught else 0),
+        **cost, verb=step.verb, tokens=step.tokens, parameters=model.num_parameters()
     )
-
-
-def _optimizer_steps(step: Train, length: int, processes: int) -> int:
-    """A classifier's texts count as whole blocks: there are more of them, if they are shorter."""
-    return max(1, step.tokens // length // (step.batch_size * step.accumulate * processes))
-
-
-def _cached(model: nn.Module, tokens: int) -> int:
-    """Bytes of the inputs and targets that `fit` keeps on disk."""
-    total = 0.0
-    for ffn in expert_ffns(model):
-        row = ffn.weights().up_FD.shape[1] * DTYPE.itemsize
-        if isinstance(ffn.router, LearnedRouter):
-            row += ffn.importance().routed * ffn.router.target_dtype.itemsize
-        total += chosen_share(model, ffn.name) * tokens * row
-    return round(total)
 
 
 def _sources(recipe: Recipe) -> Iterator[Source]:

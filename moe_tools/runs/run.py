@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,14 @@ from moe_tools import processes
 from moe_tools.checkpoint.atomic import new_folder
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
 from moe_tools.checkpoint.saving import save
-from moe_tools.data import fingerprint, label_names
+from moe_tools.data import Text, label_names
 from moe_tools.names import CONTROL, METRICS
-from moe_tools.recipe import (
-    Attach,
-    Recipe,
-    Step,
-    Swap,
-    Train,
-    control_recipe,
-    read_recipe,
-    recipe_path,
-    step_name,
-    with_options,
-)
+from moe_tools.recipe import Recipe, control_recipe, read_recipe, recipe_path, with_options
 from moe_tools.runs.folder import RunFolder
-from moe_tools.runs.rehearsal import rehearse
 from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
 from moe_tools.runs.text import RunText
-from moe_tools.runs.verbs import apply_step, needs_text
-from moe_tools.training.launch import Launch
-from moe_tools.training.losses import DONOR_LOSSES
-from moe_tools.training.train import train
+from moe_tools.steps.launch import Launch
+from moe_tools.steps.step import Step, Work
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +151,7 @@ class _Run:
         empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
         model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
         with torch.device("meta") if empty else nullcontext():
-            rehearse(self.recipe, model, self.source)
+            self.recipe.rehearse(model, self.source)
 
     @cached_property
     def streamed(self) -> list[bool]:
@@ -186,7 +172,7 @@ class _Run:
                 logger.warning(
                     "the model is large for the free memory, but step %d, %s, needs it whole: %s",
                     index,
-                    step_name(step),
+                    step.verb,
                     reason,
                 )
         return [reason is None for reason in reasons]
@@ -197,8 +183,8 @@ class _Run:
         for index, step in enumerate(self.recipe.steps):
             folder = self.folder.step(index)
             if not processes.on_first(folder.is_dir):
-                logger.info("step %d: %s", index, step_name(step))
-                if isinstance(step, Train):
+                logger.info("step %d: %s", index, step.verb)
+                if step.trains:
                     self._execute_one(index, step, previous, folder)
                 else:
                     processes.on_first(partial(self._execute_one, index, step, previous, folder))
@@ -212,11 +198,11 @@ class _Run:
             streamed = self._streamed(step, previous, work / "layers")
             measured, write = streamed.run(), streamed.save
         else:
-            device = self.launch.home if isinstance(step, Train) else self.device
+            device = self.launch.home if step.trains else self.device
             model = load(previous, dtype=self.dtype, device=device) if index else self.donor(device)
-            measured, write = self._apply(step, model, index, work), partial(save, model)
-        measured = {**asdict(step), **measured, "seconds": round(time.time() - began, 1)}
-        if isinstance(step, Train):
+            measured, write = step.apply(model, self._lend(index, work)), partial(save, model)
+        measured = {**step.options(), **measured, "seconds": round(time.time() - began, 1)}
+        if step.trains:
             processes.on_first(partial(self._write, folder, write, measured, work))
         else:
             self._write(folder, write, measured, work)
@@ -227,31 +213,29 @@ class _Run:
             (unfinished / METRICS).write_text(json.dumps(measured, indent=1))
         shutil.rmtree(work, ignore_errors=True)
 
-    def _apply(self, step: Step, model: PreTrainedModel, index: int, work: Path) -> dict[str, Any]:
-        if not isinstance(step, Train):
-            text = self.text.calibration(step.tokens)
-            return apply_step(model, step, text, work, donor=self.source, seed=self.recipe.seed)
-        processes.on_first(self.text.prepare)
-        seen = self.text.of_step(index)
-        teacher = self._teacher(index) if set(step.losses) & set(DONOR_LOSSES) else None
-        measured = train(
-            model,
-            step,
-            seen,
-            work,
-            donor=teacher,
-            seed=self.recipe.seed,
-            launch=replace(self.launch, logs=self.folder.logs(index)),
+    def _lend(self, index: int, folder: Path) -> Work:
+        """What a step gets from the run."""
+
+        def training() -> Text:
+            processes.on_first(self.text.prepare)
+            return self.text.of_step(index)
+
+        return Work(
+            folder,
+            self.source,
+            self.recipe.seed,
+            self.text.calibration,
+            training,
+            partial(self._teacher, index),
+            replace(self.launch, logs=self.folder.logs(index)),
         )
-        return {**measured, "data": fingerprint(seen)}
 
     def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:
-        assert not isinstance(step, Train)
         return Streamed(
             previous,
             work,
             step,
-            self.text.calibration(step.tokens) if needs_text(step) else None,
+            self.text.calibration(step.tokens) if step.needs_text() else None,
             donor=self.source,
             seed=self.recipe.seed,
             dtype=self.dtype,
@@ -264,13 +248,13 @@ class _Run:
         return RunText(self.recipe, self.tokenizer, self.folder.steps, self.donor)
 
     def _teacher(self, index: int) -> PreTrainedModel:
-        """What the model of a train step was before a step changed what it computes.
+        """The model of a train step as it was before the first step that changed its function.
 
         Dense training before `swap` or `attach` makes a better teacher than the donor: it knows
         the text.
         """
         before = self.recipe.steps[:index]
-        changed = next((i for i, step in enumerate(before) if isinstance(step, Swap | Attach)), 0)
+        changed = next((i for i, step in enumerate(before) if step.changes_function), 0)
         if not changed:
             return self.donor()
         return load(self.folder.step(changed - 1), dtype=self.dtype, device=self.device)

@@ -30,16 +30,13 @@ from moe_tools.data.progress import progress
 from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.hosts.ffn import host_state_dict
 from moe_tools.names import SINGLE
-from moe_tools.recipe import Budget, Fit, Recipe, Step, Train, step_name
+from moe_tools.recipe import Recipe
 from moe_tools.runs.folder import link
-from moe_tools.runs.rehearsal import rehearse_step
-from moe_tools.runs.verbs import Calibrating, apply_step, needs_text
 from moe_tools.steps.carry import Carried
-from moe_tools.steps.fit import overall
+from moe_tools.steps.step import NO_TEXT, Step, Work
 
 SHARE = 0.5
 """Of the free memory: a larger model is streamed. A step on a whole model needs room beside it."""
-NO_TEXT = torch.empty(0, 1, dtype=torch.long)
 
 
 def is_large(source: str, dtype: torch.dtype) -> bool:
@@ -57,11 +54,9 @@ def why_not(step: Step, recipe: Recipe, source: str) -> str | None:
         return "a GGUF file is read as a whole"
     if recipe.task == "classify":
         return "a classifier may get a new head, which is made with the whole model"
-    if isinstance(step, Train):
-        return "its gradients go through all layers at once"
-    if isinstance(step, Budget):
-        return "it sets the selectors of all layers together"
-    if not needs_text(step):
+    if step.whole_model is not None:
+        return step.whole_model
+    if not step.needs_text():
         return None
     if recipe.data == "self":
         return "it calibrates on samples of the donor, which the whole donor makes"
@@ -80,7 +75,7 @@ def check_streams(recipe: Recipe, source: str) -> None:
         reason = why_not(step, recipe, source)
         if reason is not None:
             raise ValueError(
-                f"step {index}, {step_name(step)}, cannot run layer by layer: {reason}; leave "
+                f"step {index}, {step.verb}, cannot run layer by layer: {reason}; leave "
                 "--stream away, on a machine with memory for the whole model"
             )
 
@@ -93,7 +88,7 @@ class Streamed:
     """Folder or hub id of the model before the step."""
     work: Path
     """Folder of the layers that are done, and of nothing else."""
-    step: Calibrating
+    step: Step
     text_BT: Tensor | None
     """Calibration text; None: the step needs none."""
     donor: str
@@ -109,7 +104,7 @@ class Streamed:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         carried = self._carried()
-        with progress(step_name(self.step), len(self.layers), "layer") as bar:
+        with progress(self.step.verb, len(self.layers), "layer") as bar:
             for index in range(len(self.layers)):
                 if not self._shard(index).is_file():
                     self._run_one(index, carried)
@@ -139,11 +134,19 @@ class Streamed:
         model = self._load(Part(self.layers, self.layers[index]))
         text_BT = NO_TEXT if carried is None else carried.enter(model, index)
         own = self.work / str(index)
-        measured = apply_step(model, self.step, text_BT, own, donor=self.donor, seed=self.seed)
+        measured = self.step.apply(model, self._lend(own, text_BT))
         self._keep(index, model, measured)
         shutil.rmtree(own, ignore_errors=True)
         if carried is not None:
             carried.leave(index)
+
+    def _lend(self, folder: Path, text_BT: Tensor) -> Work:
+        """What the step gets for one layer: its text is blocks that are called by their numbers."""
+
+        def refuse() -> Any:
+            raise AssertionError("a step that trains the whole model is never streamed")
+
+        return Work(folder, self.donor, self.seed, lambda _: text_BT, refuse, refuse)
 
     def _keep(self, index: int, model: PreTrainedModel, measured: dict[str, Any]) -> None:
         """The layer last: where it is, its report is, too."""
@@ -168,18 +171,14 @@ class Streamed:
         return carried
 
     def _measured(self) -> dict[str, Any]:
-        """Figures go by the names of FFNs; `fit` has some of all of them together."""
-        merged: dict[str, dict[str, Any]] = {}
-        for index in range(len(self.layers)):
-            for kind, found in self._report(index)["measured"].items():
-                merged[kind] = {**merged.get(kind, {}), **found}
-        return overall(merged["routers"]) if isinstance(self.step, Fit) else merged
+        reports = [self._report(index) for index in range(len(self.layers))]
+        return self.step.merge([report["measured"] for report in reports])
 
     def _config(self) -> Any:
         """What the step makes of the whole model's, with what it found for each FFN."""
         empty = self._empty
         with torch.device("meta"):
-            rehearse_step(self.step, empty, self.donor)
+            self.step.rehearse(empty, self.donor)
         conversion = read_conversion(empty)
         assert conversion is not None
         blocks = [self._report(index)["conversion"] for index in range(len(self.layers))]

@@ -76,7 +76,7 @@ class RunText:
 
     def _wanted(self) -> int:
         """Tokens that the hungriest reader asks for: all train steps, or one that calibrates."""
-        calibrate = [step.tokens for step in self.recipe.steps if not isinstance(step, Train)]
+        calibrate = [step.tokens for step in self.recipe.steps if not step.trains]
         return max(self.recipe.train_tokens(), *calibrate, 1)
 
     def calibration(self, tokens: int) -> Tensor:
@@ -89,7 +89,7 @@ class RunText:
         Together the steps see what one step of all their tokens would (the control does); if there
         is less text, each keeps its share.
         """
-        tokens = [s.tokens if isinstance(s, Train) else 0 for s in self.recipe.steps]
+        tokens = [step.tokens if step.trains else 0 for step in self.recipe.steps]
         before, after, whole = sum(tokens[:index]), sum(tokens[: index + 1]), sum(tokens)
         if self.recipe.task == "classify":
             return _between(self.labelled, before, after)
@@ -101,7 +101,7 @@ class RunText:
     @cached_property
     def labelled(self) -> list[Batch]:
         """What calibrates a classifier, and what all of its train steps see together."""
-        trains = [step for step in self.recipe.steps if isinstance(step, Train)]
+        trains = self.recipe.train_steps
         return labelled_batches(
             self.recipe.data,
             self.tokenizer,

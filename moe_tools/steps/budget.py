@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.conversion import set_selectors
@@ -24,9 +25,10 @@ from moe_tools.experts.selectors import (
     tune_selector,
 )
 from moe_tools.hosts.inputs import model_inputs
-from moe_tools.recipe import Budget
 from moe_tools.steps.calibrate import check_routed, check_sparsity
+from moe_tools.steps.rules import at_least, strictly_between_0_and_1
 from moe_tools.steps.spending import error_curves, spend_by_error
+from moe_tools.steps.step import Option, Step, Work
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,38 @@ BATCH = 4
 """Blocks of one forward pass."""
 CLOSE = 0.02
 """A budget that is missed by more is worth a warning."""
+
+
+@dataclass(frozen=True)
+class Budget(Step):
+    """Sets every selector so that a stated share of the neurons is off on calibration text."""
+
+    verb = "budget"
+    whole_model = "it sets the selectors of all layers together"
+
+    target_sparsity: float
+    """Share of neurons off, over tokens and FFNs."""
+    spend: Literal["uniform", "error"] = "uniform"
+    """The same share in every FFN, or more where it costs less error of the FFN's output."""
+    tokens: int = 8192
+    """Calibration tokens."""
+
+    def check(self) -> None:
+        """A share strictly between 0 and 1, of at least one token."""
+        at_least(1, self, "tokens")
+        strictly_between_0_and_1(self, "target_sparsity")
+
+    def takes(self, option: Option) -> bool:
+        """Only the sparsity."""
+        return option == "target_sparsity"
+
+    def rehearse(self, model: PreTrainedModel, donor: str) -> None:
+        """Needs routers, and experts enough that may be off."""
+        check_sparsity(check_routed(model, self.verb), self.target_sparsity)
+
+    def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
+        """Sets the selectors; returns what `budget` measured."""
+        return budget(model, self, self.text(work))
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +17,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.atomic import new_file
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.prediction import Prediction, merge_predictions
 from moe_tools.experts.routers import LearnedRouter
-from moe_tools.recipe import Fit
-from moe_tools.recipe.schedules import warmup_cosine
-from moe_tools.steps.activation_cache import ActivationCache
+from moe_tools.hosts.moe_host import chosen_share
+from moe_tools.steps.activation_cache import DTYPE, ActivationCache
 from moe_tools.steps.calibrate import check_routed
+from moe_tools.steps.rules import at_least
+from moe_tools.steps.schedules import warmup_cosine
+from moe_tools.steps.step import Cost, Setting, Step, Work
 
 WARMUP = 0.05
 """Share of the optimizer steps."""
@@ -32,6 +36,49 @@ HELD_OUT = 0.1
 """Share of the tokens that only measures."""
 DENSITIES = (0.2, 0.5)
 """Shares of the experts at which routers are judged."""
+
+
+@dataclass(frozen=True)
+class Fit(Step):
+    """Trains routers alone, one FFN after the other, on the donor's activations."""
+
+    verb = "fit"
+
+    tokens: int = 65536
+    """Calibration tokens; a tenth of them only measures."""
+    epochs: int = 10
+    """0: routers stay as they are and are only measured."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    batch_size: int = 512
+    """Tokens, not blocks."""
+
+    def check(self) -> None:
+        """Sizes are at least 1, epochs and learning rate 0 or more."""
+        at_least(1, self, "tokens", "batch_size")
+        at_least(0, self, "epochs", "lr")
+
+    def rehearse(self, model: PreTrainedModel, donor: str) -> None:
+        """Only needs routers."""
+        check_routed(model, self.verb)
+
+    def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
+        """Trains the routers; returns what `fit` measured."""
+        return fit(model, self, self.text(work), work.folder, seed=work.seed)
+
+    def merge(self, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Joins the routers of all layers, and counts their predictions together."""
+        return overall(super().merge(measured)["routers"])
+
+    def cost(self, model: PreTrainedModel, setting: Setting) -> Cost:
+        """The disk that inputs and targets take."""
+        total = 0.0
+        for ffn in check_routed(model, self.verb):
+            row = ffn.weights().width * DTYPE.itemsize
+            if isinstance(ffn.router, LearnedRouter):
+                row += ffn.importance().routed * ffn.router.target_dtype.itemsize
+            total += chosen_share(model, ffn.name) * self.tokens * row
+        return Cost(disk=round(total))
 
 
 def fit(

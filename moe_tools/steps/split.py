@@ -5,13 +5,18 @@ Letters: T tokens, F neurons, K neurons outside the shared experts, X dimensions
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
+from moe_tools.experts.conversion import Conversion, conversion_so_far, write_conversion
 from moe_tools.experts.division import Division
+from moe_tools.experts.profiles import Sketch, contributions_TF, marks_TF
 from moe_tools.hosts.ffn import FFN, find_ffns, permute_neurons
-from moe_tools.recipe import Split
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.graph import coactivation_partition
 from moe_tools.steps.partition import (
@@ -20,10 +25,59 @@ from moe_tools.steps.partition import (
     kmeans_partition,
     random_partition,
 )
-from moe_tools.steps.profiles import Sketch, contributions_TF, marks_TF
+from moe_tools.steps.rules import at_least
+from moe_tools.steps.step import Option, Step, Work
 
 GRAPH_BYTES = 4 * 2**30
 """Co-activation graphs that are summed at once; more of them take another pass over the text."""
+
+
+@dataclass(frozen=True)
+class Split(Step):
+    """Which neurons share an expert; reorders them, changes no output."""
+
+    verb = "split"
+
+    expert_size: int = 8
+    """Neurons of one expert; where it does not divide them, sizes differ by one."""
+    method: Literal["kmeans", "coactivation", "random", "contiguous"] = "kmeans"
+    by: Literal["activations", "marks", "weights"] = "activations"
+    """What k-means sees of a neuron: |h| ||w_down|| on calibration text, the tokens where it is
+    one of the 10 largest |h|, or its gate row."""
+    shared_experts: int = 0
+    """Experts of the neurons that are most often one of the 10 largest; they always run."""
+    tokens: int = 4096
+    """Calibration tokens."""
+
+    def check(self) -> None:
+        """Sizes are at least 1, shared experts 0 or more."""
+        at_least(1, self, "expert_size", "tokens")
+        at_least(0, self, "shared_experts")
+
+    def takes(self, option: Option) -> bool:
+        """Only the expert size."""
+        return option == "expert_size"
+
+    def needs_text(self) -> bool:
+        """Not for splits by weights, by chance or as the neurons stand."""
+        learns = self.method == "coactivation" or (self.method == "kmeans" and self.by != "weights")
+        return learns or self.shared_experts > 0
+
+    def rehearse(self, model: PreTrainedModel, donor: str) -> None:
+        """Plans the experts; the neurons stay in their order."""
+        for ffn in find_ffns(model):
+            planned_division(ffn, self)
+        write_conversion(model, self.conversion(conversion_so_far(model, donor)))
+
+    def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
+        """Reorders the neurons; measures nothing."""
+        split(model, self, self.text(work), work.seed)
+        write_conversion(model, self.conversion(conversion_so_far(model, work.donor)))
+        return {}
+
+    def conversion(self, so_far: Conversion) -> Conversion:
+        """What a model's config says after the split."""
+        return replace(so_far, expert_size=self.expert_size, shared_experts=self.shared_experts)
 
 
 def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[Partition]:
@@ -46,12 +100,6 @@ def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[P
         Partition(order_F, division.num_experts)
         for order_F, division in zip(orders, divisions, strict=True)
     ]
-
-
-def split_needs_text(step: Split) -> bool:
-    """Whether the step looks at activations."""
-    learns = step.method == "coactivation" or (step.method == "kmeans" and step.by != "weights")
-    return learns or step.shared_experts > 0
 
 
 def planned_division(ffn: FFN, step: Split) -> Division:
@@ -104,7 +152,7 @@ def _profiles(
         if 0 <= index - first < len(profiles):
             profiles[index - first].add(h_TF)
 
-    if split_needs_text(step):
+    if step.needs_text():
         visit_activations(model, blocks_BT, visit, title="calibrate split")
     return profiles
 

@@ -3,22 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.conversion import Conversion, conversion_so_far
 from moe_tools.experts.swapped import check_swap, swap_activations
 from moe_tools.hosts.activations import FATReLU, hidden_TF
 from moe_tools.hosts.ffn import FFN, find_ffns
-from moe_tools.recipe import Swap
 from moe_tools.steps.calibrate import visit_activations
+from moe_tools.steps.rules import at_least, strictly_between_0_and_1
 from moe_tools.steps.signs import align_signs
+from moe_tools.steps.step import Step, Work
 
 ROUNDS = 14
 """Halvings of the range of each theta, each a pass over the text."""
+
+
+@dataclass(frozen=True)
+class Swap(Step):
+    """Another activation in every FFN."""
+
+    verb = "swap"
+    changes_function = True
+
+    activation: dict[str, Any]
+    """Its kind and what that takes, e.g. {kind: fatrelu, theta: 0.01}."""
+    max_error: float | None = None
+    """Chooses theta of fatrelu: in every FFN the largest at which ||y - y_theta||^2 / ||y||^2, of
+    its output y on calibration text, is at most this."""
+    align: bool = False
+    """Of drelu: first turns neurons that mostly have a negative up row, up row and down column
+    together. The model before the swap stays the same, dReLU keeps more of it."""
+    tokens: int = 8192
+    """Calibration tokens; only `max_error` and `align` need them."""
+
+    def check(self) -> None:
+        """At least one token, and an error strictly between 0 and 1."""
+        at_least(1, self, "tokens")
+        strictly_between_0_and_1(self, "max_error")
+
+    def needs_text(self) -> bool:
+        """Only where theta or signs are chosen."""
+        return self.align or self.max_error is not None
+
+    def rehearse(self, model: PreTrainedModel, donor: str) -> None:
+        """Swaps; no theta is chosen."""
+        _check(self)
+        swap_activations(model, _conversion(self, conversion_so_far(model, donor), {}))
+
+    def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
+        """Swaps; returns what `swap` measured."""
+        return swap(model, self, conversion_so_far(model, work.donor), self.text(work))
 
 
 def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) -> dict[str, Any]:
@@ -49,21 +88,6 @@ def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) ->
     own = {name: {"kind": "fatrelu", "theta": choice.theta} for name, choice in found.items()}
     swap_activations(model, _conversion(step, so_far, own))
     return {"thetas": {name: choice._asdict() for name, choice in found.items()}}
-
-
-def swap_needs_text(step: Swap) -> bool:
-    """Whether the step looks at activations."""
-    return step.align or step.max_error is not None
-
-
-def rehearse_swap(model: nn.Module, step: Swap, so_far: Conversion) -> None:
-    """`swap` without text: no theta is chosen.
-
-    Raises:
-        ValueError: as `swap`, where it does not depend on the text.
-    """
-    _check(step)
-    swap_activations(model, _conversion(step, so_far, {}))
 
 
 def _check(step: Swap) -> None:

@@ -6,17 +6,20 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
 from moe_tools.data import Batch
-from moe_tools.recipe import Train
-from moe_tools.recipe.deepspeed import CLIPPING
-from moe_tools.training.launch import Launch
+from moe_tools.steps.launch import Launch
 
+if TYPE_CHECKING:
+    from moe_tools.training.train import Train
+
+CLIPPING = 1.0
+"""Largest norm of a gradient, of every train step."""
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 """Where transformers looks for the folder."""
 

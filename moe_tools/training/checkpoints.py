@@ -14,8 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_tools import processes
 from moe_tools.names import SINGLE
+from moe_tools.steps.launch import Launch
 from moe_tools.training import zero
-from moe_tools.training.launch import Launch
 from moe_tools.training.weight_file import load_weights, save_weights
 
 TRAINER_STATE = "trainer_state.json"

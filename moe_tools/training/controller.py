@@ -15,12 +15,16 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 logger = logging.getLogger(__name__)
 
 MISSED = 0.05
 """Distance from the target that is worth a warning."""
+
+
+Drive = Literal["shift", "eta", "l1", "hoyer"]
+"""What brings the sparsity to its target."""
 
 
 class Driven(NamedTuple):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,10 +18,20 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.ffn import find_ffns
-from moe_tools.recipe import Train
+
+if TYPE_CHECKING:
+    from moe_tools.training.train import Train
 
 MARK = "lora_"
 """What PEFT's parameters are called."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters on the host's linears (arXiv 2106.09685): W + alpha / rank * B A."""
+
+    rank: int = 16
+    alpha: int = 32
 
 
 @contextmanager

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from moe_tools.recipe import Train
-from moe_tools.recipe.schedules import weight_at
+from typing import TYPE_CHECKING
+
+from moe_tools.steps.schedules import weight_at
 from moe_tools.training.controller import DRIVEN, WeightController
+
+if TYPE_CHECKING:
+    from moe_tools.training.train import Train
 
 
 class LossWeights:

@@ -2,34 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_tools import processes
-from moe_tools.checkpoint.loading import is_classifier
-from moe_tools.data import Batch, Text, token_count
+from moe_tools.data import Batch, Text, fingerprint, token_count
 from moe_tools.experts.conversion import set_mode
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.experts.experts import Mode
 from moe_tools.hosts.moe_host import unfuse_experts
-from moe_tools.hosts.zeros import gives_zeros
-from moe_tools.recipe import Train, check_step
-from moe_tools.steps.calibrate import check_sparsity
+from moe_tools.measure.flops import forward_flops
+from moe_tools.measure.memory import ModelStates
+from moe_tools.steps.launch import Launch
+from moe_tools.steps.rules import at_least, from_0_to_1, require, strictly_between_0_and_1
+from moe_tools.steps.schedules import Weight, check_stages
+from moe_tools.steps.step import Cost, Option, Setting, Step, Work
 from moe_tools.training import zero
 from moe_tools.training.arguments import tensorboard_in
 from moe_tools.training.checkpoints import check_layout, newest_checkpoint
-from moe_tools.training.controller import ZEROS, followed, warn_if_missed
-from moe_tools.training.launch import Launch
-from moe_tools.training.lora import adapters, low_rank
-from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED
+from moe_tools.training.checks import check_sharded, check_train
+from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
+from moe_tools.training.lora import Lora, low_rank
+from moe_tools.training.losses import DONOR_LOSSES, WATCHED
+from moe_tools.training.parts import only_trainable, trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
-from moe_tools.training.trim import check_trimmable
+
+
+@dataclass(frozen=True)
+class Train(Step):
+    """Gradient steps on token blocks."""
+
+    verb = "train"
+    trains = True
+    whole_model = "its gradients go through all layers at once"
+
+    tokens: int
+    """Training tokens of this step; every step goes on where the last one stopped."""
+    mode: Literal["dense"] | Mode = "dense"
+    """How scores switch experts; see `moe_tools.experts.experts.Mode`."""
+    losses: dict[str, Weight] = field(default_factory=lambda: {"lm": 1.0})
+    """Name of a loss -> its weight, a number or stages. What `drive` turns starts from there."""
+    target_sparsity: float | None = None
+    """Share of neurons off, over tokens and FFNs, that this step has to reach; under the drives
+    l1 and hoyer, of a dense model, the share that is exactly 0."""
+    drive: Drive = "shift"
+    """What brings the sparsity there; see `moe_tools.training.controller`."""
+    ramp: float = 0.6
+    """Share of the steps in which the target is reached; 0: at once."""
+    parts: Literal["all", "ffn", "routers"] = "all"
+    """What is trained; `all` and `ffn` include routers, except in hard mode."""
+    lora: Lora | None = None
+    """Trains adapters of the linears among `parts` in place of their weights, and routers as ever;
+    at the end they are merged: the folder stays a plain one."""
+    lr: float = 1e-4
+    """Peak learning rate of the host's weights, or of their adapters."""
+    router_lr: float = 1e-3
+    """Peak learning rate of the routers."""
+    batch_size: int = 4
+    """Blocks of one forward pass on one device."""
+    accumulate: int = 1
+    """Forward passes of one optimizer step."""
+    checkpointing: bool = False
+    """Computes each layer again in the backward pass: less memory, a forward pass more."""
+    warmup: float = 0.06
+    """Share of the optimizer steps."""
+    checkpoint_every: int = 100
+    """Optimizer steps, not micro-batches."""
+
+    def check(self) -> None:
+        """Ranges of every number; a drive has its target and its loss for itself."""
+        at_least(1, self, "tokens", "batch_size", "accumulate", "checkpoint_every")
+        at_least(0, self, "lr", "router_lr")
+        from_0_to_1(self, "warmup", "ramp")
+        strictly_between_0_and_1(self, "target_sparsity")
+        self._check_drive()
+        if self.lora is not None:
+            for key, value in asdict(self.lora).items():
+                require(value >= 1, self, f"lora.{key}", value, "at least 1")
+            require(self.parts != "routers", self, "lora with parts", self.parts, "all or ffn")
+        for name, weight in self.losses.items():
+            if isinstance(weight, tuple):
+                check_stages(self, f"losses.{name}", weight)
+
+    def _check_drive(self) -> None:
+        if self.drive == "shift":
+            return
+        if self.target_sparsity is None:
+            raise ValueError(f"train: drive {self.drive} needs a target_sparsity to drive to")
+        loss = DRIVEN[self.drive].loss
+        if isinstance(self.losses.get(loss), tuple):
+            raise ValueError(
+                f"train: drive {self.drive} sets the weight of {loss}: give it no stages"
+            )
+
+    def takes(self, option: Option) -> bool:
+        """Tokens, and the sparsity of a step that has one."""
+        return option == "tokens" or (
+            option == "target_sparsity" and self.target_sparsity is not None
+        )
+
+    def control(self) -> Self | None:
+        """The language loss alone, on the same parts of a dense model; never routers alone."""
+        if self.parts == "routers":
+            return None
+        dense = Train(self.tokens)
+        kept = {name: getattr(dense, name) for name in OF_ROUTERS}
+        return replace(self, **kept)
+
+    def needs_donor(self) -> bool:
+        """Whether a loss compares with the model from before."""
+        return bool(set(self.losses) & set(DONOR_LOSSES))
+
+    def rehearse(self, model: PreTrainedModel, donor: str) -> None:
+        """Checks that the model can take the step."""
+        check_train(model, self, donor=model)
+
+    def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
+        """Trains; returns what `train` measured, and a fingerprint of the text."""
+        text = work.training()
+        donor = work.teacher() if self.needs_donor() else None
+        measured = train(
+            model, self, text, work.folder, donor=donor, seed=work.seed, launch=work.launch
+        )
+        return {**measured, "data": fingerprint(text)}
+
+    def cost(self, model: PreTrainedModel, setting: Setting) -> Cost:
+        """Steps, FLOPs and memory; a text to classify counts as a whole block, however short."""
+        trained = [one for group in trainable_parts(model, self) for one in group["params"]]
+        taught = self.needs_donor()
+        passes = 3 + taught + self.checkpointing  # a teacher's, or recomputing: a pass more
+        blocks = self.tokens // setting.block_length
+        together = self.batch_size * self.accumulate * setting.processes
+        teacher = setting.teacher_bytes if taught else 0
+        return Cost(
+            optimizer_steps=max(1, blocks // together),
+            trained=sum(one.numel() for one in trained),
+            flops=passes * self.tokens * forward_flops(model, setting.block_length),
+            states=ModelStates.of(model.parameters(), trained, teacher),
+        )
+
+
+OF_ROUTERS = ("mode", "losses", "target_sparsity", "drive", "ramp", "router_lr")
+"""Fields that concern routers and sparsity alone: the dense control has their defaults."""
 
 
 def train(
@@ -108,115 +225,3 @@ def whole_batches(text: Text, step: Train) -> list[Batch]:
             f"{step.accumulate} of each process: give more text or start fewer processes"
         )
     return list(text[: whole // needed * needed] if whole >= needed else text)
-
-
-def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
-    """Optimizer groups: the host's weights and the routers, each with its learning rate."""
-    routed = expert_ffns(model)
-    routers = [p for ffn in routed for p in ffn.router.parameters()]
-    if step.lora is not None:
-        host = adapters(model)
-    elif step.parts == "all":
-        known = {id(p) for p in routers}
-        host = [p for p in model.parameters() if id(p) not in known]
-    elif step.parts == "ffn":
-        host = _ffn_parameters(model)
-    else:
-        host = []
-    groups = [{"params": host, "lr": step.lr}] if host else []
-    if routers and step.mode in ("soft", "straight"):
-        groups.append({"params": routers, "lr": step.router_lr})
-    return groups
-
-
-def _ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
-    routed = expert_ffns(model)
-    if not routed:
-        parts = [ffn.part(path) for ffn in find_ffns(model) for path in ffn.layout.parts()]
-        return list({id(p): p for part in parts for p in part.parameters()}.values())
-    routers = {id(p) for ffn in routed for p in ffn.router.parameters()}
-    return [p for ffn in routed for p in ffn.parameters() if id(p) not in routers]
-
-
-def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -> None:
-    """Whether a model can take a train step; changes nothing.
-
-    Raises:
-        ValueError: neither a causal language model nor a classifier, or a mode, loss or target
-            that it cannot have.
-    """
-    check_step(step)
-    name = type(model).__name__
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_classifier(model):
-        raise ValueError(
-            f"{name} is neither a causal language model nor a classifier: this version trains only "
-            "those; `split`, `attach`, `fit` and `budget` work on every family"
-        )
-    routed = bool(expert_ffns(model))
-    for name in step.losses:
-        if name not in LOGIT_LOSSES:
-            _ = LOSSES[name]
-        if name in DONOR_LOSSES and donor is None:
-            raise ValueError(f"loss {name} needs the donor, and none is given")
-        if name in ("efficiency", "separability") and not routed:
-            raise ValueError(f"loss {name} needs routers: put `attach` before this train step")
-    if (step.mode != "dense") != routed:
-        state = "routed" if routed else "dense"
-        raise ValueError(f"train mode {step.mode} does not fit a {state} model")
-    if step.drive in ZEROS:
-        check_zeros(model, step.drive)
-    elif step.target_sparsity is not None:
-        if not routed:
-            raise ValueError(
-                "target_sparsity needs routers: put `attach` before this train step, or drive the "
-                "zeros of a dense ReLU model (drive: l1)"
-            )
-        check_trimmable(model)
-        check_sparsity(expert_ffns(model), step.target_sparsity)
-    if step.parts == "routers" and step.mode not in ("soft", "straight"):
-        raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
-
-
-def check_sharded(model: nn.Module, launch: Launch) -> None:
-    """Whether a model can be trained where weights are sharded.
-
-    Raises:
-        ValueError: ZeRO-3, and a router that reads weights which are elsewhere when it scores.
-    """
-    if launch.zero_stage != 3:
-        return
-    for ffn in expert_ffns(model):
-        if ffn.router.reads_rows:
-            raise ValueError(
-                f"{ffn.name}: its router reads the rows of the FFN, which ZeRO-3 shards: use zero2"
-            )
-
-
-def check_zeros(model: nn.Module, drive: str) -> None:
-    """Whether the exact zeros of a model can be driven.
-
-    Raises:
-        ValueError: a routed model, or an activation that is never exactly 0.
-    """
-    if expert_ffns(model):
-        raise ValueError(f"drive {drive} counts the zeros of a dense model: put it before `attach`")
-    for ffn in find_ffns(model):
-        if not gives_zeros(ffn.act):
-            raise ValueError(
-                f"drive {drive} counts exact zeros, but {type(ffn.act).__name__} of {ffn.name} has "
-                "none: put `swap: {activation: {kind: relu}}` before this train step"
-            )
-
-
-@contextmanager
-def only_trainable(model: nn.Module, groups: list[dict[str, Any]]) -> Iterator[None]:
-    """Gradients only where something is trained; every flag is put back, by name."""
-    wanted = {id(p) for group in groups for p in group["params"]}
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    for param in model.parameters():
-        param.requires_grad_(id(param) in wanted)
-    try:
-        yield
-    finally:
-        for name, flag in flags.items():
-            model.get_parameter(name).requires_grad_(flag)

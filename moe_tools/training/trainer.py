@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,12 @@ from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.zeros import zero_share
 from moe_tools.names import IGNORE
-from moe_tools.recipe import Train
-from moe_tools.recipe.schedules import warmup_cosine
+from moe_tools.steps.launch import Launch
+from moe_tools.steps.schedules import warmup_cosine
 from moe_tools.training import zero
 from moe_tools.training.arguments import Batches, only, training_arguments
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
-from moe_tools.training.launch import Launch
 from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
@@ -36,6 +35,9 @@ from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
 from moe_tools.training.trim import add_, sample_logits, shift_routers
 from moe_tools.training.watch import Kind, watch_ffns
+
+if TYPE_CHECKING:
+    from moe_tools.training.train import Train
 
 logger = logging.getLogger(__name__)
 

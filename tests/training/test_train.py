@@ -20,8 +20,8 @@ from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import find_ffns, host_state_dict
 from moe_tools.recipe import Attach, Stage, Swap, Train
 from moe_tools.steps.attach import attach
+from moe_tools.steps.launch import Launch
 from moe_tools.steps.swap import swap
-from moe_tools.training.launch import Launch
 from moe_tools.training.losses import Observed, efficiency, separability
 from moe_tools.training.train import newest_checkpoint, train, trainable_parts
 from tests.families import EXPERT_SIZE, EXPERTS, SPLIT, build, is_router, logits, randomize, routed

@@ -22,7 +22,7 @@ from moe_tools import processes
 from moe_tools.cli.main import main
 from moe_tools.recipe import Lora, Recipe
 from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
-from moe_tools.training.launch import Launch
+from moe_tools.steps.launch import Launch
 from moe_tools.training.train import train
 from tests.training.test_train import DENSE, HARD, SOFT, converted, text
 

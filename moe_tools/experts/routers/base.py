@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,21 @@ from torch import Tensor, nn
 from moe_tools.experts.importance import Importance
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.projections import Projections
+
+Start = Literal["regression", "open"]
+"""How a router that can be fitted in closed form begins: fitted, or with every expert on."""
+
+
+class Starter(ABC):
+    """Watches a dense FFN on calibration text, then starts the router that was made from it."""
+
+    @abstractmethod
+    def add(self, x_TD: Tensor, h_TF: Tensor) -> None:
+        """Sees the input and the hidden activations of one batch."""
+
+    @abstractmethod
+    def apply(self, router: Router) -> None:
+        """Starts the router, whose class made this starter."""
 
 
 class Router(nn.Module, ABC):
@@ -31,6 +47,19 @@ class Router(nn.Module, ABC):
         Raises:
             TypeError: an option that this kind does not take.
         """
+
+    @classmethod
+    def starter(cls, start: Start, sparsity: float) -> Callable[[Importance], Starter] | None:
+        """What starts a router of this kind from activations; None: it is complete as it is built.
+
+        Args:
+            start: see `Start`; kinds that are started in one way only do not ask.
+            sparsity: share of the experts that are off after a start by regression.
+
+        Returns:
+            A function that makes the starter of one FFN from the importance of its experts.
+        """
+        return None
 
     @abstractmethod
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -80,6 +109,19 @@ class LearnedRouter(Router):
     def prepare(self, target_TR: Tensor) -> None:
         """Sees all targets once, in `target_dtype` and maybe on disk, before the training."""
         del target_TR
+
+
+class LinearFP32(nn.Linear):
+    """A linear that computes in fp32 whatever the dtype of its weight.
+
+    Casting a model to bf16 or fp16, as DeepSpeed does, then rounds a router's weights and not its
+    arithmetic.
+    """
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, outputs) in fp32."""
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x_TD.float(), self.weight.float(), bias)
 
 
 def matrix_flops(*matrices: Tensor) -> int:

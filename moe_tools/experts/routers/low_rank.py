@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import in_fp32, matrix_flops
+from moe_tools.experts.routers.base import LinearFP32, in_fp32, matrix_flops
 from moe_tools.experts.routers.labels import LabelRouter
 from moe_tools.hosts.ffn import FFN
 
@@ -59,8 +59,8 @@ class LowRankRouter(LabelRouter):
                 f"a low-rank router needs a positive_weight above 0, not {positive_weight}"
             )
         self.zero_below, self.positive_weight = zero_below, positive_weight
-        self.first = nn.Linear(width, rank, bias=False)
-        self.second = nn.Linear(rank, routed, bias=bias)
+        self.first = LinearFP32(width, rank, bias=False)
+        self.second = LinearFP32(rank, routed, bias=bias)
 
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
@@ -70,7 +70,7 @@ class LowRankRouter(LabelRouter):
     def logits_TR(self, x_TD: Tensor) -> Tensor:
         """Scores before the sigmoid."""
         with in_fp32(x_TD):
-            return self.second(torch.relu(self.first(x_TD.float())))
+            return self.second(torch.relu(self.first(x_TD)))
 
     def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:
         """Whether the expert is non-zero."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import in_fp32, matrix_flops
+from moe_tools.experts.routers.base import LinearFP32, in_fp32, matrix_flops
 from moe_tools.experts.routers.labels import LabelRouter
 from moe_tools.experts.routers.rows import mean_rows_RD
 from moe_tools.hosts.ffn import FFN
@@ -22,8 +22,8 @@ class MLPRouter(LabelRouter):
 
     def __init__(self, width: int, routed: int) -> None:
         super().__init__()
-        self.first = nn.Linear(width, routed, bias=False)
-        self.second = nn.Linear(routed, routed, bias=False)
+        self.first = LinearFP32(width, routed, bias=False)
+        self.second = LinearFP32(routed, routed, bias=False)
 
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:

@@ -1,15 +1,19 @@
 """Routers that run neurons of the FFN itself.
 
-Letters: T tokens, D model width, F neurons, R experts that are routed.
+Letters: T tokens, D model width, F neurons, R experts that are routed, N neurons of one expert, X
+dimensions of a sketch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import RowReader
+from moe_tools.experts.profiles import Sketch, marks_TF
+from moe_tools.experts.routers.base import Router, RowReader, Start, Starter
 from moe_tools.hosts.ffn import FFN
 
 
@@ -29,6 +33,11 @@ class RepresentativeRouter(RowReader):
         first_E[0] = 0
         self.register_buffer("neurons", first_E[importance.shared :])
 
+    @classmethod
+    def starter(cls, start: Start, sparsity: float) -> Callable[[Importance], Starter] | None:
+        """Calibration text names the neurons, however other kinds start."""
+        return Representatives
+
     def represent(self, neurons_R: Tensor) -> None:
         """Names the neuron of each expert."""
         self.neurons.copy_(neurons_R)
@@ -40,6 +49,34 @@ class RepresentativeRouter(RowReader):
     def flops(self) -> int:
         """The rows of these neurons; a kernel runs no others to score."""
         return 2 * len(self.neurons) * self.projections.weights().row_numbers
+
+
+class Representatives(Starter):
+    """Finds the neuron of each expert whose marks are nearest to the expert's mean (CMoE)."""
+
+    def __init__(self, importance: Importance) -> None:
+        self.importance = importance
+        neurons, device = importance.division.neurons, importance.down_FD.device
+        self.marks = Sketch(neurons, device, seed=0)
+
+    def add(self, x_TD: Tensor, h_TF: Tensor) -> None:
+        """Sketches which tokens mark each neuron."""
+        self.marks.add(marks_TF(h_TF))
+
+    def apply(self, router: Router) -> None:
+        """Names the neurons."""
+        assert isinstance(router, RepresentativeRouter)
+        router.represent(representatives_R(self.marks.rows(), self.importance))
+
+
+def representatives_R(rows_FX: Tensor, importance: Importance) -> Tensor:
+    """The neuron of each routed expert whose row is nearest to the mean row of the expert."""
+    chosen, start = [], 0
+    for size in importance.division.sizes:
+        rows_NX = rows_FX[start : start + size]
+        chosen.append(start + int((rows_NX - rows_NX.mean(0)).norm(dim=1).argmin()))
+        start += size
+    return torch.tensor(chosen[importance.shared :], device=rows_FX.device)
 
 
 class OracleRouter(RowReader):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import LearnedRouter, in_fp32, matrix_flops
+from moe_tools.experts.routers.base import LearnedRouter, LinearFP32, in_fp32, matrix_flops
 from moe_tools.hosts.ffn import FFN
 
 
@@ -25,8 +25,8 @@ class NormRouter(LearnedRouter):
         super().__init__()
         if hidden < 1:
             raise ValueError(f"a norm router needs hidden >= 1, not {hidden}")
-        self.first = nn.Linear(width, hidden)
-        self.second = nn.Linear(hidden, routed)
+        self.first = LinearFP32(width, hidden)
+        self.second = LinearFP32(hidden, routed)
         self.register_buffer("scale", torch.ones(()))
 
     @classmethod
@@ -56,5 +56,5 @@ class NormRouter(LearnedRouter):
 
     def _multiples_TR(self, x_TD: Tensor) -> Tensor:
         with in_fp32(x_TD):
-            hidden = nn.functional.gelu(self.first(x_TD.float()))
+            hidden = nn.functional.gelu(self.first(x_TD))
             return self.second(hidden).abs()

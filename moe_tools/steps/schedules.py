@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from moe_tools.recipe import Weight
+from moe_tools.steps.rules import require
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a train step, and the weight that a loss has at its end."""
+
+    until: float
+    """Where it ends, in any unit, e.g. thousands of steps: the last stage ends with the step."""
+    weight: float
+    curve: Literal["sine", "constant"] = "sine"
+    """From the weight of the stage before along half a sine (ProSparse, arXiv 2402.13516), or the
+    stage's own weight from its first step. The first stage is constant."""
+
+
+Weight = float | tuple[Stage, ...]
+"""The weight of a loss: the same in every optimizer step, or led through stages."""
+
+
+def check_stages(step: Any, key: str, stages: Sequence[Stage]) -> None:
+    """Requires ends that rise from above 0, and weights of 0 or more."""
+    ends = [0.0, *(stage.until for stage in stages)]
+    rising = all(before < after for before, after in itertools.pairwise(ends))
+    known = rising and 0 < ends[-1] < math.inf
+    require(known, step, f"until of {key}", ends[1:], "rising numbers above 0, at least one")
+    for i, stage in enumerate(stages):
+        valid = 0 <= stage.weight < math.inf
+        require(valid, step, f"{key}[{i}].weight", stage.weight, "0 or more, and finite")
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:

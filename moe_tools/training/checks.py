@@ -1,0 +1,92 @@
+"""Whether a model can take a train step; nothing here changes the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moe_tools.checkpoint.loading import is_classifier
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.zeros import gives_zeros
+from moe_tools.steps.calibrate import check_sparsity
+from moe_tools.steps.launch import Launch
+from moe_tools.training.controller import ZEROS
+from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES
+from moe_tools.training.trim import check_trimmable
+
+if TYPE_CHECKING:
+    from moe_tools.training.train import Train
+
+
+def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -> None:
+    """Whether a model can take a train step; changes nothing.
+
+    Raises:
+        ValueError: neither a causal language model nor a classifier, or a mode, loss or target
+            that it cannot have.
+    """
+    step.check()
+    name = type(model).__name__
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_classifier(model):
+        raise ValueError(
+            f"{name} is neither a causal language model nor a classifier: this version trains only "
+            "those; `split`, `attach`, `fit` and `budget` work on every family"
+        )
+    routed = bool(expert_ffns(model))
+    for name in step.losses:
+        if name not in LOGIT_LOSSES:
+            _ = LOSSES[name]
+        if name in DONOR_LOSSES and donor is None:
+            raise ValueError(f"loss {name} needs the donor, and none is given")
+        if name in ("efficiency", "separability") and not routed:
+            raise ValueError(f"loss {name} needs routers: put `attach` before this train step")
+    if (step.mode != "dense") != routed:
+        state = "routed" if routed else "dense"
+        raise ValueError(f"train mode {step.mode} does not fit a {state} model")
+    if step.drive in ZEROS:
+        check_zeros(model, step.drive)
+    elif step.target_sparsity is not None:
+        if not routed:
+            raise ValueError(
+                "target_sparsity needs routers: put `attach` before this train step, or drive the "
+                "zeros of a dense ReLU model (drive: l1)"
+            )
+        check_trimmable(model)
+        check_sparsity(expert_ffns(model), step.target_sparsity)
+    if step.parts == "routers" and step.mode not in ("soft", "straight"):
+        raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
+
+
+def check_sharded(model: nn.Module, launch: Launch) -> None:
+    """Whether a model can be trained where weights are sharded.
+
+    Raises:
+        ValueError: ZeRO-3, and a router that reads weights which are elsewhere when it scores.
+    """
+    if launch.zero_stage != 3:
+        return
+    for ffn in expert_ffns(model):
+        if ffn.router.reads_rows:
+            raise ValueError(
+                f"{ffn.name}: its router reads the rows of the FFN, which ZeRO-3 shards: use zero2"
+            )
+
+
+def check_zeros(model: nn.Module, drive: str) -> None:
+    """Whether the exact zeros of a model can be driven.
+
+    Raises:
+        ValueError: a routed model, or an activation that is never exactly 0.
+    """
+    if expert_ffns(model):
+        raise ValueError(f"drive {drive} counts the zeros of a dense model: put it before `attach`")
+    for ffn in find_ffns(model):
+        if not gives_zeros(ffn.act):
+            raise ValueError(
+                f"drive {drive} counts exact zeros, but {type(ffn.act).__name__} of {ffn.name} has "
+                "none: put `swap: {activation: {kind: relu}}` before this train step"
+            )
