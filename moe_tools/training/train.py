@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from moe_tools import processes
 from moe_tools.data import Batch, Text, fingerprint, token_count
 from moe_tools.experts.conversion import set_mode
-from moe_tools.experts.experts import Mode
 from moe_tools.hosts.moe_host import unfuse_experts
 from moe_tools.measure.flops import forward_flops
 from moe_tools.measure.memory import ModelStates
@@ -41,7 +40,7 @@ class Train(Step):
 
     tokens: int
     """Training tokens of this step; every step goes on where the last one stopped."""
-    mode: Literal["dense"] | Mode = "dense"
+    mode: Literal["dense", "soft", "straight", "hard"] = "dense"
     """How scores switch experts; see `moe_tools.experts.experts.Mode`."""
     losses: dict[str, Weight] = field(default_factory=lambda: {"lm": 1.0})
     """Name of a loss -> its weight, a number or stages. What `drive` turns starts from there."""

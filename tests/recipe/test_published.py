@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moe_tools.recipe import Train, read_recipe, recipe_path
-from moe_tools.recipe.schedules import weight_at
-from moe_tools.steps.published import CONTEXT, PROSPARSE, l1_stages, l1_weight
+from moe_tools.steps.schedules import weight_at
 from moe_tools.training.losses import Observed, l1
+from tests.prosparse_schedules import CONTEXT, PROSPARSE, l1_stages, l1_weight
 
 ACCUMULATED = {
     "1b": [49.15, 73.73, 98.30, 122.88, 172.03],

@@ -15,10 +15,10 @@ from transformers import set_seed
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Step, Swap, Train
+from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Swap, Train
 from moe_tools.runs import stream as streaming
 from moe_tools.runs.stream import Streamed, check_streams, is_large
-from moe_tools.runs.verbs import Calibrating, apply_step, needs_text
+from moe_tools.steps.step import Step, Work
 from tests.families import FAMILIES, build, logits
 
 BLOCKS_BT = torch.randint(3, 64, (9, 16), generator=torch.Generator().manual_seed(2))
@@ -40,6 +40,13 @@ def donors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def lend(folder: Path, donor: str) -> Work:
+    """What a run gives a step that calibrates."""
+    return Work(
+        folder, donor, SEED, lambda _: BLOCKS_BT, lambda: pytest.fail(), lambda: pytest.fail()
+    )
+
+
 @dataclass(frozen=True)
 class Chain:
     """The same steps on the same donor, in memory and layer by layer."""
@@ -48,19 +55,19 @@ class Chain:
     out: Path
     dtype: torch.dtype = torch.float32
 
-    def whole(self, *steps: Calibrating) -> tuple[Path, list[dict[str, Any]]]:
+    def whole(self, *steps: Step) -> tuple[Path, list[dict[str, Any]]]:
         folder, measured = self.donor, []
         for index, step in enumerate(steps):
             set_seed(SEED)
             model = load(folder, dtype=self.dtype)
             work = self.out / f"whole-{index}.work"
-            found = apply_step(model, step, BLOCKS_BT, work, donor=str(self.donor), seed=SEED)
+            found = step.apply(model, lend(work, str(self.donor)))
             folder = self.out / f"whole-{index}"
             save(model, folder)
             measured.append(found)
         return folder, measured
 
-    def streamed(self, *steps: Calibrating) -> tuple[Path, list[dict[str, Any]]]:
+    def streamed(self, *steps: Step) -> tuple[Path, list[dict[str, Any]]]:
         folder, measured = self.donor, []
         for index, step in enumerate(steps):
             set_seed(SEED)
@@ -70,12 +77,12 @@ class Chain:
             one.save(folder, None)
         return folder, measured
 
-    def one(self, step: Calibrating, source: Path, index: int) -> Streamed:
+    def one(self, step: Step, source: Path, index: int) -> Streamed:
         return Streamed(
             str(source),
             self.out / f"streamed-{index}.work",
             step,
-            BLOCKS_BT if needs_text(step) else None,
+            BLOCKS_BT if step.needs_text() else None,
             donor=str(self.donor),
             seed=SEED,
             dtype=self.dtype,
@@ -91,7 +98,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(chain: Chain, *steps: Calibrating) -> Path:
+def assert_same(chain: Chain, *steps: Step) -> Path:
     """The same tensors and figures, and the same files but for the shards."""
     (whole, measured), (streamed, also) = chain.whole(*steps), chain.streamed(*steps)
     a, b = tensors(whole), tensors(streamed)
@@ -116,7 +123,7 @@ def test_with_activations(name: str, donors: Path, tmp_path: Path) -> None:
     assert_same(Chain(donors / name, tmp_path), ACTIVATIONS, Attach())
 
 
-CHAINS: dict[str, tuple[Calibrating, ...]] = {
+CHAINS: dict[str, tuple[Step, ...]] = {
     "a theta for each FFN": (RELU, Swap({"kind": "fatrelu"}, max_error=0.3), WEIGHTS, Attach()),
     "an activation that no stock class knows": (Swap({"kind": "drelu"}), WEIGHTS),
     "routers that start at random": (Split(10, method="random"), NORM),
@@ -139,7 +146,7 @@ def test_in_bf16(donors: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [NORM, replace(ACTIVATIONS, shared_experts=0)])
 def test_a_killed_step_goes_on_at_the_layer_where_it_stopped(
-    step: Calibrating, donors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: Step, donors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The layer before is not done again, and random numbers go on where they were."""
     source, _ = Chain(donors / "llama", tmp_path / "source").whole(WEIGHTS)
@@ -148,13 +155,15 @@ def test_a_killed_step_goes_on_at_the_layer_where_it_stopped(
     whole, stopped = Chain(source, tmp_path / "a"), Chain(source, tmp_path / "b")
     done: list[str] = []
 
-    def die_in_the_second(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    apply = type(step).apply
+
+    def die_in_the_second(self: Any, model: Any, work: Work) -> dict[str, Any]:
         if done:
             raise KeyboardInterrupt
         done.append(model.layer_path)
-        return apply_step(model, *args, **kwargs)
+        return apply(self, model, work)
 
-    monkeypatch.setattr(streaming, "apply_step", die_in_the_second)
+    monkeypatch.setattr(type(step), "apply", die_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         stopped.streamed(step)
     first = tmp_path / "b" / "streamed-0.work" / "0.safetensors"

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.experts.conversion import read_conversion
+from moe_tools.experts.conversion import read_conversion, write_conversion
 from moe_tools.experts.division import Division
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import ROUTERS, RepresentativeRouter
+from moe_tools.experts.routers.neurons import representatives_R
+from moe_tools.experts.routers.sigmoid import RIDGE, SPREAD
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Attach
-from moe_tools.steps.attach import RIDGE, SPREAD, attach, rehearse_attach, representatives_R
+from moe_tools.steps.attach import attach
 from tests.families import (
     EXPERT_SIZE,
     EXPERTS,
@@ -296,9 +298,11 @@ def test_shares_of_negative_scores_are_refused(kind: str) -> None:
     }
     step = Attach("similarity", selector=selector[kind])
     message = rf"^router similarity scores below 0, which selector {kind} cannot compare: use topk"
-    for verb in (attach, lambda model, step, split, _: rehearse_attach(model, step, split)):
-        with pytest.raises(ValueError, match=message):
-            verb(model, step, SPLIT, text())
+    write_conversion(model, SPLIT)
+    with pytest.raises(ValueError, match=message):
+        attach(model, step, SPLIT, text())
+    with pytest.raises(ValueError, match=message):
+        step.rehearse(model, "donor")
     assert not expert_ffns(model)
 
 
@@ -314,5 +318,6 @@ def test_the_config_says_what_is_shared_and_how_the_router_is_made() -> None:
 
 def test_a_rehearsal_reads_no_text() -> None:
     model = build("llama")
-    rehearse_attach(model, Attach("representative", selector=HALF, when_off="mean"), SPLIT)
+    write_conversion(model, SPLIT)
+    Attach("representative", selector=HALF, when_off="mean").rehearse(model, "donor")
     assert len(expert_ffns(model)) == 2

@@ -13,7 +13,7 @@ from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Swap
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.signs import align_signs
-from moe_tools.steps.swap import rehearse_swap, swap
+from moe_tools.steps.swap import swap
 from tests.families import build, logits
 
 DONOR = Conversion("donor")
@@ -69,7 +69,7 @@ def test_an_aligned_swap_loses_less_than_a_plain_one() -> None:
 def test_a_rehearsal_turns_nothing() -> None:
     model, other = build("llama"), build("llama")
     other.load_state_dict(model.state_dict())
-    rehearse_swap(model, ALIGNED, DONOR)
+    ALIGNED.rehearse(model, "donor")
     swap(other, Swap({"kind": "drelu"}), DONOR, text())
     assert torch.equal(logits(model), logits(other))
 
@@ -86,7 +86,7 @@ def test_a_mistake_changes_nothing(family: str, step: Swap, message: str) -> Non
     before = logits(model)
     for verb in (
         lambda: swap(model, step, DONOR, text()),
-        lambda: rehearse_swap(model, step, DONOR),
+        lambda: step.rehearse(model, "donor"),
     ):
         with pytest.raises(ValueError, match=message):
             verb()

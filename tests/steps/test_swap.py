@@ -16,7 +16,7 @@ from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Split, Swap
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.split import split
-from moe_tools.steps.swap import ROUNDS, calibrate_thetas, rehearse_swap, swap
+from moe_tools.steps.swap import ROUNDS, calibrate_thetas, swap
 from tests.families import build, logits
 
 DONOR = Conversion("donor")
@@ -64,11 +64,11 @@ def test_a_swap_adds_to_what_was_done_before() -> None:
 def test_a_rehearsal_swaps_without_text() -> None:
     model, other = build("llama"), build("llama")
     other.load_state_dict(model.state_dict())
-    rehearse_swap(other, RELU, DONOR)
+    RELU.rehearse(other, "donor")
     swap(model, RELU, DONOR, text())
     assert torch.equal(logits(model), logits(other))
     assert read_conversion(model) == read_conversion(other)
-    rehearse_swap(other, CALIBRATED, DONOR)  # chooses no theta
+    CALIBRATED.rehearse(other, "donor")  # chooses no theta
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "opt", "mixtral", "qwen2_moe"])
@@ -183,5 +183,5 @@ def test_a_mistake_changes_nothing(step: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         swap(model, step, DONOR, text())
     with pytest.raises(ValueError, match=message):
-        rehearse_swap(model, step, DONOR)
+        step.rehearse(model, "donor")
     assert torch.equal(logits(model), before)

@@ -17,7 +17,8 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.recipe import Train
 from moe_tools.steps.launch import Launch
 from moe_tools.training import checkpoints
-from moe_tools.training.train import newest_checkpoint, train
+from moe_tools.training.checkpoints import newest_checkpoint
+from moe_tools.training.train import train
 from tests.families import is_router
 from tests.training.test_train import SOFT, Killed, converted, equal, kill_at, text
 

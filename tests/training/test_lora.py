@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_tools.recipe import Lora, parse_recipe
-from moe_tools.training.train import newest_checkpoint, train
+from moe_tools.training.checkpoints import newest_checkpoint
+from moe_tools.training.train import train
 from tests.families import build, is_router, logits
 from tests.training.test_train import (
     DENSE,

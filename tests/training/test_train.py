@@ -22,8 +22,10 @@ from moe_tools.recipe import Attach, Stage, Swap, Train
 from moe_tools.steps.attach import attach
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.swap import swap
+from moe_tools.training.checkpoints import newest_checkpoint
 from moe_tools.training.losses import Observed, efficiency, separability
-from moe_tools.training.train import newest_checkpoint, train, trainable_parts
+from moe_tools.training.parts import trainable_parts
+from moe_tools.training.train import train
 from tests.families import EXPERT_SIZE, EXPERTS, SPLIT, build, is_router, logits, randomize, routed
 
 LENGTH = 16
