@@ -167,8 +167,10 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     """Gives every routed FFN a mode.
 
     Raises:
-        ValueError: the model is dense.
+        ValueError: the model is dense, or there is no such mode.
     """
+    if mode not in get_args(Mode):
+        raise unknown("mode", mode, get_args(Mode))
     ffns = expert_ffns(model)
     if not ffns:
         raise ValueError(f"{type(model).__name__} is dense: it has no routing mode to set")
@@ -186,7 +188,7 @@ def set_selectors(model: nn.Module, selectors: Sequence[Selector]) -> None:
     ffns = expert_ffns(model)
     if not ffns:
         raise ValueError(f"{type(model).__name__} is dense: it has no selector to set")
-    for ffn, selector in zip(ffns, selectors, strict=True):
+    for ffn, selector in list(zip(ffns, selectors, strict=True)):  # all of them, or none
         ffn.selector = selector
     update_config(model)
 

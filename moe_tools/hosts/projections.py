@@ -127,9 +127,10 @@ def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: T
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear computes with the numbers of its weight: no adapter, not quantised."""
-    if not isinstance(linear, nn.Linear | Conv1D):
+    if type(linear) not in (nn.Linear, Conv1D):  # a subclass may compute something else
         return False
-    return type(linear.weight) is nn.Parameter
+    weight = linear.weight
+    return type(weight) is nn.Parameter and weight.dtype in COMPUTED
 
 
 def _computed_rows(module: nn.Module) -> Tensor:

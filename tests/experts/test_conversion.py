@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import (
     FORMAT,
     Conversion,
@@ -17,8 +20,8 @@ from moe_tools.experts.conversion import (
     set_selectors,
     write_conversion,
 )
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.selectors import Threshold, TopK
+from moe_tools.experts.experts import Mode, expert_ffns
+from moe_tools.experts.selectors import Everything, Threshold, TopK
 from tests.families import THRESHOLD, build, logits, randomize, routed
 
 BLOCK = THRESHOLD.to_dict()
@@ -212,3 +215,44 @@ def test_as_many_selectors_as_ffns() -> None:
 def test_a_dense_model_has_no_selector() -> None:
     with pytest.raises(ValueError, match=r"^LlamaForCausalLM is dense: it has no selector to set"):
         set_selectors(build("llama"), [])
+
+
+# --- the FFNs are the truth
+
+
+def test_a_selector_that_an_ffn_was_given_is_saved(tmp_path: Path) -> None:
+    model, (first, *rest) = routed(build("llama"))
+    first.selector = TopK(2)
+    save(model, tmp_path / "model")
+    again = expert_ffns(load(tmp_path / "model"))
+    assert again[0].selector == TopK(2)
+    assert [ffn.selector for ffn in again[1:]] == [ffn.selector for ffn in rest]
+
+
+@pytest.mark.parametrize("mode", ["soft", "straight", "hard"])
+def test_a_mode_that_every_ffn_was_given_is_saved(mode: Mode, tmp_path: Path) -> None:
+    model, ffns = routed(build("llama"))
+    for ffn in ffns:
+        ffn.mode = mode
+    save(model, tmp_path / "model")
+    assert {ffn.mode for ffn in expert_ffns(load(tmp_path / "model"))} == {mode}
+
+
+def test_save_pretrained_saves_them_too(tmp_path: Path) -> None:
+    model, ffns = routed(build("llama"))
+    for ffn in ffns:
+        ffn.selector, ffn.mode = TopK(3), "soft"
+    model.save_pretrained(tmp_path / "model")
+    found = expert_ffns(load(tmp_path / "model"))
+    assert {(ffn.selector, ffn.mode) for ffn in found} == {(TopK(3), "soft")}
+
+
+def test_what_no_config_can_say_is_refused(tmp_path: Path) -> None:
+    model, ffns = routed(build("llama"))
+    ffns[0].mode = "soft"
+    with pytest.raises(ValueError, match=r"^the FFNs are in several modes \(.* is soft, .* hard\)"):
+        save(model, tmp_path / "model")
+    ffns[0].mode, ffns[0].selector = "hard", Everything()
+    with pytest.raises(ValueError, match=r"^a config cannot hold the selector Everything: "):
+        save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -253,3 +253,18 @@ def test_shared_experts_weigh_one_in_every_mode(family: str, mode: str) -> None:
         alone_TF = ffn.hidden(x_TD)
         alone_TF[..., 16:] = 0
         assert torch.equal(ffn(x_TD), ffn.projections.project_TD(alone_TF))
+
+
+@every_off
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_off_stays_off_whatever_it_is(conversion: Conversion, value: float) -> None:
+    """A product with a mask of zeros would be NaN; kernels skip the neuron, and so does eager."""
+    ffn = make(conversion=conversion)
+    x_TD = torch.randn(5, 16)
+    h_TF, routing = ffn.hidden(x_TD).detach().requires_grad_(), ffn.route(x_TD)
+    off_TF = ~per_neuron(routing.mask_TE)
+    assert off_TF.any() and not off_TF.all()
+    switched_TF = ffn.switch(torch.where(off_TF, value, h_TF), routing)
+    assert torch.equal(switched_TF, ffn.switch(h_TF, routing))
+    (grad_TF,) = torch.autograd.grad(switched_TF.sum(), h_TF)
+    assert torch.equal(grad_TF, (~off_TF).float())

@@ -368,3 +368,51 @@ def test_a_shared_expert_scores_one_and_runs() -> None:
     assert not torch.equal(logits(model), expected)
     force_on(model)
     assert torch.equal(logits(model), expected)
+
+
+# --- dtypes
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_cast_model_scores_in_fp32_with_rounded_weights(
+    kind: str, dtype: torch.dtype, family: str
+) -> None:
+    """`model.to(bf16)`, as DeepSpeed does it, rounds what is stored and not what is computed."""
+    _, ffn = shaken(kind, family)
+    x_TD = torch.randn(7, 16).to(dtype)
+    rounded = copy.deepcopy(ffn)
+    for tensor in (*rounded.parameters(), *rounded.buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+    expected_TR = rounded.router(x_TD.float())
+    scores_TR = ffn.to(dtype).router(x_TD)
+    assert scores_TR.dtype == torch.float32
+    # a router that reads the host's rows computes them as the host does, in the host's dtype
+    error = 0.1 if ffn.router.reads_rows else 1e-5
+    torch.testing.assert_close(scores_TR, expected_TR, rtol=error, atol=error)
+    assert torch.isfinite(ffn(x_TD)).all()
+
+
+@every_kind
+@torch.no_grad()
+def test_autocast_changes_no_score(kind: str) -> None:
+    _, ffn = shaken(kind)
+    x_TD = torch.randn(7, 16)
+    expected_TR = ffn.router(x_TD)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores_TR = ffn.router(x_TD)
+    error = 0.1 if ffn.router.reads_rows else 0.0
+    torch.testing.assert_close(scores_TR, expected_TR, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k, made in ROUTERS.items() if issubclass(made, LearnedRouter)]
+)
+def test_a_cast_router_still_learns(kind: str) -> None:
+    _, ffn = shaken(kind)
+    ffn.to(torch.bfloat16).router(torch.randn(7, 16).bfloat16()).sum().backward()
+    for name, parameter in ffn.router.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name

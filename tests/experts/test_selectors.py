@@ -332,3 +332,17 @@ def test_arguments_have_defaults() -> None:
 def test_a_wrong_config_entry_is_named(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         build_selector(spec)
+
+
+@given(st.data())
+@property_test
+def test_ties_go_to_the_lower_expert(data: st.DataObject) -> None:
+    """Scores as ReLU makes them: most are equal, and most of these are 0."""
+    experts, tokens = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 20))
+    drawn = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    scores_TR = torch.randint(-3, 3, (tokens, experts), generator=drawn).clamp_min(0).float()
+    k = data.draw(st.integers(1, experts))
+    mask_TR = TopK(k)(scores_TR)
+    for token, scores in enumerate(scores_TR.tolist()):
+        best = sorted(range(experts), key=lambda expert: (-scores[expert], expert))[:k]
+        assert mask_TR[token].nonzero().flatten().tolist() == sorted(best)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.swapped import swap_activations
 from moe_tools.hosts.ffn import find_ffns
-from tests.families import FAMILIES, NEURONS, UNGATED, build, logits
+from moe_tools.hosts.layouts import child_name
+from tests.families import FAMILIES, NEURONS, UNGATED, build, logits, routed
 from tests.hosts.test_activations import SPECS
 
 SOME = torch.tensor([5, 0, NEURONS - 1])
@@ -39,3 +43,51 @@ def test_h_is_what_enters_the_down_projection(family: str, kind: str | None) -> 
         assert torch.equal(parts.hidden_TF(x_TD), h_TF)
         some_TK = parts.hidden_TK(x_TD, SOME)
         torch.testing.assert_close(some_TK, h_TF[..., SOME], rtol=1e-5, atol=1e-6)
+
+
+class CodedLinear(nn.Linear):
+    """Stands for a quantised linear: its weight holds codes, its forward pass decodes them."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+        self.scale = linear.weight.detach().abs().amax() / largest
+        codes = linear.weight.detach() / self.scale
+        codes = codes.round().to(dtype) if dtype == torch.int8 else codes.to(dtype)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return nn.functional.linear(x_TD, self.weight.to(x_TD.dtype) * self.scale, self.bias)
+
+
+INT8, FP8 = torch.int8, torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, INT8) for family in ("llama", "opt", "t5-relu", "t5-gated")),
+        *((family, FP8) for family in ("llama", "opt")),  # the stock T5 itself casts to fp8
+    ],
+)
+@torch.no_grad()
+def test_a_quantised_down_projection_gets_its_input_as_it_is(
+    family: str, dtype: torch.dtype
+) -> None:
+    """Cast to the dtype of the codes, every hidden value would be a whole number, or 0."""
+    dense = build(family)
+    model, _ = routed(dense)
+    for ffn, found in zip(expert_ffns(model), find_ffns(dense), strict=True):
+        ffn.set_submodule(child_name(ffn.layout, ffn.layout.down), CodedLinear(ffn.down, dtype))
+        found.layer.set_submodule(found.layout.down, CodedLinear(found.down, dtype))
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_numbers_of_a_quantised_linear_are_those_that_it_computes_with() -> None:
+    ffn = find_ffns(build("llama"))[0]
+    exact_FD = ffn.weights().down_FD.clone()
+    coded = CodedLinear(ffn.down, torch.int8)
+    computed = replace(ffn.projections, down=coded).computed()
+    torch.testing.assert_close(computed.down_FD, exact_FD, rtol=0, atol=0.51 * float(coded.scale))
