@@ -26,6 +26,7 @@ VERBS = (
     "generate",
     "recipes",
     "upcycle",
+    "export",
     "doctor",
     "bench",
     "demo",

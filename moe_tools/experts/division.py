@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Division:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Neurons of each expert."""
-        return tuple(size for count, size in self._runs() for _ in range(count))
+        return tuple(size for count, size in self.runs for _ in range(count))
 
     @property
     def of_neurons(self) -> bool:
@@ -48,8 +49,8 @@ class Division:
 
     def count(self, mask_TE: Tensor) -> int:
         """Neurons of the experts in the mask, summed over the tokens."""
-        runs = mask_TE.split([count for count, _ in self._runs()], dim=-1)
-        return sum(n * int(run.sum()) for run, (_, n) in zip(runs, self._runs(), strict=True))
+        runs = mask_TE.split([count for count, _ in self.runs], dim=-1)
+        return sum(n * int(run.sum()) for run, (_, n) in zip(runs, self.runs, strict=True))
 
     def sum_TE(self, values_TF: Tensor) -> Tensor:
         """Sum over the neurons of each expert."""
@@ -57,9 +58,11 @@ class Division:
 
     def spread_TF(self, values_TE: Tensor) -> Tensor:
         """Each expert's value, once for each of its neurons; the same memory if it has one."""
-        runs = values_TE.split([count for count, _ in self._runs()], dim=-1)
-        pairs = zip(runs, self._runs(), strict=True)
-        return _joined([run[..., None].expand(*run.shape, n).flatten(-2) for run, (_, n) in pairs])
+        if len(self.runs) == 1:
+            return _repeated(values_TE, self.runs[0][1])
+        parts = values_TE.split([count for count, _ in self.runs], dim=-1)
+        pairs = zip(parts, self.runs, strict=True)
+        return _joined([_repeated(part, size) for part, (_, size) in pairs])
 
     def reduce(self, values_TF: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """`function` from (T, E, N) to (T, E), over each run of experts of one size."""
@@ -68,15 +71,21 @@ class Division:
     def pieces(self, values_TF: Tensor) -> Iterator[Tensor]:
         """Views (T, E, N): one, or two where E does not divide F."""
         start = 0
-        for count, size in self._runs():
+        for count, size in self.runs:
             yield values_TF[..., start : start + count * size].unflatten(-1, (count, size))
             start += count * size
 
-    def _runs(self) -> list[tuple[int, int]]:
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
         """(experts, neurons of each): one run, or two where E does not divide F."""
         size, longer = divmod(self.neurons, self.num_experts)
         runs = [(longer, size + 1), (self.num_experts - longer, size)]
         return [run for run in runs if run[0]]
+
+
+def _repeated(values_TE: Tensor, size: int) -> Tensor:
+    """Each value `size` times; the same memory if that is once."""
+    return values_TE[..., None].expand(*values_TE.shape, size).flatten(-2)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -92,10 +92,10 @@ class ExpertFFN(PackableFFN, RoutedFFN):
     def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
         """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
         if self.mode == "hard":  # chosen, not multiplied: an infinite h that is off stays off
-            mask_TF = self.division.spread_TF(routing.mask_TE)
+            off_TF = self.division.spread_TF(~routing.mask_TE)
             if self.off_F is None:
-                return h_TF.masked_fill(~mask_TF, 0.0)
-            return torch.where(mask_TF, h_TF, self.off_F.to(h_TF.dtype))
+                return h_TF.masked_fill(off_TF, 0.0)
+            return torch.where(off_TF, self.off_F.to(h_TF.dtype), h_TF)
         weight_TF = self.division.spread_TF(self._weight_TE(routing).to(h_TF.dtype))
         if self.off_F is None:
             return h_TF * weight_TF

@@ -6,7 +6,8 @@ Letters: T tokens, D model width, F neurons of one FFN, K neurons that are asked
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,7 @@ COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What a linear can be given. A quantised weight has another dtype than the numbers it takes."""
 
 
-@dataclass(frozen=True)
-class Projections:
+class Projections(NamedTuple):
     """The modules of an FFN that hold its weights, wherever in a model they now are."""
 
     gate: nn.Module | None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,5 +87,5 @@ def test_the_numbers_of_a_quantised_linear_are_those_that_it_computes_with() -> 
     ffn = find_ffns(build("llama"))[0]
     exact_FD = ffn.weights().down_FD.clone()
     coded = CodedLinear(ffn.down, torch.int8)
-    computed = replace(ffn.projections, down=coded).computed()
+    computed = ffn.projections._replace(down=coded).computed()
     torch.testing.assert_close(computed.down_FD, exact_FD, rtol=0, atol=0.51 * float(coded.scale))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, Self
 
 import torch
@@ -129,6 +130,7 @@ def matrix_flops(*matrices: Tensor) -> int:
     return 2 * sum(matrix.numel() for matrix in matrices)
 
 
-def in_fp32(x: Tensor) -> torch.autocast:
+def in_fp32(x: Tensor) -> AbstractContextManager[Any]:
     """Switches autocast off: a router's scores decide, and bf16 would make ties of them."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

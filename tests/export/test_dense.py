@@ -1,0 +1,62 @@
+"""The dense folder of a converted model's weights, for programs that know nothing of routers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
+from moe_tools.cli.main import main
+from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.swapped import swap_activations
+from moe_tools.export import export
+from tests.families import build, logits, randomize, routed, stock, stored_shapes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "opt", "mixtral"])
+def test_a_dense_folder_is_the_stock_model_of_the_same_weights(family: str, tmp_path: Path) -> None:
+    dense = build(family)
+    model, _ = routed(dense)
+    randomize(model)
+    save(model, tmp_path / "converted")
+    assert main(["export", str(tmp_path / "converted"), "--output", str(tmp_path / "dense")]) == 0
+    save(dense, tmp_path / "donor")
+    shapes = stored_shapes(tmp_path / "dense")
+    assert shapes == stored_shapes(tmp_path / "donor")
+    assert "moe_tools" not in (tmp_path / "dense" / "config.json").read_text()
+    assert not (tmp_path / "dense" / "README.md").exists()
+    torch.testing.assert_close(
+        logits(stock(family, tmp_path / "dense")), logits(dense), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_stock_activation_comes_along_and_another_is_refused(tmp_path: Path) -> None:
+    relu, drelu = build("llama"), build("llama")
+    swap_activations(relu, Conversion("donor", activation={"kind": "relu"}))
+    save(relu, tmp_path / "relu")
+    export(tmp_path / "relu", tmp_path / "dense")
+    exported = stock("llama", tmp_path / "dense")
+    assert exported.config.hidden_act == "relu"
+    assert torch.equal(logits(exported), logits(load(tmp_path / "relu")))
+    swap_activations(drelu, Conversion("donor", activation={"kind": "drelu"}))
+    save(drelu, tmp_path / "drelu")
+    with pytest.raises(ValueError, match="has the activation drelu, which no stock class computes"):
+        export(tmp_path / "drelu", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_there_stays_and_an_unknown_format_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(build("llama"), tmp_path / "model")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")
+    words = ["export", str(tmp_path / "model"), "--output"]
+    assert main([*words, str(tmp_path / "there")]) == 2
+    assert (tmp_path / "there" / "mine").read_text() == "mine"
+    assert main([*words, str(tmp_path / "new"), "--format", "dens"]) == 2
+    assert "unknown export format 'dens'; did you mean 'dense'?" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
