@@ -5,14 +5,14 @@ from __future__ import annotations
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-"""Of a Hugging Face folder: its configuration, its weights in one file, the index of several."""
+"""Files of a Hugging Face folder: its configuration, its weights in one file, the index of several."""
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
 STEPS_FOLDER = "steps"
 LOGS = "logs"
 CONTROL = "control"
-"""Of the folder of a run (`moe_tools.runs.folder`)."""
+"""Files and folders of a run (`moe_tools.runs.folder`)."""
 
 README = "README.md"
 FIGURES = "figures.json"

@@ -88,7 +88,7 @@ class Conversion:
         return cls(**block)
 
     def unrouted(self) -> Conversion:
-        """The same before the routers: swapped and split, but dense."""
+        """The conversion without its routers: activations and split stay, every expert runs."""
         return replace(self, router=None, selector=None, router_options={}, selector_of={})
 
     def check_names(self, ffns: Sequence[FFN]) -> None:

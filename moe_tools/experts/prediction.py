@@ -21,7 +21,7 @@ class Prediction:
     nonzero: int = 0
     """Truly non-zero."""
     hits: int = 0
-    """Both."""
+    """Predicted non-zero, and truly so."""
 
     def add(self, mask_TF: Tensor, nonzero_TF: Tensor) -> None:
         """Counts one batch."""

@@ -23,7 +23,12 @@ SAMPLE = 2**23
 
 
 class Selector(ABC):
-    """Turns scores_TR into a boolean mask_TR: which experts run for each token."""
+    """Turns scores_TR into a boolean mask_TR: which experts run for each token.
+
+    Every kind has one number that sets how many experts run, its *knob* (tau, k's share, p). An
+    expert's *limit* is how far the knob must be opened before that expert runs; it depends on the
+    token's scores and not on the knob.
+    """
 
     knob: ClassVar[str]
     """The field that sets how many experts run."""
@@ -36,7 +41,7 @@ class Selector(ABC):
 
     @abstractmethod
     def limits_TR(self, scores_TR: Tensor) -> Tensor:
-        """An expert runs once the limit given to `at` exceeds its own."""
+        """The limit of every expert: `at(limit)` runs exactly the experts of lower limits."""
 
     def threshold_T1(self, scores_TR: Tensor) -> Tensor:
         """The score that decides, for each token: here the lowest score that runs.
@@ -47,10 +52,10 @@ class Selector(ABC):
 
     @abstractmethod
     def at(self, limit: float) -> Self:
-        """The same kind, with its knob at a limit."""
+        """A selector of this kind that runs the experts whose limits are below `limit`."""
 
     def with_knob(self, value: float) -> Self:
-        """The same kind with its knob at a value.
+        """A selector of this kind whose knob has the given value.
 
         Raises:
             ValueError: a value that the kind does not take.
@@ -66,7 +71,6 @@ class Threshold(Selector):
     knob = "tau"
 
     def __call__(self, scores_TR: Tensor) -> Tensor:
-        """mask_TR."""
         return scores_TR > self.tau
 
     def limits_TR(self, scores_TR: Tensor) -> Tensor:
@@ -78,7 +82,6 @@ class Threshold(Selector):
         return torch.full_like(scores_TR[..., :1], self.tau)
 
     def at(self, limit: float) -> Self:
-        """Tau falls as the limit rises."""
         return self.with_knob(-limit)
 
 
@@ -123,7 +126,6 @@ class TopK(Selector):
         return ranking.argsort(-1) / scores_TR.shape[-1]
 
     def at(self, limit: float) -> Self:
-        """A share."""
         return replace(self, k=None, share=min(1.0, max(limit, 1e-9)))
 
     def with_knob(self, value: float) -> Self:
@@ -157,7 +159,6 @@ class DynamicK(Selector):
         return (1 - self.tau) * scores_TR.amax(-1, keepdim=True)
 
     def at(self, limit: float) -> Self:
-        """A tau."""
         return self.with_knob(min(1.0, max(0.0, limit)))
 
 
@@ -187,7 +188,6 @@ class TopP(Selector):
         return torch.empty_like(shares).scatter(-1, ranked.indices, shares)
 
     def at(self, limit: float) -> Self:
-        """A share."""
         return self.with_knob(min(1.0, max(limit, 1e-9)))
 
 
@@ -202,11 +202,9 @@ class Everything(Selector):
         return torch.ones_like(scores_TR, dtype=torch.bool)
 
     def limits_TR(self, scores_TR: Tensor) -> Tensor:
-        """No limit."""
         return torch.full_like(scores_TR, -math.inf)
 
     def at(self, limit: float) -> Self:
-        """Itself."""
         return self
 
 

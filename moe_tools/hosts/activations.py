@@ -55,7 +55,6 @@ class ReLU(Activation):
     in_stock = True
 
     def forward(self, x_TF: Tensor) -> Tensor:
-        """Of the same shape."""
         return nn.functional.relu(x_TF)
 
 
@@ -65,7 +64,6 @@ class SquaredReLU(Activation):
     in_stock = True
 
     def forward(self, x_TF: Tensor) -> Tensor:
-        """Of the same shape."""
         return nn.functional.relu(x_TF).square()
 
 
@@ -80,7 +78,6 @@ class ShiftedReLU(Activation):
         self.shift = self.threshold = _checked("shift", shift)
 
     def forward(self, x_TF: Tensor) -> Tensor:
-        """Of the same shape."""
         return nn.functional.relu(x_TF - self.shift)
 
 
@@ -92,7 +89,7 @@ class FATReLU(Activation):
         self.theta = self.threshold = _checked("theta", theta)
 
     def forward(self, x_TF: Tensor) -> Tensor:
-        """Of the same shape; NaN stays NaN."""
+        # not a comparison with >=: NaN stays NaN
         return x_TF.masked_fill(x_TF < self.theta, 0.0)
 
 

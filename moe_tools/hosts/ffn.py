@@ -101,7 +101,7 @@ class GraftedFFN(nn.Module, ABC):
 
     @property
     def found(self) -> FFN:
-        """Itself as an FFN whose parts are what they are whenever one looks: adapters included."""
+        """This module as an FFN; its parts are looked up when they are used, adapters included."""
         return FFN(self.name, self, inside(self.layout))
 
     @property
@@ -125,7 +125,6 @@ class SwappedFFN(GraftedFFN):
         super().__init__(ffn)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TD."""
         projections = self.projections
         return projections.project_TD(projections.hidden_TF(x_TD))
 

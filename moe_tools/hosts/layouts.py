@@ -125,7 +125,7 @@ def child_name(layout: Layout, path: str) -> str:
 
 
 def inside(layout: Layout) -> Layout:
-    """The same parts, as paths below our module."""
+    """The layout of our module: the parts of `layout`, as paths below it."""
     return replace(
         layout,
         up=child_name(layout, layout.up),

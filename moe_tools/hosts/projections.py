@@ -25,7 +25,7 @@ class Projections(NamedTuple):
     """The modules of an FFN that hold its weights, wherever in a model they now are."""
 
     gate: nn.Module | None
-    """The same module as `up` when one linear holds gate rows, then up rows."""
+    """Equal to `up` when one linear holds gate rows, then up rows."""
     up: nn.Module
     act: nn.Module
     down: nn.Module

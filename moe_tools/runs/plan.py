@@ -26,9 +26,9 @@ class PlannedStep(Cost):
 
     verb: str = ""
     tokens: int = 0
-    """Of text: that it trains on, or calibrates with."""
+    """Tokens of text that it trains on or calibrates with."""
     parameters: int = 0
-    """Of the model after it; a shared tensor once."""
+    """Parameters of the model after it; a shared tensor counts once."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of all train steps."""
+        """Training tokens of all steps."""
         return sum(step.tokens for step in self.steps if step.verb == "train")
 
     def to_dict(self) -> dict[str, Any]:

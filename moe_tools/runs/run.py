@@ -155,7 +155,7 @@ class _Run:
 
     @cached_property
     def streamed(self) -> list[bool]:
-        """Of every step, whether it runs layer by layer.
+        """Whether each step runs layer by layer.
 
         Raises:
             ValueError: all are to, and one cannot.
@@ -269,7 +269,7 @@ class _Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The donor's."""
+        """The tokenizer of the donor."""
         return load_tokenizer(self.source)
 
 

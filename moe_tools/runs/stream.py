@@ -36,7 +36,7 @@ from moe_tools.steps.carry import Carried
 from moe_tools.steps.step import NO_TEXT, Step, Work
 
 SHARE = 0.5
-"""Of the free memory: a larger model is streamed. A step on a whole model needs room beside it."""
+"""Share of the free memory above which a model is streamed: a step on a whole one needs room."""
 
 
 def is_large(source: str, dtype: torch.dtype) -> bool:
@@ -125,7 +125,7 @@ class Streamed:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """Of the whole model."""
+        """Paths of the layers of the whole model."""
         return layer_paths(self._empty)
 
     def _run_one(self, index: int, carried: Carried | None) -> None:
@@ -196,7 +196,7 @@ class Streamed:
         return load(self.source, dtype=self.dtype, device=self.device, part=part)
 
     def _names(self) -> list[str]:
-        """Of the shards: what stands around the layers comes first."""
+        """Names of the shards: what stands around the layers comes first."""
         count = len(self.layers) + 1
         return [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
 

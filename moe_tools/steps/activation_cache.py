@@ -23,7 +23,7 @@ COMPLETE = "complete.json"
 Target = Callable[[ExpertFFN, Tensor], Tensor | None]
 """target_TR of an FFN from its h_TF; None: it has none."""
 DTYPE = torch.bfloat16
-"""Of inputs on disk."""
+"""How inputs are stored on disk."""
 
 
 class ActivationCache:

@@ -36,7 +36,7 @@ class Attach(Step):
     """What the kind of router takes, e.g. `hidden` of a norm router."""
     selector: dict[str, Any] = field(default_factory=lambda: {"kind": "threshold", "tau": 0.5})
     start: Start = "regression"
-    """Of sigmoid routers: ridge regression on the donor's own activations, or every expert on."""
+    """How sigmoid routers begin: by ridge regression on the donor's activations, or all on."""
     start_sparsity: float = 0.02
     """Share of experts off after the regression, in every layer."""
     when_off: Literal["zero", "mean"] = "zero"

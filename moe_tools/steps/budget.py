@@ -50,7 +50,7 @@ class Budget(Step):
     target_sparsity: float
     """Share of neurons off, over tokens and FFNs."""
     spend: Literal["uniform", "error"] = "uniform"
-    """The same share in every FFN, or more where it costs less error of the FFN's output."""
+    """One share for all FFNs, or more where it costs less error of the FFN's output."""
     tokens: int = 8192
     """Calibration tokens."""
 

@@ -181,13 +181,13 @@ class _Text(NamedTuple):
 
     @torch.no_grad()
     def held_loss(self, router: LearnedRouter, batch_size: int) -> float:
-        """Of the tokens that only measure, a batch at a time."""
+        """Mean loss on the tokens that only measure, a batch at a time."""
         held = torch.arange(len(self.x_TD) - self.held, len(self.x_TD))
         parts = held.split(batch_size)
         return sum(len(part) * self.loss(router, part).item() for part in parts) / self.held
 
     def loss(self, router: LearnedRouter, tokens: Tensor) -> Tensor:
-        """Of some tokens."""
+        """Loss on some of the tokens."""
         device = next(router.parameters()).device
         target_TR = self.target_TR[tokens].to(device).float()
         return router.loss(self.x_TD[tokens].to(device), target_TR)

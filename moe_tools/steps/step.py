@@ -64,11 +64,11 @@ class Cost:
     trained: int = 0
     """Parameters that it trains with gradients through the whole model."""
     flops: float = 0.0
-    """Of a train step, forward and backward, the teacher included, every neuron on."""
+    """FLOPs of a train step, forward and backward, the teacher included, every neuron on."""
     disk: int = 0
     """Bytes of cached activations while `fit` runs."""
     states: ModelStates | None = None
-    """Of a train step."""
+    """What a train step holds in memory."""
 
 
 class Step(ABC):
@@ -85,7 +85,7 @@ class Step(ABC):
     """Why it cannot run layer by layer with one layer in memory; None: it can."""
 
     tokens: int
-    """Of text that it reads."""
+    """Tokens of text that it reads."""
 
     @abstractmethod
     def check(self) -> None:

@@ -36,8 +36,8 @@ class Swap(Step):
     """Chooses theta of fatrelu: in every FFN the largest at which ||y - y_theta||^2 / ||y||^2, of
     its output y on calibration text, is at most this."""
     align: bool = False
-    """Of drelu: first turns neurons that mostly have a negative up row, up row and down column
-    together. The model before the swap stays the same, dReLU keeps more of it."""
+    """Before dReLU, turns the neurons whose up rows are mostly negative, up row and down column
+    together: the dense model stays as it is, and dReLU keeps more of it."""
     tokens: int = 8192
     """Calibration tokens; only `max_error` and `align` need them."""
 

@@ -1,1 +1,1 @@
-"""Gradient steps."""
+"""Train steps: gradients through the whole model, on one device or many."""

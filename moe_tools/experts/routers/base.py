@@ -97,7 +97,7 @@ class LearnedRouter(Router):
     """A router that the `fit` step trains on the donor's activations, one FFN at a time."""
 
     target_dtype: torch.dtype = torch.bfloat16
-    """Of targets on disk: labels need no more than its three digits."""
+    """How targets are stored on disk: labels need no more than the three digits of bf16."""
 
     @abstractmethod
     def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:

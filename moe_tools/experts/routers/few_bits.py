@@ -21,7 +21,7 @@ from moe_tools.hosts.firing import DecidingRows, firing_rows
 WORD = 32
 """Sign bits that are compared at once."""
 LEVELS = 127
-"""Of int8 on either side of 0."""
+"""Levels of int8 on either side of 0."""
 ROUNDING = 2.0**-15
 """What fp32 may add to the error of int8 for each product, as a share of the bound: a sum of D
 products is off by at most D 2^-24 sum |w x|, and sum |w x| is at most 127 s_w ||x||_1, 254 times

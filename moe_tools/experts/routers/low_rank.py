@@ -90,5 +90,4 @@ class LowRankRouter(LabelRouter):
         self.second.bias.copy_((self.positive_weight * on_R / off_R).log())
 
     def flops(self) -> int:
-        """Both layers."""
         return matrix_flops(self.first.weight, self.second.weight)

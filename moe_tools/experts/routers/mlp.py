@@ -35,7 +35,6 @@ class MLPRouter(LabelRouter):
         return router
 
     def flops(self) -> int:
-        """Both layers."""
         return matrix_flops(self.first.weight, self.second.weight)
 
     def logits_TR(self, x_TD: Tensor) -> Tensor:

@@ -51,7 +51,6 @@ class NormRouter(LearnedRouter):
         return nn.functional.mse_loss(self._multiples_TR(x_TD), target_TR / self.scale)
 
     def flops(self) -> int:
-        """Both layers."""
         return matrix_flops(self.first.weight, self.second.weight)
 
     def _multiples_TR(self, x_TD: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class MeanGateRouter(Router):
 
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
-        """ExpertWeaver's router."""
+        """From the mean gate row of each expert (ExpertWeaver)."""
         weights = ffn.weights()
         rows_RD = mean_rows_RD(weights.routing_FD, importance)
         bias_F = weights.up_F if weights.gate_FD is None else weights.gate_F

@@ -42,7 +42,6 @@ class SigmoidRouter(LabelRouter):
         return partial(RidgeStart, sparsity=sparsity) if start == "regression" else None
 
     def flops(self) -> int:
-        """One layer."""
         return matrix_flops(self.weight)
 
     def logits_TR(self, x_TD: Tensor) -> Tensor:
