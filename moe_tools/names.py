@@ -5,7 +5,7 @@ from __future__ import annotations
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-"""Files of a Hugging Face folder: its configuration, its weights in one file, the index of several."""
+"""Files of a Hugging Face folder: configuration, weights in one file, index of several."""
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
