@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_streaming import tensors
 
 from moe_tools.recipe import Attach, Recipe, Split
 from tests.large import make, watch
+from tests.runs.test_stream import tensors
 
 LAYERS, WIDTH, NEURONS = 24, 1024, 2816
 LAYER_MIB = (4 * WIDTH**2 + 3 * WIDTH * NEURONS) * 2 // 2**20

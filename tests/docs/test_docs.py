@@ -14,8 +14,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from tests.test_pipeline import LENGTH
-from tests.test_pipeline import work as work
 
 from moe_tools.cli.main import _Parser, main
 from moe_tools.experts.conversion import Conversion, attach_experts
@@ -23,6 +21,8 @@ from moe_tools.experts.routers import ROUTERS, Router
 from moe_tools.experts.routers.base import RowReader
 from moe_tools.recipe import parse_recipe
 from tests.families import build, logits
+from tests.runs.test_run import LENGTH
+from tests.runs.test_run import work as work
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

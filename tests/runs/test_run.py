@@ -44,8 +44,10 @@ from moe_tools.recipe import (
 from moe_tools.runs import folder as run_folder
 from moe_tools.runs import run as pipeline
 from moe_tools.runs import text as run_text
-from moe_tools.runs import verbs as run_step
 from moe_tools.runs.run import run
+from moe_tools.steps import attach as attach_step
+from moe_tools.steps import split as split_step
+from moe_tools.training import train as train_step
 from tests.families import (
     EXPERT_SIZE,
     aligned,
@@ -383,7 +385,7 @@ def trained_text(
         got.append(blocks_BT)
         return {"steps": 1}
 
-    monkeypatch.setattr(pipeline, "train", fake)
+    monkeypatch.setattr(train_step, "train", fake)
     run(recipe, str(work / "donor"), out, control=True, **FP32)
     return got
 
@@ -444,13 +446,13 @@ def test_the_teacher_is_the_model_before_it_was_routed(
     distilled = replace(soft, tokens=8 * LENGTH, losses={"lm": 1.0, "distill": 1.0})
     dense = Train(tokens=8 * LENGTH, lr=1e-2)
     teachers: dict[str, Any] = {}
-    real = pipeline.train
+    real = train_step.train
 
     def spy(model: Any, step: Train, *args: Any, **kwargs: Any) -> Any:
         teachers[step.mode] = kwargs["donor"]
         return real(model, step, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "train", spy)
+    monkeypatch.setattr(train_step, "train", spy)
 
     def taught(name: str, *steps: Step) -> Tensor:
         run(replace(recipe, steps=steps), str(work / "donor"), tmp_path / name, **FP32)
@@ -471,14 +473,14 @@ def test_calibration_asks_for_its_own_tokens(
     """More than is trained on; training still sees what it asked for."""
     steps = (Split(EXPERT_SIZE, tokens=900), Attach(tokens=1600), Train(tokens=64, mode="hard"))
     seen: dict[str, Tensor] = {}
-    for name in ("split", "attach"):
-        real = getattr(run_step, name)
+    for name, module in (("split", split_step), ("attach", attach_step)):
+        real = getattr(module, name)
 
         def spy(*args: Any, name: str = name, real: Any = real) -> Any:
             seen[name] = next(arg for arg in args if isinstance(arg, Tensor))
             return real(*args)
 
-        monkeypatch.setattr(run_step, name, spy)
+        monkeypatch.setattr(module, name, spy)
     got, _ = trained_text(monkeypatch, replace(recipe, steps=steps), work, tmp_path / "out")
     text = whole_text(recipe, work, tokens=1600)
     assert torch.equal(got, text[:4])
@@ -693,7 +695,9 @@ def always(*_: Any, **__: Any) -> bool:
 
 def die_in(monkeypatch: pytest.MonkeyPatch, name: str, when: Callable[..., bool] = always) -> None:
     """The pipeline dies instead of calling `name`."""
-    module = next(one for one in (pipeline, run_folder, run_step, run_text) if hasattr(one, name))
+    module = next(
+        one for one in (pipeline, run_folder, attach_step, run_text) if hasattr(one, name)
+    )
     real = getattr(module, name)
 
     def die(*args: Any, **kwargs: Any) -> Any:

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests.test_pipeline import FP32, ROOT, WORDS, metrics, recipe, snapshot, work
-from tests.test_streaming import tensors
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.cli.main import main
@@ -21,6 +19,8 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.recipe import Recipe
 from moe_tools.runs import stream as streaming
 from moe_tools.runs.run import run
+from tests.runs.test_run import FP32, ROOT, WORDS, metrics, recipe, snapshot, work
+from tests.runs.test_stream import tensors
 
 __all__ = ["recipe", "work"]
 UNTRAINED = slice(0, 2)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_tools.recipe import Stage
-from moe_tools.recipe.schedules import warmup_cosine, weight_at
+from moe_tools.steps.schedules import warmup_cosine, weight_at
 from moe_tools.training.controller import DRIVEN, ZEROS, Reference, WeightController
 
 SHARES = st.floats(0.01, 0.99)
