@@ -695,9 +695,8 @@ def always(*_: Any, **__: Any) -> bool:
 
 def die_in(monkeypatch: pytest.MonkeyPatch, name: str, when: Callable[..., bool] = always) -> None:
     """The pipeline dies instead of calling `name`."""
-    module = next(
-        one for one in (pipeline, run_folder, attach_step, run_text) if hasattr(one, name)
-    )
+    modules = (pipeline, run_folder, attach_step, train_step, run_text)
+    module = next(one for one in modules if hasattr(one, name))
     real = getattr(module, name)
 
     def die(*args: Any, **kwargs: Any) -> Any:
