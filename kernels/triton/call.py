@@ -50,6 +50,12 @@ class Call:
     tickets: bool = field(default_factory=lambda: torch.version.hip is None)
     """Whether launch three adds its own shares; not on AMD, see `combine`."""
 
+    def __post_init__(self) -> None:
+        vectors = ("gate_F", "up_F", "down_D", "gate_scale_F", "up_scale_F", "down_scale_F")
+        for name in vectors:
+            vector = getattr(self, name)
+            assert vector is None or vector.is_contiguous(), f"{name} has strides {vector.stride()}"
+
     @classmethod
     def of(cls, *operands: Any, config: Sequence[int]) -> Call:
         """From what an operator's schema can say: the fields in order, a config as numbers."""

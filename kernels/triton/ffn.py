@@ -72,7 +72,7 @@ def sparse_ffn_triton(
         x_TD.reshape(-1, weights.width).contiguous(),
         *(first_FD, up_FD, weights.down_FD),
         None if mask_TE is None else mask_TE.reshape(-1, mask_TE.shape[-1]).contiguous(),
-        *(first_F, up_F, weights.down_D),
+        *map(_contiguous, (first_F, up_F, weights.down_D)),
         *_scales(scales),
         *(act.name, up_act.name, act.threshold, up_act.threshold),
         act.name in GIVES_ZEROS if gate_first is None else gate_first,
@@ -82,13 +82,17 @@ def sparse_ffn_triton(
     return y_TD.view(x_TD.shape)
 
 
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    """A bias or scales as the kernels read them: number after number. Copies a view alone."""
+    return None if vector is None else vector.contiguous()
+
+
 def _scales(scales: Scales | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As the operator has them: the one projection of a plain FFN stands in gate."""
     if scales is None:
         return None, None, None
-    if scales.gate_F is None:
-        return scales.up_F, None, scales.down_F
-    return scales.gate_F, scales.up_F, scales.down_F
+    up_F, down_F, gate_F = map(_contiguous, scales)
+    return (up_F, None, down_F) if gate_F is None else (gate_F, up_F, down_F)
 
 
 def unsupported(
@@ -108,7 +112,7 @@ def unsupported(
                 f"x_TD is {x_TD.dtype} and {name} {weight.dtype}: backend 'triton' takes fp32, "
                 "bf16 or fp16, one for all, and int8 weights with `scales`"
             )
-        if weight.stride(1) != 1:
+        if weight.shape[1] > 1 and weight.stride(1) != 1:
             return (
                 f"{name} has strides {weight.stride()}: backend 'triton' reads a neuron as one "
                 f"contiguous row; store {name}.contiguous() once, or `pack`"
@@ -158,7 +162,7 @@ class TritonFFN(PackedFFN):
         def quantize(weight_FD: Tensor) -> Tensor:
             rows_FD, scale_F = quantize_rows(weight_FD.detach())
             scales_F.append(scale_F)
-            return rows_FD
+            return rows_FD.contiguous()
 
         super().__init__(weights.changed(quantize if dtype == torch.int8 else copy, copy))
         self.scales = Scales(*scales_F) if scales_F else None

@@ -50,9 +50,9 @@ def moe_ffn_triton(
         raise ValueError(refusal)
     act, up_act = named(experts.act), named(experts.up_act)
     assert isinstance(act, Act) and isinstance(up_act, Act)
-    rows = (_rows(experts.gate_XND), _rows(experts.up_XND), experts.down_XND.contiguous())
+    rows = (_rows(experts.gate_XND), _rows(experts.up_XND), _contiguous(experts.down_XND))
     if rows[0].stride() != rows[1].stride():
-        rows = (rows[0].contiguous(), rows[1].contiguous(), rows[2])
+        rows = (_contiguous(rows[0]), _contiguous(rows[1]), rows[2])
     acts = (act.name, up_act.name, act.threshold, up_act.threshold)
     sizes = [] if config is None else list(astuple(config))
     x_TD = x_TD.contiguous()
@@ -69,7 +69,13 @@ def moe_ffn_triton(
 def _rows(weight_XND: Tensor) -> Tensor:
     """With contiguous rows, and experts a whole number of them apart."""
     expert, row, column = weight_XND.stride()
-    return weight_XND if column == 1 and expert % row == 0 else weight_XND.contiguous()
+    whole = column == 1 and row > 0 and expert % row == 0
+    return weight_XND if whole else _contiguous(weight_XND)
+
+
+def _contiguous(weight_XND: Tensor) -> Tensor:
+    """Its strides say so, too: those of a dimension of size one may be anything for PyTorch."""
+    return weight_XND.reshape(-1).view(weight_XND.shape)
 
 
 def _refusal(experts: ExpertWeights, x_TD: Tensor) -> str | None:

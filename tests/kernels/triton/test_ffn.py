@@ -22,6 +22,7 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime.interpreter import interpreter_builder  # noqa: E402
 
+from moe_tools.kernels.triton.call import Call  # noqa: E402
 from moe_tools.kernels.triton.config import Config, candidates  # noqa: E402
 from moe_tools.kernels.triton.ffn import sparse_ffn_triton  # noqa: E402
 from moe_tools.kernels.triton.op import backward, forward  # noqa: E402
@@ -222,6 +223,81 @@ def test_rows_may_be_slices_of_a_fused_weight() -> None:
     weights = replace(make((8, 3, 9)), gate_FD=fused[:9], up_FD=fused[9:], down_FD=fused[::2])
     x_TD, mask_TE = inputs(2, 8), MASKS["random"](2, 3)
     assert_equals_reference(weights, x_TD, mask_TE, 1e-5, 1e-6, config=TINY)
+
+
+# What a tensor of these sizes may be a view of.
+VECTORS: dict[str, Callable[[int], Tensor]] = {
+    "half of a fused one": lambda size: torch.randn(size, 2).flatten()[1::2],
+    "one number": lambda size: torch.randn(1).expand(size),
+}
+MATRICES: dict[str, Callable[[int, int], Tensor]] = {
+    "every third row": lambda rows, width: torch.randn(3 * rows, width)[1::3],
+    "some columns": lambda rows, width: torch.randn(rows, width + 3)[:, 1 : width + 1],
+    "one row": lambda rows, width: torch.randn(1, width).expand(rows, width),
+}
+
+
+@pytest.mark.parametrize(("act", "tokens"), [("silu", 1), ("relu", 5)])
+@pytest.mark.parametrize("view", VECTORS)
+@pytest.mark.parametrize(
+    ("name", "gated"),
+    [("gate_F", True), ("up_F", True), ("down_D", True), ("up_F", False), ("down_D", False)],
+    ids=["gate_F", "up_F", "down_D", "up_F-plain", "down_D-plain"],
+)
+def test_a_bias_may_be_a_view(name: str, gated: bool, view: str, act: str, tokens: int) -> None:
+    weights = make((19, 7, 45), act=act, gated=gated)
+    bias = VECTORS[view](getattr(weights, name).numel())
+    assert not bias.is_contiguous()
+    weights = replace(weights, **{name: bias.requires_grad_()})
+    mask_TE = MASKS["random"](tokens, 7)
+    assert_equals_reference(weights, inputs(tokens, 19), mask_TE, 1e-5, 1e-6, config=TINY)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("view", MATRICES)
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_rows_may_be_a_view(name: str, view: str, tokens: int) -> None:
+    rows_FD = MATRICES[view](45, 19).requires_grad_()
+    weights = replace(make((19, 7, 45), act="relu"), **{name: rows_FD})
+    mask_TE = MASKS["random"](tokens, 7)
+    assert_equals_reference(weights, inputs(tokens, 19), mask_TE, 1e-5, 1e-6, config=TINY)
+
+
+@pytest.mark.parametrize("neurons", [1, 9])
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_row_of_one_number_has_any_stride(width: int, neurons: int) -> None:
+    weights = make((width, 1, neurons))
+    turned = {name: torch.randn(width, neurons).T.requires_grad_() for name in NAMES[:3]}
+    if width > 1 and neurons > 1:
+        with pytest.raises(ValueError, match=r"^up_FD has strides \(1, 9\): "):
+            sparse_ffn_triton(replace(weights, **turned), torch.randn(2, width))
+        turned = {name: rows_FD.contiguous() for name, rows_FD in turned.items()}
+    weights = replace(weights, **turned)
+    assert_equals_reference(weights, inputs(2, width), None, 1e-5, 1e-6, config=TINY)
+
+
+@pytest.mark.parametrize("view", MATRICES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_x_the_mask_and_dy_may_be_views(tokens: int, view: str) -> None:
+    weights = make((19, 7, 45))
+    x_TD = MATRICES[view](tokens, 19).requires_grad_()
+    mask_TE, dy_TD = MATRICES[view](tokens, 7), MATRICES[view](tokens, 19)
+    wanted = operands(weights, x_TD, mask_TE.requires_grad_())
+    y_TD = sparse_ffn_triton(weights, x_TD, mask_TE, config=TINY)
+    ours = gradients(y_TD, wanted, dy_TD) | {"y_TD": y_TD}
+    theirs = gradients(sparse_ffn_reference(weights, x_TD, mask_TE), wanted, dy_TD)
+    theirs["mask_TE"] = theirs["mask_TE"] * (mask_TE != 0)
+    theirs["y_TD"] = sparse_ffn_reference(weights, x_TD, mask_TE)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_the_kernels_see_no_view_of_a_bias() -> None:
+    """The operator is given what the launches can read; a view is our own mistake."""
+    x_TD, rows_FD, view_F = torch.randn(2, 8), torch.randn(9, 8), torch.randn(18)[::2]
+    rows = {"gate_FD": rows_FD, "up_FD": rows_FD, "down_FD": rows_FD}
+    with pytest.raises(AssertionError, match="up_F has strides"):
+        Call(x_TD=x_TD, **rows, mask_TE=None, up_F=view_F)
 
 
 def test_what_is_off_may_be_infinite() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,40 @@ def test_pack_chooses_int8() -> None:
     weights, x_TD = make(), torch.randn(2, WIDTH)
     packed = pack(weights, dtype=torch.int8, backend="triton")
     assert packed.weights.up_FD.dtype == torch.int8
+    expected_TD = sparse_ffn_reference(rounded(weights, torch.int8), x_TD, None)
+    largest = expected_TD.abs().max().item()
+    torch.testing.assert_close(packed(x_TD), expected_TD, rtol=1e-5, atol=1e-5 * largest)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "half of a fused one": lambda scale_F: torch.stack([-scale_F, scale_F], 1).flatten()[1::2],
+    "one number": lambda scale_F: scale_F[3:4].expand(len(scale_F)),
+}
+
+
+@pytest.mark.parametrize(("act", "tokens"), [("silu", 1), ("relu", 5)])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    ("name", "gated"),
+    [("gate_F", True), ("up_F", True), ("down_F", True), ("up_F", False), ("down_F", False)],
+    ids=["gate_F", "up_F", "down_F", "up_F-plain", "down_F-plain"],
+)
+def test_scales_may_be_views(name: str, gated: bool, view: str, act: str, tokens: int) -> None:
+    packed, x_TD = TritonFFN(make(act, gated=gated), torch.int8), torch.randn(tokens, WIDTH)
+    assert packed.scales is not None
+    given = VIEWS[view](getattr(packed.scales, name))
+    assert not given.is_contiguous()
+    scales = packed.scales._replace(**{name: given})
+    copied = packed.scales._replace(**{name: given.contiguous()})
+    y_TD = sparse_ffn_triton(packed.weights, x_TD, scales=scales, config=TINY)
+    expected_TD = sparse_ffn_triton(packed.weights, x_TD, scales=copied, config=TINY)
+    assert torch.equal(y_TD, expected_TD)
+
+
+def test_int8_rows_are_contiguous_whatever_was_packed() -> None:
+    weights, x_TD = make(), torch.randn(2, WIDTH)
+    weights = replace(weights, down_FD=torch.randn(WIDTH, NEURONS).T)
+    packed = pack(weights, dtype=torch.int8, backend="triton")
     expected_TD = sparse_ffn_reference(rounded(weights, torch.int8), x_TD, None)
     largest = expected_TD.abs().max().item()
     torch.testing.assert_close(packed(x_TD), expected_TD, rtol=1e-5, atol=1e-5 * largest)

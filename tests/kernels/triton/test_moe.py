@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -119,6 +120,37 @@ def test_all_tokens_may_choose_one_expert(tokens: int) -> None:
     y_TD = moe_ffn_triton(experts, x_TD, chosen_TK, weight_TK, config=TINY)
     expected_TD = moe_ffn(experts, x_TD, chosen_TK, weight_TK, backend="reference")
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-4)
+
+
+def turned(neurons: int) -> Tensor:
+    """Stored neuron by neuron, all experts' first rows first."""
+    return torch.randn(neurons, EXPERTS, WIDTH).requires_grad_().transpose(0, 1)
+
+
+VIEWS: dict[str, Callable[[int], Tensor]] = {
+    "turned": turned,
+    "one row": lambda n: torch.randn(EXPERTS, 1, WIDTH).requires_grad_().expand(-1, n, -1),
+    "one expert": lambda n: torch.randn(1, n, WIDTH).requires_grad_().expand(EXPERTS, -1, -1),
+    "some columns": lambda n: torch.randn(EXPERTS, n, WIDTH + 3).requires_grad_()[..., 1:-2],
+    "some rows": lambda n: torch.randn(EXPERTS, 2 * n + 1, WIDTH).requires_grad_()[:, 1::2],
+}
+
+
+@few_or_many
+@pytest.mark.parametrize("neurons", [1, NEURONS])
+@pytest.mark.parametrize("view", VIEWS)
+def test_experts_may_be_views(view: str, neurons: int, tokens: int) -> None:
+    experts = ExpertWeights(*(VIEWS[view](neurons) for _ in range(3)), act="silu")
+    assert_equals_reference(experts, tokens, 2e-5)
+
+
+@few_or_many
+def test_the_routing_and_x_may_be_views(tokens: int) -> None:
+    experts, (x_TD, chosen_TK, weight_TK) = make(), inputs(tokens)
+    expected_TD = moe_ffn(experts, x_TD, chosen_TK, weight_TK, backend="reference")
+    views = (x_TD.T.contiguous().T, chosen_TK.T.contiguous().T, weight_TK.T.contiguous().T)
+    y_TD = moe_ffn_triton(experts, *views, config=TINY)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-4)
 
 
 @few_or_many
