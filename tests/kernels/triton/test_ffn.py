@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime.interpreter import interpreter_builder  # noqa: E402
 
-from moe_tools.kernels.triton.call import Call  # noqa: E402
+from moe_tools.kernels.triton.call import CONTIGUOUS, Call  # noqa: E402
 from moe_tools.kernels.triton.config import Config, candidates  # noqa: E402
 from moe_tools.kernels.triton.ffn import sparse_ffn_triton  # noqa: E402
 from moe_tools.kernels.triton.op import backward, forward  # noqa: E402
@@ -292,12 +292,14 @@ def test_x_the_mask_and_dy_may_be_views(tokens: int, view: str) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_the_kernels_see_no_view_of_a_bias() -> None:
-    """The operator is given what the launches can read; a view is our own mistake."""
-    x_TD, rows_FD, view_F = torch.randn(2, 8), torch.randn(9, 8), torch.randn(18)[::2]
-    rows = {"gate_FD": rows_FD, "up_FD": rows_FD, "down_FD": rows_FD}
-    with pytest.raises(AssertionError, match="up_F has strides"):
-        Call(x_TD=x_TD, **rows, mask_TE=None, up_F=view_F)
+@pytest.mark.parametrize("name", CONTIGUOUS)
+def test_a_view_that_reaches_the_launches_is_our_own_mistake(name: str) -> None:
+    """They have no strides for it, and would read the wrong numbers."""
+    rows = {name: torch.randn(9, 8) for name in ("gate_FD", "up_FD", "down_FD")}
+    whole = {"x_TD": torch.randn(2, 8), "mask_TE": torch.rand(2, 3), "down_D": torch.randn(8)}
+    view = torch.stack([whole.get(name, torch.randn(9))] * 2, -1)[..., 0]
+    with pytest.raises(AssertionError, match=f"^{name} has strides"):
+        Call(**{**whole, **rows, name: view})
 
 
 def test_what_is_off_may_be_infinite() -> None:
@@ -359,14 +361,18 @@ def test_opcheck_is_clean(gated: bool, soft: bool) -> None:
     weights, x_TD = make((8, 3, 9), gated=gated), inputs(2, 8)
     mask_TE = MASKS["soft" if soft else "random"](2, 3)
     assert mask_TE is not None
-    rows = (weights.gate_FD, weights.up_FD) if gated else (weights.up_FD, None)
+    second = weights.up_FD if gated else None
     biases = (weights.gate_F, weights.up_F) if gated else (weights.up_F, None)
-    shared = (x_TD, *rows, weights.down_FD, mask_TE.requires_grad_(soft), *biases)
-    acts = ("silu", "identity", 0.0, 0.0)
+    shared = (x_TD, weights.routing_FD, second, weights.down_FD, mask_TE.requires_grad_(soft))
+    options = {
+        **{"act": "silu", "up_act": "identity", "threshold": 0.0, "up_threshold": 0.0},
+        **{"atomic": False, "config": []},
+    }
     scales = [None] * 3
-    torch.library.opcheck(forward, (*shared, weights.down_D, *scales, *acts, False, False, []))
-    detached = [one if one is None else one.detach() for one in shared]
-    torch.library.opcheck(backward, (torch.randn(2, 8), *detached, *acts, False, []))
+    every = (*shared, *biases, weights.down_D, *scales)
+    torch.library.opcheck(forward, every, {**options, "gate_first": False})
+    detached = [one if one is None else one.detach() for one in (*shared, *biases)]
+    torch.library.opcheck(backward, (torch.randn(2, 8), *detached), options)
 
 
 def test_packed_once_called_often() -> None:

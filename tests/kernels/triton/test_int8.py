@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.ffn import TritonFFN, sparse_ffn_triton
-from moe_tools.kernels.triton.traffic import count_loads
+from tools.traffic import count_loads
 
 TINY = Config(16, 16, 4, 16, 8, 16, 2, 4)
 WIDTH, EXPERTS, NEURONS = 21, 7, 45
@@ -158,9 +158,20 @@ def test_int8_rows_are_contiguous_whatever_was_packed() -> None:
     torch.testing.assert_close(packed(x_TD), expected_TD, rtol=1e-5, atol=1e-5 * largest)
 
 
-def test_int8_has_no_gradients() -> None:
+@pytest.mark.parametrize("asks", ["x_TD", "mask_TE", "gate_F", "up_F", "down_D", "scales"])
+def test_int8_has_no_gradients(asks: str) -> None:
     packed = TritonFFN(make(), torch.int8)
+    x_TD, mask_TE = torch.randn(2, WIDTH), torch.rand(2, 3)
+    assert packed.scales is not None
+    others = {"x_TD": x_TD, "mask_TE": mask_TE, "scales": packed.scales.down_F}
+    (others[asks] if asks in others else getattr(packed.weights, asks)).requires_grad_()
     with pytest.raises(ValueError, match=r"int8 weights have no gradients: call under torch\.no"):
-        packed_run(packed, torch.randn(2, WIDTH, requires_grad=True), None)
+        packed_run(packed, x_TD, mask_TE)
+    with torch.no_grad():
+        assert packed_run(packed, x_TD, mask_TE).isfinite().all()
+
+
+def test_int8_needs_its_scales() -> None:
+    packed = TritonFFN(make(), torch.int8)
     with pytest.raises(ValueError, match=r"up_FD torch\.int8: backend 'triton' takes .*`scales`"):
         sparse_ffn_triton(packed.weights, torch.randn(2, WIDTH))
