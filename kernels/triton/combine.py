@@ -9,11 +9,19 @@ the end of a launch does.
 Letters: T tokens of one tile, D columns of one tile, N neurons of one step, F neurons.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from moe_tools.kernels.triton.call import Call
+from moe_tools.kernels.triton.config import next_power
 from moe_tools.kernels.triton.device import load_N, neuron_major
-from moe_tools.kernels.triton.hidden import count_before
+from moe_tools.kernels.triton.hidden import HiddenGrads, count_before
+from moe_tools.kernels.triton.kernel_launch import KernelLaunch, row_stride
+from moe_tools.kernels.triton.lists import Lists
 from moe_tools.kernels.triton.rows import load_rows_ND, row_of
 
 
@@ -22,7 +30,7 @@ def add_rows(
     sums, hidden, rows, stride, scale, tokens, neuron_N, row_N, on_N, column_D, D, F,
     SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Sums + hidden rows. With SKIP_ZEROS, rows whose hidden values are all zero are not read."""
+    """Returns sums + hidden rows; SKIP_ZEROS reads no row whose hidden values are all zero."""
     from_TN = hidden + neuron_major(tokens, neuron_N, F, BLOCK_T)
     hidden_TN = tl.load(from_TN, mask=on_N[None, :], other=0.0)
     reads_N = on_N
@@ -41,7 +49,7 @@ def add_rows(
 
 @triton.jit
 def add_weighted(sums, weight_TN, rows_ND, BLOCK_T: tl.constexpr):
-    """Sums + weight rows, as fused multiply-adds for one token, on matrix units for more."""
+    """Returns sums + weight rows: fused multiply-adds for one token, matrix units for more."""
     if BLOCK_T == 1:
         return sums + tl.trans(weight_TN).to(tl.float32) * rows_ND.to(tl.float32)
     else:
@@ -55,7 +63,7 @@ def sum_share_TD(
     SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The sum over the places from `start` to `stop` of the packed list."""
+    """Adds up the places from `start` to `stop` of the packed list."""
     if BLOCK_T == 1:
         sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     else:
@@ -83,7 +91,7 @@ def sum_share_TD(
 
 @triton.jit
 def places_TD(partials, tokens, column_D, D, PLACES: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Pointers to the first of the places of a tile; the next is BLOCK_T * D further."""
+    """Points to the first of the places of a tile; the next is BLOCK_T * D further."""
     row_T = tokens * PLACES * BLOCK_T + tl.arange(0, BLOCK_T)
     return partials + row_T[:, None].to(tl.int64) * D + column_D[None, :]
 
@@ -114,7 +122,7 @@ def combine(
     ATOMIC: tl.constexpr, TICKETS: tl.constexpr, SKIP_ZEROS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """y_TD, plus the bias; with a second pair (the backward pass: gate and up), of both pairs.
+    """Writes y_TD = bias + hidden rows, plus a second such sum in the backward pass (gate and up).
 
     ATOMIC adds every share to one place, which must start at zero: less to write, but the order
     of the sums, and so their last bit, may change from run to run. Without TICKETS, `add_shares`
@@ -151,8 +159,81 @@ def combine(
 def add_shares(
     partials, bias, y, T, D, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """What the last ticket does, as a launch of its own."""
+    """Writes y as the last ticket of `combine` does, in a launch of its own."""
     column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     tokens = tl.program_id(1)
     first_TD = places_TD(partials, tokens, column_D, D, PLACES, BLOCK_T)
     add_places(first_TD, bias, y, tokens, column_D, T, D, PLACES, BLOCK_T)
+
+
+def launch_combine(call: Call, lists: Lists, hidden: Tensor, y_TD: Tensor) -> list[KernelLaunch]:
+    """The launches that write y from h and the rows of down."""
+    streams = {
+        "hidden": hidden,
+        "rows": call.down_FD,
+        "stride": row_stride(call.down_FD),
+        "scale": call.down_scale_F,
+        "hidden_2": None,
+        "rows_2": None,
+        "stride_2": 0,
+        "group": call.neurons,  # the rows of down follow each other
+        "skip": 0,
+        "SKIP_ZEROS": call.skips_zeros,
+    }
+    return _launches(call, lists, y_TD, call.down_D, streams)
+
+
+def launch_combine_grads(
+    call: Call, lists: Lists, values: HiddenGrads, dx_TD: Tensor
+) -> list[KernelLaunch]:
+    """The launches that write dx from the gradients of gate x and up x and their rows."""
+    streams = {
+        "hidden": values.d_gate_x,
+        "rows": call.gate_FD,
+        "stride": row_stride(call.gate_FD),
+        "scale": None,
+        "hidden_2": values.d_up_x,
+        "rows_2": call.up_FD,
+        "stride_2": row_stride(call.up_FD),
+        **call.grouping,
+        "SKIP_ZEROS": False,
+    }
+    return _launches(call, lists, dx_TD, None, streams)
+
+
+def _launches(
+    call: Call, lists: Lists, y_TD: Tensor, bias_D: Tensor | None, streams: dict[str, Any]
+) -> list[KernelLaunch]:
+    """`combine`, and `add_shares` where it is needed; `streams` are what is summed, by name."""
+    splits, width = call.tiling.splits, y_TD.shape[1]
+    places, make = (1, torch.zeros) if call.atomic else (splits, torch.empty)
+    shape = (call.token_tiles, places, call.tokens, width)
+    sums = {
+        "partials": make(shape, dtype=torch.float32, device=y_TD.device),
+        "bias": bias_D,
+        "y": y_TD,
+        "T": len(y_TD),
+        "D": width,
+        "BLOCK_T": call.tokens,
+        "BLOCK_D": call.tiling.down_columns,
+    }
+    arguments = {
+        **sums,
+        **streams,
+        "packed": lists.packed,
+        "counts": lists.counts,
+        "tickets": lists.tickets,
+        "F": call.neurons,
+        "num_tiles": lists.num_tiles,
+        "TILES": next_power(lists.num_tiles),
+        "ATOMIC": call.atomic,
+        "TICKETS": call.tickets,
+        "SPLITS": splits,
+        "BLOCK_N": call.tiling.down_rows,
+    }
+    warps, grid = call.tiling.warps, (lists.num_columns, splits, call.token_tiles)
+    launches = [KernelLaunch(combine, grid, arguments, warps, call.stages)]
+    if not call.tickets:
+        grid_of_sums = (lists.num_columns, call.token_tiles)
+        launches.append(KernelLaunch(add_shares, grid_of_sums, {**sums, "PLACES": places}, warps))
+    return launches

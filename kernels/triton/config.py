@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,7 @@ class Config:
     tile: int
     """Neurons of one program of launch one, when it reads the mask alone."""
     gate_tile: int
-    """The same when it reads gate rows too; a multiple of `rows`."""
+    """Neurons of one program of launch one, when it reads gate rows too; a multiple of `rows`."""
     rows: int
     """Neurons of one program of launch two; 16 or more where tokens share a program."""
     columns: int
@@ -24,7 +25,7 @@ class Config:
     splits: int
     """Shares of the list in launch three; the sums are added in their order."""
     warps: int
-    """Warps of one program."""
+    """How many warps one program has."""
 
     def __post_init__(self) -> None:
         wrong = [size for size in astuple(self) if size < 1 or size & (size - 1)]
@@ -33,19 +34,29 @@ class Config:
         if self.rows > min(self.tile, self.gate_tile):
             raise ValueError(f"{self}: rows divide tile and gate_tile")
 
+    @property
+    def numbers(self) -> list[int]:
+        """The sizes as an operator's schema can say them."""
+        return list(astuple(self))
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[int]) -> Config | None:
+        """Undoes `numbers`; None for an empty sequence."""
+        names = [field.name for field in fields(cls)]
+        return cls(**dict(zip(names, numbers, strict=True))) if numbers else None
+
     def fitted(self, tokens: int, width: int) -> Config:
-        """No more columns than the width has, and what matrix units ask for (16)."""
+        """Takes no more columns than the width has, and no less than matrix units ask for (16)."""
         least = 1 if tokens == 1 else 16
         columns = max(least, next_power(width))
-        return Config(
-            max(self.tile, least),
-            max(self.gate_tile, least),
-            max(self.rows, least),
-            max(least, min(self.columns, columns)),
-            max(self.down_rows, least),
-            max(least, min(self.down_columns, columns)),
-            self.splits,
-            self.warps,
+        return replace(
+            self,
+            tile=max(self.tile, least),
+            gate_tile=max(self.gate_tile, least),
+            rows=max(self.rows, least),
+            columns=max(least, min(self.columns, columns)),
+            down_rows=max(self.down_rows, least),
+            down_columns=max(least, min(self.down_columns, columns)),
         )
 
 
@@ -55,29 +66,47 @@ def next_power(number: int) -> int:
 
 
 MOST_TOGETHER = 64
-"""Tokens of the largest tile."""
+"""How many tokens the largest tile holds."""
 
 
 def tokens_of_a_program(tokens: int) -> int:
-    """One token alone; from two on, tiles of 16 to 64 share the rows that any of them needs."""
+    """Puts one token alone; from two on, tiles of 16 to 64 share the rows that any one needs."""
     return 1 if tokens == 1 else min(MOST_TOGETHER, max(16, next_power(tokens)))
 
 
-ONE_TOKEN = Config(128, 16, 8, 512, 64, 128, 8, 4)
-FEW_TOKENS = Config(128, 16, 16, 128, 32, 128, 4, 4)
-MANY_TOKENS = Config(128, 32, 32, 64, 32, 128, 4, 4)
+ONE_TOKEN = Config(
+    tile=128,
+    gate_tile=16,
+    rows=8,
+    columns=512,
+    down_rows=64,
+    down_columns=128,
+    splits=8,
+    warps=4,
+)
+FEW_TOKENS = Config(
+    tile=128,
+    gate_tile=16,
+    rows=16,
+    columns=128,
+    down_rows=32,
+    down_columns=128,
+    splits=4,
+    warps=4,
+)
+MANY_TOKENS = replace(FEW_TOKENS, gate_tile=32, rows=32, columns=64)
 """64 tokens: half the columns, for sm_90 keeps both operands in shared memory; twice the rows, for
 fewer than 8 elements a thread make narrow loads."""
-INT8 = Config(128, 32, 32, 128, 32, 128, 4, 4)
+INT8 = replace(FEW_TOKENS, gate_tile=32, rows=32)
 """Weights in eight bits and more than one token: 256 threads still load 16 bytes each."""
-GROUPED = Config(128, 64, 64, 32, 32, 128, 4, 4)
+GROUPED = replace(FEW_TOKENS, gate_tile=64, rows=64, columns=32)
 """64 pairs of one expert; `tile`, `gate_tile` and `splits` play no part."""
 
 
 def pinned(tokens: int, int8: bool = False) -> Config:
-    """The default. Chosen by registers, spills and load widths: no GPU has timed it yet.
+    """The default, chosen by registers, spills and load widths: no GPU has timed it yet.
 
-    `int8`: of weights in eight bits.
+    `int8` says that the weights are stored in eight bits.
     """
     if tokens == 1:
         return ONE_TOKEN
@@ -87,17 +116,35 @@ def pinned(tokens: int, int8: bool = False) -> Config:
 
 
 def candidates(tokens: int) -> list[Config]:
-    """The pinned default first, then what `tune` tries beside it."""
+    """Lists the pinned default first, then what `tune` tries beside it."""
     if tokens == 1:
         tried = [
-            Config(128, gate_tile, rows, columns, down_rows, 128, splits, warps)
+            Config(
+                tile=128,
+                gate_tile=gate_tile,
+                rows=rows,
+                columns=columns,
+                down_rows=down_rows,
+                down_columns=128,
+                splits=splits,
+                warps=warps,
+            )
             for gate_tile, rows, columns in ((16, 8, 512), (8, 4, 1024), (16, 16, 256))
             for down_rows, splits in ((64, 8), (32, 16))
             for warps in (4, 8)
         ]
     else:
         tried = [
-            Config(128, rows, rows, columns, 32, down_columns, splits, 4)
+            Config(
+                tile=128,
+                gate_tile=rows,
+                rows=rows,
+                columns=columns,
+                down_rows=32,
+                down_columns=down_columns,
+                splits=splits,
+                warps=4,
+            )
             for rows, columns in ((16, 128), (32, 64))
             for down_columns in (64, 128)
             for splits in (4, 8)

@@ -1,4 +1,4 @@
-"""What the kernels share: loads, products and activations, one idea a function.
+"""Holds what the kernels share: loads, products and activations, one idea a function.
 
 Letters: T tokens of one tile, D columns of one step, N neurons of one program, F neurons, E
 experts. A neuron is one row of each weight matrix; sums are fp32.
@@ -12,7 +12,7 @@ from moe_tools.kernels.triton.rows import load_rows_ND
 
 @triton.jit
 def expert_of(neuron_N, F, E):
-    """The expert of each neuron: slices of F // E, the first F mod E of them one longer."""
+    """Finds the expert of each neuron: slices of F // E, the first F mod E of them one longer."""
     size = F // E
     longer = F % E
     edge = longer * (size + 1)
@@ -21,7 +21,7 @@ def expert_of(neuron_N, F, E):
 
 @triton.jit
 def load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E):
-    """What the mask gives each neuron's expert for each token, 1 without a mask; 0 outside."""
+    """Loads the mask of each neuron's expert for each token; 1 without a mask, 0 outside."""
     inside_TN = (token_T < T)[:, None] & on_N[None, :]
     if mask is None:
         return inside_TN.to(tl.float32)
@@ -33,7 +33,7 @@ def load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E):
 
 @triton.jit
 def load_x_TD(x, token_T, column_D, T, D):
-    """A tile of the activations."""
+    """Loads a tile of x, or of dy, which is laid out as x is."""
     inside_TD = (token_T < T)[:, None] & (column_D < D)[None, :]
     at_TD = token_T[:, None].to(tl.int64) * D + column_D[None, :]
     return tl.load(x + at_TD, mask=inside_TD, other=0.0)
@@ -41,13 +41,13 @@ def load_x_TD(x, token_T, column_D, T, D):
 
 @triton.jit
 def load_N(numbers, neuron_N, on_N):
-    """A number of each neuron: a bias, or the scale of its row."""
+    """Loads one number of each neuron: its bias, or the scale of its row."""
     return tl.load(numbers + neuron_N, mask=on_N, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def projected_TN(product_TN, scale, bias, neuron_N, on_N):
-    """What a product with stored rows stands for: times the rows' scales, plus the bias."""
+    """Multiplies a product with stored rows by the rows' scales and adds the bias."""
     if scale is not None:
         product_TN *= load_N(scale, neuron_N, on_N)[None, :]
     if bias is not None:
@@ -57,14 +57,14 @@ def projected_TN(product_TN, scale, bias, neuron_N, on_N):
 
 @triton.jit
 def neuron_major(tokens, neuron_N, F, BLOCK_T: tl.constexpr):
-    """Where values_TN stand: a neuron's BLOCK_T values together, at the neuron's own place."""
+    """Says where values_TN stand: a neuron's BLOCK_T values together, at the neuron's own place."""
     row_N = (tokens * F + neuron_N).to(tl.int64) * BLOCK_T
     return row_N[None, :] + tl.arange(0, BLOCK_T)[:, None]
 
 
 @triton.jit
 def no_sums(BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Where `add_product` starts: one token is summed across columns only at the end."""
+    """Makes the zeros that `add_product` adds to: one token is summed across columns at the end."""
     if BLOCK_T == 1:
         return tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     else:
@@ -73,7 +73,7 @@ def no_sums(BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr)
 
 @triton.jit
 def add_product(sums, x_TD, rows_ND, BLOCK_T: tl.constexpr):
-    """Sums + x rows^T, as fused multiply-adds for one token, on matrix units for more."""
+    """Returns sums + x rows^T: fused multiply-adds for one token, matrix units for more."""
     if BLOCK_T == 1:
         return sums + x_TD.to(tl.float32) * rows_ND.to(tl.float32)
     else:  # int8 fits any of the dtypes of x without an error
@@ -83,7 +83,7 @@ def add_product(sums, x_TD, rows_ND, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def product_TN(sums, BLOCK_T: tl.constexpr):
-    """The sums as one value for each token and neuron."""
+    """Turns the sums into one value for each token and neuron."""
     if BLOCK_T == 1:
         return tl.sum(sums, axis=1)[None, :]
     else:
@@ -96,7 +96,7 @@ def project_TN(
     T, D,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """gate x, up x and down dy in one pass over D; weights that are None are left out.
+    """Computes gate x, up x and down dy in one pass over D; weights that are None are left out.
 
     `row_N` are the neurons' rows of gate and up; those of down follow each other.
     """
@@ -126,14 +126,14 @@ def project_TN(
 
 @triton.jit
 def sigmoid(a):
-    """1 / (1 + exp(-a)), without an overflow on the way."""
+    """Computes 1 / (1 + exp(-a)) without an overflow on the way."""
     small = tl.exp(-tl.abs(a))
     return tl.where(a < 0.0, small, 1.0) / (1.0 + small)
 
 
 @triton.jit
-def activate(a, theta, ACT: tl.constexpr):
-    """The activations of `kernels.activations`, by their names."""
+def activate(a, threshold, ACT: tl.constexpr):
+    """Computes an activation of `kernels.activations`, by its name."""
     if ACT == "identity":
         return a
     elif ACT == "relu":
@@ -141,9 +141,9 @@ def activate(a, theta, ACT: tl.constexpr):
     elif ACT == "relu2":
         return tl.where(a < 0.0, 0.0, a * a)
     elif ACT == "fatrelu":
-        return tl.where(a < theta, 0.0, a)
+        return tl.where(a < threshold, 0.0, a)
     elif ACT == "shifted_relu":
-        return tl.where(a < theta, 0.0, a - theta)
+        return tl.where(a < threshold, 0.0, a - threshold)
     elif ACT == "silu":
         return a * sigmoid(a)
     elif ACT == "gelu":
@@ -154,8 +154,8 @@ def activate(a, theta, ACT: tl.constexpr):
 
 
 @triton.jit
-def slope(a, theta, ACT: tl.constexpr):
-    """Their derivatives; at the kinks, PyTorch's."""
+def slope(a, threshold, ACT: tl.constexpr):
+    """Computes an activation's derivative; at a kink it is PyTorch's."""
     if ACT == "identity":
         return tl.full(a.shape, 1.0, tl.float32)
     elif ACT == "relu":
@@ -163,9 +163,9 @@ def slope(a, theta, ACT: tl.constexpr):
     elif ACT == "relu2":
         return tl.where(a > 0.0, 2.0 * a, 0.0)
     elif ACT == "fatrelu":
-        return tl.where(a < theta, 0.0, 1.0)
+        return tl.where(a < threshold, 0.0, 1.0)
     elif ACT == "shifted_relu":
-        return tl.where(a > theta, 1.0, 0.0)
+        return tl.where(a > threshold, 1.0, 0.0)
     elif ACT == "silu":
         on = sigmoid(a)
         return on * (1.0 + a * (1.0 - on))

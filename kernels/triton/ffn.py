@@ -5,14 +5,13 @@ Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-from dataclasses import astuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from moe_tools.kernels.activations import GIVES_ZEROS, Act
+from moe_tools.kernels.activations import GIVES_ZEROS, Act, ActivationLike, named
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import quantize_rows
 from moe_tools.kernels.triton.config import Config
@@ -20,11 +19,13 @@ from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.weights import FFNWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of x and of weights; weights may be int8, too, with one scale a row."""
+"""What x and the weights may be; weights may be int8, too, with one scale a row."""
+
+UNNAMED = "backend 'triton' knows activations by name: give a name or an Act, not a function"
 
 
 class Scales(NamedTuple):
-    """Of int8 weights: a row stands for its numbers times its scale."""
+    """The scales of int8 weights: a row stands for its numbers times its scale."""
 
     up_F: Tensor
     down_F: Tensor
@@ -41,13 +42,13 @@ def sparse_ffn_triton(
     atomic: bool = False,
     config: Config | None = None,
 ) -> Tensor:
-    """y_TD as `sparse_ffn` defines it. Sums are in fp32, y has the dtype of x.
+    """Computes y_TD as `sparse_ffn` defines it. Sums are in fp32, y has the dtype of x.
 
     Differentiable in x, the weights, the biases and a floating mask. Routing is hard: what the
     mask switches off is not computed, so where the mask is zero its gradient is zero.
 
     Args:
-        weights: as they are, not copied; on the device of x.
+        weights: as they are, not copied; on the device of x. A bias that is a view is copied.
         x_TD: any leading dimensions.
         mask_TE: which experts run, or with which weight; None is all of them.
         scales: of int8 weights, which have no gradients.
@@ -63,41 +64,67 @@ def sparse_ffn_triton(
         ValueError: what `unsupported` says; shapes that do not fit.
     """
     weights.check_call(x_TD, mask_TE)
-    refusal = unsupported(weights, x_TD, gate_first, scales)
+    refusal = unsupported(weights, x_TD, mask_TE, gate_first=gate_first, scales=scales)
     if refusal:
         raise ValueError(refusal)
-    (first_FD, first_F, act), *second = _inputs(weights)
-    up_FD, up_F, up_act = second[0] if second else (None, None, Act("identity"))
+    activations = activation_options(weights.act, weights.up_act)
     y_TD: Tensor = forward(
-        x_TD.reshape(-1, weights.width).contiguous(),
-        *(first_FD, up_FD, weights.down_FD),
-        None if mask_TE is None else mask_TE.reshape(-1, mask_TE.shape[-1]).contiguous(),
-        *(first_F, up_F, weights.down_D),
-        *_scales(scales),
-        *(act.name, up_act.name, act.threshold, up_act.threshold),
-        act.name in GIVES_ZEROS if gate_first is None else gate_first,
-        atomic,
-        [] if config is None else list(astuple(config)),
+        x_TD=x_TD.reshape(-1, weights.width).contiguous(),
+        mask_TE=None if mask_TE is None else mask_TE.reshape(-1, mask_TE.shape[-1]).contiguous(),
+        **_projections(weights),
+        **_scales(weights, scales),
+        **activations,
+        gate_first=activations["act"] in GIVES_ZEROS if gate_first is None else gate_first,
+        atomic=atomic,
+        config=[] if config is None else config.numbers,
     )
     return y_TD.view(x_TD.shape)
 
 
-def _scales(scales: Scales | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As the operator has them: the one projection of a plain FFN stands in gate."""
-    if scales is None:
-        return None, None, None
-    if scales.gate_F is None:
-        return scales.up_F, None, scales.down_F
-    return scales.gate_F, scales.up_F, scales.down_F
+def activation_options(act: ActivationLike, up_act: ActivationLike) -> dict[str, Any]:
+    """Two activations as the options of an operator."""
+    act, up_act = named(act), named(up_act)
+    assert isinstance(act, Act) and isinstance(up_act, Act)
+    return {
+        "act": act.name,
+        "up_act": up_act.name,
+        "threshold": act.threshold,
+        "up_threshold": up_act.threshold,
+    }
+
+
+def _projections(weights: FFNWeights) -> dict[str, Tensor | None]:
+    """Rows and biases by the operator's names: a plain FFN's one projection stands in gate."""
+    up_F, gate_F = _contiguous(weights.up_F), _contiguous(weights.gate_F)
+    down = {"down_FD": weights.down_FD, "down_D": _contiguous(weights.down_D)}
+    if weights.gate_FD is None:
+        return {"gate_FD": weights.up_FD, "gate_F": up_F, "up_FD": None, "up_F": None, **down}
+    gate = {"gate_FD": weights.gate_FD, "gate_F": gate_F}
+    return {**gate, "up_FD": weights.up_FD, "up_F": up_F, **down}
+
+
+def _scales(weights: FFNWeights, scales: Scales | None) -> dict[str, Tensor | None]:
+    """The scales by the operator's names, in the places of their projections."""
+    up_F, down_F, gate_F = (None, None, None) if scales is None else map(_contiguous, scales)
+    if weights.gate_FD is None:
+        up_F, gate_F = None, up_F
+    return {"gate_scale_F": gate_F, "up_scale_F": up_F, "down_scale_F": down_F}
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    """Copies a view into a vector whose numbers follow each other, as the kernels read them."""
+    return None if vector is None else vector.contiguous()
 
 
 def unsupported(
     weights: FFNWeights,
     x_TD: Tensor,
+    mask_TE: Tensor | None = None,
+    *,
     gate_first: bool | None = None,
     scales: Scales | None = None,
 ) -> str | None:
-    """Why these kernels cannot run this; None when they can."""
+    """Says why these kernels cannot run this; None when they can."""
     rows = {"up_FD": weights.up_FD, "down_FD": weights.down_FD, "gate_FD": weights.gate_FD}
     for name, weight in rows.items():
         if weight is None:
@@ -108,33 +135,31 @@ def unsupported(
                 f"x_TD is {x_TD.dtype} and {name} {weight.dtype}: backend 'triton' takes fp32, "
                 "bf16 or fp16, one for all, and int8 weights with `scales`"
             )
-        if weight.stride(1) != 1:
+        if weight.shape[1] > 1 and weight.stride(1) != 1:
             return (
                 f"{name} has strides {weight.stride()}: backend 'triton' reads a neuron as one "
                 f"contiguous row; store {name}.contiguous() once, or `pack`"
             )
-    acts = [act for _, _, act in weights.inputs]
-    if not all(isinstance(act, Act) for act in acts):
-        return "backend 'triton' knows activations by name: give a name or an Act, not a function"
-    if gate_first and _inputs(weights)[0][2].name not in GIVES_ZEROS:
+    act = named(weights.act)
+    if not (isinstance(act, Act) and isinstance(named(weights.up_act), Act)):
+        return UNNAMED
+    if gate_first and act.name not in GIVES_ZEROS:
         return f"gate_first needs an activation that can be zero: {', '.join(GIVES_ZEROS)}"
-    if scales is not None and x_TD.requires_grad and torch.is_grad_enabled():
-        return "int8 weights have no gradients: call under torch.no_grad()"
+    if scales is not None and torch.is_grad_enabled():
+        others = (x_TD, mask_TE, *scales)
+        if weights.requires_grad or any(one is not None and one.requires_grad for one in others):
+            return "int8 weights have no gradients: call under torch.no_grad()"
     return no_device(x_TD)
 
 
 def no_device(x_TD: Tensor) -> str | None:
-    """Why nothing here runs the kernels on this tensor; None when something does."""
+    """Says why nothing here runs the kernels on this tensor; None when something does."""
     if x_TD.device.type == "cpu" and not triton.knobs.runtime.interpret:
         return (
             "backend 'triton' runs on a GPU and x_TD is on the CPU; TRITON_INTERPRET=1, set "
             "before the first import, interprets the kernels there, slowly"
         )
     return None
-
-
-def _inputs(weights: FFNWeights) -> list[tuple[Tensor, Tensor | None, Act]]:
-    return [(rows, bias, act) for rows, bias, act in weights.inputs if isinstance(act, Act)]
 
 
 class TritonFFN(PackedFFN):
@@ -158,7 +183,7 @@ class TritonFFN(PackedFFN):
         def quantize(weight_FD: Tensor) -> Tensor:
             rows_FD, scale_F = quantize_rows(weight_FD.detach())
             scales_F.append(scale_F)
-            return rows_FD
+            return rows_FD.contiguous()
 
         super().__init__(weights.changed(quantize if dtype == torch.int8 else copy, copy))
         self.scales = Scales(*scales_F) if scales_F else None

@@ -8,16 +8,45 @@ Letters: T tokens of one tile, D columns of one step, N neurons of one step (als
 X experts, P pairs, K pairs of one token.
 """
 
+from typing import Any, NamedTuple, Self
+
 import triton
 import triton.language as tl
+from torch import Tensor, int32
 
 from moe_tools.kernels.triton.combine import add_rows
 from moe_tools.kernels.triton.device import activate, neuron_major, project_TN
+from moe_tools.kernels.triton.grouped_call import GroupedCall
+from moe_tools.kernels.triton.kernel_launch import KernelLaunch
+
+STEP = 1024
+"""How many pairs `group_pairs` looks at in one step."""
+
+
+class Pairs(NamedTuple):
+    """The list of each expert's pairs, and how many they are."""
+
+    pairs: Tensor
+    counts: Tensor
+
+    @classmethod
+    def blank(cls, call: GroupedCall) -> Self:
+        """Memory for the lists of a call."""
+        experts, tokens = len(call.gate_XND), len(call.x_TD)
+        return cls(
+            pairs=call.empty(experts, tokens, dtype=int32), counts=call.empty(experts, dtype=int32)
+        )
+
+
+def expert_rows(name: str, weight_XND: Tensor) -> dict[str, Any]:
+    """The arguments that say where an expert's rows are, for the weight called `name`."""
+    expert, row, _ = weight_XND.stride()
+    return {name: weight_XND, f"{name}_stride": row, f"{name}_expert": expert}
 
 
 @triton.jit
 def group_pairs(chosen, pairs, counts, T, P, STEP: tl.constexpr):
-    """The pairs of one expert, in their order, in its own T places; and how many there are."""
+    """Lists the pairs of one expert, in their order, in its own T places, and counts them."""
     expert = tl.program_id(0)
     count = tl.full((), 0, tl.int32)
     for start in range(0, P, STEP):
@@ -30,9 +59,21 @@ def group_pairs(chosen, pairs, counts, T, P, STEP: tl.constexpr):
     tl.store(counts + expert, tl.minimum(count, T))
 
 
+def launch_group_pairs(call: GroupedCall, pairs: Pairs) -> KernelLaunch:
+    """The launch that writes `pairs`."""
+    arguments = {
+        "chosen": call.chosen_TK,
+        **pairs._asdict(),
+        "T": len(call.x_TD),
+        "P": call.num_pairs,
+        "STEP": STEP,
+    }
+    return KernelLaunch(group_pairs, (len(call.gate_XND),), arguments, call.tiling.warps)
+
+
 @triton.jit
 def pairs_of(pairs, expert, first, count, T, P, BLOCK_T: tl.constexpr):
-    """BLOCK_T pairs of an expert's list, P behind its end."""
+    """Loads BLOCK_T pairs of an expert's list; P behind its end."""
     place_T = first + tl.arange(0, BLOCK_T)
     return tl.load(pairs + expert * T + place_T, mask=place_T < count, other=P)
 
@@ -41,7 +82,7 @@ def pairs_of(pairs, expert, first, count, T, P, BLOCK_T: tl.constexpr):
 def find_pairs(
     pairs, counts, tile, T, X, P, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr
 ):  # fmt: skip
-    """A tile's expert, X or more behind the last tile, and its pairs."""
+    """Finds a tile's expert, which is X or more behind the last tile, and its pairs."""
     expert_X = tl.arange(0, EXPERTS)
     count_X = tl.load(counts + expert_X, mask=expert_X < X, other=0)
     end_X = tl.cumsum(tl.cdiv(count_X, BLOCK_T), 0)
@@ -54,7 +95,7 @@ def find_pairs(
 
 @triton.jit
 def find_expert(counts, expert, X, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr):
-    """An expert's first tile, the first that is another's, and how many pairs it has."""
+    """Finds an expert's first tile, the first that is another's, and how many pairs it has."""
     expert_X = tl.arange(0, EXPERTS)
     count_X = tl.load(counts + expert_X, mask=expert_X < X, other=0)
     end_X = tl.cumsum(tl.cdiv(count_X, BLOCK_T), 0)
@@ -65,24 +106,24 @@ def find_expert(counts, expert, X, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr)
 
 @triton.jit
 def rows_of(weight, expert, expert_stride):
-    """Where an expert's rows begin."""
+    """Returns where the rows of an expert begin."""
     return weight + expert.to(tl.int64) * expert_stride
 
 
 @triton.jit
 def load_weight_T(weight, pair_T, P):
-    """What the router gives each pair."""
+    """Loads the weight that the router gives each pair."""
     return tl.load(weight + pair_T, mask=pair_T < P, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def compute_pairs_hidden(
     x, gate, up, gate_stride, up_stride, gate_expert, up_expert, weight, hidden, pairs, counts,
-    T, D, N, X, P, K, theta, up_theta,
+    T, D, N, X, P, K, threshold, up_threshold,
     ACT: tl.constexpr, UP_ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """h = weight * act(gate x) * up_act(up x) of BLOCK_N neurons for a tile of pairs."""
+    """Writes h = weight * act(gate x) * up_act(up x) of BLOCK_N neurons for a tile of pairs."""
     tile = tl.program_id(1)
     expert, pair_T = find_pairs(pairs, counts, tile, T, X, P, BLOCK_T, EXPERTS)
     if expert >= X:
@@ -94,10 +135,29 @@ def compute_pairs_hidden(
         gate_stride, up_stride, 0, pair_T // K, neuron_N, neuron_N, on_N, T, D,
         BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    hidden_TN = activate(gate_TN, theta, ACT) * activate(up_TN, up_theta, UP_ACT)
+    hidden_TN = activate(gate_TN, threshold, ACT) * activate(up_TN, up_threshold, UP_ACT)
     hidden_TN *= load_weight_T(weight, pair_T, P)[:, None]
     to_TN = hidden + neuron_major(tile, neuron_N, N, BLOCK_T)
     tl.store(to_TN, hidden_TN.to(hidden.dtype.element_ty), mask=on_N[None, :])
+
+
+def launch_pairs_hidden(call: GroupedCall, pairs: Pairs, hidden: Tensor) -> KernelLaunch:
+    """The launch that writes h."""
+    arguments = {
+        **call.sizes,
+        **call.activation,
+        **pairs._asdict(),
+        **expert_rows("gate", call.gate_XND),
+        **expert_rows("up", call.up_XND),
+        "x": call.x_TD,
+        "weight": call.weight_TK,
+        "K": call.chosen_TK.shape[1],
+        "hidden": hidden,
+        "BLOCK_N": call.tiling.rows,
+        "BLOCK_D": call.tiling.columns,
+    }
+    grid = (call.blocks, call.tiles)
+    return KernelLaunch(compute_pairs_hidden, grid, arguments, call.tiling.warps)
 
 
 @triton.jit
@@ -106,7 +166,7 @@ def combine_pairs(
     T, D, N, X, P,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
-    """What each pair of a tile adds to its token, at the pair's own place: nothing is atomic."""
+    """Writes what each pair of a tile adds to its token, at the pair's own place: no atomics."""
     tile = tl.program_id(1)
     expert, pair_T = find_pairs(pairs, counts, tile, T, X, P, BLOCK_T, EXPERTS)
     if expert >= X:
@@ -126,3 +186,37 @@ def combine_pairs(
             )  # fmt: skip
     to_TD = y + pair_T[:, None].to(tl.int64) * D + column_D[None, :]
     tl.store(to_TD, sums_TD, mask=(pair_T < P)[:, None] & (column_D < D)[None, :])
+
+
+def launch_combine_pairs(
+    call: GroupedCall, pairs: Pairs, hidden: Tensor, y_PD: Tensor
+) -> KernelLaunch:
+    """The launch that writes y of each pair from h and the rows of down."""
+    streams = {
+        "hidden": hidden,
+        "rows": call.down_XND,
+        "stride": call.down_XND.stride(1),
+        "rows_expert": call.down_XND.stride(0),
+        "hidden_2": None,
+        "rows_2": None,
+        "stride_2": 0,
+        "rows_2_expert": 0,
+    }
+    return sum_pairs(call, pairs, streams, y_PD)
+
+
+def sum_pairs(
+    call: GroupedCall, pairs: Pairs, streams: dict[str, Any], y_PD: Tensor
+) -> KernelLaunch:
+    """The launch of `combine_pairs`; `streams` are what is summed, by name."""
+    columns = call.tiling.down_columns
+    arguments = {
+        **call.sizes,
+        **pairs._asdict(),
+        **streams,
+        "y": y_PD,
+        "BLOCK_N": call.tiling.down_rows,
+        "BLOCK_D": columns,
+    }
+    grid = (-(-y_PD.shape[1] // columns), call.tiles)
+    return KernelLaunch(combine_pairs, grid, arguments, call.tiling.warps)

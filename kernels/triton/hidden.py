@@ -7,9 +7,13 @@ Letters: T tokens of one tile, D columns of one step, N neurons of one program, 
 experts.
 """
 
+from typing import Any, NamedTuple, Self
+
 import triton
 import triton.language as tl
+from torch import Tensor, float32
 
+from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.device import (
     activate,
     load_weight_TN,
@@ -18,19 +22,40 @@ from moe_tools.kernels.triton.device import (
     projected_TN,
     slope,
 )
+from moe_tools.kernels.triton.kernel_launch import KernelLaunch, row_stride
+from moe_tools.kernels.triton.lists import Lists
 from moe_tools.kernels.triton.rows import row_of
+
+
+class HiddenGrads(NamedTuple):
+    """h, and the gradients of gate x, up x and each neuron's weight, laid out as `Call.values`."""
+
+    hidden: Tensor
+    d_gate_x: Tensor
+    d_up_x: Tensor | None
+    d_weight: Tensor | None
+
+    @classmethod
+    def blank(cls, call: Call) -> Self:
+        """Memory for them; none for up in a plain FFN, or for weights under a mask of booleans."""
+        return cls(
+            hidden=call.values(),
+            d_gate_x=call.values(),
+            d_up_x=None if call.up_FD is None else call.values(),
+            d_weight=call.values(float32) if call.learns_mask else None,
+        )
 
 
 @triton.jit
 def count_before(counts, tokens, tile, num_tiles, TILES: tl.constexpr):
-    """Neurons listed in the tiles before this one; in all, for tile = num_tiles."""
+    """Counts the neurons listed in the tiles before this one; all of them for `num_tiles`."""
     at = tl.arange(0, TILES)
     return tl.sum(tl.load(counts + tokens * num_tiles + at, mask=at < tile, other=0))
 
 
 @triton.jit
 def find_places(counts, num_tiles, BLOCK_N: tl.constexpr, TILE: tl.constexpr):
-    """This program's tiles of tokens and of neurons, its first place, and where the list ends."""
+    """Finds this program's tiles of tokens and neurons, its first place, and the list's end."""
     tile, tokens = tl.program_id(0) // (TILE // BLOCK_N), tl.program_id(1)
     first = (tl.program_id(0) % (TILE // BLOCK_N)) * BLOCK_N
     return tokens, tile, first, tl.load(counts + tokens * num_tiles + tile)
@@ -41,7 +66,7 @@ def take_neurons(
     neurons, counts, packed, tokens, tile, first, count, num_tiles, F,
     BLOCK_N: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N neurons of a tile's list, and which of them exist; written to the packed list."""
+    """Loads BLOCK_N neurons of a tile's list and writes those that exist to the packed list."""
     place_N = first + tl.arange(0, BLOCK_N)
     on_N = place_N < count
     row = (tokens * num_tiles + tile) * TILE
@@ -54,12 +79,12 @@ def take_neurons(
 @triton.jit
 def compute_hidden(
     x, gate, up, gate_stride, up_stride, gate_scale, up_scale, gate_bias, up_bias, mask, gates,
-    hidden, neurons, counts, packed, T, D, F, E, group, skip, num_tiles, theta, up_theta,
+    hidden, neurons, counts, packed, T, D, F, E, group, skip, num_tiles, threshold, up_threshold,
     ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """h = weight * act(gate x) * up_act(up x); without `gate`, gate x is read from `gates`."""
+    """Writes h = weight * act(gate x) * up_act(up x); without `gate`, reads gate x from `gates`."""
     tokens, tile, first, count = find_places(counts, num_tiles, BLOCK_N, TILE)
     if first >= count:
         return
@@ -76,36 +101,76 @@ def compute_hidden(
         gate_TN = tl.load(from_TN, mask=on_N[None, :], other=0.0)
     else:
         gate_TN = projected_TN(gate_TN, gate_scale, gate_bias, neuron_N, on_N)
-    hidden_TN = activate(gate_TN, theta, ACT)
+    hidden_TN = activate(gate_TN, threshold, ACT)
     if GATED:
         up_TN = projected_TN(up_TN, up_scale, up_bias, neuron_N, on_N)
-        hidden_TN *= activate(up_TN, up_theta, UP_ACT)
+        hidden_TN *= activate(up_TN, up_threshold, UP_ACT)
     weight_TN = load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E)
     hidden_TN = tl.where(weight_TN != 0, weight_TN * hidden_TN, 0.0)
     to_TN = hidden + neuron_major(tokens, neuron_N, F, BLOCK_T)
     tl.store(to_TN, hidden_TN.to(hidden.dtype.element_ty), mask=on_N[None, :])
 
 
+def launch_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor) -> KernelLaunch:
+    """The launch that writes h; with `gates`, gate x has been computed by launch one."""
+    arguments = {
+        **_operands(call, lists),
+        "gate": call.gate_FD if gates is None else None,
+        "gate_scale": call.gate_scale_F,
+        "up_scale": call.up_scale_F,
+        "gates": gates,
+        "hidden": hidden,
+        "BLOCK_D": call.tiling.columns,
+    }
+    grid = _grid(call, lists)
+    return KernelLaunch(compute_hidden, grid, arguments, call.tiling.warps, call.stages)
+
+
+def _operands(call: Call, lists: Lists) -> dict[str, Any]:
+    """Arguments that launch two takes in both directions."""
+    return {
+        "x": call.x_TD,
+        "up": call.up_FD,
+        "gate_stride": row_stride(call.gate_FD),
+        "up_stride": row_stride(call.up_FD),
+        "gate_bias": call.gate_F,
+        "up_bias": call.up_F,
+        "mask": call.mask,
+        **call.sizes,
+        **call.grouping,
+        **call.activation,
+        "BLOCK_T": call.tokens,
+        "BLOCK_N": call.tiling.rows,
+        **lists.to_pack,
+    }
+
+
+def _grid(call: Call, lists: Lists) -> tuple[int, int]:
+    """Programs for a list that is full; those beyond its end stop at once."""
+    return (lists.num_tiles * (lists.tile // call.tiling.rows), call.token_tiles)
+
+
 @triton.jit
 def write_hidden_grads(
-    hidden, d_gate, d_up, at_TN, on_N, gate_TN, up_TN, dh_TN, weight_TN, theta, up_theta,
+    hidden, d_gate_x, d_up_x, at_TN, on_N, gate_TN, up_TN, dh_TN, weight_TN,
+    threshold, up_threshold,
     ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Writes h and the gradients of gate x and up x; that of the weight comes back."""
+    """Writes h and the gradients of gate x and up x, and returns that of the weight."""
     runs_TN = weight_TN != 0
     dtype = hidden.dtype.element_ty
-    act_TN = activate(gate_TN, theta, ACT)
+    act_TN = activate(gate_TN, threshold, ACT)
     h_TN = act_TN
-    d_gate_TN = dh_TN * slope(gate_TN, theta, ACT)
+    d_gate_TN = dh_TN * slope(gate_TN, threshold, ACT)
     if GATED:
-        factor_TN = activate(up_TN, up_theta, UP_ACT)
+        factor_TN = activate(up_TN, up_threshold, UP_ACT)
         h_TN *= factor_TN
         d_gate_TN *= factor_TN
-        d_up_TN = weight_TN * dh_TN * act_TN * slope(up_TN, up_theta, UP_ACT)
+        d_up_TN = weight_TN * dh_TN * act_TN * slope(up_TN, up_threshold, UP_ACT)
         d_up_TN = tl.where(runs_TN, d_up_TN, 0.0)
-        tl.store(d_up + at_TN, d_up_TN.to(dtype), mask=on_N[None, :])
+        tl.store(d_up_x + at_TN, d_up_TN.to(dtype), mask=on_N[None, :])
     d_gate_TN = tl.where(runs_TN, weight_TN * d_gate_TN, 0.0)
-    tl.store(d_gate + at_TN, d_gate_TN.to(dtype), mask=on_N[None, :])
+    tl.store(d_gate_x + at_TN, d_gate_TN.to(dtype), mask=on_N[None, :])
     hidden_TN = tl.where(runs_TN, weight_TN * h_TN, 0.0)
     tl.store(hidden + at_TN, hidden_TN.to(dtype), mask=on_N[None, :])
     return tl.where(runs_TN, h_TN * dh_TN, 0.0)
@@ -114,13 +179,13 @@ def write_hidden_grads(
 @triton.jit
 def compute_hidden_grads(
     x, dy, gate, up, down, gate_stride, up_stride, down_stride, gate_bias, up_bias, mask,
-    hidden, d_gate, d_up, d_weight, neurons, counts, packed,
-    T, D, F, E, group, skip, num_tiles, theta, up_theta,
+    hidden, d_gate_x, d_up_x, d_weight, neurons, counts, packed,
+    T, D, F, E, group, skip, num_tiles, threshold, up_threshold,
     ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """h again, and the gradients of gate x, of up x, and of each neuron's weight."""
+    """Writes h, and the gradients of gate x, of up x, and of each neuron's weight."""
     tokens, tile, first, count = find_places(counts, num_tiles, BLOCK_N, TILE)
     if first >= count:
         return
@@ -136,9 +201,27 @@ def compute_hidden_grads(
     up_TN = projected_TN(up_TN, None, up_bias, neuron_N, on_N)
     weight_TN = load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E)
     d_weight_TN = write_hidden_grads(
-        hidden, d_gate, d_up, neuron_major(tokens, neuron_N, F, BLOCK_T), on_N,
-        gate_TN, up_TN, dh_TN, weight_TN, theta, up_theta, ACT, UP_ACT, GATED,
+        hidden, d_gate_x, d_up_x, neuron_major(tokens, neuron_N, F, BLOCK_T), on_N,
+        gate_TN, up_TN, dh_TN, weight_TN, threshold, up_threshold, ACT, UP_ACT, GATED,
     )  # fmt: skip
     if d_weight is not None:
         to_TN = d_weight + neuron_major(tokens, neuron_N, F, BLOCK_T)
         tl.store(to_TN, d_weight_TN, mask=on_N[None, :])
+
+
+def launch_hidden_grads(
+    call: Call, lists: Lists, dy_TD: Tensor, values: HiddenGrads
+) -> KernelLaunch:
+    """The launch that writes `values`."""
+    columns = call.tiling.columns
+    arguments = {
+        **_operands(call, lists),
+        "dy": dy_TD,
+        "gate": call.gate_FD,
+        "down": call.down_FD,
+        "down_stride": row_stride(call.down_FD),
+        **values._asdict(),
+        # With a third stream, one token, whose sums stand in registers, takes half the columns.
+        "BLOCK_D": columns if call.tokens > 1 else max(1, columns // 2),
+    }
+    return KernelLaunch(compute_hidden_grads, _grid(call, lists), arguments, call.tiling.warps)

@@ -9,14 +9,16 @@ Letters: T tokens, D model width, X experts, N neurons of one expert, K experts 
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from moe_tools.kernels.activations import GIVES_ZEROS, Act, named
 from moe_tools.kernels.moe import ExpertWeights
+from moe_tools.kernels.triton.call import BIASES, SCALES
 from moe_tools.kernels.triton.config import MOST_TOGETHER, Config
-from moe_tools.kernels.triton.ffn import DTYPES, no_device
+from moe_tools.kernels.triton.ffn import DTYPES, UNNAMED, activation_options, no_device
 from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.triton.op_grouped import grouped_forward
 
@@ -30,12 +32,13 @@ def moe_ffn_triton(
     gate_first: bool | None = None,
     config: Config | None = None,
 ) -> Tensor:
-    """y_TD as `moe_ffn` defines it. The host reads nothing of the device.
+    """Computes y_TD as `moe_ffn` defines it. The host reads nothing of the device.
 
     A pair whose weight is zero is not computed in a small batch and gives its weight no gradient.
 
     Args:
-        experts: W_down is copied in every call unless its rows are contiguous.
+        experts: W_down is copied in every call unless it is contiguous; gate and up where their
+            rows are not.
         x_TD: in fp32, bf16 or fp16, as the experts.
         chosen_TK: which experts; no token chooses one twice.
         weight_TK: what their outputs are multiplied with; any floating dtype.
@@ -48,28 +51,81 @@ def moe_ffn_triton(
     refusal = _refusal(experts, x_TD)
     if refusal:
         raise ValueError(refusal)
-    act, up_act = named(experts.act), named(experts.up_act)
-    assert isinstance(act, Act) and isinstance(up_act, Act)
-    rows = (_rows(experts.gate_XND), _rows(experts.up_XND), experts.down_XND.contiguous())
-    if rows[0].stride() != rows[1].stride():
-        rows = (rows[0].contiguous(), rows[1].contiguous(), rows[2])
-    acts = (act.name, up_act.name, act.threshold, up_act.threshold)
-    sizes = [] if config is None else list(astuple(config))
-    x_TD = x_TD.contiguous()
+    x_TD, laid_out = x_TD.contiguous(), _laid_out(experts)
+    options = {
+        **activation_options(experts.act, experts.up_act),
+        "config": [] if config is None else config.numbers,
+    }
     if len(x_TD) > MOST_TOGETHER:
-        pairs = (chosen_TK.contiguous(), weight_TK.contiguous())
-        many_TD: Tensor = grouped_forward(x_TD, *rows, *pairs, *acts, sizes)
-        return many_TD
-    mask_TX = weight_TK.new_zeros(len(x_TD), len(rows[0])).scatter(1, chosen_TK, weight_TK)
-    first = act.name in GIVES_ZEROS if gate_first is None else gate_first
-    few_TD: Tensor = forward(x_TD, *rows, mask_TX, *[None] * 6, *acts, first, False, sizes)
-    return few_TD
+        return _grouped(laid_out, x_TD, chosen_TK, weight_TK, options)
+    options["gate_first"] = options["act"] in GIVES_ZEROS if gate_first is None else gate_first
+    return _masked(laid_out, x_TD, chosen_TK, weight_TK, options)
+
+
+def _masked(
+    experts: ExpertWeights,
+    x_TD: Tensor,
+    chosen_TK: Tensor,
+    weight_TK: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """Computes y of few tokens: the experts are one FFN, the mask holds their weights."""
+    mask_TX = weight_TK.new_zeros(len(x_TD), len(experts.gate_XND))
+    y_TD: Tensor = forward(
+        x_TD=x_TD,
+        gate_FD=experts.gate_XND,
+        up_FD=experts.up_XND,
+        down_FD=experts.down_XND,
+        mask_TE=mask_TX.scatter(1, chosen_TK, weight_TK),
+        **dict.fromkeys((*BIASES, *SCALES)),
+        atomic=False,
+        **options,
+    )
+    return y_TD
+
+
+def _grouped(
+    experts: ExpertWeights,
+    x_TD: Tensor,
+    chosen_TK: Tensor,
+    weight_TK: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """Computes y of many tokens, grouped by expert."""
+    y_TD: Tensor = grouped_forward(
+        x_TD=x_TD,
+        gate_XND=experts.gate_XND,
+        up_XND=experts.up_XND,
+        down_XND=experts.down_XND,
+        chosen_TK=chosen_TK.contiguous(),
+        weight_TK=weight_TK.contiguous(),
+        **options,
+    )
+    return y_TD
+
+
+def _laid_out(experts: ExpertWeights) -> ExpertWeights:
+    """Copies what the kernels cannot step through; gate and up need the same strides."""
+    gate_XND, up_XND = _rows(experts.gate_XND), _rows(experts.up_XND)
+    if gate_XND.stride() != up_XND.stride():
+        gate_XND, up_XND = _contiguous(gate_XND), _contiguous(up_XND)
+    down_XND = _contiguous(experts.down_XND)
+    return replace(experts, gate_XND=gate_XND, up_XND=up_XND, down_XND=down_XND)
 
 
 def _rows(weight_XND: Tensor) -> Tensor:
-    """With contiguous rows, and experts a whole number of them apart."""
+    """Copies weights unless their rows are contiguous and experts a whole number of them apart."""
     expert, row, column = weight_XND.stride()
-    return weight_XND if column == 1 and expert % row == 0 else weight_XND.contiguous()
+    whole = column == 1 and row > 0 and expert % row == 0
+    return weight_XND if whole else _contiguous(weight_XND)
+
+
+def _contiguous(weight_XND: Tensor) -> Tensor:
+    """Copies a view, and writes down the strides of a contiguous one.
+
+    PyTorch lets a dimension of size one have any stride; the kernels would follow it.
+    """
+    return weight_XND.reshape(-1).view(weight_XND.shape)
 
 
 def _refusal(experts: ExpertWeights, x_TD: Tensor) -> str | None:
@@ -78,5 +134,5 @@ def _refusal(experts: ExpertWeights, x_TD: Tensor) -> str | None:
         found = ", ".join(sorted(map(str, dtypes)))
         return f"x_TD and the experts are {found}: the kernels take fp32, bf16 or fp16, one for all"
     if not all(isinstance(named(act), Act) for act in (experts.act, experts.up_act)):
-        return "backend 'triton' knows activations by name: give a name or an Act, not a function"
+        return UNNAMED
     return no_device(x_TD)

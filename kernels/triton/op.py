@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.triton.call import Call
-from moe_tools.kernels.triton.plan import plan_forward
-from moe_tools.kernels.triton.plan_backward import plan_backward
+from moe_tools.kernels.triton.config import Config
+from moe_tools.kernels.triton.gradients import Gradients
+from moe_tools.kernels.triton.launches import backward_launches, forward_launches
 
-GRADIENTS = 7
-"""How many operands, from the first, `backward` answers with a gradient."""
-TENSORS = 11
-"""How many operands of `forward` are tensors, from the first."""
+
+def operands_of(operator: Any) -> tuple[str, ...]:
+    """The names of an operator's tensors, in the order of its schema; its options are keywords."""
+    arguments = operator._opoverload._schema.arguments
+    return tuple(one.name for one in arguments if not one.kwarg_only)
 
 
 @torch.library.custom_op("moe_tools::sparse_ffn_triton", mutates_args=())
@@ -34,31 +36,49 @@ def forward(
     gate_scale_F: Tensor | None,
     up_scale_F: Tensor | None,
     down_scale_F: Tensor | None,
+    *,
     act: str,
     up_act: str,
-    theta: float,
-    up_theta: float,
+    threshold: float,
+    up_threshold: float,
     gate_first: bool,
     atomic: bool,
     config: Sequence[int],
 ) -> Tensor:
-    """y_TD; the operands as `Call` has them."""
+    """Computes y_TD; the operands are those of `Call`."""
     if not len(x_TD):
         return torch.empty_like(x_TD)
-    call = Call.of(
-        *(x_TD, gate_FD, up_FD, down_FD, mask_TE, gate_F, up_F, down_D),
-        *(gate_scale_F, up_scale_F, down_scale_F),
-        *(act, up_act, theta, up_theta, gate_first, atomic),
-        config=config,
+    call = Call(
+        x_TD=x_TD,
+        gate_FD=gate_FD,
+        up_FD=up_FD,
+        down_FD=down_FD,
+        mask_TE=mask_TE,
+        gate_F=gate_F,
+        up_F=up_F,
+        down_D=down_D,
+        gate_scale_F=gate_scale_F,
+        up_scale_F=up_scale_F,
+        down_scale_F=down_scale_F,
+        act=act,
+        up_act=up_act,
+        threshold=threshold,
+        up_threshold=up_threshold,
+        gate_first=gate_first,
+        atomic=atomic,
+        config=Config.from_numbers(config),
     )
-    launches, y_TD = plan_forward(call)
+    launches, y_TD = forward_launches(call)
     for launch in launches:
         launch.run()
     return y_TD
 
 
+OPERANDS = operands_of(forward)
+
+
 @forward.register_fake
-def _(x_TD: Tensor, *operands: Any) -> Tensor:
+def _(x_TD: Tensor, *operands: Any, **options: Any) -> Tensor:
     return torch.empty_like(x_TD)
 
 
@@ -72,54 +92,66 @@ def backward(
     mask_TE: Tensor | None,
     gate_F: Tensor | None,
     up_F: Tensor | None,
+    *,
     act: str,
     up_act: str,
-    theta: float,
-    up_theta: float,
+    threshold: float,
+    up_threshold: float,
     atomic: bool,
     config: Sequence[int],
 ) -> list[Tensor]:
-    """The gradient of each operand, in their order; of size 0 where there is none."""
-    operands = (x_TD, gate_FD, up_FD, down_FD, mask_TE, gate_F, up_F)
+    """Computes `Gradients`, in the order of their fields; of size 0 where there is none."""
+    call = Call(
+        x_TD=x_TD,
+        gate_FD=gate_FD,
+        up_FD=up_FD,
+        down_FD=down_FD,
+        mask_TE=mask_TE,
+        gate_F=gate_F,
+        up_F=up_F,
+        act=act,
+        up_act=up_act,
+        threshold=threshold,
+        up_threshold=up_threshold,
+        atomic=atomic,
+        config=Config.from_numbers(config),
+    )
     if not len(x_TD):
-        return [made.zero_() for made in _blank(operands)]
-    acts = (act, up_act, theta, up_theta)
-    call = Call.of(*operands, *[None] * 4, *acts, False, atomic, config=config)
-    launches, made = plan_backward(call, dy_TD.contiguous())
+        return [made.zero_() for made in _listed(Gradients.blank(call))]
+    launches, made = backward_launches(call, dy_TD.contiguous())
     for launch in launches:
         launch.run()
-    return [x_TD.new_empty(0) if one is None else one for one in made]
+    return _listed(made)
 
 
 @backward.register_fake
-def _(dy_TD: Tensor, *operands: Any) -> list[Tensor]:
-    return _blank(operands[:GRADIENTS])
+def _(dy_TD: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
+    _, *names = operands_of(backward)
+    return _listed(Gradients.blank(Call(**dict(zip(names, operands, strict=True)))))
 
 
-def _blank(operands: Sequence[Tensor | None]) -> list[Tensor]:
-    x_TD = operands[0]
-    assert x_TD is not None
-    return [
-        torch.empty(one.shape, dtype=one.dtype, device=one.device)
-        if one is not None and one.dtype.is_floating_point
-        else x_TD.new_empty(0)
-        for one in operands
-    ]
+def _listed(made: Gradients) -> list[Tensor]:
+    """As a schema has them: it knows no list with gaps."""
+    return [made.x_TD.new_empty(0) if one is None else one for one in made]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tensors, acts = inputs[: GRADIENTS + 1], inputs[TENSORS:-3]
-    ctx.save_for_backward(*tensors)
-    ctx.options = (*acts, *inputs[-2:])
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    given = dict(zip(OPERANDS, inputs, strict=True))
+    ctx.save_for_backward(*(given[name] for name in Gradients._fields))
+    ctx.down_dtype = None if given["down_D"] is None else given["down_D"].dtype
+    ctx.options = {k: v for k, v in keyword_only_inputs.items() if k != "gate_first"}
 
 
-def _autograd(ctx: Any, dy_TD: Tensor) -> tuple[Any, ...]:
-    *operands, down_D = ctx.saved_tensors
-    made = backward(dy_TD, *operands, *ctx.options)
-    wanted = ctx.needs_input_grad
-    found = [grad if wanted[index] else None for index, grad in enumerate(made)]
-    found.append(dy_TD.sum(0).to(down_D.dtype) if wanted[GRADIENTS] else None)
-    return (*found, *[None] * (len(wanted) - len(found)))
+def _autograd(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
+    saved = dict(zip(Gradients._fields, ctx.saved_tensors, strict=True))
+    made = backward(dy_TD=dy_TD, **saved, **ctx.options)
+    grads: dict[str, Tensor] = dict(zip(Gradients._fields, made, strict=True))
+    if wanted["down_D"]:
+        grads["down_D"] = dy_TD.sum(0).to(ctx.down_dtype)
+    return tuple(grads[name] if wanted[name] else None for name in OPERANDS)
 
 
 forward.register_autograd(_autograd, setup_context=_setup_context)

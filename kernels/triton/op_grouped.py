@@ -1,6 +1,7 @@
 """The operator for tokens grouped by expert: its autograd formula and shapes.
 
-Letters: T tokens, D model width, X experts, N neurons of one expert, K experts of one token.
+Letters: T tokens, D model width, X experts, N neurons of one expert, K experts of one token, P
+pairs of a token and one of its experts.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_tools.kernels.triton.plan_grouped import (
-    GroupedCall,
-    plan_grouped,
-    plan_grouped_backward,
-)
+from moe_tools.kernels.triton.config import Config
+from moe_tools.kernels.triton.grouped_call import GroupedCall
+from moe_tools.kernels.triton.launches import grouped_backward_launches, grouped_launches
+from moe_tools.kernels.triton.op import operands_of
 
-WEIGHTS = 4
-"""Operands, from the first, that are computed with; the chosen experts and their weights follow."""
+GRADIENTS = ("x_TD", "gate_XND", "up_XND", "down_XND", "weight_TK")
+"""The operands that have a gradient, in the order in which the backward operator returns them."""
 
 
 @torch.library.custom_op("moe_tools::grouped_ffn_triton", mutates_args=())
@@ -29,23 +29,38 @@ def grouped_forward(
     down_XND: Tensor,
     chosen_TK: Tensor,
     weight_TK: Tensor,
+    *,
     act: str,
     up_act: str,
-    theta: float,
-    up_theta: float,
+    threshold: float,
+    up_threshold: float,
     config: Sequence[int],
 ) -> Tensor:
-    """y_TD; the operands as `GroupedCall` has them."""
-    operands = (x_TD, gate_XND, up_XND, down_XND, chosen_TK, weight_TK)
-    call = GroupedCall.of(*operands, act, up_act, theta, up_theta, config=config)
-    launches, y_PD = plan_grouped(call)
+    """Computes y_TD; the operands are those of `GroupedCall`."""
+    call = GroupedCall(
+        x_TD=x_TD,
+        gate_XND=gate_XND,
+        up_XND=up_XND,
+        down_XND=down_XND,
+        chosen_TK=chosen_TK,
+        weight_TK=weight_TK,
+        act=act,
+        up_act=up_act,
+        threshold=threshold,
+        up_threshold=up_threshold,
+        config=Config.from_numbers(config),
+    )
+    launches, y_PD = grouped_launches(call)
     for launch in launches:
         launch.run()
     return _per_token(y_PD, chosen_TK).to(x_TD.dtype)
 
 
+OPERANDS = operands_of(grouped_forward)
+
+
 @grouped_forward.register_fake
-def _(x_TD: Tensor, *operands: Any) -> Tensor:
+def _(x_TD: Tensor, *operands: Any, **options: Any) -> Tensor:
     return torch.empty_like(x_TD)
 
 
@@ -58,45 +73,66 @@ def grouped_backward(
     down_XND: Tensor,
     chosen_TK: Tensor,
     weight_TK: Tensor,
+    *,
     act: str,
     up_act: str,
-    theta: float,
-    up_theta: float,
+    threshold: float,
+    up_threshold: float,
     config: Sequence[int],
 ) -> list[Tensor]:
-    """The gradients of x, gate, up and down, and of the weights of the chosen experts."""
-    operands = (x_TD, gate_XND, up_XND, down_XND, chosen_TK, weight_TK)
-    call = GroupedCall.of(*operands, act, up_act, theta, up_theta, config=config)
-    launches, made = plan_grouped_backward(call, dy_TD.contiguous())
+    """Computes the gradients of the operands that `GRADIENTS` names, in that order."""
+    call = GroupedCall(
+        x_TD=x_TD,
+        gate_XND=gate_XND,
+        up_XND=up_XND,
+        down_XND=down_XND,
+        chosen_TK=chosen_TK,
+        weight_TK=weight_TK,
+        act=act,
+        up_act=up_act,
+        threshold=threshold,
+        up_threshold=up_threshold,
+        config=Config.from_numbers(config),
+    )
+    launches, made = grouped_backward_launches(call, dy_TD.contiguous())
     for launch in launches:
         launch.run()
-    dx_TD = _per_token(made.x_PD, chosen_TK).to(x_TD.dtype)
-    d_weight_TK = made.weight_PB.sum(1).view(weight_TK.shape).to(weight_TK.dtype)
-    return [dx_TD, made.gate_XND, made.up_XND, made.down_XND, d_weight_TK]
+    grads = {
+        "x_TD": _per_token(made.x_PD, chosen_TK).to(x_TD.dtype),
+        "gate_XND": made.gate_XND,
+        "up_XND": made.up_XND,
+        "down_XND": made.down_XND,
+        "weight_TK": made.weight_PB.sum(1).view(weight_TK.shape).to(weight_TK.dtype),
+    }
+    return [grads[name] for name in GRADIENTS]
 
 
 @grouped_backward.register_fake
-def _(dy_TD: Tensor, *operands: Any) -> list[Tensor]:
-    differentiable = (*operands[:WEIGHTS], operands[WEIGHTS + 1])
-    return [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in differentiable]
+def _(dy_TD: Tensor, *operands: Tensor, **options: Any) -> list[Tensor]:
+    _, *names = operands_of(grouped_backward)
+    given = dict(zip(names, operands, strict=True))
+    likes = [given[name] for name in GRADIENTS]
+    return [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in likes]
 
 
 def _per_token(y_PD: Tensor, chosen_TK: Tensor) -> Tensor:
-    """A token's pairs added in their order."""
+    """Adds the pairs of each token in their order."""
     return y_PD.view(*chosen_TK.shape, -1).sum(1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[: WEIGHTS + 2])
-    ctx.options = inputs[WEIGHTS + 2 :]
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
 
 
-def _autograd(ctx: Any, dy_TD: Tensor) -> tuple[Any, ...]:
-    *made, d_weight_TK = grouped_backward(dy_TD, *ctx.saved_tensors, *ctx.options)
-    grads = [*made, None, d_weight_TK, *[None] * len(ctx.options)]
-    return tuple(
-        g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad, strict=True)
-    )
+def _autograd(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
+    saved = dict(zip(OPERANDS, ctx.saved_tensors, strict=True))
+    made = grouped_backward(dy_TD=dy_TD, **saved, **ctx.options)
+    grads: dict[str, Tensor] = dict(zip(GRADIENTS, made, strict=True))
+    return tuple(grads[name] if wanted[name] else None for name in OPERANDS)
 
 
 grouped_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""Tile sizes by trial, on the GPU at hand."""
+"""Finds tile sizes by trial, on the GPU at hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tune(
     gate_first: bool | None = None,
     milliseconds: Callable[[Callable[[], Tensor]], float] = do_bench,
 ) -> Config:
-    """The candidate with which `sparse_ffn_triton` is fastest; the pinned one of two equals.
+    """Returns the tile sizes with which `sparse_ffn_triton` is fastest; of equals, the pinned ones.
 
     Worth doing once for each width, expert size and number of tokens; keep the result and pass it
     as `config`. Give a mask as sparse as those that will come: the best tiles depend on it.

@@ -22,6 +22,7 @@ triton = pytest.importorskip("triton")
 
 from triton.runtime.interpreter import interpreter_builder  # noqa: E402
 
+from moe_tools.kernels.triton.call import CONTIGUOUS, Call  # noqa: E402
 from moe_tools.kernels.triton.config import Config, candidates  # noqa: E402
 from moe_tools.kernels.triton.ffn import sparse_ffn_triton  # noqa: E402
 from moe_tools.kernels.triton.op import backward, forward  # noqa: E402
@@ -224,6 +225,83 @@ def test_rows_may_be_slices_of_a_fused_weight() -> None:
     assert_equals_reference(weights, x_TD, mask_TE, 1e-5, 1e-6, config=TINY)
 
 
+# What a tensor of these sizes may be a view of.
+VECTORS: dict[str, Callable[[int], Tensor]] = {
+    "half of a fused one": lambda size: torch.randn(size, 2).flatten()[1::2],
+    "one number": lambda size: torch.randn(1).expand(size),
+}
+MATRICES: dict[str, Callable[[int, int], Tensor]] = {
+    "every third row": lambda rows, width: torch.randn(3 * rows, width)[1::3],
+    "some columns": lambda rows, width: torch.randn(rows, width + 3)[:, 1 : width + 1],
+    "one row": lambda rows, width: torch.randn(1, width).expand(rows, width),
+}
+
+
+@pytest.mark.parametrize(("act", "tokens"), [("silu", 1), ("relu", 5)])
+@pytest.mark.parametrize("view", VECTORS)
+@pytest.mark.parametrize(
+    ("name", "gated"),
+    [("gate_F", True), ("up_F", True), ("down_D", True), ("up_F", False), ("down_D", False)],
+    ids=["gate_F", "up_F", "down_D", "up_F-plain", "down_D-plain"],
+)
+def test_a_bias_may_be_a_view(name: str, gated: bool, view: str, act: str, tokens: int) -> None:
+    weights = make((19, 7, 45), act=act, gated=gated)
+    bias = VECTORS[view](getattr(weights, name).numel())
+    assert not bias.is_contiguous()
+    weights = replace(weights, **{name: bias.requires_grad_()})
+    mask_TE = MASKS["random"](tokens, 7)
+    assert_equals_reference(weights, inputs(tokens, 19), mask_TE, 1e-5, 1e-6, config=TINY)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("view", MATRICES)
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_rows_may_be_a_view(name: str, view: str, tokens: int) -> None:
+    rows_FD = MATRICES[view](45, 19).requires_grad_()
+    weights = replace(make((19, 7, 45), act="relu"), **{name: rows_FD})
+    mask_TE = MASKS["random"](tokens, 7)
+    assert_equals_reference(weights, inputs(tokens, 19), mask_TE, 1e-5, 1e-6, config=TINY)
+
+
+@pytest.mark.parametrize("neurons", [1, 9])
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_row_of_one_number_has_any_stride(width: int, neurons: int) -> None:
+    weights = make((width, 1, neurons))
+    turned = {name: torch.randn(width, neurons).T.requires_grad_() for name in NAMES[:3]}
+    if width > 1 and neurons > 1:
+        with pytest.raises(ValueError, match=r"^up_FD has strides \(1, 9\): "):
+            sparse_ffn_triton(replace(weights, **turned), torch.randn(2, width))
+        turned = {name: rows_FD.contiguous() for name, rows_FD in turned.items()}
+    weights = replace(weights, **turned)
+    assert_equals_reference(weights, inputs(2, width), None, 1e-5, 1e-6, config=TINY)
+
+
+@pytest.mark.parametrize("view", MATRICES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_x_the_mask_and_dy_may_be_views(tokens: int, view: str) -> None:
+    weights = make((19, 7, 45))
+    x_TD = MATRICES[view](tokens, 19).requires_grad_()
+    mask_TE, dy_TD = MATRICES[view](tokens, 7), MATRICES[view](tokens, 19)
+    wanted = operands(weights, x_TD, mask_TE.requires_grad_())
+    y_TD = sparse_ffn_triton(weights, x_TD, mask_TE, config=TINY)
+    ours = gradients(y_TD, wanted, dy_TD) | {"y_TD": y_TD}
+    theirs = gradients(sparse_ffn_reference(weights, x_TD, mask_TE), wanted, dy_TD)
+    theirs["mask_TE"] = theirs["mask_TE"] * (mask_TE != 0)
+    theirs["y_TD"] = sparse_ffn_reference(weights, x_TD, mask_TE)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", CONTIGUOUS)
+def test_a_view_that_reaches_the_launches_is_our_own_mistake(name: str) -> None:
+    """They have no strides for it, and would read the wrong numbers."""
+    rows = {name: torch.randn(9, 8) for name in ("gate_FD", "up_FD", "down_FD")}
+    whole = {"x_TD": torch.randn(2, 8), "mask_TE": torch.rand(2, 3), "down_D": torch.randn(8)}
+    view = torch.stack([whole.get(name, torch.randn(9))] * 2, -1)[..., 0]
+    with pytest.raises(AssertionError, match=f"^{name} has strides"):
+        Call(**{**whole, **rows, name: view})
+
+
 def test_what_is_off_may_be_infinite() -> None:
     weights = make((8, 3, 9), biases=False)
     mask_TE = torch.tensor([[True, False, True]])
@@ -283,14 +361,18 @@ def test_opcheck_is_clean(gated: bool, soft: bool) -> None:
     weights, x_TD = make((8, 3, 9), gated=gated), inputs(2, 8)
     mask_TE = MASKS["soft" if soft else "random"](2, 3)
     assert mask_TE is not None
-    rows = (weights.gate_FD, weights.up_FD) if gated else (weights.up_FD, None)
+    second = weights.up_FD if gated else None
     biases = (weights.gate_F, weights.up_F) if gated else (weights.up_F, None)
-    shared = (x_TD, *rows, weights.down_FD, mask_TE.requires_grad_(soft), *biases)
-    acts = ("silu", "identity", 0.0, 0.0)
+    shared = (x_TD, weights.routing_FD, second, weights.down_FD, mask_TE.requires_grad_(soft))
+    options = {
+        **{"act": "silu", "up_act": "identity", "threshold": 0.0, "up_threshold": 0.0},
+        **{"atomic": False, "config": []},
+    }
     scales = [None] * 3
-    torch.library.opcheck(forward, (*shared, weights.down_D, *scales, *acts, False, False, []))
-    detached = [one if one is None else one.detach() for one in shared]
-    torch.library.opcheck(backward, (torch.randn(2, 8), *detached, *acts, False, []))
+    every = (*shared, *biases, weights.down_D, *scales)
+    torch.library.opcheck(forward, every, {**options, "gate_first": False})
+    detached = [one if one is None else one.detach() for one in (*shared, *biases)]
+    torch.library.opcheck(backward, (torch.randn(2, 8), *detached), options)
 
 
 def test_packed_once_called_often() -> None:

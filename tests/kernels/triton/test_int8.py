@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ pytest.importorskip("triton")
 
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.ffn import TritonFFN, sparse_ffn_triton
-from moe_tools.kernels.triton.traffic import count_loads
+from tools.traffic import count_loads
 
 TINY = Config(16, 16, 4, 16, 8, 16, 2, 4)
 WIDTH, EXPERTS, NEURONS = 21, 7, 45
@@ -123,9 +124,54 @@ def test_pack_chooses_int8() -> None:
     torch.testing.assert_close(packed(x_TD), expected_TD, rtol=1e-5, atol=1e-5 * largest)
 
 
-def test_int8_has_no_gradients() -> None:
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "half of a fused one": lambda scale_F: torch.stack([-scale_F, scale_F], 1).flatten()[1::2],
+    "one number": lambda scale_F: scale_F[3:4].expand(len(scale_F)),
+}
+
+
+@pytest.mark.parametrize(("act", "tokens"), [("silu", 1), ("relu", 5)])
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    ("name", "gated"),
+    [("gate_F", True), ("up_F", True), ("down_F", True), ("up_F", False), ("down_F", False)],
+    ids=["gate_F", "up_F", "down_F", "up_F-plain", "down_F-plain"],
+)
+def test_scales_may_be_views(name: str, gated: bool, view: str, act: str, tokens: int) -> None:
+    packed, x_TD = TritonFFN(make(act, gated=gated), torch.int8), torch.randn(tokens, WIDTH)
+    assert packed.scales is not None
+    given = VIEWS[view](getattr(packed.scales, name))
+    assert not given.is_contiguous()
+    scales = packed.scales._replace(**{name: given})
+    copied = packed.scales._replace(**{name: given.contiguous()})
+    y_TD = sparse_ffn_triton(packed.weights, x_TD, scales=scales, config=TINY)
+    expected_TD = sparse_ffn_triton(packed.weights, x_TD, scales=copied, config=TINY)
+    assert torch.equal(y_TD, expected_TD)
+
+
+def test_int8_rows_are_contiguous_whatever_was_packed() -> None:
+    weights, x_TD = make(), torch.randn(2, WIDTH)
+    weights = replace(weights, down_FD=torch.randn(WIDTH, NEURONS).T)
+    packed = pack(weights, dtype=torch.int8, backend="triton")
+    expected_TD = sparse_ffn_reference(rounded(weights, torch.int8), x_TD, None)
+    largest = expected_TD.abs().max().item()
+    torch.testing.assert_close(packed(x_TD), expected_TD, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("asks", ["x_TD", "mask_TE", "gate_F", "up_F", "down_D", "scales"])
+def test_int8_has_no_gradients(asks: str) -> None:
     packed = TritonFFN(make(), torch.int8)
+    x_TD, mask_TE = torch.randn(2, WIDTH), torch.rand(2, 3)
+    assert packed.scales is not None
+    others = {"x_TD": x_TD, "mask_TE": mask_TE, "scales": packed.scales.down_F}
+    (others[asks] if asks in others else getattr(packed.weights, asks)).requires_grad_()
     with pytest.raises(ValueError, match=r"int8 weights have no gradients: call under torch\.no"):
-        packed_run(packed, torch.randn(2, WIDTH, requires_grad=True), None)
+        packed_run(packed, x_TD, mask_TE)
+    with torch.no_grad():
+        assert packed_run(packed, x_TD, mask_TE).isfinite().all()
+
+
+def test_int8_needs_its_scales() -> None:
+    packed = TritonFFN(make(), torch.int8)
     with pytest.raises(ValueError, match=r"up_FD torch\.int8: backend 'triton' takes .*`scales`"):
         sparse_ffn_triton(packed.weights, torch.randn(2, WIDTH))

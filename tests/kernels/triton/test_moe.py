@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +20,16 @@ from triton.runtime.interpreter import interpreter_builder
 
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import MOST_TOGETHER, Config
+from moe_tools.kernels.triton.grouped_call import GroupedCall
+from moe_tools.kernels.triton.kernel_launch import KernelLaunch
+from moe_tools.kernels.triton.launches import (
+    forward_launches,
+    grouped_backward_launches,
+    grouped_launches,
+)
 from moe_tools.kernels.triton.moe import moe_ffn_triton
 from moe_tools.kernels.triton.op_grouped import grouped_backward, grouped_forward
-from moe_tools.kernels.triton.plan import KernelLaunch, plan_forward
-from moe_tools.kernels.triton.plan_grouped import (
-    GroupedCall,
-    plan_grouped,
-    plan_grouped_backward,
-)
-from moe_tools.kernels.triton.traffic import count_loads
+from tools.traffic import count_loads
 
 TINY = Config(16, 16, 16, 16, 16, 16, 2, 4)
 FEW, MANY = 5, MOST_TOGETHER + 7
@@ -121,6 +123,37 @@ def test_all_tokens_may_choose_one_expert(tokens: int) -> None:
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-4)
 
 
+def turned(neurons: int) -> Tensor:
+    """Stored neuron by neuron, all experts' first rows first."""
+    return torch.randn(neurons, EXPERTS, WIDTH).requires_grad_().transpose(0, 1)
+
+
+VIEWS: dict[str, Callable[[int], Tensor]] = {
+    "turned": turned,
+    "one row": lambda n: torch.randn(EXPERTS, 1, WIDTH).requires_grad_().expand(-1, n, -1),
+    "one expert": lambda n: torch.randn(1, n, WIDTH).requires_grad_().expand(EXPERTS, -1, -1),
+    "some columns": lambda n: torch.randn(EXPERTS, n, WIDTH + 3).requires_grad_()[..., 1:-2],
+    "some rows": lambda n: torch.randn(EXPERTS, 2 * n + 1, WIDTH).requires_grad_()[:, 1::2],
+}
+
+
+@few_or_many
+@pytest.mark.parametrize("neurons", [1, NEURONS])
+@pytest.mark.parametrize("view", VIEWS)
+def test_experts_may_be_views(view: str, neurons: int, tokens: int) -> None:
+    experts = ExpertWeights(*(VIEWS[view](neurons) for _ in range(3)), act="silu")
+    assert_equals_reference(experts, tokens, 2e-5)
+
+
+@few_or_many
+def test_the_routing_and_x_may_be_views(tokens: int) -> None:
+    experts, (x_TD, chosen_TK, weight_TK) = make(), inputs(tokens)
+    expected_TD = moe_ffn(experts, x_TD, chosen_TK, weight_TK, backend="reference")
+    views = (x_TD.T.contiguous().T, chosen_TK.T.contiguous().T, weight_TK.T.contiguous().T)
+    y_TD = moe_ffn_triton(experts, *views, config=TINY)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-4)
+
+
 @few_or_many
 def test_experts_without_tokens_are_not_read(tokens: int) -> None:
     experts, (x_TD, chosen_TK, weight_TK) = make(), inputs(tokens)
@@ -174,10 +207,14 @@ def test_groups_are_three_launches_and_four_back() -> None:
     def blank(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    rows = [blank(EXPERTS, NEURONS, WIDTH) for _ in range(3)]
-    chosen_TK, weight_TK = blank(MANY, CHOSEN, dtype=torch.int64), blank(MANY, CHOSEN)
-    call = GroupedCall(blank(MANY, WIDTH), *rows, chosen_TK, weight_TK)
-    launches, y_PD = plan_grouped(call)
+    names = ("gate_XND", "up_XND", "down_XND")
+    call = GroupedCall(
+        x_TD=blank(MANY, WIDTH),
+        chosen_TK=blank(MANY, CHOSEN, dtype=torch.int64),
+        weight_TK=blank(MANY, CHOSEN),
+        **{name: blank(EXPERTS, NEURONS, WIDTH) for name in names},
+    )
+    launches, y_PD = grouped_launches(call)
     assert [one.name for one in launches] == [
         "group_pairs",
         "compute_pairs_hidden",
@@ -185,20 +222,23 @@ def test_groups_are_three_launches_and_four_back() -> None:
     ]
     assert y_PD.shape == (MANY * CHOSEN, WIDTH)
     assert call.tiles == -(-MANY * CHOSEN // 64) + EXPERTS
-    back, made = plan_grouped_backward(call, blank(MANY, WIDTH))
+    back, made = grouped_backward_launches(call, blank(MANY, WIDTH))
     assert len(back) == 4
-    assert made.down_XND.shape == rows[2].shape
+    assert made.down_XND.shape == call.down_XND.shape
 
 
 def test_opcheck_is_clean() -> None:
     experts, (x_TD, chosen_TK, weight_TK) = make(), inputs(MANY)
     rows = (experts.gate_XND, experts.up_XND, experts.down_XND.contiguous())
     leaves = [one.detach().requires_grad_() for one in rows]
-    acts = ("silu", "identity", 0.0, 0.0, [16, 16, 16, 16, 16, 16, 2, 4])
-    torch.library.opcheck(grouped_forward, (x_TD, *leaves, chosen_TK, weight_TK, *acts))
+    options = {
+        **{"act": "silu", "up_act": "identity", "threshold": 0.0, "up_threshold": 0.0},
+        "config": TINY.numbers,
+    }
+    torch.library.opcheck(grouped_forward, (x_TD, *leaves, chosen_TK, weight_TK), options)
     detached = [one.detach() for one in (x_TD, *rows)]
-    back = (torch.randn(MANY, WIDTH), *detached, chosen_TK, weight_TK.detach(), *acts)
-    torch.library.opcheck(grouped_backward, back)
+    back = (torch.randn(MANY, WIDTH), *detached, chosen_TK, weight_TK.detach())
+    torch.library.opcheck(grouped_backward, back, options)
 
 
 class NoHostReads(TorchDispatchMode):
@@ -214,7 +254,7 @@ class NoHostReads(TorchDispatchMode):
 
 @few_or_many
 def test_the_host_reads_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Around the operators; inside them, plans are made of tensors without data."""
+    """Around the operators; inside them, launches are made of tensors without data."""
     monkeypatch.setattr(KernelLaunch, "run", lambda launch: None)
     experts, (x_TD, chosen_TK, weight_TK) = make("relu"), inputs(tokens)
     with NoHostReads():
@@ -224,13 +264,17 @@ def test_the_host_reads_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) ->
         moe_ffn(experts, x_TD, chosen_TK, weight_TK, backend="reference")
 
 
-def test_a_plan_reads_no_data() -> None:
+def test_launches_need_no_data() -> None:
     """The launches of a layer are the same whatever it chose, so a CUDA graph may hold them."""
-    rows = [torch.empty(EXPERTS, 2 * NEURONS, WIDTH, device="meta")[:, :NEURONS] for _ in range(2)]
-    down_XND = torch.empty(EXPERTS, NEURONS, WIDTH, device="meta")
-    mask_TX = torch.empty(1, EXPERTS, device="meta")
-    call = Call(torch.empty(1, WIDTH, device="meta"), *rows, down_XND, mask_TX)
-    launches, _ = plan_forward(call)
+    gate_up = torch.empty(EXPERTS, 2 * NEURONS, WIDTH, device="meta")
+    call = Call(
+        x_TD=torch.empty(1, WIDTH, device="meta"),
+        gate_FD=gate_up[:, :NEURONS],
+        up_FD=gate_up[:, NEURONS:],
+        down_FD=torch.empty(EXPERTS, NEURONS, WIDTH, device="meta"),
+        mask_TE=torch.empty(1, EXPERTS, device="meta"),
+    )
+    launches, _ = forward_launches(call)
     assert len(launches) == 3
     assert call.grouping == {"group": NEURONS, "skip": NEURONS}
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.ffn import sparse_ffn_triton
-from moe_tools.kernels.triton.traffic import count_loads
+from tools.traffic import count_loads
 
 TINY = Config(16, 16, 4, 16, 8, 16, 2, 4)
 WIDTH, NEURONS = 21, 45

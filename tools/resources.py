@@ -1,10 +1,10 @@
 """What the kernels need of a GPU, read from their compiled code; no GPU takes part.
 
-    python -m moe_tools.kernels.triton.resources [--shape D F] [--tokens T ...] [--json]
+    python -m tools.resources [--shape D F] [--tokens T ...] [--json]
 
-compiles every launch of the plans of `cases` for every target and prints a table: registers,
-spilled and shared bytes of a program, and how wide the loads of the weight rows are. It exits
-with 1 if a kernel is over the budget.
+compiles every launch of `cases` for every target and prints a table: registers, spilled and shared
+bytes of a program, and how wide the loads of the weight rows are. It exits with 1 if a kernel is
+over the budget.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from triton.compiler import ASTSource
 
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import MOST_TOGETHER
-from moe_tools.kernels.triton.plan import KernelLaunch, plan_forward
-from moe_tools.kernels.triton.plan_backward import plan_backward
-from moe_tools.kernels.triton.plan_grouped import (
-    GroupedCall,
-    plan_grouped,
-    plan_grouped_backward,
+from moe_tools.kernels.triton.grouped_call import GroupedCall
+from moe_tools.kernels.triton.kernel_launch import KernelLaunch
+from moe_tools.kernels.triton.launches import (
+    backward_launches,
+    forward_launches,
+    grouped_backward_launches,
+    grouped_launches,
 )
 
 TARGETS = {
@@ -62,7 +63,7 @@ With more than 255 registers the compiler spills. A program may have 163 KiB of 
 sm_80, 227 on an sm_90 and 64 on a gfx942.
 """
 TOKENS = (1, 16, 64, 512)
-"""Of the cases: the smallest, the middle and the largest tile of tokens, and groups by expert."""
+"""The cases have the smallest, the middle and the largest tile of tokens, and groups by expert."""
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -76,23 +77,23 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Usage:
-    """One kernel of one case, compiled for one target."""
+    """What one kernel of one case needs, compiled for one target."""
 
     case: str
     kernel: str
     target: str
     registers: int
-    """Of a thread; on AMD, vector registers."""
+    """How many a thread has; on AMD, vector registers."""
     spills: int
     """Bytes of a thread's stack: spilled registers and local arrays."""
     shared: int
-    """Bytes of a program."""
+    """Bytes of shared memory of a program."""
     load_bits: tuple[int, ...]
     """Widths of the loads of weight rows, each once; empty in kernels that read none."""
 
     @property
     def fits(self) -> bool:
-        """Within the budget, with nothing in local memory and weights read 128 bits at a time."""
+        """Whether it is within the budget, keeps local memory empty and reads rows by 128 bits."""
         registers, shared = BUDGET[self.kernel]
         lean = self.registers <= registers and not self.spills and self.shared <= 1024 * shared
         return lean and self.load_bits in ((), (128,))
@@ -101,7 +102,7 @@ class Usage:
 def cases(
     width: int, neurons: int, tokens: int, target: str
 ) -> Iterator[tuple[str, list[KernelLaunch]]]:
-    """Name and launches of what is compiled, with experts of 8 neurons; fp32 for one token.
+    """Yields the name and launches of what is compiled: experts of 8 neurons, fp32 for one token.
 
     More tokens than one tile holds are grouped: 8 experts of a host, of which each token takes two.
     """
@@ -123,9 +124,9 @@ _Cases = Iterator[tuple[str, list[KernelLaunch]]]
 
 def _cases(call: Call, end: str) -> _Cases:
     exact = replace(call, mask_TE=None, act="relu", gate_first=True)
-    yield f"experts {end}", plan_forward(call)[0]
-    yield f"gate first {end}", plan_forward(exact)[0]
-    yield f"backward {end}", plan_backward(call, torch.empty_like(call.x_TD))[0]
+    yield f"experts {end}", forward_launches(call)[0]
+    yield f"gate first {end}", forward_launches(exact)[0]
+    yield f"backward {end}", backward_launches(call, torch.empty_like(call.x_TD))[0]
 
 
 def _int8_cases(call: Call, end: str) -> _Cases:
@@ -133,28 +134,37 @@ def _int8_cases(call: Call, end: str) -> _Cases:
     scale_F = _blank(call.neurons, dtype=torch.float32)
     given = replace(call, gate_FD=rows_FD, up_FD=rows_FD, down_FD=rows_FD)
     given = replace(given, gate_scale_F=scale_F, up_scale_F=scale_F, down_scale_F=scale_F)
-    yield f"experts {end}", plan_forward(given)[0]
+    yield f"experts {end}", forward_launches(given)[0]
     recheck = replace(given, act="relu", gate_first=True)  # of a predicted list
-    yield f"gate first {end}", plan_forward(recheck)[0]
+    yield f"gate first {end}", forward_launches(recheck)[0]
 
 
 def _grouped_cases(call: GroupedCall, end: str) -> _Cases:
-    yield f"grouped {end}", plan_grouped(call)[0]
-    yield f"backward {end}", plan_grouped_backward(call, torch.empty_like(call.x_TD))[0]
+    yield f"grouped {end}", grouped_launches(call)[0]
+    yield f"backward {end}", grouped_backward_launches(call, torch.empty_like(call.x_TD))[0]
 
 
 def _call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> Call:
-    gate_FD, up_FD, down_FD = (_blank(neurons, width, dtype=dtype) for _ in range(3))
-    mask_TE = _blank(tokens, max(1, neurons // 8), dtype=dtype)
-    return Call(_blank(tokens, width, dtype=dtype), gate_FD, up_FD, down_FD, mask_TE)
+    return Call(
+        x_TD=_blank(tokens, width, dtype=dtype),
+        gate_FD=_blank(neurons, width, dtype=dtype),
+        up_FD=_blank(neurons, width, dtype=dtype),
+        down_FD=_blank(neurons, width, dtype=dtype),
+        mask_TE=_blank(tokens, max(1, neurons // 8), dtype=dtype),
+    )
 
 
 def _grouped_call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> GroupedCall:
     gate_up_XFD = _blank(8, 2 * neurons, width, dtype=dtype)
     gate_XND, up_XND = gate_up_XFD.unflatten(1, (2, neurons)).unbind(1)
-    pairs = (_blank(tokens, 2, dtype=torch.int64), _blank(tokens, 2, dtype=torch.float32))
-    down_XND = _blank(8, neurons, width, dtype=dtype)
-    return GroupedCall(_blank(tokens, width, dtype=dtype), gate_XND, up_XND, down_XND, *pairs)
+    return GroupedCall(
+        x_TD=_blank(tokens, width, dtype=dtype),
+        gate_XND=gate_XND,
+        up_XND=up_XND,
+        down_XND=_blank(8, neurons, width, dtype=dtype),
+        chosen_TK=_blank(tokens, 2, dtype=torch.int64),
+        weight_TK=_blank(tokens, 2, dtype=torch.float32),
+    )
 
 
 def _blank(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -162,7 +172,7 @@ def _blank(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def compile_launch(launch: KernelLaunch, target: GPUTarget) -> Any:
-    """The kernel as this launch would compile it on `target`."""
+    """Compiles the kernel as this launch would on `target`."""
     source = _source(launch)
     with triton.knobs.compilation.scope():
         # Code from the cache may name the files of an older version.
@@ -171,7 +181,7 @@ def compile_launch(launch: KernelLaunch, target: GPUTarget) -> Any:
 
 
 def _source(launch: KernelLaunch) -> ASTSource:
-    """The kernel, specialised as the launcher would for these arguments."""
+    """Specialises the kernel as the launcher would for these arguments."""
     kernel, values = launch.kernel, launch.arguments
     fixed = {one.name for one in kernel.params if one.is_constexpr or values[one.name] is None}
     kinds = {
@@ -192,7 +202,7 @@ def _kind(value: Any) -> str:
 
 
 def _divides(value: Any) -> bool:
-    """Whether the launcher would know that 16 divides it; of memory, that torch aligns it."""
+    """Whether the launcher would know that 16 divides it; torch aligns the memory of tensors."""
     return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
@@ -222,7 +232,7 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _row_loads(text: str) -> Iterator[int]:
-    """Bits of each load that comes from rows.py, as the debug lines say."""
+    """Yields the bits of each load that comes from rows.py, as the debug lines say."""
     files = re.findall(r'\.file\s+(\d+) .*rows\.py"', text)
     inside = False
     for line in text.splitlines():
@@ -243,7 +253,7 @@ def _load_bits(line: str) -> int | None:
 
 
 def measure_all(width: int, neurons: int, tokens: tuple[int, ...] = TOKENS) -> Iterator[Usage]:
-    """Every kernel of every case, once for each target; twins across cases are compiled once."""
+    """Measures every kernel of every case on each target; compiles twins across cases once."""
     known: dict[str, Usage] = {}
     for count, target in product(tokens, TARGETS):
         for case, launches in cases(width, neurons, count, target):
@@ -255,7 +265,7 @@ def measure_all(width: int, neurons: int, tokens: tuple[int, ...] = TOKENS) -> I
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; 0 if every kernel is within the budget."""
+    """Prints the table and returns 0 if every kernel is within the budget."""
     parser = argparse.ArgumentParser(description="registers, spills and load widths, without a GPU")
     parser.add_argument("--shape", nargs=2, type=int, default=(4096, 11008), metavar=("D", "F"))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)

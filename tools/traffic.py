@@ -1,4 +1,4 @@
-"""Counting mode: which bytes the kernels read, load by load, under Triton's interpreter.
+"""Counts which bytes the kernels read, load by load, under Triton's interpreter.
 
     with count_loads() as loads:
         sparse_ffn(..., backend="triton")
@@ -28,7 +28,7 @@ class Loads:
     """(addresses, bytes of each element) of one load."""
 
     def addresses(self, tensor: Tensor) -> np.ndarray:
-        """Byte offsets into the memory of `tensor`, as often as they were read."""
+        """Finds the byte offsets into `tensor` that were read, each as often as it was."""
         size = tensor.element_size()
         start = tensor.data_ptr()
         stop = start + size * (1 + sum((n - 1) * s for n, s in _extents(tensor)))
@@ -36,18 +36,18 @@ class Loads:
         return np.concatenate([np.empty(0, np.uint64), *found]) - np.uint64(start)
 
     def bytes_of(self, tensor: Tensor) -> int:
-        """Bytes of `tensor` that were read; twice if read twice."""
+        """Counts the bytes of `tensor` that were read; twice if read twice."""
         return len(self.addresses(tensor)) * tensor.element_size()
 
     def rows_of(self, weight_FD: Tensor) -> list[int]:
-        """Rows of which anything was read, in ascending order."""
+        """Lists the rows of which anything was read, in ascending order."""
         row = weight_FD.stride(0) * weight_FD.element_size()
         return [int(index) for index in np.unique(self.addresses(weight_FD) // row)]
 
 
 @contextmanager
 def count_loads() -> Iterator[Loads]:
-    """Counts while it lasts; for kernels that the interpreter runs."""
+    """Counts the loads of all kernels that the interpreter runs inside the block."""
     loads, builder = Loads(), interpreter.interpreter_builder
     read = builder.create_masked_load
 

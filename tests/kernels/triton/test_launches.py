@@ -14,8 +14,7 @@ from moe_tools.kernels.triton.config import (
     pinned,
     tokens_of_a_program,
 )
-from moe_tools.kernels.triton.plan import plan_forward
-from moe_tools.kernels.triton.plan_backward import plan_backward
+from moe_tools.kernels.triton.launches import backward_launches, forward_launches
 
 
 def call(
@@ -26,13 +25,17 @@ def call(
     gate_first: bool = False,
     mask: torch.dtype = torch.float32,
 ) -> Call:
-    """A call without data: whatever a plan reads of it is shape."""
+    """A call without data: whatever the launches read of it is shape."""
     width, neurons, experts = 64, 256, 32
-    rows = [torch.empty(neurons, width, device="meta") for _ in range(3)]
-    x_TD = torch.empty(tokens, width, device="meta")
-    mask_TE = torch.empty(tokens, experts, dtype=mask, device="meta")
-    up_FD = rows[1] if gated else None
-    return Call(x_TD, rows[0], up_FD, rows[2], mask_TE, act=act, gate_first=gate_first)
+    return Call(
+        x_TD=torch.empty(tokens, width, device="meta"),
+        gate_FD=torch.empty(neurons, width, device="meta"),
+        up_FD=torch.empty(neurons, width, device="meta") if gated else None,
+        down_FD=torch.empty(neurons, width, device="meta"),
+        mask_TE=torch.empty(tokens, experts, dtype=mask, device="meta"),
+        act=act,
+        gate_first=gate_first,
+    )
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -40,7 +43,7 @@ def call(
 @pytest.mark.parametrize("tokens", [1, 2, 33])
 def test_an_ffn_is_three_launches(tokens: int, gate_first: bool, gated: bool) -> None:
     act = "relu" if gate_first else "silu"
-    launches, y_TD = plan_forward(call(tokens, gated=gated, act=act, gate_first=gate_first))
+    launches, y_TD = forward_launches(call(tokens, gated=gated, act=act, gate_first=gate_first))
     first = "list_firing" if gate_first else "list_experts"
     assert [launch.name for launch in launches] == [first, "compute_hidden", "combine"]
     assert y_TD.shape == (tokens, 64)
@@ -48,17 +51,17 @@ def test_an_ffn_is_three_launches(tokens: int, gate_first: bool, gated: bool) ->
 
 def test_amd_adds_the_shares_in_a_launch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    launches, _ = plan_forward(call(1))
+    launches, _ = forward_launches(call(1))
     assert [launch.name for launch in launches[2:]] == ["combine", "add_shares"]
 
 
 def test_the_backward_pass_is_four_launches_and_one_for_the_mask() -> None:
     made = call(2)
-    launches, grads = plan_backward(made, torch.empty_like(made.x_TD))
+    launches, grads = backward_launches(made, torch.empty_like(made.x_TD))
     assert len(launches) == 5
     assert grads.mask_TE is not None and grads.mask_TE.shape == (2, 32)
     hard = call(2, mask=torch.bool)
-    launches, grads = plan_backward(hard, torch.empty_like(hard.x_TD))
+    launches, grads = backward_launches(hard, torch.empty_like(hard.x_TD))
     assert len(launches) == 4 and grads.mask_TE is None
 
 
@@ -67,7 +70,7 @@ def test_the_backward_pass_is_four_launches_and_one_for_the_mask() -> None:
 )
 def test_tokens_share_a_program(tokens: int, together: int) -> None:
     assert tokens_of_a_program(tokens) == together
-    launches, _ = plan_forward(call(tokens))
+    launches, _ = forward_launches(call(tokens))
     assert [launch.grid[-1] for launch in launches] == [-(-tokens // together)] * 3
 
 

@@ -1,4 +1,4 @@
-"""The table of `python -m moe_tools.kernels.triton.resources`: within the budget, on no GPU."""
+"""The table of `python -m tools.resources`: within the budget, on no GPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from moe_tools.kernels.triton.resources import BUDGET, TARGETS, Usage
+from tools.resources import BUDGET, TARGETS, Usage
 
+ROOT = Path(__file__).parents[2]
 WITH_ROWS = {
     *("list_firing", "compute_hidden", "compute_hidden_grads", "combine"),
     *("compute_pairs_hidden", "compute_pairs_hidden_grads", "combine_pairs"),
@@ -28,8 +29,9 @@ FORWARD, BACKWARD, GROUPED = 3 + 3, 5, 3 + 4
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     # In a process of its own: here the kernels are interpreted, not compiled.
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "moe_tools.kernels.triton.resources", *arguments]
-    return subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tools.resources", *arguments]
+    environment = kept | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def table(*arguments: str) -> list[Usage]:
@@ -73,7 +75,7 @@ def test_what_is_over_the_budget_does_not_fit(changes: dict[str, Any]) -> None:
 
 
 def test_the_budget_is_the_one_in_the_docs() -> None:
-    page = Path(__file__).parents[3] / "docs" / "kernels.md"
+    page = ROOT / "docs" / "kernels.md"
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) \|", page.read_text("utf-8"), re.M)
     assert {name: (int(most), int(kib)) for name, most, kib in rows} == BUDGET
 
