@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.checkpoint.auto import admit
 from moe_tools.checkpoint.stored import some, tensor_files
 from moe_tools.experts.conversion import (
     Conversion,
@@ -25,7 +26,7 @@ from moe_tools.experts.conversion import (
 )
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routers import ROUTERS, RowReader
-from moe_tools.experts.swapped import replace_stand_ins, swap_activations
+from moe_tools.experts.swapped import Unswapped, replace_stand_ins, swap_activations
 from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
 from moe_tools.hosts.moe_host import HostExperts, fused_experts
 
@@ -90,6 +91,26 @@ def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
         swap_activations(model, conversion)
     if conversion.router is not None:
         attach_experts(model, conversion)
+        admit(model)
+
+
+def check_rebuilt(model: nn.Module, source: str) -> None:
+    """Whether a model that was loaded is the one that its config describes, not its dense host.
+
+    Raises:
+        ValueError: its routers or its activation are missing.
+    """
+    conversion = read_conversion(model)
+    if conversion is None:
+        return
+    unrouted = conversion.router is not None and not expert_ffns(model)
+    if unrouted or any(isinstance(module, Unswapped) for module in model.modules()):
+        raise ValueError(
+            f"{source} is a converted model, but transformers loaded its dense host: the weights "
+            "are a distributed checkpoint (save them as safetensors), or another library has "
+            "replaced PreTrainedModel._load_pretrained_model (call moe_tools.patch_transformers "
+            "after it)"
+        )
 
 
 def _check_host(model: nn.Module, source: str, report: Any) -> None:
