@@ -87,8 +87,8 @@ def inspecting(
     """While it lasts, everything that the model runs is inspected.
 
     `generate` with its KV cache, batches with padding, training: see `inspect` for arguments and
-    errors. Padding that `attention_mask` names is left out, except in an encoder-decoder; under
-    beam search the text before a token may be that of another beam.
+    errors. What an attention mask says is padding is left out; under beam search the text before a
+    token may be that of another beam.
     """
     if not expert_ffns(model):
         raise ValueError(

@@ -10,7 +10,7 @@ Letters: T tokens, B blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.inputs import model_inputs
 
@@ -92,25 +93,19 @@ def _sites(ffns: list[FFN], kind: Baseline) -> list[Site]:
 Change = Callable[[Site, Tensor], Tensor]
 
 
-@contextmanager
-def _hooked(sites: list[Site], change: Change) -> Iterator[None]:
+def _hooked(sites: list[Site], change: Change) -> AbstractContextManager[None]:
     def before(site: Site) -> Callable[..., Any]:
         return lambda _, args: (change(site, args[0]), *args[1:])
 
     def after(site: Site) -> Callable[..., Any]:
         return lambda _, __, output: change(site, output)
 
-    handles = [
+    return hooked(
         site.module.register_forward_pre_hook(before(site))
         if site.before
         else site.module.register_forward_hook(after(site))
         for site in sites
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
 
 
 def _keep_magnitudes(site: Site, values: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.hooks import hooked
+from moe_tools.experts.tokens import valid_tokens
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.moe_host import chosen_share
 from moe_tools.measure.neurons import NeuronCount
@@ -72,25 +74,29 @@ class FlopCounter:
 
 @contextmanager
 def count_flops(model: PreTrainedModel) -> Iterator[FlopCounter]:
-    """Counts the rows that pass every weight matrix outside the FFNs and our routers."""
+    """Counts the tokens that pass every weight matrix outside the FFNs and our routers.
+
+    What the attention mask says is padding is not counted.
+    """
     counter = FlopCounter()
+    matrices = _other_matrices(model)
+    with valid_tokens(model) as tokens:
 
-    def hook(weights: int) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            counter.others += 2 * weights * (x.numel() // x.shape[-1])
+        def hook(weights: int) -> Callable[..., None]:
+            def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+                x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+                counter.others += 2 * weights * tokens.count(x)
 
-        return see
+            return see
 
-    handles = [
-        module.register_forward_hook(hook(module.get_parameter("weight").numel()), with_kwargs=True)
-        for module in _other_matrices(model)
-    ]
-    try:
-        yield counter
-    finally:
-        for handle in handles:
-            handle.remove()
+        handles = (
+            module.register_forward_hook(
+                hook(module.get_parameter("weight").numel()), with_kwargs=True
+            )
+            for module in matrices
+        )
+        with hooked(handles):
+            yield counter
 
 
 def _other_matrices(model: nn.Module) -> list[nn.Module]:

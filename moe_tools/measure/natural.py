@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.zeros import zero_share
@@ -109,19 +110,15 @@ def observe(model: PreTrainedModel, blocks_BT: Tensor, *, batch_size: int = 4) -
     """
     ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
     kept: list[list[Tensor]] = [[] for _ in ffns]
-    handles = [
+    handles = (
         ffn.down.register_forward_pre_hook(
             lambda _, args, seen=seen: seen.append(args[0].detach().flatten(0, -2))
         )
         for ffn, seen in zip(ffns, kept, strict=True)
-    ]
-    try:
-        with evaluating(model), every_expert_on(model):
-            for block_BT in blocks_BT.split(batch_size):
-                model(**model_inputs(model, block_BT.to(model.device)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), evaluating(model), every_expert_on(model):
+        for block_BT in blocks_BT.split(batch_size):
+            model(**model_inputs(model, block_BT.to(model.device)))
     return [
         Activations(ffn.name, torch.cat(seen), ffn.weights().down_FD.detach())
         for ffn, seen in zip(ffns, kept, strict=True)
