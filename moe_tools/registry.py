@@ -1,4 +1,4 @@
-"""A name finds a thing; a wrong name gets a suggestion."""
+"""Finds things by their names; a wrong name gets a suggestion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 SHOWN = 40
-"""Names in an error message, at most: a model may have hundreds of FFNs."""
+"""Largest number of names in an error message: a model may have hundreds of FFNs."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -23,13 +23,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 
 ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-"""What hands on anything names nothing: `nn.Module.__init__` has these, and refuses them later."""
+"""Kinds of parameters that name no argument: `nn.Module.__init__` has them and refuses all."""
 
 
 def check_arguments(
     call: Callable[..., Any], arguments: Mapping[str, Any], what: str, *, given: int = 0
 ) -> None:
-    """Whether a callable names these arguments in its signature; it is not called.
+    """Checks that a callable names these arguments in its signature, without calling it.
 
     Its own TypeErrors are then its own, and not taken for a user's mistake.
 

@@ -52,13 +52,13 @@ PATCHED = "transformers.modeling_utils"
 SUPPORTED = ">=5.23.0,<6"
 """Versions of transformers in moe-tools' requirements."""
 LOAD, SAVE, BUILT = "_load_pretrained_model", "save_pretrained", "post_init"
-"""What is patched of `PreTrainedModel`."""
+"""The methods of `PreTrainedModel` that are patched."""
 FILLED = ("model", "state_dict", "checkpoint_files", "load_config")
 """The arguments of `LOAD` that moe-tools needs."""
 
 
 class Patch:
-    """The patch of one module, and whether it is in force."""
+    """The patch of one module: what is replaced, and whether it is in force."""
 
     def __init__(self, module: str = PATCHED) -> None:
         self.refused = ""
@@ -77,13 +77,13 @@ class Patch:
         self._loads, self._saves, self._builds = Once(), Once(), Once()
 
     def switch(self, on: bool) -> None:
-        """Puts it in force, or takes it back, for the whole session."""
+        """Puts the patch in force, or takes it back, for the whole session."""
         with self._lock:
             self._asked = on
         self._settle(on_top=on)
 
     def check(self) -> None:
-        """Whether converted folders can be loaded; imports transformers.
+        """Checks that transformers can load converted folders; imports it.
 
         Raises:
             ValueError: a transformers that loads models in another way than moe-tools knows.
@@ -118,12 +118,12 @@ class Patch:
 
     @property
     def in_force(self) -> bool:
-        """Whether a call in this thread is ours to complete; if not, it goes straight on."""
+        """Whether our functions do their work in this thread; if not, they only pass calls on."""
         here = self._here.get()
         return self._asked if here is None else here
 
     def _settle(self, *, on_top: bool = False) -> None:
-        """Puts everything on or takes it off, as it is wanted by now."""
+        """Installs or removes the import hook and our functions, whichever is wanted now."""
         if (module := sys.modules.get(self._module)) is not None:
             self._patch(module)
         with self._lock:
@@ -136,7 +136,7 @@ class Patch:
                     seam.take()
 
     def _patch(self, module: ModuleType) -> None:
-        """Patches a module that is executed as far as its class; again after a reload."""
+        """Patches a module as soon as it has its class, and again after a reload."""
         model = vars(module).get("PreTrainedModel")
         if model is None or model in self._models:
             return
@@ -160,7 +160,7 @@ class Patch:
         self._seams.setdefault((owner, name), Seam(owner, name, around)).put()
 
     def _loading(self, held: Any) -> Any:
-        """The step of `from_pretrained` that fills a model, and then adds what its block says."""
+        """Wraps the step of `from_pretrained` that fills a model, and then rebuilds a converted one."""
         load = _function(held)
 
         @functools.wraps(load)
@@ -185,7 +185,7 @@ class Patch:
         return kind(load_and_rebuild)
 
     def _saving(self, held: Any) -> Any:
-        """`save_pretrained` with every tensor of a converted model under the host's name."""
+        """Wraps `save_pretrained`: writes a converted model's tensors under the host's names."""
         save = _function(held)
 
         @functools.wraps(save)
@@ -206,7 +206,7 @@ class Patch:
         return save_pretrained
 
     def _building(self, held: Any) -> Any:
-        """The end of a model's `__init__`: one that needs routers refuses to run without."""
+        """Wraps the end of a model's `__init__`: one that needs routers refuses to run without."""
         post_init = _function(held)
 
         @functools.wraps(post_init)
@@ -220,7 +220,7 @@ class Patch:
         return post_init_and_guard
 
     def _missing(self, held: Any) -> Any:
-        """What the host is built with in place of an activation of ours."""
+        """Wraps the lookup of activations: gives a placeholder for those that moe-tools adds."""
 
         def stand_in(table: Any, name: str) -> Any:
             if self.in_force and str(name).startswith(OURS):
@@ -293,20 +293,20 @@ def admit(model: Any) -> None:
 def _filling(
     model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any, **__: Any
 ) -> None:
-    """The parameters of `LOAD`, where a wrapper of somebody's does not name them."""
+    """The signature of `LOAD`, for wrappers of other libraries that do not name its parameters."""
 
 
 def _bind(
     function: Callable[..., Any], like: Callable[..., Any], args: Any, kwargs: Any
 ) -> dict[str, Any]:
-    """The arguments of a call by their names."""
+    """Argument name -> value of a call."""
     signature = inspect.signature(function)
     named = signature if set(FILLED) <= set(signature.parameters) else inspect.signature(like)
     return named.bind(*args, **kwargs).arguments
 
 
 def _function(held: Any) -> Any:
-    """What a class holds, as a function: of itself a staticmethod or a partialmethod is none."""
+    """The function behind a class attribute, e.g. behind a staticmethod or a partialmethod."""
     if isinstance(held, classmethod):
         return held.__func__
     bind = getattr(held, "__get__", None)
@@ -314,7 +314,7 @@ def _function(held: Any) -> Any:
 
 
 def _unsupported(model: type) -> str:
-    """Why a class of models cannot be patched; empty: it can."""
+    """The reason why a class of models cannot be patched; empty if it can."""
     held = getattr(model, LOAD, None)
     if held is None:
         return _refusal(f"PreTrainedModel has no {LOAD}")

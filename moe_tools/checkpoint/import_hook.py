@@ -1,4 +1,4 @@
-"""Calls a function with a module each time somebody has imported or reloaded it."""
+"""Calls a function each time a certain module has been imported or reloaded."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class AfterImport(MetaPathFinder):
 
 
 class _LoaderThen(Loader):
-    """The loader that was found, and a call once it has executed the module."""
+    """Wraps the loader that was found: calls `then` once it has executed the module."""
 
     def __init__(self, loader: Any, then: Callable[[ModuleType], None]) -> None:
         self._loader = loader

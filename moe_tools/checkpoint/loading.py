@@ -1,4 +1,4 @@
-"""A folder, a hub id or a GGUF file in, a model out. No pickle, no remote code.
+"""Loads a model from a folder, a hub id or a GGUF file, without pickle or remote code.
 
 A converted folder is a dense Hugging Face folder (the stock class loads it) with `router.*`
 tensors beside the host's and a `moe_tools` block in `config.json`.
@@ -36,12 +36,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether a model tells classes of whole texts apart."""
+    """Whether a model classifies whole texts."""
     return type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
 def is_classifier_source(source: str) -> bool:
-    """The same of a folder or hub id, by its config; what has none is a language model."""
+    """Whether a folder or hub id holds a classifier, by its config; without one, it does not."""
     if Path(source).suffix == ".gguf":
         return False
     try:
@@ -54,7 +54,7 @@ def is_classifier_source(source: str) -> bool:
 def load_classifier(
     source: str, labels: Sequence[str], *, dtype: torch.dtype, device: str = "cpu"
 ) -> transformers.PreTrainedModel:
-    """A dense model as a classifier of `labels`; one that is none gets a fresh, random head.
+    """Loads a dense model as a classifier of `labels`, with a fresh, random head if it has none.
 
     Raises:
         ValueError: nothing there, a tensor of the body is missing, a classifier of other labels,
@@ -125,7 +125,7 @@ def load(
 
 
 def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model source.
+    """Loads the tokenizer that belongs to a model source.
 
     Raises:
         ValueError: the source has none.
@@ -191,7 +191,10 @@ def _load_folder(
 
 @contextmanager
 def named_errors(prefix: str) -> Iterator[None]:
-    """A user's mistake, whatever transformers makes of it; no activation of a name: a KeyError."""
+    """Turns what transformers raises for a user's mistake into one ValueError of one line.
+
+    An unknown name of an activation is a KeyError there.
+    """
     try:
         yield
     except BrokenFolder:  # it has its name already

@@ -1,4 +1,4 @@
-"""Functions of ours around other people's: put on, taken off, and run once however often nested."""
+"""Wraps attributes of other libraries' classes with functions of ours, and unwraps them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ABSENT = object()
 
 
 class Seam:
-    """One attribute of a class that is not ours, around which we put a function."""
+    """An attribute of another library's class, which we wrap with a function."""
 
     def __init__(self, owner: type, name: str, around: Callable[[Any], Any]) -> None:
         self.owner, self.name = owner, name
@@ -22,10 +22,10 @@ class Seam:
         """Every function that we made, and what the class itself held before."""
 
     def put(self, *, on_top: bool = False) -> None:
-        """Puts our function on; a second call changes nothing.
+        """Installs our function; a second call changes nothing.
 
         Args:
-            on_top: also put it around what somebody else has put in its place since.
+            on_top: also wrap what another library has put in its place since.
         """
         if self._is_on and not on_top:
             return
@@ -38,7 +38,7 @@ class Seam:
             setattr(self.owner, self.name, ours)
 
     def take(self) -> None:
-        """Takes our function off where it is on top; below somebody else's it stays."""
+        """Removes our function, unless another library has wrapped it since: then it stays."""
         self._is_on = False
         while (found := self._on_top()) is not None:
             _, before = found
@@ -53,14 +53,14 @@ class Seam:
 
 
 class Once:
-    """Tells the outermost of nested calls on the same object, within one thread."""
+    """Tells which of nested calls on one object is the outermost, within one thread."""
 
     def __init__(self) -> None:
         self._busy: ContextVar[frozenset[int]] = ContextVar("busy", default=frozenset())
 
     @contextmanager
     def outermost(self, thing: object) -> Iterator[bool]:
-        """Yields whether no call on this object is running further out."""
+        """Yields True unless a call on this object is already running."""
         busy = self._busy.get()
         token = self._busy.set(busy | {id(thing)})
         try:

@@ -1,4 +1,4 @@
-"""Hooks that are there for a while."""
+"""Registers hooks for a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Removes hooks at the end, whatever happens; `handles` may register them one by one."""
+    """Removes the hooks of these handles at the end, whatever happens.
+
+    `handles` may be a generator that registers them one by one.
+    """
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)

@@ -1,4 +1,4 @@
-"""What a router decided, and how to watch it.
+"""Records what routers decide.
 
 Letters: T tokens, D model width, E experts.
 """
@@ -29,13 +29,13 @@ class Routing(NamedTuple):
     """A shared expert, which always runs, scores 1."""
     mask_TE: Tensor
     division: Division
-    """The experts' sizes."""
+    """Sizes of the experts."""
     valid_T: Tensor | None = None
     """Which rows are tokens, by the attention mask of the pass; None: all of them."""
 
     @property
     def tokens(self) -> int:
-        """T, without padding."""
+        """How many tokens the FFN saw, without padding."""
         return len(self.of_tokens(self.mask_TE))
 
     @property
@@ -44,7 +44,11 @@ class Routing(NamedTuple):
         return self.division.count(self.of_tokens(self.mask_TE))
 
     def of_tokens(self, values_T: Tensor) -> Tensor:
-        """The rows that are no padding of anything with the mask's leading dimensions, in a row."""
+        """Rows of `values_T` without padding, as one dimension.
+
+        Args:
+            values_T: has the leading dimensions of the mask.
+        """
         if self.valid_T is not None:
             return values_T[self.valid_T]
         return values_T.reshape(-1, *values_T.shape[self.mask_TE.ndim - 1 :])
@@ -57,14 +61,14 @@ def routing_sparsity(routings: Sequence[Routing]) -> float:
 
 
 class RoutedFFN(GraftedFFN):
-    """An FFN that routes and can be watched. `ExpertFFN` is the one there is."""
+    """An FFN that routes and can be watched; `ExpertFFN` is its only subclass."""
 
     done = "routed"
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__(ffn)
         self.observers: list[Callable[[Routing], None]] = []
-        """Each is shown every decision."""
+        """Functions that are called with every decision."""
 
 
 def routed_ffns(model: nn.Module) -> list[RoutedFFN]:
@@ -89,7 +93,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
 @contextmanager
 def observe_routing(model: nn.Module, observe: Callable[[Routing], None]) -> Iterator[None]:
-    """While it lasts, `observe` is shown every decision of every FFN; what it keeps is its own.
+    """While it lasts, calls `observe` with every decision of every FFN.
 
     Raises:
         ValueError: the model has no routed FFN.
@@ -107,7 +111,7 @@ def observe_routing(model: nn.Module, observe: Callable[[Routing], None]) -> Ite
 def observed(
     ffn: RoutedFFN, tokens: ValidTokens, observe: Callable[[Routing], None]
 ) -> Iterator[None]:
-    """While it lasts, `observe` is shown every decision of one FFN, with what is padding."""
+    """While it lasts, calls `observe` with every decision of one FFN."""
 
     def see(routing: Routing) -> None:
         valid_T = tokens.of_ffn(ffn, routing.mask_TE)
@@ -124,7 +128,7 @@ def observed(
 def observed_with_input(
     ffn: RoutedFFN, tokens: ValidTokens, observe: Callable[[Routing, Tensor], None]
 ) -> Iterator[None]:
-    """Shows `observe` also x_TD, which the FFN decides on."""
+    """While it lasts, calls `observe` with every decision of one FFN and its input x_TD."""
     inputs: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:

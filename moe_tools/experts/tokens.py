@@ -1,4 +1,4 @@
-"""Which rows of a running model are tokens of the text, and which are padding.
+"""Tells which rows of a running model are tokens of the text, and which are padding.
 
 The attention mask of the running forward pass says it. Whatever counts tokens asks here.
 
@@ -38,7 +38,7 @@ def valid_tokens(model: nn.Module) -> Iterator[ValidTokens]:
 
 
 class ValidTokens:
-    """What is padding in the forward pass that runs now."""
+    """Knows which rows are tokens in the forward pass that runs now."""
 
     def __init__(self) -> None:
         self._passes: list[_Pass] = []
@@ -90,7 +90,7 @@ class ValidTokens:
         return now.count
 
     def _all(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """Of rows that are the pass's tokens in order; None where they are not."""
+        """Which rows of this shape are tokens; None if they are not those of the pass."""
         valid_BT = self._passes[-1].valid_BT if self._passes else None
         if valid_BT is None or valid_BT.numel() != shape.numel():
             return None
@@ -135,15 +135,15 @@ class _Pass:
 
     module: nn.Module
     mask: Any
-    """As the model got it."""
+    """The attention mask, as the model got it."""
     shape: torch.Size | None
-    """B x T; None: not known."""
+    """(B, T); None: not known."""
     outer: _Pass | None = None
     """The pass of the model around it, where this mask says nothing of tokens."""
     memory: Tensor | None = None
-    """What a decoder gets from its encoder."""
+    """The encoder's output that a decoder attends to."""
     encoder: _Pass | None = None
-    """Its tokens."""
+    """The encoder's tokens, as a pass."""
 
     @cached_property
     def valid_BT(self) -> Tensor | None:
@@ -159,7 +159,7 @@ class _Pass:
 
     @cached_property
     def count(self) -> int:
-        """How many those are."""
+        """How many tokens are no padding."""
         assert self.valid_BT is not None
         return int(self.valid_BT.sum())
 

@@ -1,4 +1,4 @@
-"""Sees every decision of a running model, token by token.
+"""Shows every decision of a running model, token by token.
 
 Letters: B rows of a batch, T tokens, D model width, E experts, C tokens of context.
 """
@@ -23,9 +23,9 @@ from moe_tools.experts.routing import Routing, observed_with_input
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
 
 BEFORE, AFTER = 12, 4
-"""Tokens of context."""
+"""Tokens of context before and after a token."""
 NOTHING = -1
-"""Stands where the text has no token."""
+"""Placeholder id where the text has no token."""
 
 
 class Seen(NamedTuple):
@@ -37,14 +37,14 @@ class Seen(NamedTuple):
     margin_TE: Tensor
     """Score minus threshold; infinite for shared experts."""
     norm_TE: Tensor | None
-    """||E_e(x)||, whether it ran or not; None: not measured."""
+    """Output norm ||E_e(x)|| of each expert, whether it ran or not; None: not measured."""
     tokens: Tokens
     row_T: Tensor
-    """Which of the pass's tokens these are: all but for the experts of an MoE host."""
+    """Which of the pass's tokens these are: all of them, except in an expert of an MoE host."""
 
     @property
     def number_T(self) -> Tensor:
-        """Their numbers among all tokens."""
+        """Numbers of these tokens among all tokens."""
         return self.tokens.number_T[self.row_T]
 
 
@@ -54,20 +54,20 @@ class Tokens:
 
     ids_T: Tensor
     number_T: Tensor
-    """Among all tokens, in the order they were seen."""
+    """Numbers of the tokens among all, in the order they were seen."""
     window_TC: Tensor
-    """Each with `BEFORE` tokens before it and `AFTER` after it, `NOTHING` where there are none."""
+    """Each token between the `BEFORE` tokens before and the `AFTER` after it; `NOTHING`: none."""
     valid_T: Tensor
-    """Of the batch, B x T flattened, padding included: which tokens are these."""
+    """Which tokens of the batch (B x T flattened, padding included) these are."""
 
 
 @dataclass
 class _State:
-    """Where a running model is."""
+    """What is known of the running pass."""
 
     valid: ValidTokens
     continues: bool = False
-    """The pass goes on with a KV cache."""
+    """Whether the pass continues a KV cache."""
     history_BC: Tensor | None = None
     count: int = 0
     tokens: Tokens | None = None
@@ -165,7 +165,7 @@ def margin_TE(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
 
 
 def _norm_TE(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
-    """||E_e(x)|| of every expert, the shared ones included (D2DMoE, arXiv 2310.04361)."""
+    """Output norm ||E_e(x)|| of every expert, shared ones included (D2DMoE, arXiv 2310.04361)."""
     down_FD = ffn.weights().down_FD
     return Importance(ffn.division, 0, down_FD, ffn.off_F).norm_TR(ffn.hidden(x_TD))
 

@@ -1,4 +1,4 @@
-"""Thresholds on a dense model's own activations, without routers or training: the bar to beat.
+"""Baselines: thresholds on a dense model's own activations, without routers or training.
 
 TEAL (arXiv 2408.14690) zeroes small entries of what enters each matrix; CATS (arXiv 2404.08763)
 runs the neurons whose |act(gate)| is large. Both decide per token, by one threshold a matrix or
@@ -24,7 +24,7 @@ from moe_tools.hosts.inputs import model_inputs
 
 Baseline = Literal["teal", "cats"]
 SAMPLE = 65536
-"""Magnitudes of a batch at one site that the quantile is taken of."""
+"""Magnitudes of a batch that are kept at each site, to take a quantile of."""
 
 
 @dataclass
@@ -33,13 +33,13 @@ class Site:
 
     module: nn.Module
     before: bool
-    """At the module's input, else at its output."""
+    """True: at the module's input; False: at its output."""
     weights: int
     """Matrix weights that are read when no value is zero."""
     magnitudes: list[Tensor]
     threshold: float = 0.0
     saved: float = 0.0
-    """FLOPs, summed over tokens."""
+    """FLOPs that the zeros save, summed over tokens."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def thresholded(
 
 
 def _sites(ffns: list[FFN], kind: Baseline) -> list[Site]:
-    """Each module once: the experts of an MoE host share their activation."""
+    """The sites, one a module: the experts of an MoE host share their activation."""
     found: dict[int, Site] = {}
     for ffn in ffns:
         parts, weights = ffn.projections, ffn.weights()

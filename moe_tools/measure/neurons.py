@@ -1,4 +1,4 @@
-"""Which neurons run: counted while a model runs, with a few integers an FFN and no stored mask.
+"""Counts neurons while a model runs, with a few integers for each FFN and no stored mask.
 
 Letters: T tokens, D model width, F neurons of one FFN, E experts.
 """
@@ -27,7 +27,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 @dataclass
 class NeuronCount:
-    """What one FFN has done since the count began."""
+    """Counts of one FFN since the count began."""
 
     name: str
     neurons: int
@@ -41,16 +41,16 @@ class NeuronCount:
     on: int = 0
     """Neurons that ran, summed over those tokens."""
     zeros: int | None = None
-    """Those of them that were exactly 0; None where the activation gives no zeros, or nothing was
+    """Neurons that ran and were exactly 0; None where the activation gives no zeros, or nothing was
     seen of it (no token yet, or an optimised FFN)."""
     moe_layer: str = ""
-    """Path of the MoE host's layer that it is an expert of; empty: of none."""
+    """Path of the MoE layer that the FFN is an expert of; empty: it is none."""
     elsewhere: int = 0
     """Tokens that an MoE host gave to other experts of the layer."""
 
     @property
     def working(self) -> int:
-        """Neurons that ran, and not for nothing."""
+        """Neurons that ran and were not 0."""
         return self.on - (self.zeros or 0)
 
     @property
@@ -69,7 +69,7 @@ class NeuronCount:
         self.on += on
 
     def add_zeros(self, zero_TF: Tensor) -> None:
-        """Counts those of a batch that ran and were 0."""
+        """Counts neurons of one batch that ran and were 0."""
         self.zeros = (self.zeros or 0) + int(zero_TF.sum())
 
 
@@ -125,7 +125,7 @@ def _watch(
 
 @contextmanager
 def _watch_routed(ffn: ExpertFFN, count: NeuronCount, tokens: ValidTokens) -> Iterator[None]:
-    """What its router turns on; and among that, what the activation leaves at 0."""
+    """Counts the neurons that the router turns on, and those among them that are 0 all the same."""
     count.routed, count.router_flops = True, ffn.router.flops()
     latest: list[Routing] = []
 
@@ -144,7 +144,7 @@ def _watch_routed(ffn: ExpertFFN, count: NeuronCount, tokens: ValidTokens) -> It
 
 
 def _dense(ffn: FFN, count: NeuronCount, tokens: ValidTokens) -> Hook:
-    """Every neuron runs; what the activation leaves at 0."""
+    """A hook that counts every neuron as on, and those that the activation leaves at 0."""
     has_zeros = gives_zeros(ffn.act)
 
     def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -162,7 +162,7 @@ def _dense(ffn: FFN, count: NeuronCount, tokens: ValidTokens) -> Hook:
 def _count_elsewhere(
     model: nn.Module, counts: list[NeuronCount], tokens: ValidTokens
 ) -> Iterator[RemovableHandle]:
-    """Which FFNs are experts of an MoE host, and how many tokens each did not get."""
+    """Notes which FFNs are experts of an MoE host; hooks count the tokens that each did not get."""
     named = {count.name: count for count in counts}
     for path, host in model.named_modules():
         if isinstance(host, HostExperts):

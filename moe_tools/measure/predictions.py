@@ -1,4 +1,4 @@
-"""How well neuron predictors predict while a model runs under them: four counts an FFN.
+"""Counts how well neuron predictors predict while a model runs under them.
 
 Letters: T tokens, D model width, F neurons, R experts that are routed.
 """
@@ -18,7 +18,7 @@ from moe_tools.experts.tokens import valid_tokens
 
 @contextmanager
 def count_predictions(model: nn.Module) -> Iterator[dict[str, Prediction]]:
-    """Yields name -> counts, that grow with each forward pass, of FFNs with experts of one neuron.
+    """Yields FFN name -> counts, for FFNs whose experts are neurons; they grow with each pass.
 
     The truth is what the neuron would be on the same input, which the predictions of earlier FFNs
     have shaped; neurons that always run are not counted, nor is padding. Every neuron is computed

@@ -1,4 +1,4 @@
-"""PPL-p% sparsity: how many neurons can go before perplexity rises by p %.
+"""Measures PPL-p% sparsity: how many neurons can go before perplexity rises by p %.
 
 As algorithm 1 of Sparsing Law (arXiv 2411.02335), CETT-PPL-p%: all FFNs share one relative error,
 each has the cut that causes it (`Activations.cut`), and the shared error is bisected until the
@@ -24,12 +24,12 @@ from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import observe
 
 HALVINGS = 10
-"""Of the interval [0, 1] of errors: it is known to a thousandth."""
+"""Bisections of the interval [0, 1] of errors: the error is known to a thousandth."""
 
 
 @dataclass
 class Truncated:
-    """What the neurons of all FFNs did under their cuts."""
+    """Counts of neurons of all FFNs under their cuts."""
 
     seen: int = 0
     """Neurons, summed over tokens and FFNs."""
@@ -46,9 +46,9 @@ class Tolerance:
     """The sparsity that a rise of perplexity buys."""
 
     increase: float
-    """Allowed, as a share of the dense perplexity."""
+    """The allowed rise, as a share of the dense perplexity."""
     perplexity: float
-    """With the neurons left out."""
+    """Perplexity with the neurons left out."""
     dense_perplexity: float
     cett: float
     """The relative error that all FFNs share."""
