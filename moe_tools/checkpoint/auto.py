@@ -160,14 +160,14 @@ class Patch:
         self._seams.setdefault((owner, name), Seam(owner, name, around)).put()
 
     def _loading(self, held: Any) -> Any:
-        """Wraps the step of `from_pretrained` that fills a model, and then rebuilds a converted one."""
+        """Wraps the step of `from_pretrained` that fills a model: then rebuilds a converted one."""
         load = _function(held)
 
         @functools.wraps(load)
         def load_and_rebuild(*args: Any, **kwargs: Any) -> Any:
             if not self.in_force:
                 return load(*args, **kwargs)
-            given = _bind(load, _filling, args, kwargs)
+            given = _bind(load, args, kwargs)
             model = given["model"]
             with self._loads.outermost(model) as outermost:
                 loaded = load(*args, **kwargs)
@@ -296,12 +296,10 @@ def _filling(
     """The signature of `LOAD`, for wrappers of other libraries that do not name its parameters."""
 
 
-def _bind(
-    function: Callable[..., Any], like: Callable[..., Any], args: Any, kwargs: Any
-) -> dict[str, Any]:
-    """Argument name -> value of a call."""
-    signature = inspect.signature(function)
-    named = signature if set(FILLED) <= set(signature.parameters) else inspect.signature(like)
+def _bind(load: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """Argument name -> value of a call of `LOAD`."""
+    found = inspect.signature(load)
+    named = found if set(FILLED) <= set(found.parameters) else inspect.signature(_filling)
     return named.bind(*args, **kwargs).arguments
 
 
