@@ -1,8 +1,8 @@
 """moe-tools: dense language models into models that compute only what a token needs.
 
-The public names, whole; each is imported on first use. `import moe_tools` does one thing: from then
-on transformers loads a converted folder as the routed model it is (`moe_tools.checkpoint.auto` says
-how and why; `unpatch_transformers` takes it back).
+These are all public names; each is imported on first use. `import moe_tools` does one thing: from
+then on transformers loads a converted folder as the routed model it is (`moe_tools.checkpoint.auto`
+says how and why; `unpatch_transformers` takes it back).
 """
 
 from importlib import import_module
@@ -49,7 +49,7 @@ _HOME = {
     "read_recipe": "moe_tools.recipe",
     "record_routing": "moe_tools.experts.routing",
     "run": "moe_tools.runs.run",
-    "save": "moe_tools.checkpoint.loading",
+    "save": "moe_tools.checkpoint.saving",
 }
 
 

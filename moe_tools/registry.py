@@ -1,12 +1,15 @@
-"""A name finds a thing; a wrong name gets a suggestion."""
+"""Finds things by their names; a wrong name gets a suggestion."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 SHOWN = 40
-"""Names in an error message, at most: a model may have hundreds of FFNs."""
+"""Largest number of names in an error message: a model may have hundreds of FFNs."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -17,6 +20,35 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     there = ", ".join(names[:SHOWN]) or "none"
     return ValueError(f"unknown {kind} {name!r}{hint} (known: {there}{more})")
+
+
+ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+"""Kinds of parameters that name no argument: `nn.Module.__init__` has them and refuses all."""
+
+
+def check_arguments(
+    call: Callable[..., Any], arguments: Mapping[str, Any], what: str, *, given: int = 0
+) -> None:
+    """Checks that a callable names these arguments in its signature, without calling it.
+
+    Its own TypeErrors are then its own, and not taken for a user's mistake.
+
+    Args:
+        call: a class or a function.
+        arguments: what a user wrote.
+        what: the thing they are for, as the error calls it.
+        given: how many arguments it gets before them, by position.
+
+    Raises:
+        ValueError: an unknown or a missing argument.
+    """
+    found = inspect.signature(call)
+    named = [each for each in found.parameters.values() if each.kind not in ANYTHING]
+    try:
+        found.replace(parameters=named).bind(*[None] * given, **arguments)
+    except TypeError as error:
+        names = ", ".join(each.name for each in named[given:]) or "no arguments"
+        raise ValueError(f"{what}: {error} (it takes {names})") from error
 
 
 class Registry(Mapping[str, T]):
@@ -32,17 +64,15 @@ class Registry(Mapping[str, T]):
         return self._things[name]
 
     def build(self, spec: Mapping[str, Any]) -> Any:
-        """What a config entry describes, e.g. {"kind": "topk", "share": 0.5}.
+        """Makes what a config entry describes, e.g. {"kind": "topk", "share": 0.5}.
 
         Raises:
             ValueError: no or an unknown kind, or arguments that this kind does not take.
         """
         arguments = {key: value for key, value in spec.items() if key != "kind"}
         kind: Any = self[spec.get("kind", "")]
-        try:
-            return kind(**arguments)
-        except TypeError as error:
-            raise ValueError(f"{self.kind} {spec}: {error}") from error
+        check_arguments(kind, arguments, f"{self.kind} {dict(spec)}")
+        return kind(**arguments)
 
     def __contains__(self, name: object) -> bool:
         return name in self._things

@@ -1,1 +1,1 @@
-"""Models in folders: load, save, and transformers' own loading."""
+"""Loads and saves models in folders, and makes transformers load converted ones."""

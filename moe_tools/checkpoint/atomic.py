@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there.
+"""Writes files and folders completely or not at all.
 
 What is being written has a hidden name beside its target, and is renamed when it is whole. A
 process that is killed leaves the hidden name behind; the next to write the same target replaces it.
@@ -34,7 +34,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_free(folder: str | Path) -> None:
-    """Whether `new_folder` could make it: better known before the work than after.
+    """Checks, before the work that fills it, that `new_folder` can make a folder.
 
     Raises:
         ValueError: it exists and is not empty.
@@ -62,5 +62,5 @@ def new_file(file: str | Path) -> Iterator[Path]:
 
 
 def partial_of(target: Path) -> Path:
-    """Where `target` is while it is being written."""
+    """The temporary path of `target` while it is being written."""
     return target.with_name(f".{target.name}.partial")

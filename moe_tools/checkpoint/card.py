@@ -20,7 +20,7 @@ from moe_tools.experts.conversion import Conversion
 from moe_tools.names import CONFIG, FIGURES, METRICS, README, RECIPE
 
 MARK = "<!-- Written by moe-tools, which may write it again. -->"
-"""Stands in every card of ours; a card without it is somebody's own."""
+"""A mark in every card that moe-tools wrote; a card without it was written by someone else."""
 HEADS: dict[str, tuple[str, str | None]] = {
     "Classification": ("AutoModelForSequenceClassification", "text-classification"),
     "MaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
@@ -30,7 +30,7 @@ HEADS: dict[str, tuple[str, str | None]] = {
 """Part of the name of a stock class -> its Auto class and its task, the first that fits."""
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""owner/name."""
+"""A hub id: owner/name."""
 
 _LOAD = """```python
 import moe_tools  # from here on transformers knows what this folder is
@@ -54,7 +54,7 @@ def write_card(folder: Path) -> None:
 
 
 def check_card(folder: Path) -> None:
-    """Whether a folder can get a card of ours.
+    """Checks that moe-tools can write the card of a folder.
 
     Raises:
         ValueError: it holds no converted model, or a card that moe-tools did not write.
@@ -164,7 +164,7 @@ def _is_hub_id(donor: str) -> bool:
 
 
 def _name(source: str) -> str:
-    """A hub id as it is, of a path the last part: the rest is nobody's business."""
+    """A hub id as it is, or the last part of a path: the rest is private."""
     return source if _is_hub_id(source) else Path(source).name
 
 

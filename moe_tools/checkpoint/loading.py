@@ -1,4 +1,4 @@
-"""A folder, a hub id or a GGUF file in, a model out. No pickle, no remote code.
+"""Loads a model from a folder, a hub id or a GGUF file, without pickle or remote code.
 
 A converted folder is a dense Hugging Face folder (the stock class loads it) with `router.*`
 tensors beside the host's and a `moe_tools` block in `config.json`.
@@ -21,14 +21,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GgufConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.parts import Part
 from moe_tools.checkpoint.quiet import quiet_transformers
-from moe_tools.checkpoint.rebuild import BrokenFolder
+from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
 from moe_tools.checkpoint.stored import some, stored_tensors
 from moe_tools.experts.conversion import read_block
 from moe_tools.inference.optimized import optimize as optimize_model
@@ -37,12 +36,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether a model tells classes of whole texts apart."""
+    """Whether a model classifies whole texts."""
     return type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
 def is_classifier_source(source: str) -> bool:
-    """The same of a folder or hub id, by its config; what has none is a language model."""
+    """Whether a folder or hub id holds a classifier, by its config; without one, it does not."""
     if Path(source).suffix == ".gguf":
         return False
     try:
@@ -55,7 +54,7 @@ def is_classifier_source(source: str) -> bool:
 def load_classifier(
     source: str, labels: Sequence[str], *, dtype: torch.dtype, device: str = "cpu"
 ) -> transformers.PreTrainedModel:
-    """A dense model as a classifier of `labels`; one that is none gets a fresh, random head.
+    """Loads a dense model as a classifier of `labels`, with a fresh, random head if it has none.
 
     Raises:
         ValueError: nothing there, a tensor of the body is missing, a classifier of other labels,
@@ -71,7 +70,7 @@ def load_classifier(
         return model
     names = dict(enumerate(labels))
     named = named_errors(f"cannot load {source}: ")
-    with quiet_transformers(), named, transformers_patched(True):
+    with quiet_transformers(), transformers_patched(True), named:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             dtype=dtype,
@@ -85,6 +84,7 @@ def load_classifier(
     body = {key for key in missing if not key.startswith(f"{prefix}pooler.")}
     if body:
         raise ValueError(f"{source} lacks the tensors {some(body)}")
+    check_rebuilt(model, source)
     return model.to(device).eval()
 
 
@@ -113,7 +113,7 @@ def load(
             than `config.json` says, or an unknown format.
     """
     path = Path(source)
-    with quiet_transformers():
+    with quiet_transformers(), transformers_patched(True):
         if path.suffix == ".gguf":
             model = _load_gguf(path, dtype)
         else:
@@ -125,7 +125,7 @@ def load(
 
 
 def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model source.
+    """Loads the tokenizer that belongs to a model source.
 
     Raises:
         ValueError: the source has none.
@@ -151,7 +151,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
             path.parent,
             gguf_file=path.name,
             dtype=dtype or torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
+            quantization_config=transformers.GgufConfig(dequantize=True),
         )
 
 
@@ -170,7 +170,7 @@ def _load_folder(
         kept = wanted if part is None else part.of_conversion(wanted)
         config.moe_tools = None if kept is None else kept.to_dict()
     host: Any = host_class(config) if part is None else part.of(host_class(config))
-    with named_errors(f"cannot load {source}: {place}"), transformers_patched(True):
+    with named_errors(f"cannot load {source}: {place}"):
         model, report = host.from_pretrained(
             source,
             config=config,
@@ -185,12 +185,16 @@ def _load_folder(
         raise ValueError(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks the tensors {some(report['missing_keys'])}")
+    check_rebuilt(model, source)
     return model
 
 
 @contextmanager
 def named_errors(prefix: str) -> Iterator[None]:
-    """A user's mistake, whatever transformers makes of it; no activation of a name: a KeyError."""
+    """Turns what transformers raises for a user's mistake into one ValueError of one line.
+
+    An unknown name of an activation is a KeyError there.
+    """
     try:
         yield
     except BrokenFolder:  # it has its name already

@@ -1,6 +1,6 @@
-"""A host in parts: one layer, or all that stands around the layers.
+"""Builds a part of a host: one layer, or all that stands around the layers.
 
-A part is the stock class with every other module taken out. `from_pretrained` then reads no more
+A part is the stock class with every other module removed. `from_pretrained` then reads no more
 of a checkpoint than the part, by all of its own rules: renamed keys, fused experts, dtypes, ties.
 What is left keeps its path and the whole model's config, so every verb works on it as it is.
 """
@@ -21,7 +21,7 @@ from moe_tools.hosts.layouts import join
 
 
 def layer_paths(model: nn.Module) -> tuple[str, ...]:
-    """The layers that hold a model's FFNs, in the host's order: each an item of a list.
+    """Paths of the layers that hold a model's FFNs, in the host's order; each is an item of a list.
 
     Raises:
         ValueError: the model has no FFN of a known family.
@@ -31,50 +31,49 @@ def layer_paths(model: nn.Module) -> tuple[str, ...]:
 
 
 def _layer_of(path: str) -> str:
-    """`model.layers.3` of `model.layers.3.mlp.experts.0`."""
+    """The path of the layer that holds a module: model.layers.3 for model.layers.3.mlp.up_proj."""
     names = path.split(".")
     first = next(place for place, name in enumerate(names) if name.isdigit())
     return ".".join(names[: first + 1])
 
 
 class Gap(nn.Module):
-    """Stands where something was taken out, and hands on what it gets first."""
+    """Placeholder for a removed module; returns its first argument."""
 
     def forward(self, x: Any = None, *_: Any, **__: Any) -> Any:
-        """x."""
+        """Returns x."""
         return x
 
 
 class OneLayer(nn.Module):
-    """What a part of one layer has instead of its host's forward pass."""
+    """Replaces the forward pass of the host in a part of one layer."""
 
     layer_path: str
     run_layer: Callable[[nn.Module, Tensor], Tensor] | None = None
-    """Runs the layer on the blocks of these numbers; where they come from is not the part's to
-    know."""
+    """Runs the layer on the blocks with these numbers; whoever sets it knows where they are."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Of blocks that are called by their numbers (B, 1): what leaves the layer."""
+        """The layer's output for the blocks whose numbers are `input_ids` (B, 1)."""
         assert self.run_layer is not None
         return self.run_layer(self.get_submodule(self.layer_path), input_ids)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The host's, who looks for what was taken out (T5 does)."""
+        """Initialises as the host does, except where a child was removed that T5 looks for."""
         if not any(isinstance(child, Gap) for child in module.children()):
             super()._init_weights(module)  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a host."""
+    """Says which part of a host to build."""
 
     layers: tuple[str, ...]
-    """Of the whole model: `layer_paths`."""
+    """`layer_paths` of the whole model."""
     layer: str | None = None
-    """The one that is kept; None: everything but the layers."""
+    """The layer that is kept; None: everything but the layers."""
 
     def of_conversion(self, whole: Conversion) -> Conversion | None:
-        """What a converted model's block says of this part; None: nothing."""
+        """The conversion of this part, out of the whole model's; None if it has no FFN."""
         if self.layer is None:
             return None
         inside = f"{self.layer}."
@@ -85,7 +84,7 @@ class Part:
         return replace(whole, selector_of=selector_of, activation_of=activation_of)
 
     def of(self, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
-        """The host's class, made of this part alone."""
+        """A subclass of the host's class that has this part alone."""
         part = self
 
         def build(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -107,7 +106,7 @@ class Part:
 
 
 def _keep_only(module: nn.Module, path: str, kept: str) -> None:
-    """Takes out what neither leads to `kept` nor is below it."""
+    """Removes every module that neither leads to `kept` nor is below it."""
     for name in [*dict(module.named_parameters(recurse=False))]:
         module.register_parameter(name, None)
     for name in [*dict(module.named_buffers(recurse=False))]:

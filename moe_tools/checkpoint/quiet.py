@@ -1,4 +1,4 @@
-"""transformers without its chatter, for as long as we load and save."""
+"""Silences transformers while moe-tools loads and saves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without progress bars and reports; what is wrong with a folder is an error of ours."""
+    """Turns progress bars and reports off; what is wrong with a folder is an error of ours."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""From a stock model that was just loaded to the converted one: what its folder adds to it.
+"""Turns a stock model that was just loaded into the converted model that its folder describes.
 
 The config's block says what to add; the tensors are beside the host's in the same files. Every one
 of them must be there, with its shape: nothing here is ever left at random.
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.checkpoint.auto import admit
 from moe_tools.checkpoint.stored import some, tensor_files
 from moe_tools.experts.conversion import (
     Conversion,
@@ -25,7 +26,7 @@ from moe_tools.experts.conversion import (
 )
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routers import ROUTERS, RowReader
-from moe_tools.experts.swapped import replace_stand_ins, swap_activations
+from moe_tools.experts.swapped import Unswapped, replace_stand_ins, swap_activations
 from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
 from moe_tools.hosts.moe_host import HostExperts, fused_experts
 
@@ -90,6 +91,26 @@ def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
         swap_activations(model, conversion)
     if conversion.router is not None:
         attach_experts(model, conversion)
+        admit(model)
+
+
+def check_rebuilt(model: nn.Module, source: str) -> None:
+    """Checks that a loaded model is the one that its config describes, not its dense host.
+
+    Raises:
+        ValueError: its routers or its activation are missing.
+    """
+    conversion = read_conversion(model)
+    if conversion is None:
+        return
+    unrouted = conversion.router is not None and not expert_ffns(model)
+    if unrouted or any(isinstance(module, Unswapped) for module in model.modules()):
+        raise ValueError(
+            f"{source} is a converted model, but transformers loaded its dense host: the weights "
+            "are a distributed checkpoint (save them as safetensors), or another library has "
+            "replaced PreTrainedModel._load_pretrained_model (call moe_tools.patch_transformers "
+            "after it)"
+        )
 
 
 def _check_host(model: nn.Module, source: str, report: Any) -> None:
@@ -102,7 +123,10 @@ def _check_host(model: nn.Module, source: str, report: Any) -> None:
 
 
 def _check_places(model: nn.Module, conversion: Conversion) -> None:
-    """What stays on disk under a device map has its hooks on the host's own linears."""
+    """Checks that our modules need no weight that a device map leaves on disk.
+
+    accelerate has its hooks on the host's own linears only.
+    """
     for path, fused in fused_experts(model).items():
         if any(parameter.is_meta for parameter in fused.parameters()):
             raise ValueError(f"{path}: the experts of an MoE host cannot stay on disk")
@@ -114,12 +138,12 @@ def _check_places(model: nn.Module, conversion: Conversion) -> None:
 
 
 def _stored(tensors: Tensors) -> dict[str, Path | Tensor]:
-    """Name -> the tensor, or the file that holds it."""
+    """Tensor name -> the tensor, or the file that holds it."""
     return dict(tensors) if isinstance(tensors, Mapping) else dict(tensor_files(tensors))
 
 
 class _Shift:
-    """From names in a folder to names in a model, where only one of them has a head."""
+    """Maps tensor names of a folder to names of a model, where only one of the two has a head."""
 
     def __init__(self, cut: str = "", put: str = "") -> None:
         self.cut, self.put = cut, put
@@ -137,7 +161,7 @@ def _shift(model: PreTrainedModel, stored: Mapping[str, Any]) -> _Shift:
 
 
 def _renamed(conversion: Conversion, shift: _Shift) -> Conversion:
-    """The same block, its FFNs named as they are in the model."""
+    """The conversion with the FFNs' names in the model, which may differ from the folder's."""
     return replace(
         conversion,
         selector_of={shift(name): each for name, each in conversion.selector_of.items()},
@@ -189,7 +213,7 @@ def _put(owner: nn.Module, leaf: str, fresh: Tensor, value: Tensor) -> None:
 
 
 def _mark_loaded(model: nn.Module) -> None:
-    """What transformers finds without its mark it would draw anew: fresh views, and all of ours."""
+    """Marks our tensors as loaded: transformers draws every tensor without its mark anew."""
     for module in model.modules():
         if isinstance(module, GraftedFFN | HostExperts):
             for tensor in (*module.parameters(), *module.buffers()):
@@ -210,7 +234,7 @@ def _entry(file: Path, key: str, tensor: Tensor) -> dict[str, str]:
 
 
 def _rename_offloaded(model: nn.Module, offloaded: dict[str, Any]) -> None:
-    """The same index, where our module gave the host's linears other names."""
+    """Renames entries of accelerate's index where our modules call the host's linears otherwise."""
     renames = [pair for ffn in expert_ffns(model) for pair in ffn.renames.items()]
     for ours, host in renames:
         for key in [key for key in offloaded if key.startswith(host)]:

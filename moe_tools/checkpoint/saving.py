@@ -1,4 +1,4 @@
-"""A model into a folder: a dense Hugging Face folder, what moe-tools added beside it.
+"""Saves a model as a dense Hugging Face folder, with what moe-tools added beside it.
 
 Safetensors and JSON only: no pickle.
 """

@@ -1,4 +1,4 @@
-"""The index of a folder whose tensors are in several files."""
+"""Writes the index of a folder whose tensors are in several files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_tools.names import INDEX
 
 
 def write_index(folder: Path) -> None:
-    """Says which shard holds which tensor, as transformers does; reads no tensor."""
+    """Writes which shard holds which tensor, as transformers does; reads no tensor."""
     weight_map: dict[str, str] = {}
     parameters = size = 0
     for shard in sorted(folder.glob("model-*-of-*.safetensors")):
@@ -27,7 +27,7 @@ def write_index(folder: Path) -> None:
 
 
 def _tensor_bytes(shard: Path) -> int:
-    """Without the header, whose length is in the first eight bytes."""
+    """Size of a shard without its header, whose length is in the first eight bytes."""
     with shard.open("rb") as file:
         header = 8 + int.from_bytes(file.read(8), "little")
     return shard.stat().st_size - header

@@ -1,4 +1,4 @@
-"""A model without its numbers: all of its modules, on the meta device, from `config.json` alone."""
+"""Builds a model without weights, on the meta device, from `config.json` alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from moe_tools.experts.conversion import read_block
 def skeleton(
     source: str, *, dtype: torch.dtype = torch.bfloat16, classify: bool = False
 ) -> PreTrainedModel:
-    """What `load` would give, with shapes and dtypes for tensors; takes next to no memory.
+    """Builds the model that `load` would give, with shapes and dtypes but no numbers.
+
+    It takes next to no memory.
 
     Args:
         source: a folder with a `config.json`, a hub id or a GGUF file.

@@ -1,4 +1,4 @@
-"""The weight files of a model folder, and which tensor is in which."""
+"""Finds the weight files of a model folder, and which tensor is in which."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
 
 
 def tensor_files(files: Iterable[str | Path]) -> dict[str, Path]:
-    """The same, of weight files that are there.
+    """Tensor name -> the file that holds it, of weight files that exist.
 
     Raises:
         ValueError: a file is truncated or no safetensors file.

@@ -1,4 +1,4 @@
-"""What one forward pass takes. Letters: B rows, T tokens of a row."""
+"""Defines what one forward pass takes. Letters: B rows, T tokens of a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Rows of one length."""
+    """Rows of tokens that have one length."""
 
     ids_BT: Tensor
     labels_B: Tensor | None = None
@@ -21,7 +21,7 @@ Text = Tensor | Sequence[Batch]
 
 
 def token_count(text: Text) -> int:
-    """All tokens of a text."""
+    """Number of tokens of a text."""
     if isinstance(text, Tensor):
         return text.numel()
     return sum(batch.ids_BT.numel() for batch in text)

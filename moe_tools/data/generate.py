@@ -1,4 +1,4 @@
-"""The donor's own samples as training text: data-free distillation.
+"""Samples training text from the donor itself: data-free distillation.
 
 Shapes: B blocks, T tokens a block (`length`), V vocabulary.
 """
@@ -99,7 +99,7 @@ def _first_token(model: "PreTrainedModel") -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and afterwards every module as it was."""
+    """Turns dropout off while it lasts; afterwards every module is as it was."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -29,7 +29,7 @@ HELD_OUT = 5
 
 
 class Example(NamedTuple):
-    """One document."""
+    """One labelled document."""
 
     text: str
     label: str
@@ -152,7 +152,7 @@ def _epochs(once: bool) -> Iterator[int]:
 def _epoch(
     rows: list[tuple[list[int], int]], batch_size: int, seed: int, shuffle: bool
 ) -> Iterator[Batch]:
-    """Every row once, in batches of rows of one length."""
+    """Batches that have every row once, each of rows of one length."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(rows), generator=generator).tolist() if shuffle else range(len(rows))
     by_length: dict[int, list[int]] = defaultdict(list)

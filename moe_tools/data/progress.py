@@ -1,4 +1,4 @@
-"""One look for every progress bar of this package."""
+"""Draws every progress bar of this package in one way."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""What if: experts forced on or off, and selectors at another setting, for a while.
+"""Forces experts on or off, or gives selectors another setting, for a while.
 
 Letters: T tokens, E experts, K experts that are named.
 """
@@ -18,7 +18,7 @@ from moe_tools.registry import unknown
 FFNName = str | int
 """The name of a routed FFN, or its index among the model's."""
 Experts = Mapping[FFNName, Sequence[int]]
-"""FFN -> experts of it."""
+"""FFN -> indices of its experts."""
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def intervene(
 
 
 def routed_by_name(model: nn.Module) -> dict[str, ExpertFFN]:
-    """Name -> routed FFN, in the host's order.
+    """The routed FFNs by name, in the host's order.
 
     Raises:
         ValueError: there is none.
@@ -77,7 +77,7 @@ def routed_by_name(model: nn.Module) -> dict[str, ExpertFFN]:
 
 
 def ffn_name(ffns: Mapping[str, ExpertFFN], name: FFNName) -> str:
-    """The name that is meant.
+    """The name of the FFN that a name or an index means.
 
     Raises:
         ValueError: no such FFN.
@@ -92,7 +92,7 @@ def ffn_name(ffns: Mapping[str, ExpertFFN], name: FFNName) -> str:
 
 
 def check_expert(ffn: ExpertFFN, expert: int) -> int:
-    """The same expert.
+    """Returns the expert's index if the FFN has such an expert.
 
     Raises:
         ValueError: the FFN does not have it.

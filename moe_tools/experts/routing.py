@@ -1,36 +1,57 @@
-"""What a router decided, and how to watch it. Letters: T tokens, E experts."""
+"""Records what routers decide.
+
+Letters: T tokens, D model width, E experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from moe_tools.experts.division import Division
+from moe_tools.experts.hooks import hooked
+from moe_tools.experts.tokens import ValidTokens, valid_tokens
 from moe_tools.hosts.ffn import FFN, GraftedFFN
 
 
 class Routing(NamedTuple):
-    """One decision of one FFN on one batch. Leading dimensions are the FFN input's."""
+    """One decision of one FFN on one batch. Leading dimensions are the FFN input's.
+
+    Scores and masks have every row, padding included, so that they line up with other tensors of
+    the model; whatever is counted leaves padding out.
+    """
 
     ffn: str
     scores_TE: Tensor
     """A shared expert, which always runs, scores 1."""
     mask_TE: Tensor
     division: Division
-    """The experts' sizes."""
+    """Sizes of the experts."""
+    valid_T: Tensor | None = None
+    """Which rows are tokens, by the attention mask of the pass; None: all of them."""
 
     @property
     def tokens(self) -> int:
-        """T."""
-        return self.mask_TE[..., 0].numel()
+        """How many tokens the FFN saw, without padding."""
+        return len(self.of_tokens(self.mask_TE))
 
     @property
     def neurons_on(self) -> int:
         """Neurons that ran, summed over the tokens."""
-        return self.division.count(self.mask_TE)
+        return self.division.count(self.of_tokens(self.mask_TE))
+
+    def of_tokens(self, values_T: Tensor) -> Tensor:
+        """Rows of `values_T` without padding, as one dimension.
+
+        Args:
+            values_T: has the leading dimensions of the mask.
+        """
+        if self.valid_T is not None:
+            return values_T[self.valid_T]
+        return values_T.reshape(-1, *values_T.shape[self.mask_TE.ndim - 1 :])
 
 
 def routing_sparsity(routings: Sequence[Routing]) -> float:
@@ -40,14 +61,14 @@ def routing_sparsity(routings: Sequence[Routing]) -> float:
 
 
 class RoutedFFN(GraftedFFN):
-    """An FFN that routes and can be watched. `ExpertFFN` is the one there is."""
+    """An FFN that routes and can be watched; `ExpertFFN` is its only subclass."""
 
     done = "routed"
 
     def __init__(self, ffn: FFN) -> None:
         super().__init__(ffn)
         self.observers: list[Callable[[Routing], None]] = []
-        """Each is shown every decision."""
+        """Functions that are called with every decision."""
 
 
 def routed_ffns(model: nn.Module) -> list[RoutedFFN]:
@@ -72,7 +93,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
 @contextmanager
 def observe_routing(model: nn.Module, observe: Callable[[Routing], None]) -> Iterator[None]:
-    """While it lasts, `observe` is shown every decision of every FFN; what it keeps is its own.
+    """While it lasts, calls `observe` with every decision of every FFN.
 
     Raises:
         ValueError: the model has no routed FFN.
@@ -80,10 +101,41 @@ def observe_routing(model: nn.Module, observe: Callable[[Routing], None]) -> Ite
     routed = routed_ffns(model)
     if not routed:
         raise ValueError(f"{type(model).__name__} has no routed FFN to record: convert it first")
-    for ffn in routed:
-        ffn.observers.append(observe)
+    with valid_tokens(model) as tokens, ExitStack() as stack:
+        for ffn in routed:
+            stack.enter_context(observed(ffn, tokens, observe))
+        yield
+
+
+@contextmanager
+def observed(
+    ffn: RoutedFFN, tokens: ValidTokens, observe: Callable[[Routing], None]
+) -> Iterator[None]:
+    """While it lasts, calls `observe` with every decision of one FFN."""
+
+    def see(routing: Routing) -> None:
+        valid_T = tokens.of_ffn(ffn, routing.mask_TE)
+        observe(routing if valid_T is None else routing._replace(valid_T=valid_T))
+
+    ffn.observers.append(see)
     try:
         yield
     finally:
-        for ffn in routed:
-            ffn.observers.remove(observe)
+        ffn.observers.remove(see)
+
+
+@contextmanager
+def observed_with_input(
+    ffn: RoutedFFN, tokens: ValidTokens, observe: Callable[[Routing, Tensor], None]
+) -> Iterator[None]:
+    """While it lasts, calls `observe` with every decision of one FFN and its input x_TD."""
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[:] = [args[0]]
+
+    def see(routing: Routing) -> None:
+        observe(routing, inputs.pop())
+
+    with hooked([ffn.register_forward_pre_hook(keep)]), observed(ffn, tokens, see):
+        yield

@@ -1,7 +1,7 @@
-"""See every router decision.
+"""Shows every decision of the routers.
 
     inspect(model_or_folder, text)      an `Inspection`: tables of tokens, FFNs, experts
-    inspecting(model)                   the same of whatever runs meanwhile, `generate` for one
+    inspecting(model)                   an `Inspection` of whatever runs meanwhile, e.g. `generate`
     overlap(inspection, other)          two texts, or two checkpoints
     effect(model, tokenizer, text, off={3: [17]})   what breaks
     page.write_page(inspection, "report.html", title="...")   one page that needs nothing else

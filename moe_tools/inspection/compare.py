@@ -1,4 +1,4 @@
-"""Two inspections side by side, and a model with and without an intervention.
+"""Compares two inspections, and a model with and without an intervention.
 
 Letters: T tokens, V vocabulary, E experts.
 """
@@ -62,7 +62,7 @@ def _mask_overlap(name: str, one: Inspection, other: Inspection) -> float:
 
 
 def _jaccard_T(mask_TE: Tensor, other_TE: Tensor) -> Tensor:
-    """|both| / |either|; 1 where both are empty."""
+    """Jaccard index of two masks, token by token: |both| / |either|; 1 where both are empty."""
     both_T, either_T = (mask_TE & other_TE).sum(1), (mask_TE | other_TE).sum(1)
     return torch.where(either_T > 0, both_T / either_T.clamp_min(1), 1.0)
 

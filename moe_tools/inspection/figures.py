@@ -1,4 +1,4 @@
-"""The figures of the page, made with Bokeh. The page's script colours them and fills in the text.
+"""Draws the figures of the page with Bokeh. The page's script colours them and fills in the text.
 
 Letters: T tokens, L FFNs, E experts, R ranks.
 """
@@ -19,13 +19,13 @@ from bokeh.plotting import figure
 from moe_tools.report.report import Row
 
 OFF, ON, OTHER = "#6f8fbf", "#e08a3c", "#2a9d8f"
-"""Blue and orange: apart for every kind of colour blindness."""
+"""Blue and orange differ for every kind of colour blindness."""
 LINES = (OTHER, ON, OFF, "#b07aa1", "#8c8c8c")
 Tooltips = Sequence[tuple[str, str]]
 
 
 def plain(x: str, y: str, name: str, height: int, **options: Any) -> Any:
-    """A figure as wide as its card, with nothing drawn that says nothing."""
+    """A figure as wide as its card, without decoration."""
     made = figure(
         x_axis_label=x,
         y_axis_label=y,
@@ -83,7 +83,7 @@ def picture(
 
 
 def token_map(on_LT: np.ndarray, margin_LT: np.ndarray, captured_LT: np.ndarray) -> Any:
-    """How many experts run for each token in each FFN."""
+    """The map of how many experts run for each token in each FFN."""
     return picture(
         "tokens",
         {"on": on_LT, "margin": margin_LT, "captured": captured_LT},
@@ -101,7 +101,7 @@ def token_map(on_LT: np.ndarray, margin_LT: np.ndarray, captured_LT: np.ndarray)
 
 
 def expert_map(tokens: int, experts: int) -> Any:
-    """The scores of one FFN around its threshold; the script fills it, layer by layer."""
+    """The map of one FFN's scores around its threshold; the script fills it, layer by layer."""
     empty = np.zeros((experts, tokens), dtype=np.float32)
     return picture(
         "experts",
@@ -121,7 +121,7 @@ def expert_map(tokens: int, experts: int) -> Any:
 
 
 def load_map(load_LR: np.ndarray, expert_LR: np.ndarray) -> Any:
-    """How many tokens select each expert, the busiest to the left."""
+    """The map of how many tokens select each expert, the busiest to the left."""
     return picture(
         "loads",
         {"load": load_LR, "expert": expert_LR},
@@ -137,7 +137,7 @@ def load_map(load_LR: np.ndarray, expert_LR: np.ndarray) -> Any:
 
 
 def similarity_map(cka_LL: np.ndarray) -> Any:
-    """Which layers find the same tokens alike."""
+    """The map of which layers select experts for tokens in the same way."""
     return picture(
         "similarity",
         {"cka": cka_LL},
@@ -179,7 +179,7 @@ def margin_bars(offset: float | None) -> Any:
 
 
 def sparsity_bars(sparsity_L: np.ndarray, captured_L: np.ndarray, names: Sequence[str]) -> Any:
-    """Neurons off, and the output mass that the others capture."""
+    """The chart of neurons off, and of the output mass that the others capture."""
     layer = np.arange(len(names))
     source = ColumnDataSource(
         {"layer": layer, "sparsity": sparsity_L, "captured": captured_L, "name": list(names)},
@@ -215,7 +215,7 @@ def sparsity_bars(sparsity_L: np.ndarray, captured_L: np.ndarray, names: Sequenc
 
 
 def pareto(rows: Sequence[Row]) -> Any:
-    """Quality over the share of FFN FLOPs that is left; donors and controls are lines."""
+    """The chart of quality over the share of FFN FLOPs that is left; donors, controls are lines."""
     quality = "perplexity" if rows[0].accuracy is None else "accuracy"
     kind = "log" if quality == "perplexity" else "linear"
     made = plain("FFN FLOPs, router included, share of dense", quality, "pareto", 340,
@@ -252,5 +252,5 @@ def _setting(row: Row) -> str:
 
 
 def _height(rows: int) -> int:
-    """Of a map with a row a layer, pixels."""
+    """Height in pixels of a map with a row for each layer."""
     return math.floor(min(640, max(220, 90 + 12 * rows)))

@@ -1,4 +1,4 @@
-"""A histogram of a stream whose range nobody knows beforehand."""
+"""Counts a stream of values in a histogram without knowing their range beforehand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Histogram:
     def __init__(self) -> None:
         self.width = FINEST
         self.first = 0
-        """The lowest bin, counted from the one that begins at 0."""
+        """Index of the lowest bin; bin 0 begins at 0."""
         self.counts = torch.zeros(0, dtype=torch.int64)
 
     def add(self, values: Tensor) -> None:
@@ -37,11 +37,11 @@ class Histogram:
 
     @property
     def edges(self) -> list[float]:
-        """One more than there are counts."""
+        """Edges of the bins: one more than there are counts."""
         return [(self.first + index) * self.width for index in range(len(self.counts) + 1)]
 
     def _bins(self, low: float, high: float) -> int:
-        """How many there would be with these values among the others."""
+        """The number of bins that these values and the earlier ones need."""
         first, last = math.floor(low / self.width), math.floor(high / self.width)
         if len(self.counts):
             first, last = min(first, self.first), max(last, self.first + len(self.counts) - 1)

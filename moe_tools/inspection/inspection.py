@@ -1,4 +1,4 @@
-"""What routers decided on a text: aggregates of all tokens, and the first ones whole.
+"""Collects what routers decided on a text: aggregates of all tokens, and the first ones whole.
 
 Letters: T tokens, E experts, K tokens kept an expert, L FFNs of a stack.
 """
@@ -46,10 +46,10 @@ class Inspection:
         top: int,
     ) -> None:
         self.ffns = ffns
-        """Name -> FFN, of those that are inspected."""
+        """Name -> FFN, for the FFNs that are inspected."""
         self.tokenizer = tokenizer
         self.tokens = 0
-        """That the model saw, padding left out; an encoder-decoder's on both sides."""
+        """Tokens that the model saw, without padding; an encoder-decoder's on both sides."""
         self.tallies = {name: Tally(ffn, top) for name, ffn in ffns.items()}
         self.kept = Kept(list(ffns), keep)
         sizes = {name: ffn.division.num_experts for name, ffn in ffns.items()}
@@ -57,12 +57,12 @@ class Inspection:
         self._stack_of = {name: stack for stack in self._stacks for name in stack.names}
 
     def begin(self, tokens: Tokens) -> None:
-        """A pass begins."""
+        """Notes that a forward pass begins."""
         self.tokens += len(tokens.ids_T)
         self.kept.begin(tokens)
 
     def see(self, seen: Seen) -> None:
-        """One FFN's part of a pass."""
+        """Adds what one FFN decided in a forward pass."""
         self.tallies[seen.ffn.name].add(seen)
         self.kept.add(seen)
         self._stack_of[seen.ffn.name].add(seen)
@@ -75,12 +75,12 @@ class Inspection:
 
     @property
     def summaries(self) -> Table[FFNSummary]:
-        """A row an FFN; of what an FFN that saw no token would need one for, NaN."""
+        """A row for each FFN; NaN where a figure needs tokens and the FFN saw none."""
         return Table.of(FFNSummary, (_summary(name, t) for name, t in self.tallies.items()))
 
     @property
     def experts(self) -> Table[ExpertSummary]:
-        """A row an expert."""
+        """A row for each expert."""
         return Table.of(
             ExpertSummary,
             (row for name, tally in self.tallies.items() for row in _experts(name, tally)),
@@ -105,7 +105,7 @@ class Inspection:
 
     @property
     def similarity(self) -> Table[Likeness]:
-        """Every two FFNs of a stack, in both orders, and each with itself."""
+        """A row for every two FFNs of a stack, in both orders, and for each with itself."""
         rows = []
         for stack in self._stacks:
             cka = stack.cka_LL().tolist()
@@ -118,7 +118,7 @@ class Inspection:
 
     @property
     def decisions(self) -> Table[Decision]:
-        """A row a kept token and FFN."""
+        """A row for each kept token in each FFN."""
         texts = [self.text([token]) for token in self.kept.ids_T.tolist()]
         return Table.of(
             Decision,
@@ -131,7 +131,7 @@ class Inspection:
         )
 
     def scores(self, ffn: FFNName) -> Table[Score]:
-        """A row a kept token and expert of one FFN.
+        """A row for each kept token and each expert of one FFN.
 
         Raises:
             ValueError: no such FFN among those that are inspected.
@@ -153,7 +153,7 @@ class Inspection:
         return Table(Score, columns)
 
     def coselection(self, ffn: FFNName) -> Table[Pair]:
-        """Every two experts of one FFN, over all tokens.
+        """A row for every two experts of one FFN, over all tokens.
 
         Raises:
             ValueError: no such FFN, or one with more than `MOST_PAIRED` experts.
@@ -207,14 +207,14 @@ class Inspection:
         )
 
     def text(self, ids: list[int]) -> str:
-        """What tokens spell; their numbers where there is no tokenizer."""
+        """The text of tokens; their numbers where there is no tokenizer."""
         known = [token for token in ids if token != NOTHING]
         if self.tokenizer is None:
             return "".join(f"<{token}>" for token in known)
         return str(self.tokenizer.decode(known, clean_up_tokenization_spaces=False))
 
     def split_text(self, window_C: Tensor) -> tuple[str, str, str]:
-        """Before a token, the token, after it."""
+        """The text before a token, of the token, and after it."""
         ids = window_C.tolist()
         return (
             self.text(ids[:BEFORE]),
@@ -281,7 +281,7 @@ def _use(load: int, tokens: int) -> Use:
 
 
 def _entropy(load_E: Tensor) -> float:
-    """Of the load as a distribution, over log E; NaN without load, 1 of one expert."""
+    """Entropy of the loads as a distribution, over log E; NaN without load, 1 for one expert."""
     if len(load_E) == 1:
         return 1.0
     share_E = load_E.double() / load_E.sum()

@@ -1,4 +1,4 @@
-"""The first tokens, kept whole: what every FFN decided about each of them.
+"""Keeps what every FFN decided about each of the first tokens.
 
 Letters: T tokens, E experts.
 """
@@ -15,10 +15,10 @@ from moe_tools.inspection.watch import Seen, Tokens
 
 
 class Decisions(NamedTuple):
-    """One FFN's, token by token."""
+    """The decisions of one FFN, token by token."""
 
     number_T: Tensor
-    """Among all tokens."""
+    """Number of the token among all tokens."""
     scores_TE: Tensor
     mask_TE: Tensor
     margin_TE: Tensor
@@ -35,13 +35,13 @@ class Kept:
         self._parts: dict[str, list[Decisions]] = {name: [] for name in names}
 
     def begin(self, tokens: Tokens) -> None:
-        """A pass begins."""
+        """Notes that a forward pass begins."""
         ids_T = tokens.ids_T[tokens.number_T < self.count]
         if len(ids_T):
             self._ids.append(ids_T.cpu())
 
     def add(self, seen: Seen) -> None:
-        """One FFN's part of a pass."""
+        """Adds what one FFN decided in a forward pass."""
         keep_T = seen.number_T < self.count
         if not keep_T.any():
             return
@@ -52,10 +52,10 @@ class Kept:
 
     @property
     def ids_T(self) -> Tensor:
-        """Of the kept tokens."""
+        """Token ids of the kept tokens."""
         return torch.cat(self._ids) if self._ids else torch.zeros(0, dtype=torch.int64)
 
     def of(self, name: str) -> Decisions | None:
-        """An FFN's; None where it saw none of the tokens."""
+        """The decisions of an FFN; None if it saw none of the tokens."""
         parts = self._parts[name]
         return Decisions(*map(torch.cat, zip(*parts, strict=True))) if parts else None

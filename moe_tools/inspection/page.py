@@ -1,4 +1,4 @@
-"""One page that shows an inspection: it needs no network, no other file and no server.
+"""Writes a page that shows an inspection and needs no network, no other file and no server.
 
 Letters: T tokens, L FFNs, E experts, K tokens kept an expert, C tokens of context.
 """
@@ -105,7 +105,7 @@ def _plots(inspection: Inspection, sweep: Sequence[Row]) -> dict[str, Any]:
 
 
 def _data(inspection: Inspection) -> dict[str, Any]:
-    """What the script shows, in the order of the FFNs."""
+    """The data that the script shows, in the order of the FFNs."""
     names, shown = list(inspection.ffns), _shown(inspection)
     tallies = list(inspection.tallies.values())
     kept = [_first(inspection, name, shown) for name in names]
@@ -175,7 +175,7 @@ def _bytes(found: Decisions | None, experts: int, shown: int, scale: float) -> n
 
 
 def _load_bytes(tally: Tally) -> np.ndarray:
-    """Of 65,535: 0 is dead and all of it always on, exactly."""
+    """Loads as numbers from 0, which is dead, to 65,535, which is always on; both are exact."""
     load_E = tally.load_E.numpy()
     steps_E = (load_E / max(1, tally.tokens) * 65535).round().clip(1, 65534)
     return np.where(load_E == 0, 0, np.where(load_E == tally.tokens, 65535, steps_E)).astype("<u2")
@@ -274,7 +274,7 @@ def _base64(values: np.ndarray) -> str:
 
 
 def _json(data: Any) -> str:
-    """For a script element: no `<` can end it."""
+    """JSON for a script element: no `<` can end it."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

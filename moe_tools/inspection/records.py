@@ -1,4 +1,7 @@
-"""What an inspection says, row by row. Every `ffn` is a name in the model; experts count from 0."""
+"""Defines the rows of an inspection's tables.
+
+Every `ffn` is a name in the model; experts count from 0.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ Use = Literal["dead", "used", "always on"]
 
 @dataclass(frozen=True)
 class Decision:
-    """One token in one FFN."""
+    """What one FFN decided about one token."""
 
     ffn: str
     token: int
     """Its number among all tokens, in the order the model saw them."""
     text: str
     experts: tuple[int, ...]
-    """Selected."""
+    """The experts that are selected."""
     on: float
     """Share of the experts that are selected."""
     margin: float
@@ -29,14 +32,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Score:
-    """One token, one FFN, one expert."""
+    """What one expert of one FFN scored for one token."""
 
     ffn: str
     token: int
     """Its number among all tokens."""
     expert: int
     score: float
-    """The router's; a shared expert has 1."""
+    """The router's score; a shared expert has 1."""
     margin: float
     """Score minus the token's threshold (`Selector.threshold_T1`); infinite for shared experts."""
     selected: bool
@@ -58,7 +61,7 @@ class FFNSummary:
     always_on: int
     """Experts that every token selected."""
     entropy: float
-    """Of the loads as a distribution, over log E: 1 is an even load, 0 one expert alone."""
+    """Entropy of the loads as a distribution, over log E: 1 is an even load, 0 one expert alone."""
     near: float
     """Share of the decisions about routed experts within 0.05 of the threshold."""
     captured: float
@@ -76,9 +79,9 @@ class ExpertSummary:
     """Share of the tokens that selected it."""
     use: Use
     score: float
-    """Mean."""
+    """The mean score."""
     mass: float
-    """Its share of the FFN's output norms, summed over all tokens, on or off; NaN: not measured."""
+    """Share of the FFN's output norms, summed over all tokens, on or off; NaN: not measured."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Likeness:
     ffn: str
     other: str
     cka: float
-    """Of their masks; 1: the same tokens are alike to both. See `Similarity`."""
+    """CKA of their masks; 1: the same tokens are alike to both. See `Similarity`."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +116,16 @@ class Response:
     ffn: str
     expert: int
     rank: int
-    """0: the highest score."""
+    """Place of the score among the expert's; 0 is the highest."""
     score: float
     selected: bool
     token: int
     """Its number among all tokens."""
     before: str
-    """The text before it."""
+    """The text before the token."""
     text: str
     after: str
-    """The text after it, as far as the same forward pass had it."""
+    """The text after the token, as far as the same forward pass had it."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +134,11 @@ class Bin:
 
     ffn: str
     low: float
-    """Score minus threshold, inclusive."""
+    """Lower edge of the bar, inclusive: score minus threshold."""
     high: float
-    """Exclusive."""
+    """Upper edge, exclusive."""
     count: int
-    """Decisions: a token and a routed expert."""
+    """Number of decisions, each about a token and a routed expert."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tokens that each expert scores highest, in a stream.
+"""Keeps the tokens of a stream that each expert scores highest.
 
 Letters: T tokens, E experts, K tokens kept an expert, C tokens of context.
 """
@@ -22,7 +22,7 @@ class Responses:
         self.window_EKC = torch.full((num_experts, top, width), NOTHING, dtype=torch.int32)
 
     def add(self, seen: Seen) -> None:
-        """One pass."""
+        """Adds what one FFN decided in a forward pass."""
         if not len(seen.row_T) or not self.top:
             return
         score_EK, index_EK = _highest(seen.scores_TE.float().T, self.top)
@@ -48,6 +48,6 @@ class Responses:
 
 
 def _highest(score_ET: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Scores and places of the highest, falling."""
+    """Scores and places of the highest scores, the highest first."""
     found = score_ET.topk(min(count, score_ET.shape[1]), dim=1)
     return found.values, found.indices

@@ -87,8 +87,8 @@ def inspecting(
     """While it lasts, everything that the model runs is inspected.
 
     `generate` with its KV cache, batches with padding, training: see `inspect` for arguments and
-    errors. Padding that `attention_mask` names is left out, except in an encoder-decoder; under
-    beam search the text before a token may be that of another beam.
+    errors. What an attention mask says is padding is left out; under beam search the text before a
+    token may be that of another beam.
     """
     if not expert_ffns(model):
         raise ValueError(
@@ -108,7 +108,7 @@ def inspecting(
 
 
 def _stacks(model: PreTrainedModel, ffns: Mapping[str, ExpertFFN]) -> list[list[str]]:
-    """The FFNs that see the same tokens."""
+    """Groups the FFNs by the stack of layers they are in: those of a group see the same tokens."""
     if not model.config.is_encoder_decoder:
         return [list(ffns)]
     inside = set(model.get_encoder().modules())
@@ -138,7 +138,7 @@ def _batches(
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """ids_BT of one text, B = 1.
+    """Token ids of one text: ids_BT with B = 1.
 
     Raises:
         ValueError: a text without tokens, or longer than the context.
@@ -151,7 +151,7 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
 
 
 def check_length(model: PreTrainedModel, length: int) -> None:
-    """Whether the model has positions for as many tokens.
+    """Checks that the model has positions for as many tokens.
 
     Raises:
         ValueError: it has not.

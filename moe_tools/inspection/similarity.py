@@ -1,4 +1,4 @@
-"""Which FFNs find the same tokens alike: CKA of their masks, in a stream.
+"""Measures which FFNs find the same tokens alike: CKA of their masks, in a stream.
 
 Letters: L FFNs of one stack, S sampled tokens, E experts.
 """
@@ -13,7 +13,7 @@ from moe_tools.inspection.watch import Seen, Tokens
 SAMPLE = 256
 """Tokens that are compared with each other."""
 LEAST = 4
-"""HSIC_1 needs as many."""
+"""Fewest tokens that the unbiased HSIC is defined for."""
 
 
 class Similarity:
@@ -34,7 +34,7 @@ class Similarity:
         self._hsic_LL = torch.zeros(len(names), len(names), dtype=torch.float64)
 
     def add(self, seen: Seen) -> None:
-        """One FFN's part of a pass."""
+        """Adds what one FFN decided in a forward pass."""
         if seen.tokens is not self._pass:
             self._begin(seen.tokens)
         held = sum(map(len, self._numbers[:-1]))
@@ -49,7 +49,7 @@ class Similarity:
         return self._hsic_LL / (norm_L[:, None] * norm_L[None])
 
     def _begin(self, tokens: Tokens) -> None:
-        """What the passes before left is enough to compare, or is kept."""
+        """Compares the tokens of earlier passes if there are enough of them, or keeps them."""
         if sum(map(len, self._numbers)) >= SAMPLE:
             self._compare()
         room = SAMPLE - sum(map(len, self._numbers))
@@ -75,7 +75,7 @@ class Similarity:
 
 
 def _centred_gram(mask_SE: Tensor) -> Tensor:
-    """K~ with tr(K~ L~) / (S (S - 3)) the unbiased HSIC of Song et al. (JMLR 2012).
+    """The matrix K~ with tr(K~ L~) / (S (S - 3)) the unbiased HSIC of Song et al. (JMLR 2012).
 
     Centred so that rows sum to 0 although the diagonal is 0 (Szekely and Rizzo, 2014).
     """

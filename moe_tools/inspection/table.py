@@ -1,4 +1,4 @@
-"""Records in columns: a sequence of dataclasses that takes the memory of its numbers."""
+"""Stores records in columns: a sequence of dataclasses that takes the memory of its numbers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Table(Sequence[R], Generic[R]):
 
     @classmethod
     def of(cls, kind: type[R], rows: Iterable[R]) -> Table[R]:
-        """From rows that are there already."""
+        """Makes a table from rows."""
         names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
         made = list(rows)
         return cls(kind, {name: _column([getattr(row, name) for row in made]) for name in names})
 
     def column(self, name: str) -> np.ndarray:
-        """One field of every row."""
+        """The values of one field, row by row."""
         return self._columns[name]
 
     def where(self, keep: np.ndarray) -> Table[R]:
@@ -46,7 +46,7 @@ class Table(Sequence[R], Generic[R]):
         return Table(self.kind, {name: column[keep] for name, column in self._columns.items()})
 
     def to_pandas(self) -> pandas.DataFrame:
-        """A data frame with a column a field."""
+        """Makes a data frame with a column for each field."""
         import pandas
 
         return pandas.DataFrame(

@@ -1,4 +1,4 @@
-"""What is kept of an FFN's decisions: a few numbers an expert, however many tokens there are.
+"""Aggregates an FFN's decisions: a few numbers for each expert, however many tokens there are.
 
 Letters: T tokens, E experts.
 """
@@ -22,7 +22,7 @@ ROWS = 4096
 
 
 class Tally:
-    """One FFN, aggregated."""
+    """The aggregated decisions of one FFN."""
 
     def __init__(self, ffn: ExpertFFN, top: int) -> None:
         experts = ffn.division.num_experts
@@ -30,13 +30,13 @@ class Tally:
         self.tokens = 0
         self.neurons_on = 0
         self.load_E = torch.zeros(experts, dtype=torch.int64)
-        """Tokens that selected each expert."""
+        """How many tokens selected each expert."""
         self.score_E = torch.zeros(experts, dtype=torch.float64)
-        """Sum of scores."""
+        """Sum of each expert's scores."""
         self.norm_E = torch.zeros(experts, dtype=torch.float64)
-        """Sum of output norms."""
+        """Sum of each expert's output norms."""
         self.captured = 0.0
-        """Sum over the measured tokens."""
+        """Captured share of the output norms, summed over the measured tokens."""
         self.measured = 0
         self.pairs_EE = (
             torch.zeros(experts, experts, dtype=torch.int64) if experts <= MOST_PAIRED else None
@@ -47,7 +47,7 @@ class Tally:
         self.responses = Responses(experts, top, BEFORE + 1 + AFTER)
 
     def add(self, seen: Seen) -> None:
-        """One pass."""
+        """Adds what the FFN decided in a forward pass."""
         self.tokens += len(seen.mask_TE)
         self.neurons_on += self.division.count(seen.mask_TE)
         self.load_E += seen.mask_TE.sum(0).cpu()

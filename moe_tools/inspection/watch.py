@@ -1,4 +1,4 @@
-"""Sees every decision of a running model, token by token.
+"""Shows every decision of a running model, token by token.
 
 Letters: B rows of a batch, T tokens, D model width, E experts, C tokens of context.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +17,15 @@ from transformers import PreTrainedModel
 
 from moe_tools.data.generate import CACHE_NAMES
 from moe_tools.experts.experts import ExpertFFN
+from moe_tools.experts.hooks import hooked
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routing import Routing
-from moe_tools.hosts.moe_host import HostExperts
+from moe_tools.experts.routing import Routing, observed_with_input
+from moe_tools.experts.tokens import ValidTokens, valid_tokens
 
 BEFORE, AFTER = 12, 4
-"""Tokens of context."""
+"""Tokens of context before and after a token."""
 NOTHING = -1
-"""Stands where the text has no token."""
+"""Placeholder id where the text has no token."""
 
 
 class Seen(NamedTuple):
@@ -36,14 +37,14 @@ class Seen(NamedTuple):
     margin_TE: Tensor
     """Score minus threshold; infinite for shared experts."""
     norm_TE: Tensor | None
-    """||E_e(x)||, whether it ran or not; None: not measured."""
+    """Output norm ||E_e(x)|| of each expert, whether it ran or not; None: not measured."""
     tokens: Tokens
     row_T: Tensor
-    """Which of the pass's tokens these are: all but for the experts of an MoE host."""
+    """Which of the pass's tokens these are: all of them, except in an expert of an MoE host."""
 
     @property
     def number_T(self) -> Tensor:
-        """Their numbers among all tokens."""
+        """Numbers of these tokens among all tokens."""
         return self.tokens.number_T[self.row_T]
 
 
@@ -53,25 +54,23 @@ class Tokens:
 
     ids_T: Tensor
     number_T: Tensor
-    """Among all tokens, in the order they were seen."""
+    """Numbers of the tokens among all, in the order they were seen."""
     window_TC: Tensor
-    """Each with `BEFORE` tokens before it and `AFTER` after it, `NOTHING` where there are none."""
+    """Each token between the `BEFORE` tokens before and the `AFTER` after it; `NOTHING`: none."""
     valid_T: Tensor
-    """Of the batch, B x T flattened, padding included: which tokens are these."""
+    """Which tokens of the batch (B x T flattened, padding included) these are."""
 
 
 @dataclass
 class _State:
-    """Where a running model is."""
+    """What is known of the running pass."""
 
-    valid_BT: Tensor | None = None
+    valid: ValidTokens
     continues: bool = False
-    """The pass goes on with a KV cache."""
+    """Whether the pass continues a KV cache."""
     history_BC: Tensor | None = None
     count: int = 0
     tokens: Tokens | None = None
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    """FFN of an MoE host's expert -> the batch's tokens that the host gave it."""
 
 
 @contextmanager
@@ -86,102 +85,75 @@ def watch(
     """While it lasts, `begin` is shown the tokens of each pass, `see` each FFN's decisions on them.
 
     No output changes; afterwards no hook or observer is left. Tokens are what enters the input
-    embedding, so generation with a KV cache shows every token once. `attention_mask` says what is
-    padding, except in encoder-decoders.
+    embedding, so generation with a KV cache shows every token once. The attention mask says what is
+    padding.
 
     Raises:
         ValueError: the model runs on embeddings instead of tokens.
     """
-    state = _State()
     with ExitStack() as stack:
-        for handle in _hooks(model, ffns, state, begin):
-            stack.callback(handle.remove)
+        state = _State(stack.enter_context(valid_tokens(model)))
+        stack.enter_context(hooked(_hooks(model, state, begin)))
         for ffn in ffns.values():
-            stack.enter_context(_watch_one(ffn, state, see, norms))
+            observe = _observing(ffn, state, see, norms)
+            stack.enter_context(observed_with_input(ffn, state.valid, observe))
         yield
 
 
 def _hooks(
-    model: PreTrainedModel,
-    ffns: Mapping[str, ExpertFFN],
-    state: _State,
-    begin: Callable[[Tokens], None],
+    model: PreTrainedModel, state: _State, begin: Callable[[Tokens], None]
 ) -> Iterator[RemovableHandle]:
     def enter(_: nn.Module, args: Any, given: dict[str, Any]) -> None:
-        mask = given.get("attention_mask")
         cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
-        plain = isinstance(mask, Tensor) and mask.ndim == 2 and not model.config.is_encoder_decoder
-        state.valid_BT = mask.bool() if plain and mask is not None else None
         state.continues = cache is not None and cache.get_seq_length() > 0
 
     def leave(*_: Any) -> None:
-        state.tokens, state.valid_BT, state.continues = None, None, False
+        state.tokens, state.continues = None, False
 
     def embed(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         state.tokens = _read(state, args[0].detach())
         begin(state.tokens)
 
-    def share(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(host: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for index in range(len(host)):  # type: ignore[arg-type]
-                # the order in which HostExperts hands rows to an expert
-                state.rows[f"{path}.{index}"] = torch.where((args[1] == index).T)[1]
-
-        return see
-
     yield model.register_forward_pre_hook(enter, with_kwargs=True)
     yield model.register_forward_hook(leave, always_call=True)
     weight = model.get_input_embeddings().weight
-    for path, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight is weight:
             yield module.register_forward_pre_hook(embed)
-        elif isinstance(module, HostExperts):
-            yield module.register_forward_pre_hook(share(path))
 
 
-@contextmanager
-def _watch_one(
+def _observing(
     ffn: ExpertFFN, state: _State, see: Callable[[Seen], None], norms: bool
-) -> Iterator[None]:
-    inputs: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[:] = [args[0].detach()]
-
+) -> Callable[[Routing, Tensor], None]:
     @torch.no_grad()
-    def observe(routing: Routing) -> None:
-        x_TD = inputs.pop().flatten(0, -2)
-        norm_TE = _norm_TE(ffn, x_TD) if norms and ffn.packed is None else None
+    def observe(routing: Routing, x_TD: Tensor) -> None:
+        measured = norms and ffn.packed is None
+        norm_TE = _norm_TE(ffn, routing.of_tokens(x_TD.detach())) if measured else None
         see(_seen(ffn, routing, norm_TE, state))
 
-    handle = ffn.register_forward_pre_hook(keep)
-    ffn.observers.append(observe)
-    try:
-        yield
-    finally:
-        ffn.observers.remove(observe)
-        handle.remove()
+    return observe
 
 
 def _seen(ffn: ExpertFFN, routing: Routing, norm_TE: Tensor | None, state: _State) -> Seen:
     tokens = state.tokens
-    scores_TE = routing.scores_TE.detach().flatten(0, -2)
-    row_T = state.rows.get(ffn.name)
-    if tokens is None or (row_T is None and len(scores_TE) != len(tokens.valid_T)):
+    scores_TE = routing.of_tokens(routing.scores_TE.detach())
+    row_T = state.valid.rows_T(ffn)
+    rows = routing.mask_TE[..., 0].numel()
+    if tokens is None or (row_T is None and rows != len(tokens.valid_T)):
         raise ValueError(f"{ffn.name} ran on inputs that are no tokens: pass input_ids")
     if row_T is None:
-        row_T = torch.arange(len(scores_TE), device=scores_TE.device)
-    keep_T = tokens.valid_T[row_T]
+        row_T = torch.arange(rows, device=scores_TE.device)
+    if routing.valid_T is not None:
+        row_T = row_T[routing.valid_T.flatten()]
     packed_T = tokens.valid_T.cumsum(0) - 1  # where a token of the batch is without the padding
-    scores_TE = scores_TE[keep_T]
     return Seen(
         ffn,
         scores_TE,
-        routing.mask_TE.detach().flatten(0, -2)[keep_T],
+        routing.of_tokens(routing.mask_TE.detach()),
         margin_TE(ffn, scores_TE),
-        None if norm_TE is None else norm_TE[keep_T],
+        norm_TE,
         tokens,
-        packed_T[row_T[keep_T]],
+        packed_T[row_T],
     )
 
 
@@ -193,16 +165,16 @@ def margin_TE(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
 
 
 def _norm_TE(ffn: ExpertFFN, x_TD: Tensor) -> Tensor:
-    """||E_e(x)|| of every expert, the shared ones included (D2DMoE, arXiv 2310.04361)."""
+    """Output norm ||E_e(x)|| of every expert, shared ones included (D2DMoE, arXiv 2310.04361)."""
     down_FD = ffn.weights().down_FD
     return Importance(ffn.division, 0, down_FD, ffn.off_F).norm_TR(ffn.hidden(x_TD))
 
 
 def _read(state: _State, ids_BT: Tensor) -> Tokens:
-    rows, length = ids_BT.shape
-    valid_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    if state.valid_BT is not None:
-        valid_BT = state.valid_BT[:, -length:].to(ids_BT.device)
+    rows = len(ids_BT)
+    valid_BT = state.valid.of_ids(ids_BT)
+    if valid_BT is None:
+        valid_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     known_BT = ids_BT.masked_fill(~valid_BT, NOTHING)
     history_BC = state.history_BC
     if not state.continues or history_BC is None or len(history_BC) != rows:

@@ -1,1 +1,1 @@
-"""What we can say about a model: quality, sparsity, cost, speed."""
+"""Measures models: quality, sparsity, cost, memory."""

@@ -1,4 +1,4 @@
-"""Thresholds on a dense model's own activations, without routers or training: the bar to beat.
+"""Baselines: thresholds on a dense model's own activations, without routers or training.
 
 TEAL (arXiv 2408.14690) zeroes small entries of what enters each matrix; CATS (arXiv 2404.08763)
 runs the neurons whose |act(gate)| is large. Both decide per token, by one threshold a matrix or
@@ -10,7 +10,7 @@ Letters: T tokens, B blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.inputs import model_inputs
 
 Baseline = Literal["teal", "cats"]
 SAMPLE = 65536
-"""Magnitudes of a batch at one site that the quantile is taken of."""
+"""Magnitudes of a batch that are kept at each site, to take a quantile of."""
 
 
 @dataclass
@@ -32,13 +33,13 @@ class Site:
 
     module: nn.Module
     before: bool
-    """At the module's input, else at its output."""
+    """True: at the module's input; False: at its output."""
     weights: int
     """Matrix weights that are read when no value is zero."""
     magnitudes: list[Tensor]
     threshold: float = 0.0
     saved: float = 0.0
-    """FLOPs, summed over tokens."""
+    """FLOPs that the zeros save, summed over tokens."""
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def thresholded(
 
 
 def _sites(ffns: list[FFN], kind: Baseline) -> list[Site]:
-    """Each module once: the experts of an MoE host share their activation."""
+    """The sites, one a module: the experts of an MoE host share their activation."""
     found: dict[int, Site] = {}
     for ffn in ffns:
         parts, weights = ffn.projections, ffn.weights()
@@ -92,25 +93,19 @@ def _sites(ffns: list[FFN], kind: Baseline) -> list[Site]:
 Change = Callable[[Site, Tensor], Tensor]
 
 
-@contextmanager
-def _hooked(sites: list[Site], change: Change) -> Iterator[None]:
+def _hooked(sites: list[Site], change: Change) -> AbstractContextManager[None]:
     def before(site: Site) -> Callable[..., Any]:
         return lambda _, args: (change(site, args[0]), *args[1:])
 
     def after(site: Site) -> Callable[..., Any]:
         return lambda _, __, output: change(site, output)
 
-    handles = [
+    return hooked(
         site.module.register_forward_pre_hook(before(site))
         if site.before
         else site.module.register_forward_hook(after(site))
         for site in sites
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
 
 
 def _keep_magnitudes(site: Site, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Accuracy, FFN sparsity and FLOPs of a classifier. Letters: B rows, T tokens of a row."""
+"""Measures accuracy, FFN sparsity and FLOPs of a classifier. Letters: B rows, T tokens of a row."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def evaluate_classifier(
 
 
 def _context(batches: Sequence[Batch]) -> int:
-    """Tokens of the row that the average token is in, rounded."""
+    """Length of the row that the average token is in, rounded."""
     squares = sum(batch.ids_BT.numel() * batch.ids_BT.shape[1] for batch in batches)
     return round(squares / token_count(batches))

@@ -1,4 +1,4 @@
-"""What a model offers to a conversion: its FFNs, their share of the work, what is done already."""
+"""Tells what a conversion can do with a model: its FFNs, their share of the work, what is done."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from moe_tools.measure.neurons import count_neurons
 SIZES = (4, 8, 16, 32, 64)
 """Neurons of an expert that are worth trying."""
 LENGTH = 64
-"""Tokens of the one block that is run."""
+"""Tokens of the block that is run."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """FFNs that look the same."""
+    """FFNs of equal sizes and activation."""
 
     count: int
     width: int
-    """D, numbers of the FFN's input and output."""
+    """D: size of the FFN's input and output."""
     neurons: int
-    """F."""
+    """F: neurons of one FFN."""
     activation: str
     gated: bool
     expert_sizes: tuple[int, ...]
@@ -37,16 +37,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One model."""
+    """What `diagnose` found out about a model."""
 
     host: str
-    """Its class."""
+    """The model's class."""
     dtype: str
     shapes: tuple[Shape, ...]
     parameters: int
-    """A shared tensor once; our routers included."""
+    """Counts a shared tensor once, and includes our routers."""
     ffn_parameters: int
-    """The FFNs' matrices."""
+    """Numbers in the FFNs' matrices."""
     flops: Flops
     """Per token, over one block of random tokens: dense figures hold for any text, except that
     the experts of an MoE host are weighed by the tokens they happened to see."""
@@ -54,12 +54,12 @@ class Diagnosis:
 
     @property
     def ffn_parameter_share(self) -> float:
-        """Of the parameters."""
+        """Share of the parameters that is in the FFNs."""
         return self.ffn_parameters / self.parameters
 
     @property
     def ffn_flop_share(self) -> float:
-        """Of the dense model's matrix FLOPs."""
+        """Share of the dense model's matrix FLOPs that the FFNs have."""
         return self.flops.ffn_dense / self.flops.total_dense
 
 
@@ -96,5 +96,5 @@ def _shape(ffn: FFN | ExpertFFN) -> tuple[int, int, str, bool, tuple[int, ...]]:
 
 
 def _activation(ffn: FFN | ExpertFFN) -> str:
-    """Its class: SiLUActivation is SiLU."""
+    """The name of an FFN's activation: SiLU for the class SiLUActivation."""
     return type(ffn.projections.act).__name__.removesuffix("Activation")

@@ -1,4 +1,4 @@
-"""Perplexity, FFN sparsity and FLOPs of a model on held-out blocks.
+"""Measures perplexity, FFN sparsity and FLOPs of a model on held-out blocks.
 
 Letters: B blocks, T tokens of a block, V vocabulary.
 """
@@ -33,7 +33,7 @@ MASKED = 0.15
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on one text."""
+    """The figures of one model on one text."""
 
     perplexity: float
     """exp(nats_per_token)."""
@@ -47,12 +47,12 @@ class Evaluation:
     layer_sparsity: dict[str, float]
     """FFN name -> share of its neurons off, over the tokens it saw; empty for a dense model."""
     flops: Flops
-    """Per token of the text."""
+    """FLOPs per token of the text."""
     seconds: float
     two_levels: TwoLevels | None = None
-    """Of all layers of an MoE host together; None: the model is none."""
+    """Both kinds of sparsity over all layers of an MoE host; None: the model is none."""
     moe_layers: dict[str, TwoLevels] = field(default_factory=dict)
-    """The same of each, by its path."""
+    """Path of an MoE layer -> both kinds of its sparsity."""
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
     zeros: float | None = None

@@ -1,4 +1,4 @@
-"""Matrix FLOPs of one token, counted where they happen.
+"""Counts the matrix FLOPs of one token where they happen.
 
 A multiply and an add are two FLOPs. Counted: every weight matrix times the rows it is applied to
 (the head of the vocabulary included, embedding lookups not), our routers, and the two products of
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.hooks import hooked
+from moe_tools.experts.tokens import valid_tokens
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.moe_host import chosen_share
 from moe_tools.measure.neurons import NeuronCount
@@ -31,11 +33,11 @@ class Flops:
     """Matrix FLOPs per token of the text, averaged over the tokens of a run."""
 
     ffn_dense: float
-    """FFNs, with every neuron on."""
+    """FLOPs of the FFNs, with every neuron on."""
     ffn: float
-    """FFNs, the neurons that were on."""
+    """FLOPs of the FFNs' neurons that were on."""
     router: float
-    """Our routers; an MoE host's own router counts as the rest."""
+    """FLOPs of our routers; an MoE host's own router counts as the rest."""
     attention_and_rest: float
     total: float = field(init=False)
     """ffn + router + attention_and_rest."""
@@ -44,7 +46,7 @@ class Flops:
 
     @property
     def ffn_share(self) -> float:
-        """FFNs, our routers included, over the dense FFNs."""
+        """FLOPs of FFNs and our routers, over those of the dense FFNs."""
         return (self.ffn + self.router) / self.ffn_dense
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class Flops:
 
 @dataclass
 class FlopCounter:
-    """FLOPs outside the FFNs since the count began."""
+    """Counts FLOPs outside the FFNs."""
 
     others: float = 0.0
 
@@ -72,25 +74,29 @@ class FlopCounter:
 
 @contextmanager
 def count_flops(model: PreTrainedModel) -> Iterator[FlopCounter]:
-    """Counts the rows that pass every weight matrix outside the FFNs and our routers."""
+    """Counts the tokens that pass every weight matrix outside the FFNs and our routers.
+
+    What the attention mask says is padding is not counted.
+    """
     counter = FlopCounter()
+    matrices = _other_matrices(model)
+    with valid_tokens(model) as tokens:
 
-    def hook(weights: int) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            counter.others += 2 * weights * (x.numel() // x.shape[-1])
+        def hook(weights: int) -> Callable[..., None]:
+            def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+                x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+                counter.others += 2 * weights * tokens.count(x)
 
-        return see
+            return see
 
-    handles = [
-        module.register_forward_hook(hook(module.get_parameter("weight").numel()), with_kwargs=True)
-        for module in _other_matrices(model)
-    ]
-    try:
-        yield counter
-    finally:
-        for handle in handles:
-            handle.remove()
+        handles = (
+            module.register_forward_hook(
+                hook(module.get_parameter("weight").numel()), with_kwargs=True
+            )
+            for module in matrices
+        )
+        with hooked(handles):
+            yield counter
 
 
 def _other_matrices(model: nn.Module) -> list[nn.Module]:
@@ -112,7 +118,7 @@ def _other_matrices(model: nn.Module) -> list[nn.Module]:
 
 
 def forward_flops(model: PreTrainedModel, length: int) -> float:
-    """Per token of a block of `length`, from shapes alone: every neuron on, our routers included.
+    """FLOPs per token of a block of `length`, from shapes alone: all neurons on, and our routers.
 
     An expert of an MoE host is charged for the tokens that it sees on average. A training step
     costs three times as much: the backward pass is two products for each of the forward pass
@@ -128,7 +134,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> float:
 
 
 def attention_flops(model: PreTrainedModel, length: int) -> float:
-    """q k^T and its product with v, per token, averaged over the positions of a block.
+    """FLOPs of q k^T and its product with v per token, averaged over the positions of a block.
 
     Each costs 2 x width of q x context. A causal token sees (T + 1) / 2 tokens on average, fewer
     under a sliding window; an encoder's token sees T; a decoder beside an encoder sees both.
@@ -140,7 +146,7 @@ def attention_flops(model: PreTrainedModel, length: int) -> float:
 
 
 def _contexts(model: PreTrainedModel, length: int) -> list[float]:
-    """Tokens that a token sees on average, an entry for every attention."""
+    """Mean number of tokens that a token attends to, an entry for every attention."""
     config, layers = model.config, model.config.num_hidden_layers
     if config.is_encoder_decoder:
         return [length] * layers + [causal_context(length) + length] * config.num_decoder_layers
@@ -154,6 +160,6 @@ def _contexts(model: PreTrainedModel, length: int) -> list[float]:
 
 
 def causal_context(length: int, window: int | None = None) -> float:
-    """mean over the positions t = 1 ... T of min(t, window)."""
+    """The mean of min(t, window) over the positions t = 1 ... T."""
     window = length if window is None else min(window, length)
     return (window * (window + 1) / 2 + (length - window) * window) / length

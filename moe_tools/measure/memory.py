@@ -1,4 +1,4 @@
-"""What a training run holds for its parameters, on each of several processes under ZeRO.
+"""Predicts the memory that parameters take in training, on each of several processes under ZeRO.
 
 ZeRO (arXiv 1910.02054, section 3): a parameter that is trained in bf16 costs 2 bytes, its gradient
 2, and Adam 12: an fp32 master and two fp32 moments. Stage 1 divides Adam's part over the processes,
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 STAGES = (0, 1, 2, 3)
-"""Of ZeRO; 0 divides nothing."""
+"""Stages of ZeRO; 0 divides nothing."""
 MOMENTS = 8
-"""Bytes of Adam's two moments of a parameter, in fp32."""
+"""Bytes of Adam's two fp32 moments of one parameter."""
 MASTER = 4
 """Bytes of an fp32 copy, which a parameter of fewer bits needs."""
 
@@ -40,7 +40,7 @@ class ModelStates:
         trained: Iterable[nn.Parameter] = (),
         teacher: int = 0,
     ) -> Self:
-        """Of a model, of which some parameters are trained with Adam."""
+        """The states of a model, some parameters of which are trained with Adam."""
         trained = list(trained)
         return cls(
             weights=size(parameters),

@@ -1,4 +1,4 @@
-"""Activation sparsity that a model has by nature: what its FFNs compute, and what little matters.
+"""Measures the activation sparsity that a model has without any conversion.
 
 The output of neuron i is n_i = h_i w_i, with w_i its column of W_down, and an FFN's output is their
 sum (its bias aside). Three measures of what could be left out:
@@ -29,21 +29,22 @@ from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.zeros import zero_share
 
 CETT = 0.2
-"""What ReLU^2 Wins (arXiv 2402.03804) finds to cost little."""
+"""The error that ReLU^2 Wins (arXiv 2402.03804) finds to cost little."""
 CUTS = 1024
-"""Cuts that are tried: sparsity is resolved to a thousandth."""
+"""How many cuts are tried: sparsity is resolved to a thousandth."""
 SAMPLE = 65536
-"""Norms that the cuts are quantiles of."""
+"""How many norms the cuts are quantiles of."""
 
 
 @dataclass
 class Activations:
-    """What one FFN did on some text."""
+    """The hidden activations of one FFN on some text."""
 
     name: str
     hidden_TF: Tensor
@@ -56,11 +57,11 @@ class Activations:
 
     @property
     def zeros(self) -> float:
-        """Share of exact zeros."""
+        """Share of the activations that are exactly 0."""
         return zero_share([self.hidden_TF])
 
     def below(self, threshold: float) -> float:
-        """Share of |h| < threshold."""
+        """Share of the activations with |h| < threshold."""
         return (self.hidden_TF.abs() < threshold).float().mean().item()
 
     def sparsity(self, cut: float) -> float:
@@ -88,12 +89,12 @@ class Activations:
 
     @cached_property
     def _whole_T(self) -> Tensor:
-        """||sum of all n_i|| of every token."""
+        """Norm of the FFN's output for every token: ||sum of all n_i||."""
         whole_T = (self.hidden_TF.float() @ self.down_FD).norm(dim=-1)
         return whole_T.clamp_min(torch.finfo(torch.float32).tiny)
 
     def _norms_TF(self) -> Tensor:
-        """||n_i|| of every token."""
+        """Norms of the neurons' outputs for every token: ||n_i||."""
         return self.hidden_TF.float().abs() * self.down_norm_F
 
 
@@ -109,19 +110,15 @@ def observe(model: PreTrainedModel, blocks_BT: Tensor, *, batch_size: int = 4) -
     """
     ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
     kept: list[list[Tensor]] = [[] for _ in ffns]
-    handles = [
+    handles = (
         ffn.down.register_forward_pre_hook(
             lambda _, args, seen=seen: seen.append(args[0].detach().flatten(0, -2))
         )
         for ffn, seen in zip(ffns, kept, strict=True)
-    ]
-    try:
-        with evaluating(model), every_expert_on(model):
-            for block_BT in blocks_BT.split(batch_size):
-                model(**model_inputs(model, block_BT.to(model.device)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(handles), evaluating(model), every_expert_on(model):
+        for block_BT in blocks_BT.split(batch_size):
+            model(**model_inputs(model, block_BT.to(model.device)))
     return [
         Activations(ffn.name, torch.cat(seen), ffn.weights().down_FD.detach())
         for ffn, seen in zip(ffns, kept, strict=True)
@@ -131,11 +128,11 @@ def observe(model: PreTrainedModel, blocks_BT: Tensor, *, batch_size: int = 4) -
 
 @dataclass(frozen=True)
 class FFNSparsity:
-    """One FFN."""
+    """The sparsity of one FFN."""
 
     name: str
     tokens: int
-    """That it saw."""
+    """Tokens that it saw."""
     neurons: int
     zeros: float
     """Share of h that is exactly 0."""
@@ -145,7 +142,7 @@ class FFNSparsity:
 
 @dataclass(frozen=True)
 class NaturalSparsity:
-    """All FFNs, each at the same error, weighed by what it ran: tokens times neurons."""
+    """The sparsity of all FFNs at one error, each weighed by its tokens times its neurons."""
 
     cett: float
     zeros: float

@@ -1,4 +1,4 @@
-"""Which neurons run: counted while a model runs, with a few integers an FFN and no stored mask.
+"""Counts neurons while a model runs, with a few integers for each FFN and no stored mask.
 
 Letters: T tokens, D model width, F neurons of one FFN, E experts.
 """
@@ -6,13 +6,16 @@ Letters: T tokens, D model width, F neurons of one FFN, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
-from moe_tools.experts.routing import Routing
+from moe_tools.experts.hooks import hooked
+from moe_tools.experts.routing import Routing, observed
+from moe_tools.experts.tokens import ValidTokens, valid_tokens
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.zeros import gives_zeros
@@ -24,7 +27,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 @dataclass
 class NeuronCount:
-    """What one FFN has done since the count began."""
+    """Counts of one FFN since the count began."""
 
     name: str
     neurons: int
@@ -38,16 +41,16 @@ class NeuronCount:
     on: int = 0
     """Neurons that ran, summed over those tokens."""
     zeros: int | None = None
-    """Those of them that were exactly 0; None where the activation gives no zeros, or nothing was
+    """Neurons that ran and were exactly 0; None where the activation gives no zeros, or nothing was
     seen of it (no token yet, or an optimised FFN)."""
     moe_layer: str = ""
-    """Path of the MoE host's layer that it is an expert of; empty: of none."""
+    """Path of the MoE layer that the FFN is an expert of; empty: it is none."""
     elsewhere: int = 0
     """Tokens that an MoE host gave to other experts of the layer."""
 
     @property
     def working(self) -> int:
-        """Neurons that ran, and not for nothing."""
+        """Neurons that ran and were not 0."""
         return self.on - (self.zeros or 0)
 
     @property
@@ -64,6 +67,10 @@ class NeuronCount:
         """Counts one batch."""
         self.tokens += tokens
         self.on += on
+
+    def add_zeros(self, zero_TF: Tensor) -> None:
+        """Counts neurons of one batch that ran and were 0."""
+        self.zeros = (self.zeros or 0) + int(zero_TF.sum())
 
 
 def sparsity(counts: list[NeuronCount]) -> float:
@@ -87,7 +94,8 @@ def zeros(counts: list[NeuronCount]) -> float | None:
 def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
     """Yields a count for every FFN, in forward order; counts grow with each forward pass.
 
-    Works for routed and for dense models, where every neuron is on. Changes no output. The fused
+    Works for routed and for dense models, where every neuron is on. Changes no output. What the
+    attention mask says is padding is not counted. The fused
     experts of a dense MoE host are taken apart in place, as `find_ffns` does.
 
     Raises:
@@ -95,10 +103,10 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
     """
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
     counts = [_count(ffn.name, ffn.weights()) for ffn in ffns]
-    with ExitStack() as watches:
+    with valid_tokens(model) as tokens, ExitStack() as watches:
         for ffn, count in zip(ffns, counts, strict=True):
-            watches.enter_context(_watch(ffn, count))
-        watches.enter_context(_count_elsewhere(model, counts))
+            watches.enter_context(_watch(ffn, count, tokens))
+        watches.enter_context(hooked(_count_elsewhere(model, counts, tokens)))
         yield counts
 
 
@@ -107,13 +115,17 @@ def _count(name: str, weights: FFNWeights) -> NeuronCount:
     return NeuronCount(name, len(weights.up_FD), numbers)
 
 
-def _watch(ffn: ExpertFFN | FFN, count: NeuronCount) -> AbstractContextManager[None]:
-    return _watch_routed(ffn, count) if isinstance(ffn, ExpertFFN) else _watch_dense(ffn, count)
+def _watch(
+    ffn: ExpertFFN | FFN, count: NeuronCount, tokens: ValidTokens
+) -> AbstractContextManager[None]:
+    if isinstance(ffn, ExpertFFN):
+        return _watch_routed(ffn, count, tokens)
+    return hooked([ffn.down.register_forward_pre_hook(_dense(ffn, count, tokens))])
 
 
 @contextmanager
-def _watch_routed(ffn: ExpertFFN, count: NeuronCount) -> Iterator[None]:
-    """What its router turns on; and among that, what the activation leaves at 0."""
+def _watch_routed(ffn: ExpertFFN, count: NeuronCount, tokens: ValidTokens) -> Iterator[None]:
+    """Counts the neurons that the router turns on, and those among them that are 0 all the same."""
     count.routed, count.router_flops = True, ffn.router.flops()
     latest: list[Routing] = []
 
@@ -122,60 +134,53 @@ def _watch_routed(ffn: ExpertFFN, count: NeuronCount) -> Iterator[None]:
         latest[:] = [routing]
 
     def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        mask_TF = ffn.division.spread_TF(latest.pop().mask_TE)
-        count.zeros = (count.zeros or 0) + int(((args[0] == 0) & mask_TF).sum())
+        routing = latest.pop()
+        zero_TF = (args[0] == 0) & ffn.division.spread_TF(routing.mask_TE)
+        count.add_zeros(routing.of_tokens(zero_TF))
 
-    ffn.observers.append(observe)
-    try:
-        with _before(ffn.down, see) if gives_zeros(ffn.projections.act) else nullcontext():
-            yield
-    finally:
-        ffn.observers.remove(observe)
+    handles = [ffn.down.register_forward_pre_hook(see)] if gives_zeros(ffn.projections.act) else []
+    with hooked(handles), observed(ffn, tokens, observe):
+        yield
 
 
-@contextmanager
-def _watch_dense(ffn: FFN, count: NeuronCount) -> Iterator[None]:
-    """Every neuron runs; what the activation leaves at 0."""
+def _dense(ffn: FFN, count: NeuronCount, tokens: ValidTokens) -> Hook:
+    """A hook that counts every neuron as on, and those that the activation leaves at 0."""
     has_zeros = gives_zeros(ffn.act)
 
     def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        tokens = args[0][..., 0].numel()
-        count.add(tokens, tokens * count.neurons)
+        h_TF = args[0].reshape(-1, count.neurons)
+        valid_T = tokens.of_ffn(ffn.layer, h_TF)
+        if valid_T is not None:
+            h_TF = h_TF[valid_T]
+        count.add(len(h_TF), h_TF.numel())
         if has_zeros:
-            count.zeros = (count.zeros or 0) + int((args[0] == 0).sum())
-
-    with _before(ffn.down, see):
-        yield
-
-
-@contextmanager
-def _count_elsewhere(model: nn.Module, counts: list[NeuronCount]) -> Iterator[None]:
-    """Which FFNs are experts of an MoE host, and how many tokens each did not get."""
-    named = {count.name: count for count in counts}
-    with ExitStack() as watches:
-        for path, host in model.named_modules():
-            if isinstance(host, HostExperts):
-                layer = path.rpartition(".")[0]
-                for name in named:
-                    if name.startswith(f"{layer}."):
-                        named[name].moe_layer = layer
-                experts = [named[f"{path}.{index}"] for index in range(len(host))]
-                watches.enter_context(_before(host, _elsewhere(experts)))
-        yield
-
-
-def _elsewhere(experts: list[NeuronCount]) -> Hook:
-    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        for index, count in enumerate(experts):
-            count.elsewhere += int((args[1] != index).all(-1).sum())  # chosen_TK
+            count.add_zeros(h_TF == 0)
 
     return see
 
 
-@contextmanager
-def _before(module: nn.Module, hook: Hook) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _count_elsewhere(
+    model: nn.Module, counts: list[NeuronCount], tokens: ValidTokens
+) -> Iterator[RemovableHandle]:
+    """Notes which FFNs are experts of an MoE host; hooks count the tokens that each did not get."""
+    named = {count.name: count for count in counts}
+    for path, host in model.named_modules():
+        if isinstance(host, HostExperts):
+            layer = path.rpartition(".")[0]
+            for name in named:
+                if name.startswith(f"{layer}."):
+                    named[name].moe_layer = layer
+            experts = [named[f"{path}.{index}"] for index in range(len(host))]
+            yield host.register_forward_pre_hook(_elsewhere(experts, tokens))
+
+
+def _elsewhere(experts: list[NeuronCount], tokens: ValidTokens) -> Hook:
+    def see(host: nn.Module, args: tuple[Tensor, ...]) -> None:
+        chosen_TK = args[1]
+        valid_T = tokens.of_ffn(host, chosen_TK)
+        if valid_T is not None:
+            chosen_TK = chosen_TK[valid_T]
+        for index, count in enumerate(experts):
+            count.elsewhere += int((chosen_TK != index).all(-1).sum())
+
+    return see

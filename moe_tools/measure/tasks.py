@@ -1,4 +1,4 @@
-"""Benchmark tasks of lm-evaluation-harness, on a model as it stands in memory."""
+"""Runs benchmark tasks of lm-evaluation-harness on a model that is in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Which tasks, and how much of them."""
+    """Says which tasks are run, and how much of them."""
 
     names: Sequence[str] = ()
     """Tasks, groups or tags of lm-evaluation-harness; none: nothing is run."""
@@ -25,7 +25,7 @@ class Tasks:
     """Examples of each task; None: all."""
 
     def check(self) -> None:
-        """Everything that can be wrong, before a model is loaded.
+        """Checks everything that can be wrong before a model is loaded.
 
         Raises:
             ValueError: the harness is not installed, or has no task of a name.
@@ -40,7 +40,7 @@ class Tasks:
                     )
 
     def manager(self) -> TaskManager:
-        """What finds tasks by their names.
+        """The harness's index of tasks.
 
         Raises:
             ValueError: the harness is not installed.
@@ -60,7 +60,7 @@ def run_tasks(
     batch_size: int,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What a causal language model reaches.
+    """Runs the tasks on a causal language model.
 
     Args:
         model: as it stands, routers, selectors and baselines included.
@@ -102,7 +102,7 @@ def run_tasks(
 
 
 def _figures(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Only the metrics: "acc,none" is one, "acc_stderr,none", "alias" and "sample_len" are not."""
+    """Picks the metrics: "acc,none" is one, "acc_stderr,none", "alias", "sample_len" are not."""
     return {
         f"{task} {key.removesuffix(',none')}": value
         for task, seen in results.items()

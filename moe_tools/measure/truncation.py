@@ -1,4 +1,4 @@
-"""PPL-p% sparsity: how many neurons can go before perplexity rises by p %.
+"""Measures PPL-p% sparsity: how many neurons can go before perplexity rises by p %.
 
 As algorithm 1 of Sparsing Law (arXiv 2411.02335), CETT-PPL-p%: all FFNs share one relative error,
 each has the cut that causes it (`Activations.cut`), and the shared error is bisected until the
@@ -9,26 +9,27 @@ Letters: B blocks, T tokens, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.experts.hooks import hooked
+from moe_tools.experts.tokens import ValidTokens, valid_tokens
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import observe
 
 HALVINGS = 10
-"""Of the interval [0, 1] of errors: it is known to a thousandth."""
+"""Bisections of the interval [0, 1] of errors: the error is known to a thousandth."""
 
 
 @dataclass
 class Truncated:
-    """What the neurons of all FFNs did under their cuts."""
+    """Counts of neurons of all FFNs under their cuts."""
 
     seen: int = 0
     """Neurons, summed over tokens and FFNs."""
@@ -45,9 +46,9 @@ class Tolerance:
     """The sparsity that a rise of perplexity buys."""
 
     increase: float
-    """Allowed, as a share of the dense perplexity."""
+    """The allowed rise, as a share of the dense perplexity."""
     perplexity: float
-    """With the neurons left out."""
+    """Perplexity with the neurons left out."""
     dense_perplexity: float
     cett: float
     """The relative error that all FFNs share."""
@@ -65,25 +66,31 @@ def truncated(model: nn.Module, cuts: dict[str, float]) -> Iterator[Truncated]:
     """
     ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
     count = Truncated()
-    handles = [_drop(ffn, cuts[ffn.name], count) for ffn in ffns if ffn.name in cuts]
-    try:
-        with every_expert_on(model):
+    with valid_tokens(model) as tokens:
+        handles = (
+            ffn.down.register_forward_pre_hook(_drop(ffn, cuts[ffn.name], count, tokens))
+            for ffn in ffns
+            if ffn.name in cuts
+        )
+        with hooked(handles), every_expert_on(model):
             yield count
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _drop(ffn: FFN | ExpertFFN, cut: float, count: Truncated) -> RemovableHandle:
+def _drop(
+    ffn: FFN | ExpertFFN, cut: float, count: Truncated, tokens: ValidTokens
+) -> Callable[..., tuple[Tensor, ...]]:
     norm_F = ffn.weights().down_norm_F
+    module = ffn if isinstance(ffn, ExpertFFN) else ffn.layer
 
     def drop(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         small_TF = args[0].float().abs() * norm_F <= cut
-        count.seen += small_TF.numel()
-        count.left_out += int(small_TF.sum())
+        valid_T = tokens.of_ffn(module, small_TF)
+        counted = small_TF if valid_T is None else small_TF[valid_T]
+        count.seen += counted.numel()
+        count.left_out += int(counted.sum())
         return (args[0].masked_fill(small_TF, 0), *args[1:])
 
-    return ffn.down.register_forward_pre_hook(drop)
+    return drop
 
 
 def sparsity_within(

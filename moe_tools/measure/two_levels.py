@@ -1,4 +1,4 @@
-"""The sparsity of an MoE host's layers: experts not chosen, and neurons off inside the others.
+"""Measures both kinds of sparsity of MoE layers: experts not chosen, neurons off in the others.
 
 TurboSparse (arXiv 2406.05955) counts like this: Mixtral chooses 2 of 8 experts, dReLU turns 85 % of
 the neurons inside them off, so that 97 % of the MoE layer does nothing for a token.
@@ -17,12 +17,12 @@ class TwoLevels:
     """Shares of the neurons that do nothing for a token, over tokens and MoE layers."""
 
     experts: float
-    """Of all neurons: those in experts that the host did not choose."""
+    """Share of all neurons that are in experts that the host did not choose."""
     neurons: float
-    """Of the neurons in chosen experts, and in a shared one: those that a router of ours turned
-    off, or that are exactly 0."""
+    """Share of the neurons in chosen and shared experts that a router of ours turned off, or that
+    are exactly 0."""
     both: float = field(init=False)
-    """Of all neurons, for either reason: 1 - (1 - experts) (1 - neurons)."""
+    """Share of all neurons, for either reason: 1 - (1 - experts) (1 - neurons)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "both", 1 - (1 - self.experts) * (1 - self.neurons))

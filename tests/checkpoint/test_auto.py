@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -19,12 +22,16 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 
 import moe_tools
 from moe_tools.checkpoint import auto
-from moe_tools.checkpoint.auto import transformers_patched
-from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint import rebuild as rebuild_module
+from moe_tools.checkpoint.auto import Patch, transformers_patched
+from moe_tools.checkpoint.import_hook import AfterImport
+from moe_tools.checkpoint.loading import load, load_classifier
 from moe_tools.checkpoint.saving import save
+from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.experts.swapped import swap_activations
@@ -185,20 +192,168 @@ def test_an_activation_of_ours_loads_too(tmp_path: Path) -> None:
         logits(random)
 
 
+PLACES = {"_load_pretrained_model", "save_pretrained", "post_init"}
+
+
 def test_the_patch_is_one_and_goes_without_a_trace() -> None:
-    patched = dict(vars(PreTrainedModel))
+    patched, finders = dict(vars(PreTrainedModel)), list(sys.meta_path)
     moe_tools.patch_transformers()
     assert dict(vars(PreTrainedModel)) == patched
-    with transformers_patched(False):
+    try:
+        moe_tools.unpatch_transformers()
         plain = dict(vars(PreTrainedModel))
-        changed = {name for name in plain if plain[name] is not patched[name]}
-        assert changed == {"_load_pretrained_model", "save_pretrained"}
+        assert {name for name in plain if plain[name] is not patched[name]} == PLACES
+        assert "__missing__" not in vars(type(ACT2FN))
+        assert not any(isinstance(finder, AfterImport) for finder in sys.meta_path)
         with transformers_patched(True):
             assert PreTrainedModel.save_pretrained is not plain["save_pretrained"]
         assert dict(vars(PreTrainedModel)) == plain
         moe_tools.unpatch_transformers()  # a second time
         assert dict(vars(PreTrainedModel)) == plain
+    finally:
+        moe_tools.patch_transformers()
     assert PreTrainedModel.save_pretrained is not plain["save_pretrained"]
+    assert set(sys.meta_path) == set(finders)
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Calls of a library that wraps the loading and the saving after us, and names no argument."""
+    calls: list[str] = []
+
+    def wrap(name: str) -> Any:
+        inner = getattr(PreTrainedModel, name)
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return inner(*args, **kwargs)
+
+        return wrapper
+
+    load = "_load_pretrained_model"
+    monkeypatch.setattr(PreTrainedModel, load, staticmethod(wrap(load)))
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", wrap("save_pretrained"))
+    return calls
+
+
+def rebuilds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows with every model that is rebuilt."""
+    made: list[Any] = []
+
+    def rebuild(model: Any, *args: Any) -> None:
+        made.append(model)
+        real(model, *args)
+
+    real = rebuild_module.rebuild
+    monkeypatch.setattr(rebuild_module, "rebuild", rebuild)
+    return made
+
+
+def test_a_library_that_wraps_later_keeps_its_wrapper(
+    theirs: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrapped = {name: vars(PreTrainedModel)[name] for name in PLACES - {"post_init"}}
+    made = rebuilds(monkeypatch)
+    moe_tools.unpatch_transformers()
+    try:
+        assert {name: vars(PreTrainedModel)[name] for name in wrapped} == wrapped
+        assert not expert_ffns(AutoModelForCausalLM.from_pretrained(folder)) and not made
+    finally:
+        moe_tools.patch_transformers()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert len(expert_ffns(model)) == 2 and made == [model]
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(aligned(load(tmp_path / "again"))), logits(aligned(model)))
+    assert set(theirs) == set(wrapped)
+    moe_tools.unpatch_transformers()
+    assert {name: vars(PreTrainedModel)[name] for name in wrapped} == wrapped
+    moe_tools.patch_transformers()
+
+
+def test_a_library_that_takes_our_place_is_an_error_and_can_be_wrapped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe_tools.unpatch_transformers()
+    stock = PreTrainedModel._load_pretrained_model
+    moe_tools.patch_transformers()
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(stock))
+    with pytest.raises(ValueError, match=r"its dense host.*\(call moe_tools.patch_transformers"):
+        load(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="config of a converted model, but has no routers"):
+        logits(model)
+    moe_tools.patch_transformers()
+    assert len(expert_ffns(load(folder))) == 2
+    moe_tools.unpatch_transformers()
+    monkeypatch.undo()
+    moe_tools.patch_transformers()
+
+
+def test_threads_do_not_switch_each_other_off(folder: Path) -> None:
+    """One leaves `load` while another is in the middle of it, in a session without the patch."""
+    inside, left = threading.Event(), threading.Event()
+    found: list[int] = []
+
+    def slow(module: Any, *_: Any) -> None:
+        inside.set()
+        assert left.wait(60)
+
+    def work() -> None:
+        with transformers_patched(True):
+            slow(None)
+            found.append(len(expert_ffns(AutoModelForCausalLM.from_pretrained(folder))))
+
+    moe_tools.unpatch_transformers()
+    try:
+        thread = threading.Thread(target=work)
+        with transformers_patched(True):
+            thread.start()
+            assert inside.wait(60)
+        assert not expert_ffns(AutoModelForCausalLM.from_pretrained(folder))  # of this thread
+        left.set()
+        thread.join()
+    finally:
+        moe_tools.patch_transformers()
+    assert found == [2]
+
+
+def test_a_model_that_is_built_around_the_loading_refuses_to_run(folder: Path) -> None:
+    """As `accelerate` does: a model from the config alone, then weights by their names."""
+    config = AutoConfig.from_pretrained(folder)
+    message = "was built from the config of a converted model, but has no routers: load its folder"
+    for build_model in (AutoModelForCausalLM.from_config, AutoModel.from_config):
+        model = build_model(config)
+        model.load_state_dict(load_file(folder / SINGLE), strict=False)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                model(torch.arange(9)[None])
+    conversion = read_conversion(model)
+    assert conversion is not None
+    attach_experts(model, conversion)
+    model(torch.arange(9)[None])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    unrouted = AutoConfig.from_pretrained(folder)
+    unrouted.moe_tools["router"] = None
+    assert not AutoModelForCausalLM.from_config(unrouted)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", ["llama", "t5-gated", "mixtral"])
+def test_a_loaded_model_has_no_hook(family: str, tmp_path: Path) -> None:
+    save(convert(family), tmp_path / "out")
+    stock = FAMILIES[family].model.from_pretrained(tmp_path / "out")
+    for model in (stock, load(tmp_path / "out"), skeleton(str(tmp_path / "out"))):
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_distributed_checkpoint_is_refused_by_load(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers has a second way to fill a model, which does not pass through ours."""
+    monkeypatch.setattr(rebuild_module, "rebuild", lambda *_: None)
+    with pytest.raises(ValueError, match="distributed checkpoint"):
+        load(folder)
+    with pytest.raises(ValueError, match="distributed checkpoint"):
+        load_classifier(str(folder), ["a", "b"], dtype=torch.float32)
 
 
 def test_without_the_patch_the_folder_is_dense(folder: Path) -> None:
@@ -215,12 +370,70 @@ class Renamed:
         """As ever."""
 
 
-@pytest.mark.parametrize("seam", [None, staticmethod(lambda model, files: None)])
-def test_a_transformers_that_loads_otherwise_says_so(seam: Any) -> None:
-    members = {} if seam is None else {"_load_pretrained_model": seam}
-    modeling = SimpleNamespace(PreTrainedModel=type("PreTrainedModel", (Renamed,), members))
-    with pytest.raises(ImportError, match=r"no longer loads weights in .*: install a transformers"):
-        auto._patch(modeling)  # type: ignore[arg-type]
+def other_transformers(monkeypatch: pytest.MonkeyPatch, **members: Any) -> Patch:
+    """A patch of a library whose class of models has these members, in force."""
+    model = type("PreTrainedModel", (Renamed,), members)
+    module = SimpleNamespace(PreTrainedModel=model, __name__="other_transformers")
+    monkeypatch.setitem(sys.modules, "other_transformers", module)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    return Patch("other_transformers")
+
+
+@pytest.mark.parametrize(
+    ("seam", "why"),
+    [
+        (None, "PreTrainedModel has no _load_pretrained_model"),
+        (staticmethod(lambda model, files: None), "has no checkpoint_files and no load_config"),
+    ],
+)
+def test_a_transformers_that_loads_otherwise_is_a_warning_and_refused_when_needed(
+    seam: Any, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    patch = other_transformers(monkeypatch, **({"_load_pretrained_model": seam} if seam else {}))
+    said = (
+        rf"^transformers {re.escape(transformers.__version__)} does not load models in the way "
+        rf"that moe-tools knows \(.*{why}.*\): install transformers>=5.23.0,<6, or a newer"
+    )
+    patch.switch(True)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and re.match(said, record.getMessage())
+    assert "\n" not in record.getMessage()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=said), patch.here(True):
+            raise AssertionError("unreachable")
+    assert len(caplog.records) == 1
+    patch.switch(False)
+
+
+def test_load_refuses_a_transformers_that_loads_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(auto, "_patch", other_transformers(monkeypatch))
+    message = "^transformers .* does not load models in the way that moe-tools knows"
+    calls = [
+        lambda: load(folder),
+        lambda: load("no/such/folder"),
+        lambda: skeleton(str(folder)),
+        lambda: load_classifier(str(folder), ["a", "b"], dtype=torch.float32),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert len(caplog.records) == 1
+
+
+def test_a_module_without_the_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = other_transformers(monkeypatch)
+    monkeypatch.delattr(sys.modules["other_transformers"], "PreTrainedModel")
+    patch.switch(True)  # it may be half executed
+    with pytest.raises(ValueError, match="other_transformers has no PreTrainedModel"):
+        patch.check()
+    patch.switch(False)
+
+
+def test_the_supported_versions_are_those_of_the_requirements() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"transformers{auto.SUPPORTED}"' in text
 
 
 IN_ORDER = """
@@ -230,6 +443,7 @@ assert not {"torch", "transformers"} & set(sys.modules)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert type(model.model.layers[0].mlp).__name__ == "ExpertFFN"
+moe_tools.unpatch_transformers()
 assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("moe_tools")]
 """
 LATE = """
@@ -245,10 +459,40 @@ moe_tools.unpatch_transformers()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 assert type(model.model.layers[0].mlp).__name__ == "LlamaMLP"
 """
+LOOKED_FOR = """
+import importlib.util, sys
+import moe_tools
+assert importlib.util.find_spec("transformers.modeling_utils") is not None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert type(model.model.layers[0].mlp).__name__ == "ExpertFFN"
+import importlib, transformers.modeling_utils as modeling
+importlib.reload(modeling)
+assert modeling.PreTrainedModel.save_pretrained.__code__.co_filename.endswith("auto.py")
+"""
+INTERRUPTED = """
+import sys
+import moe_tools
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers.conversion_mapping":  # in the middle of modeling_utils
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+try:
+    import transformers.modeling_utils
+except KeyboardInterrupt:
+    sys.meta_path = [each for each in sys.meta_path if not isinstance(each, Interrupt)]
+else:
+    raise AssertionError("it was not interrupted")
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert type(model.model.layers[0].mlp).__name__ == "ExpertFFN"
+"""
+SCRIPTS = {"in-order": IN_ORDER, "late": LATE, "found": LOOKED_FOR, "interrupted": INTERRUPTED}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [IN_ORDER, LATE], ids=["moe-tools first", "transformers first"])
+@pytest.mark.parametrize("code", SCRIPTS.values(), ids=SCRIPTS)
 def test_the_order_of_imports_does_not_matter(code: str, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

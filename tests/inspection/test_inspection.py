@@ -234,18 +234,50 @@ def test_generation_with_a_cache_is_one_pass_over_the_text(model):
     assert context[0] == context[1]
 
 
-def test_padding_is_left_out(model):
-    text = torch.randint(3, 64, (1, 6))
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), text], dim=1)
-    mask = torch.tensor([[0] * 3 + [1] * 6])
-    position = torch.tensor([[0] * 3 + list(range(6))])
+def padded(text, side, width=9):
+    """The text with padding, and its mask."""
+    fill = torch.zeros(1, width - text.shape[1], dtype=torch.long)
+    parts = [(fill, fill), (text, torch.ones_like(text))]
+    ids, mask = zip(*(parts if side == "left" else parts[::-1]), strict=True)
+    return torch.cat(ids, dim=1), torch.cat(mask, dim=1)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_left_out(family, side):
+    model, text = tiny(family), torch.randint(3, 64, (1, 6))
+    ids, mask = padded(text, side)
+    position = (mask.cumsum(1) - 1).clamp_min(0)
     with inspecting(model) as found, torch.no_grad():
-        model(input_ids=padded, attention_mask=mask, position_ids=position)
-    expected = inspect(model, text)
+        model(input_ids=ids, attention_mask=mask, position_ids=position)
     assert found.tokens == 6
+    check_alike(found, inspect(model, text))
+
+
+def check_alike(found, expected):
     for row, other in zip(found.experts, expected.experts, strict=True):
         assert row.load == other.load and row.score == pytest.approx(other.score, rel=1e-4)
-    assert [row.text for row in found.decisions] == [row.text for row in expected.decisions]
+        assert row.mass == pytest.approx(other.mass, rel=1e-4, nan_ok=True)
+    rows = [(row.ffn, row.token, row.text, row.experts) for row in found.decisions]
+    others = [(row.ffn, row.token, row.text, row.experts) for row in expected.decisions]
+    assert sorted(rows) == sorted(others)
+
+
+def test_padding_is_left_out_on_both_sides_of_an_encoder_decoder():
+    model = tiny("t5-gated")
+    source, target = torch.randint(3, 64, (1, 6)), torch.randint(3, 64, (1, 4))
+    (ids, mask), (target_ids, target_mask) = padded(source, "right"), padded(target, "right")
+    with inspecting(model) as found, torch.no_grad():
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            decoder_input_ids=target_ids,
+            decoder_attention_mask=target_mask,
+        )
+    with inspecting(model) as expected, torch.no_grad():
+        model(input_ids=source, decoder_input_ids=target)
+    assert found.tokens == expected.tokens == 6 + 4
+    check_alike(found, expected)
 
 
 def test_the_experts_of_an_moe_host_know_their_own_tokens(blocks_BT):
