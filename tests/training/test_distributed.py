@@ -45,7 +45,7 @@ def start(
     count: int, *words: str, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """`count` processes of tests/training/two_processes.py, one thread each."""
-    script = str(ROOT / "tests" / "two_processes.py")
+    script = str(ROOT / "tests" / "training" / "two_processes.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
