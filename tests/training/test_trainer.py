@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -20,11 +19,11 @@ from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Train
 from moe_tools.training.launch import Launch
 from moe_tools.training.losses import Observed, efficiency, separability
-from moe_tools.training.train import only_trainable, train, trainable_parts
+from moe_tools.training.train import only_trainable, trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
 from tests.families import EXPERT_SIZE, FAMILIES, THRESHOLD, build, randomize, routed
 from tests.hosts.test_moe_host import ROUTERS
-from tests.training.test_train import DENSE, HARD, SOFT, converted, text
+from tests.training.test_train import DENSE, HARD, SOFT, text
 
 CAUSAL = [
     name
