@@ -50,7 +50,7 @@ def process_group(device: str, *, alone: bool = False) -> Iterator[None]:
         return
     from torch import distributed
 
-    added = {} if count() > 1 else _of_one()
+    added = {} if count() > 1 else _of_one(device)
     os.environ.update(added)
     try:
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
@@ -63,13 +63,14 @@ def process_group(device: str, *, alone: bool = False) -> Iterator[None]:
             del os.environ[name]
 
 
-def _of_one() -> dict[str, str]:
-    """What a launcher would say to a single process."""
+def _of_one(device: str) -> dict[str, str]:
+    """Returns what a launcher would say to a single process on a device."""
+    index = device.partition(":")[2] or "0"
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place}
+    return {"RANK": "0", "LOCAL_RANK": index, "WORLD_SIZE": "1", **place}
 
 
 def on_first(work: Callable[[], T]) -> T:
