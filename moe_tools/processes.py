@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
+SILENCE = timedelta(minutes=30)
+"""How long a process waits for the others where all do the same work, as in training: one that is
+not heard of for longer hangs."""
 PATIENCE = timedelta(days=2)
-"""How long the others wait for the first: a split of a large model takes hours. They do not wait
-for a process that died: its launcher ends them all."""
+"""How long the others wait while the first works alone: a split of a large model takes hours. Of a
+process that died they hear at once, over its closed connection."""
+
+_patient: ProcessGroup | None = None
+"""The group over which the others wait for the first; `process_group` makes it."""
 
 
 def rank() -> int:
@@ -38,42 +45,56 @@ def local_rank() -> int:
 
 
 @contextmanager
-def process_group(device: str, *, alone: bool = False) -> Iterator[None]:
+def process_group(
+    device: str,
+    *,
+    alone: bool = False,
+    silence: timedelta = SILENCE,
+    patience: timedelta = PATIENCE,
+) -> Iterator[None]:
     """While it lasts, the processes can talk: over gloo, and over NCCL for what is on a GPU.
 
     Args:
         device: cpu or cuda.
         alone: make a group even of one process; DeepSpeed asks for one.
+        silence: see `SILENCE`.
+        patience: see `PATIENCE`.
     """
+    global _patient
     if count() == 1 and not alone:
         yield
         return
     from torch import distributed
 
-    added = {} if count() > 1 else _of_one()
+    added = {} if count() > 1 else _of_one(device)
     os.environ.update(added)
     try:
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group(backend, timeout=silence)
+        _patient = distributed.new_group(backend="gloo", timeout=patience) if count() > 1 else None
         yield
     finally:
+        _patient = None
         if distributed.is_initialized():
             distributed.destroy_process_group()
         for name in added:
             del os.environ[name]
 
 
-def _of_one() -> dict[str, str]:
-    """What a launcher would say to a single process."""
+def _of_one(device: str) -> dict[str, str]:
+    """Returns what a launcher would say to a single process on a device."""
+    index = device.partition(":")[2] or "0"
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place}
+    return {"RANK": "0", "LOCAL_RANK": index, "WORLD_SIZE": "1", **place}
 
 
 def on_first(work: Callable[[], T]) -> T:
-    """What `work` returns; the first process alone does it, and tells the others.
+    """Lets the first process alone do `work`, and returns in all of them what it returned.
+
+    The others wait for it as long as `PATIENCE`, but only `SILENCE` for it to begin.
 
     Raises:
         ValueError: the first process's, in all of them.
@@ -82,13 +103,14 @@ def on_first(work: Callable[[], T]) -> T:
         return work()
     from torch import distributed
 
+    barrier()
     said: list[T | ValueError | None] = [None]
     if rank() == 0:
         try:
             said = [work()]
         except ValueError as error:
             said = [error]
-    distributed.broadcast_object_list(said, src=0)
+    distributed.broadcast_object_list(said, src=0, group=_patient)
     (answer,) = said
     if isinstance(answer, ValueError):
         raise answer
@@ -97,7 +119,11 @@ def on_first(work: Callable[[], T]) -> T:
 
 def barrier() -> None:
     """Waits until every process is here."""
-    on_first(lambda: None)
+    if count() > 1:
+        import torch
+        from torch import distributed
+
+        distributed.all_reduce(torch.zeros((), device="cpu"))  # `distributed.barrier` takes a GPU
 
 
 def gather_rows(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ the host chooses for a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -82,13 +82,30 @@ class HostExperts(nn.ModuleList):
         return [linear.get_parameter("weight") for linear in self._parts(name)]
 
     def _one_by_one(self, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Runs each expert on its tokens; with gradients also on none.
+
+        An expert without a token so gets gradients of zero, as the host's fused experts do.
+        DistributedDataParallel waits for every gradient, and ZeRO gathers in every process the
+        weights of the modules that run, in the order in which they run.
+        """
         y_TD = torch.zeros_like(x_TD)
-        for index, expert in enumerate(self):
-            place, token = torch.where((chosen_TK == index).T)  # rows in the host's order
-            if len(token):
+        for expert, rows in zip(self, self._rows_of_experts(chosen_TK), strict=True):
+            if len(rows) or torch.is_grad_enabled():
+                place, token = rows // len(chosen_TK), rows % len(chosen_TK)
                 out_TD = expert(x_TD[token]) * weight_TK[token, place, None]
                 y_TD = y_TD.index_add(0, token, out_TD.to(y_TD.dtype))
         return y_TD
+
+    def _rows_of_experts(self, chosen_TK: Tensor) -> Sequence[Tensor]:
+        """Where each expert stands in `chosen_TK.T`, in the order of the host's own loop.
+
+        The host waits for the device once, for the counts: asking each expert for its tokens would
+        be one wait an expert.
+        """
+        ranked = chosen_TK.T.flatten().sort(stable=True)
+        borders = torch.arange(1, len(self), device=chosen_TK.device)
+        ends = torch.searchsorted(ranked.values, borders)
+        return ranked.indices.tensor_split(ends.cpu())
 
     def fuse_into(self, state: dict[str, Tensor], path: str) -> None:
         """Replaces the per-expert tensors of `state` by the host's fused ones."""

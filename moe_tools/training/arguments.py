@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainingArguments
 
@@ -44,11 +47,36 @@ def only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return item
 
 
+@dataclass
+class OneDeviceArguments(TrainingArguments):
+    """Arguments of a Trainer that uses one device, where transformers takes every GPU it sees.
+
+    It would put a copy of the model on each of them, and hand out as many batches at once.
+    """
+
+    told: str = "cpu"
+    """The device. Of several processes each has the GPU of its local rank, as transformers does."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        device: torch.device = super()._setup_devices
+        told = torch.device(self.told)
+        if self._n_gpu == 0 or self.distributed_state.distributed_type != DistributedType.NO:
+            return device
+        self._n_gpu = 1
+        if told.index is not None:
+            torch.cuda.set_device(told)
+            device = told
+        return device
+
+
 def training_arguments(
     step: Train, work: Path, steps: int, seed: int, launch: Launch, *, bf16: bool
 ) -> TrainingArguments:
     """The Trainer's arguments; `bf16` says what the weights are."""
+    on_gpu = torch.device(launch.device).type != "cpu"
     arguments: dict[str, Any] = {
+        "told": launch.device,
         "output_dir": str(work),
         "max_steps": steps,
         "per_device_train_batch_size": 1,  # an item is a batch
@@ -60,9 +88,12 @@ def training_arguments(
         "logging_steps": 10,
         "report_to": list(launch.report_to),
         "remove_unused_columns": False,
-        "use_cpu": torch.device(launch.device).type == "cpu",
+        "logging_nan_inf_filter": False,  # it reads every loss; we stop at one that is not finite
+        "use_cpu": not on_gpu,
         "seed": seed,
-        "dataloader_pin_memory": False,
+        # Otherwise each batch waits until the GPU has done all that it was given before.
+        "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},
         "activation_checkpointing": step.checkpointing,
         # The other kind runs the first forward pass without a graph: losses collected from modules
         # would lose their gradient, silently.
@@ -72,7 +103,7 @@ def training_arguments(
     if launch.deepspeed is not None:
         # A copy: transformers fills in what is `auto`.
         arguments |= {"deepspeed": _copied(dict(launch.deepspeed)), "bf16": bf16}
-    return TrainingArguments(**arguments)
+    return OneDeviceArguments(**arguments)
 
 
 def _copied(value: Any) -> Any:

@@ -123,7 +123,9 @@ class RecipeTrainer(CheckpointingTrainer):
             lm_weight=weights.get("lm", 0.0),
             distill_weight=weights.get("distill", 0.0),
         )
-        seen = Observed(routings, ffns.outputs, donor_outputs, ffns.hidden, ffns.pre)
+        routings = [routing for routing in routings if routing.tokens]  # see HostExperts
+        hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
+        seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
         values = {"lm": parts.lm}
         if donor_logits is not None:
             values["distill"] = parts.distill
@@ -131,7 +133,7 @@ class RecipeTrainer(CheckpointingTrainer):
             if name not in LOGIT_LOSSES:
                 values[name] = LOSSES[name](seen)
                 total = total + weight * values[name]
-        self._note(values, routings, ffns.hidden)
+        self._note(values, routings, hidden)
         self._check_loss(total)
         return total
 

@@ -22,7 +22,7 @@ from moe_tools.cli.main import main
 from moe_tools.experts.experts import expert_ffns
 from tests.cli.test_convert import WORDS, tokenizer
 from tests.families import build, is_router, load_stock
-from tests.training.two_processes import STEPS
+from tests.training.two_processes import EXPERT_STEPS, STEPS
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("plain", "zero0", "zero1", "zero2", "zero3")
@@ -45,7 +45,7 @@ def start(
     count: int, *words: str, cwd: Path = ROOT, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """`count` processes of tests/training/two_processes.py, one thread each."""
-    script = str(ROOT / "tests" / "two_processes.py")
+    script = str(ROOT / "tests" / "training" / "two_processes.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,6 +98,33 @@ def test_bf16_weights_have_fp32_routers_and_masters(way: str, trained: Path) -> 
         if is_router(name):
             assert not torch.equal(value, value.bfloat16().float()), name
             assert (value - weights(alone)[name]).abs().max() < 0.05, name
+
+
+# --- experts of an MoE host that have no token in one of the processes
+
+
+@pytest.fixture(scope="module")
+def trained_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `trained`, of an MoE host whose experts are taken apart."""
+    folder = tmp_path_factory.mktemp("experts")
+    for name, count in (("one", 1), ("two", 2)):
+        done = start(count, "experts", str(folder / name))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", EXPERT_STEPS)
+def test_an_expert_without_a_token_stops_no_process(
+    way: str, step: str, trained_experts: Path
+) -> None:
+    alone = trained_experts / "one" / f"fp32-plain-{step}"
+    together = trained_experts / "two" / f"fp32-{way}-{step}"
+    assert figures(together) == pytest.approx(figures(alone), abs=1e-5)
+    mine, theirs = weights(together), weights(alone)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() < 2e-6, name
 
 
 # --- whole runs
