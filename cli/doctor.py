@@ -91,6 +91,7 @@ def _machine() -> dict[str, Any]:
 
     from moe_tools.bench.kernels import backends
     from moe_tools.cli.common import pick_dtype
+    from moe_tools.waiting import wait_policy
 
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return {
@@ -102,6 +103,7 @@ def _machine() -> dict[str, Any]:
             for device in ["cpu", *cuda]
         },
         "threads": torch.get_num_threads(),
+        "waiting": wait_policy(),
         "kernels": backends(),
     }
 
@@ -143,6 +145,7 @@ def _lines(
     yield "software", f"torch {machine['torch']}, transformers {machine['transformers']}"
     for device, dtype in machine["auto_dtype"].items():
         yield "device", f"{device}, {dtype} by default"
+    yield "waiting", f"{machine['waiting']} (how PyTorch's threads wait for work)"
     yield "kernels", ", ".join(machine["kernels"])
 
 

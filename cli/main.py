@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from moe_tools import processes
 from moe_tools.registry import unknown
+from moe_tools.waiting import passive_waiting
 
 VERBS = (
     "convert",
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With MOE_TOOLS_DEBUG=1 an error keeps its traceback, and no warning is hidden.
     """
+    passive_waiting()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed says it here and in LOCAL_RANK
         words = words[1:]

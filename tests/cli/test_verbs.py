@@ -25,6 +25,7 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.swapped import swap_activations
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import natural_sparsity, observe
+from moe_tools.waiting import CHOICES
 from tests.families import EXPERT_SIZE, build, randomize, routed
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -331,6 +332,15 @@ def test_doctor_in_json(run: Run) -> None:
     assert facts["conversion"]["router"] == "sigmoid"
     assert facts["machine"]["kernels"] == ["cpu", "reference"]
     assert facts["tokenizer"]
+
+
+def test_doctor_says_how_threads_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    assert "waiting      OpenMP's own (how PyTorch's threads" in run("doctor", "donor")[1]
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    facts = json.loads(run("doctor", "donor", "--json", "-")[1])
+    assert facts["machine"]["waiting"] == "GOMP_SPINCOUNT=7"
 
 
 def test_doctor_says_what_is_sparse_by_nature(run: Run, work: Path) -> None:
