@@ -199,11 +199,11 @@ def _clustering(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 def _train(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     from moe_tools.bench.train import bench_train
-    from moe_tools.cli.common import DTYPES, pick_device
+    from moe_tools.cli.common import DTYPES, use_device
     from moe_tools.cli.demo import donor_file
     from moe_tools.recipe import read_recipe, recipe_path
 
-    source, device = args.folder or str(donor_file()), pick_device("auto")
+    source, device = args.folder or str(donor_file()), use_device("auto")
     timings = bench_train(
         source,
         read_recipe(recipe_path(args.recipe)),

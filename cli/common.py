@@ -7,31 +7,55 @@ from pathlib import Path
 
 import torch
 
+from moe_tools import processes
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.inference.optimized import PACKED
 
-__all__ = ["DTYPES", "PACKED", "pick_device", "pick_dtype", "quiet_transformers", "write_text"]
+__all__ = ["DTYPES", "PACKED", "pick_dtype", "quiet_transformers", "use_device", "write_text"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def pick_device(name: str) -> str:
-    """A device that is there; `auto` is cuda if there is one, else the cpu.
+def use_device(name: str) -> str:
+    """Checks that a device is there, and makes it the current one.
+
+    Triton's kernels and some libraries run on the current GPU, wherever their tensors are. Each of
+    several processes takes the GPU of its own number, and touches no other.
+
+    Args:
+        name: cpu, cuda, cuda:1, ...; auto is cuda if there is one, else cpu.
+
+    Returns:
+        The device's name.
 
     Raises:
-        ValueError: no such device, or not on this machine.
+        ValueError: no such device, not on this machine, or one GPU for several processes.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = _own(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}") from error
     if device.type == "meta":
         raise ValueError("--device meta holds no numbers: use cpu or cuda")
-    return name
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device.index)
+    return str(device)
+
+
+def _own(device: torch.device) -> torch.device:
+    """The device of this process, where several share a machine."""
+    if device.type != "cuda" or processes.count() == 1:
+        return device
+    if device.index is not None:
+        raise ValueError(
+            f"--device {device} is one GPU for {processes.count()} processes: use cuda, and each "
+            "takes its own"
+        )
+    return torch.device("cuda", processes.local_rank())
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes OUTPUT/table.json and OUTPUT/pareto.svg beside the runs, and prints the table."""
     from pathlib import Path
 
-    from moe_tools.cli.common import DTYPES, pick_device, quiet_transformers, write_text
+    from moe_tools.cli.common import DTYPES, quiet_transformers, use_device, write_text
     from moe_tools.report.plot import plot
     from moe_tools.report.report import print_table, to_json
     from moe_tools.runs.study import Study, compare_recipes
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         eval_tokens=args.eval_tokens,
         dtype=DTYPES[args.dtype],
-        device=pick_device(args.device),
+        device=use_device(args.device),
     )
     with quiet_transformers():
         rows = compare_recipes(study)

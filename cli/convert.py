@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the recipe; then, of a model that fits in memory, the table of `moe-tools evaluate`."""
-    from moe_tools.cli.common import DTYPES, pick_device
+    from moe_tools.cli.common import DTYPES, use_device
     from moe_tools.recipe import read_recipe, recipe_path, with_options
 
     recipe = with_options(
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.runs.run import run as run_recipe
     from moe_tools.runs.stream import is_large
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     large = is_large(args.model, DTYPES[args.dtype]) if args.stream is None else args.stream
     eval_tokens = 0 if large else args.eval_tokens
     if eval_tokens:

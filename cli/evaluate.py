@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; with `--json -` the table goes to standard error."""
     from moe_tools.checkpoint.card import check_card
-    from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
+    from moe_tools.cli.common import pick_dtype, quiet_transformers, use_device, write_text
     from moe_tools.measure.tasks import Tasks
     from moe_tools.report.card import write_figures
     from moe_tools.report.compare import Setup, compare
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.report.report import print_table, to_json
     from moe_tools.report.sweep import sweep
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     setup = Setup(
         data=args.data or _recipe_data(args.folder[0]),
         tokens=args.tokens,

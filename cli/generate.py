@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> int:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is of the sparse kernels: add --optimize")
     from moe_tools.checkpoint.loading import load, load_tokenizer
-    from moe_tools.cli.common import PACKED, pick_device, pick_dtype, quiet_transformers
+    from moe_tools.cli.common import PACKED, pick_dtype, quiet_transformers, use_device
     from moe_tools.inference.optimized import optimize
     from moe_tools.measure.neurons import count_neurons, sparsity
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     with quiet_transformers():
         tokenizer = load_tokenizer(args.folder)

@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
-    from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
+    from moe_tools.cli.common import pick_dtype, quiet_transformers, use_device, write_text
     from moe_tools.recipe import Fit
     from moe_tools.report.report import print_cells
     from moe_tools.runs.grid import Grid, explore
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     grid = Grid(
         model=args.model,
         splits=tuple(args.splits),

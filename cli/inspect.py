@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> Inspection:
     from moe_tools.checkpoint.loading import load, load_tokenizer
-    from moe_tools.cli.common import pick_device, pick_dtype
+    from moe_tools.cli.common import pick_dtype, use_device
     from moe_tools.data import blocks
     from moe_tools.inspection import inspect
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     tokenizer = load_tokenizer(args.folder)
     text = args.prompt
     if text is None:

@@ -9,7 +9,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--dtype and --device, for `moe_tools.cli.common.pick_dtype` and `pick_device`."""
+    """--dtype and --device, for `moe_tools.cli.common.pick_dtype` and `use_device`."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16"),

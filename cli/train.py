@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from moe_tools import processes
-    from moe_tools.cli.common import DTYPES, pick_device
+    from moe_tools.cli.common import DTYPES, use_device
     from moe_tools.data.sources import JOIN
     from moe_tools.recipe import read_recipe, recipe_path, with_options
     from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
@@ -68,9 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.runs.run import run as run_recipe
     from moe_tools.training.launch import Launch, check_launch
 
-    device = pick_device(args.device)
-    if device == "cuda" and processes.count() > 1:
-        device = f"cuda:{processes.local_rank()}"
+    device = use_device(args.device)
     launch = Launch(device, config, tuple(args.report_to))
     check_launch(launch)
     with processes.process_group(device, alone=config is not None):

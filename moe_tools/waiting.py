@@ -14,7 +14,7 @@ CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 def passive_waiting() -> None:
-    """Lets threads sleep while they wait, unless the user has chosen, or torch is loaded already."""
+    """Lets threads sleep while they wait, unless the user has chosen or torch is loaded."""
     if "torch" not in sys.modules and not any(name in os.environ for name in CHOICES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 

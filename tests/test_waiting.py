@@ -1,4 +1,4 @@
-"""How threads of OpenMP wait: chosen before torch is loaded, and never against the user's choice."""
+"""How OpenMP's threads wait: chosen before torch is loaded, and never against the user's choice."""
 
 from __future__ import annotations
 

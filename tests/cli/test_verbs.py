@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.cli.common import pick_device, pick_dtype
 from moe_tools.cli.main import main
 from moe_tools.data import blocks
 from moe_tools.experts.conversion import Conversion
@@ -376,10 +375,3 @@ def test_doctor_without_a_tokenizer(run: Run, work: Path) -> None:
     save(build("llama"), work / "bare")
     code, out, _ = run("doctor", "bare")
     assert code == 0 and "tokenizer    none" in out and "sparsity" not in out
-
-
-def test_auto_is_a_device_and_a_dtype_that_are_there() -> None:
-    device = pick_device("auto")
-    assert device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert pick_dtype("auto", device) in (torch.bfloat16, torch.float32)
-    assert pick_dtype("fp32", device) == torch.float32
