@@ -71,16 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints one line a figure; all figures of one call come from one run."""
     import json
-    import sys
 
-    from moe_tools.cli.common import write_text
+    from moe_tools.cli.common import table_file, write_text
 
     if args.folder and args.what not in ("generate", "train"):
         raise ValueError(f"bench {args.what} times a shape, not {args.folder}: use --shape")
     if args.plot and args.what != "kernels":
         raise ValueError(f"bench {args.what} has no picture: leave --plot out, or bench kernels")
     lines, timings = _KINDS[args.what](args)
-    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
+    print("\n".join(lines), file=table_file(args.json))
     if args.json:
         figures = [timing.to_dict() for timing in timings]
         write_text(json.dumps({args.what: figures}, indent=1), args.json)

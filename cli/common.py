@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from moe_tools import processes
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.inference.optimized import PACKED
+from moe_tools.report.report import Row, print_table, to_json
 
-__all__ = ["DTYPES", "PACKED", "pick_dtype", "quiet_transformers", "use_device", "write_text"]
+__all__ = [
+    "DTYPES",
+    "PACKED",
+    "pick_dtype",
+    "quiet_transformers",
+    "show_rows",
+    "table_file",
+    "use_device",
+    "write_text",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -68,8 +80,20 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def table_file(json: str | None) -> TextIO:
+    """Where a table goes: standard output, unless JSON goes there."""
+    return sys.stderr if json == "-" else sys.stdout
+
+
+def show_rows(rows: Sequence[Row], json: str | None) -> None:
+    """Prints rows as a table, and writes them to the target of `--json`, if there is one."""
+    print_table(rows, table_file(json))
+    if json:
+        write_text(to_json(rows), json)
+
+
 def write_text(text: str, target: str) -> None:
-    """To a file, or to standard output if the target is `-`."""
+    """Writes to a file, or to standard output if the target is `-`."""
     if target == "-":
         sys.stdout.write(text + "\n")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from moe_tools.cli.options import json_target, positive
 
@@ -36,9 +35,9 @@ def run(args: argparse.Namespace) -> int:
     """Writes OUTPUT/table.json and OUTPUT/pareto.svg beside the runs, and prints the table."""
     from pathlib import Path
 
-    from moe_tools.cli.common import DTYPES, quiet_transformers, use_device, write_text
+    from moe_tools.cli.common import DTYPES, quiet_transformers, show_rows, use_device, write_text
     from moe_tools.report.plot import plot
-    from moe_tools.report.report import print_table, to_json
+    from moe_tools.report.report import to_json
     from moe_tools.runs.study import Study, compare_recipes
 
     study = Study(
@@ -58,7 +57,5 @@ def run(args: argparse.Namespace) -> int:
         rows = compare_recipes(study)
     plot(rows, study.output / "pareto.svg")
     write_text(to_json(rows), str(study.output / "table.json"))
-    print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
-    if args.json:
-        write_text(to_json(rows), args.json)
+    show_rows(rows, args.json)
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from moe_tools.cli.options import add_model_options, json_target, plot_target, positive
@@ -54,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; with `--json -` the table goes to standard error."""
     from moe_tools.checkpoint.card import check_card
-    from moe_tools.cli.common import pick_dtype, quiet_transformers, use_device, write_text
+    from moe_tools.cli.common import pick_dtype, quiet_transformers, show_rows, use_device
     from moe_tools.measure.tasks import Tasks
     from moe_tools.report.card import write_figures
-    from moe_tools.report.compare import Setup, compare
+    from moe_tools.report.compare import compare
     from moe_tools.report.plot import plot
-    from moe_tools.report.report import print_table, to_json
+    from moe_tools.report.setup import Setup
     from moe_tools.report.sweep import sweep
 
     device = use_device(args.device)
@@ -84,11 +83,9 @@ def run(args: argparse.Namespace) -> int:
             rows = sweep(args.folder[0], setup, args.sweep, donor=args.donor)
     if args.card:
         write_figures(Path(args.folder[0]), rows)
-    print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
+    show_rows(rows, args.json)
     if args.plot:
         plot(rows, args.plot)
-    if args.json:
-        write_text(to_json(rows), args.json)
     return 0
 
 
@@ -99,9 +96,9 @@ def _only(folders: list[str], option: str) -> Path:
 
 
 def _recipe_data(folder: str) -> str:
-    """The text that the folder's run was trained on; for `self`, which nobody held out: docs."""
+    """The text that the folder's run was trained on."""
     from moe_tools.recipe import read_recipe
+    from moe_tools.report.setup import held_out
 
     file = Path(folder) / RECIPE
-    data = read_recipe(file).data if file.is_file() else "docs"
-    return "docs" if data == "self" else data
+    return held_out(read_recipe(file).data) if file.is_file() else "docs"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from moe_tools.cli.options import add_model_options, file_target, json_target, positive
 
@@ -61,7 +60,13 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
-    from moe_tools.cli.common import pick_dtype, quiet_transformers, use_device, write_text
+    from moe_tools.cli.common import (
+        pick_dtype,
+        quiet_transformers,
+        table_file,
+        use_device,
+        write_text,
+    )
     from moe_tools.recipe import Fit
     from moe_tools.report.report import print_cells
     from moe_tools.runs.grid import Grid, explore
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with quiet_transformers():
         cells = [asdict(cell) for cell in explore(grid, Path(args.output))]
-    print_cells(cells, sys.stderr if args.json == "-" else sys.stdout)
+    print_cells(cells, table_file(args.json))
     if args.json:
         write_text(json.dumps(cells, indent=1), args.json)
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +52,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints a table, a row an FFN; with `--json -` the table goes to standard error."""
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to look at")
-    from moe_tools.cli.common import quiet_transformers
+    from moe_tools.cli.common import quiet_transformers, table_file
 
     sweep = _sweep(args)
     with quiet_transformers():
         inspection = _inspect(args)
-    _print(inspection, sys.stderr if args.json == "-" else sys.stdout)
+    _print(inspection, table_file(args.json))
     if args.html:
         from moe_tools.inspection.page import write_page
 
