@@ -6,7 +6,9 @@ Imports no torch before the run: `--help` stays instant.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +141,8 @@ def execute(job: Job) -> None:
     launch = Launch(device, job.deepspeed, job.report_to)
     check_launch(launch)
     table = _plan_table(job, device)
-    with processes.process_group(device, alone=job.deepspeed is not None):
+    # DeepSpeed speaks on standard output, which is for results.
+    with redirect_stdout(sys.stderr), processes.process_group(device, alone=bool(job.deepspeed)):
         run(
             job.recipe,
             job.model,

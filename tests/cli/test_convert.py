@@ -245,3 +245,15 @@ def test_a_loss_that_is_not_finite_is_exit_code_2(run: Run, work: Path) -> None:
     assert "lower the learning rate" in lines[-1]
     assert not (work / "wild" / "metrics.json").exists()
     assert (work / "wild" / "steps" / "1-attach").is_dir()  # what is done is kept
+
+
+@pytest.mark.slow
+def test_deepspeed_mixed_text_and_tensorboard_are_options_of_convert_too(
+    run: Run, work: Path
+) -> None:
+    line = words(output="zero", json="-", deepspeed="zero2", data=None, report_to="tensorboard")
+    code, out, err = run(*line, "--data", "text.txt:0.5", "medium.txt:0.5")
+    assert code == 0, err
+    donor, model = json.loads(out)
+    assert (donor["data"], model["train_tokens"]) == ("text.txt:0.5 + medium.txt:0.5", 1024)
+    assert list((work / "zero" / "logs" / "2-train").glob("events.*"))
