@@ -6,9 +6,8 @@ Letters: F neurons, E experts, X feature dimension.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +34,6 @@ class Clustering:
     smallest: int
     """Neurons of the smallest expert, then of the largest."""
     largest: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def bench_clustering(shape: str) -> list[Clustering]:

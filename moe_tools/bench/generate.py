@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moe_tools.bench.ffn import widths
+from moe_tools.bench.rounds import in_turn, median_ratio
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.experts.conversion import Conversion, attach_experts
@@ -53,10 +55,6 @@ class GenerateTiming:
     prefill_speedup: float
     decode_speedup: float
     """Medians of this model over the dense one, round by round."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def folder_models(folder: str, dtype: torch.dtype) -> Models:
@@ -131,15 +129,11 @@ def bench_generate(
     seen = models.get("routed", first)
     with quiet_transformers():
         sparsity = _share_off(seen, ids_BT, tokens)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-        for round_ in range(rounds + 1):
-            for name, model in models.items():
-                pair = _seconds(model, ids_BT, tokens)
-                times[name] += [pair] if round_ else []
-    base = next(iter(times.values()))
+        calls = [partial(_seconds, model, ids_BT, tokens) for model in models.values()]
+        found = in_turn(calls, rounds, warm_up=1)
     return [
-        _timing(name, own, base, (prompt, tokens), sparsity if models[name] is not first else 0.0)
-        for name, own in times.items()
+        _timing(name, own, found[0], (prompt, tokens), 0.0 if model is first else sparsity)
+        for (name, model), own in zip(models.items(), found, strict=True)
     ]
 
 
@@ -209,12 +203,13 @@ def _timing(
     counts: tuple[int, int],
     sparsity: float,
 ) -> GenerateTiming:
-    rates = [
-        count / statistics.median(column)
-        for count, column in zip(counts, zip(*own, strict=True), strict=True)
-    ]
-    speedups = [
-        statistics.median(slow[phase] / quick[phase] for slow, quick in zip(base, own, strict=True))
-        for phase in (0, 1)
-    ]
-    return GenerateTiming(name, sparsity, *rates, *speedups)
+    prefill, decode = (list(phase) for phase in zip(*own, strict=True))
+    slow_prefill, slow_decode = (list(phase) for phase in zip(*base, strict=True))
+    return GenerateTiming(
+        model=name,
+        sparsity=sparsity,
+        prefill=counts[0] / statistics.median(prefill),
+        decode=counts[1] / statistics.median(decode),
+        prefill_speedup=median_ratio(slow_prefill, prefill),
+        decode_speedup=median_ratio(slow_decode, decode),
+    )

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from moe_tools.bench.rounds import in_turn, median_ratio, seconds
 from moe_tools.checkpoint.loading import load
 from moe_tools.data import Batch
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
@@ -41,10 +41,6 @@ class StepTiming:
     milliseconds: float
     ratio: float
     """Median of this step / the dense one, round by round."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def bench_train(
@@ -78,16 +74,11 @@ def bench_train(
             if kind.mode != "dense":
                 _route(model, recipe, kind)
             calls[name] = _stepper(model, kind, length, Path(work), Launch(device))
-        found = [[_milliseconds(call) for call in calls.values()] for _ in range(rounds + 1)][1:]
+        found = in_turn([partial(seconds, call) for call in calls.values()], rounds, warm_up=1)
     tokens = step.batch_size * step.accumulate * length
     return [
-        StepTiming(
-            name,
-            tokens,
-            statistics.median(row[i] for row in found),
-            statistics.median(row[i] / row[0] for row in found),
-        )
-        for i, name in enumerate(calls)
+        StepTiming(name, tokens, 1e3 * statistics.median(own), median_ratio(own, found[0]))
+        for name, own in zip(calls, found, strict=True)
     ]
 
 
@@ -139,9 +130,3 @@ def _stepper(
             torch.cuda.synchronize()
 
     return call
-
-
-def _milliseconds(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) * 1e3
