@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 from moe_tools.checkpoint.saving import save
-from tests.cli.test_verbs import WORDS, Run, build_tokenizer, run
 from tests.families import build
-
-__all__ = ["run"]  # a fixture
+from tests.tiny import Run, build_tokenizer
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """donor/, which the demo takes for its own."""
-    save(build("llama"), tmp_path / "donor", build_tokenizer(WORDS))
+    save(build("llama"), tmp_path / "donor", build_tokenizer())
     monkeypatch.setattr("moe_tools.cli.demo.donor_file", lambda: tmp_path / "donor")
     return tmp_path
 
