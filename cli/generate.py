@@ -21,7 +21,7 @@ SUMMARY = "continue a prompt and say how sparse that was"
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt for a model; each field is the option of that name."""
+    """What `generate` is asked for; each field is the option of that name."""
 
     folder: str
     prompt: str
@@ -109,7 +109,7 @@ def generate(request: Request) -> None:
 def _encode(
     request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    """The prompt's tokens, checked against what the model can continue."""
+    """Returns the prompt's tokens, if the model can continue them."""
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} predicts masked tokens and continues no text")
     text, special = _text(request, tokenizer), not request.chat
@@ -129,7 +129,7 @@ def _encode(
 
 
 def _text(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The prompt, in the chat template where that is asked for."""
+    """Returns the prompt, in the chat template where that is asked for."""
     if not request.chat:
         return request.prompt
     if not tokenizer.chat_template:
@@ -144,7 +144,7 @@ def _stream(
     tokenizer: PreTrainedTokenizerBase,
     prompt: dict[str, Tensor],
 ) -> int:
-    """Generates and prints as it goes; how many tokens that were."""
+    """Prints tokens as they are generated, and returns their number."""
     import torch
     from transformers import TextStreamer
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from moe_tools.cli.options import add_model_options, file_target, json_target, positive
+from moe_tools.cli.options import add_json_option, add_model_options, file_target, positive
 
 SUMMARY = "measure every split with every router, without training the model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
     parser.add_argument(
         "--output", required=True, type=file_target, help="file of figures; the command resumes it"
@@ -50,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=json_target, metavar="FILE", help="- is standard output")
+    add_json_option(parser, "the figures")
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line a combination, the donor first."""
+    """Prints one line for the donor, then one for each combination."""
     import json
     from dataclasses import asdict
     from pathlib import Path

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_tools import processes
 from moe_tools.cli.dry_run import add_dry_run_options, dry_run
-from moe_tools.cli.options import json_target, positive
+from moe_tools.cli.options import add_donor_options, add_json_option, positive
 from moe_tools.recipe import Recipe, read_recipe, with_options
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Job:
     model: str
     output: str
     deepspeed: Mapping[str, Any] | None = None
-    """The configuration, read."""
+    """The content of the JSON file, checked against the recipe."""
     report_to: tuple[str, ...] = ()
     control: bool = False
     keep_steps: bool = False
@@ -60,14 +60,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="one layer in memory at a time, where no step trains the whole model; default: where "
         "the model needs half of what is free",
     )
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
-    parser.add_argument(
-        "--json",
-        type=json_target,
-        metavar="FILE",
-        help="write the table of convert, or with --dry-run the plan; - is standard output",
-    )
+    add_donor_options(parser)
+    add_json_option(parser, "the table of convert, or with --dry-run the plan")
     add_dry_run_options(parser)
 
 
@@ -159,7 +153,9 @@ def execute(job: Job) -> None:
 
 
 def _plan_table(job: Job, device: str) -> Setup | None:
-    """What the closing table measures; None without one, as of a model that memory cannot hold.
+    """Decides what the closing table measures; None: there is no table.
+
+    A model that is too large for the memory has none.
 
     Raises:
         ValueError: the held-out text has no block: better known before the run than after.

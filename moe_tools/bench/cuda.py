@@ -54,7 +54,7 @@ Event = Any  # torch.cuda.Event, which a torch without CUDA cannot make
 
 @dataclass(frozen=True)
 class Plan:
-    """What is timed, from numbers alone."""
+    """What is timed; it follows from numbers, without a GPU."""
 
     width: int
     neurons: int
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def layers(self) -> int:
-        """So many that the sparsest way reads more than twice the L2 in one turn over them."""
+        """Number of layers: in one turn over them the sparsest way reads more than twice the L2."""
         least = self.size * (1 - max(SPARSITIES))
         return math.floor(2 * self.l2 / least) + 1
 
@@ -89,7 +89,7 @@ def bench_cuda(
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 30,
 ) -> list[KernelTiming]:
-    """Every variant of the `Plan` of this GPU.
+    """Times every variant of the `Plan` for this GPU.
 
     Raises:
         ValueError: no GPU, no Triton, an unknown shape, or experts larger than its neurons.
@@ -108,7 +108,7 @@ def bench_cuda(
 
 @torch.no_grad()
 def ways(plan: Plan, device: str) -> list[Way]:
-    """The variants of a plan, with layers of random weights and experts of their own choice."""
+    """Builds the variants of a plan; each layer has random weights and experts of its own choice."""
     layers = [_Layer(plan, device) for _ in range(plan.layers)]
     makers = {
         BASELINE: _dense,
@@ -146,7 +146,7 @@ def _dense(plan: Plan, layers: list[_Layer], tokens: int, off: float, name: str)
 
 
 def _routed(plan: Plan, layers: list[_Layer], tokens: int, off: float, name: str) -> Way:
-    """Experts, or single neurons, chosen at random for each token and layer."""
+    """Chooses experts, or single neurons, at random for each token and layer."""
     x_TD = _input(plan, layers, tokens)
     experts = plan.neurons if name == "neurons" else plan.experts
     masks = [mask.to(x_TD.device) for mask in random_masks(len(layers), tokens, experts, off)]
@@ -170,7 +170,7 @@ def _exact(plan: Plan, layers: list[_Layer], tokens: int, off: float, name: str)
 
 
 def _time(found: list[Way], repeats: int) -> list[list[float]]:
-    """Seconds of every round of each way, the next layer each time."""
+    """Returns the seconds of every round of each way; every round takes the next layer."""
     graphs = [cycle([_capture(call) for call in way.calls]) for way in found]
     marks = in_turn([_replay(turn) for turn in graphs], repeats, warm_up=WARM_UP)
     torch.cuda.synchronize()
@@ -178,7 +178,7 @@ def _time(found: list[Way], repeats: int) -> list[list[float]]:
 
 
 def _capture(call: Call) -> Any:
-    """The call as a CUDA graph; it ran before, so that nothing is compiled while capturing."""
+    """Makes a CUDA graph of a call, which runs once before: nothing compiles while capturing."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(side):
@@ -204,7 +204,7 @@ def _between_events(call: Callable[[], Any]) -> tuple[Event, Event]:
 
 
 def _copy_bandwidth() -> float:
-    """Bytes a second, read and written, of the best of ten copies of a large buffer."""
+    """Measures how many bytes a second a copy reads and writes, at best of ten."""
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     milliseconds = []

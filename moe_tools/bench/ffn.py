@@ -37,7 +37,7 @@ class Timing:
 
 
 def widths(shape: str) -> tuple[int, int]:
-    """(D, F) of a name, or of "DxF".
+    """Returns (D, F) for a name, or for "DxF".
 
     Raises:
         ValueError: neither.
@@ -53,7 +53,7 @@ def widths(shape: str) -> tuple[int, int]:
 def bench_ffn(
     shape: str, *, expert_size: int = 8, dtype: torch.dtype = torch.float32, repeats: int = 15
 ) -> list[Timing]:
-    """Forward at 1 and 512 tokens, and forward with backward at 512.
+    """Times the forward pass at 1 and 512 tokens, and forward with backward at 512.
 
     Raises:
         ValueError: an unknown shape, or a size that exceeds its neurons.
@@ -72,7 +72,7 @@ def bench_ffn(
 
 
 class _Host(nn.Module):
-    """The least a conversion needs of a model: an FFN of a known class, and a config."""
+    """The smallest model that can be converted: an FFN of a known class, and a config."""
 
     def __init__(self, width: int, neurons: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -33,9 +33,9 @@ from moe_tools.inference.quantized_linear import Kind
 from moe_tools.measure.neurons import count_neurons
 
 LAYERS, VOCABULARY, HEAD = 10, 32000, 64
-"""Of the model that a shape makes: HEAD is the width of an attention head, where it divides D."""
+"""Sizes of the model that a shape makes; HEAD is the width of a head, where it divides D."""
 ON = 0.1
-"""Share of its experts that run, whatever the token."""
+"""Share of its experts that run for each token."""
 
 Models = dict[str, PreTrainedModel]
 
@@ -58,7 +58,7 @@ class GenerateTiming:
 
 
 def folder_models(folder: str, dtype: torch.dtype) -> Models:
-    """A converted folder optimised, as it is, and as the dense model of the same weights.
+    """Loads a converted folder as a dense model, as it is, and optimised.
 
     A folder without routers has two: as it is, which is dense, and optimised.
 
@@ -72,7 +72,7 @@ def folder_models(folder: str, dtype: torch.dtype) -> Models:
 
 
 def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
-    """The same of a random llama of 10 layers, of which a tenth of the experts run for a token.
+    """Makes these three models of a random llama of 10 layers; a tenth of its experts run.
 
     Raises:
         ValueError: an unknown shape, or an expert size that exceeds its neurons.
@@ -94,7 +94,7 @@ def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
 
 
 def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | None) -> None:
-    """One more model: FFNs packed as `packed`, the other linears as `linears`.
+    """Adds one more model: its FFNs packed as `packed`, its other linears as `linears`.
 
     Raises:
         ValueError: what `optimize` refuses.
@@ -139,7 +139,7 @@ def bench_generate(
 
 @contextmanager
 def threads(number: int | None) -> Iterator[int]:
-    """While it lasts, PyTorch and the kernels use that many threads; None changes nothing."""
+    """Lets PyTorch and the kernels use that many threads for a while; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -155,7 +155,7 @@ def _models(dense: PreTrainedModel, routed: PreTrainedModel | None) -> Models:
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules around the same parameters."""
+    """Copies the modules, but not the parameters."""
     return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
@@ -166,21 +166,21 @@ def _share_off(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> float:
 
 
 class _Clock(BaseStreamer):
-    """When `generate` handed out the prompt, then each token."""
+    """Notes the moments at which `generate` hands out the prompt and each token."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """A token."""
+        """Notes the moment of a token."""
         self.moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to print."""
+        """Does nothing: there is nothing left to print."""
 
 
 def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> tuple[float, float]:
-    """Of the prefill, the first token included, and of the `tokens` after it."""
+    """Times the prefill with its first token, and the `tokens` after it, in seconds."""
     clock, new = _Clock(), tokens + 1
     host: Any = model  # transformers gives `generate` a type that no model has
     began = time.perf_counter()

@@ -70,7 +70,7 @@ def bench_kernels(
     repeats: int = 30,
     rotated: int = ROTATED,
 ) -> Iterator[KernelTiming]:
-    """For every packed dtype and batch the dense ways, and the sparse ones at `SPARSITIES`.
+    """Times dense ways and, at `SPARSITIES`, sparse ones, for every packed dtype and batch.
 
     Args:
         shape: a name of `SHAPES`, or DxF.
@@ -131,7 +131,7 @@ class _Layers:
         self.tokens, self.x_TD = tokens, random_input(tokens, self.width, self.dtype)
 
     def dense(self) -> Iterator[Way]:
-        """F.linear, the baseline; and, of one token, matrix times vector."""
+        """Yields F.linear, the baseline, and for one token matrix times vector."""
 
         def by_linear() -> Tensor:
             return dense_ffn(self.x_TD, *next(self._turn))
@@ -146,7 +146,7 @@ class _Layers:
             yield self._way("torch.mv", self.dtype, 0.0, self.size, by_mv)
 
     def sparse(self, sparsity: float, expert_size: int) -> Iterator[Way]:
-        """The naive gather, and the native ways: experts given, neurons given, gate first."""
+        """Yields the naive gather, then native ways: experts given, neurons given, gate first."""
         of_bytes = BITS[self.packed] / 8 / self.dtype.itemsize  # of what the dense ways read
         on = 1 - sparsity**self.tokens  # by one token at least
         size, gates = int(self.size * of_bytes * on), int(self.size * of_bytes / 3)
@@ -189,12 +189,12 @@ class _Layers:
         return lambda: next(packed)(x_TD)
 
     def _masks(self, sparsity: float, experts: int) -> list[Tensor]:
-        """As many random choices as there are layers, or more."""
+        """Draws at least one random choice for each layer."""
         count = max(64 if self.tokens == 1 else 4, len(self._layers))
         return random_masks(count, self.tokens, experts, sparsity)
 
 
 def _read_bandwidth(size: int) -> float:
-    """Bytes a second of the best of five sums over `size` bytes."""
+    """Measures how many bytes a second a sum over `size` bytes reads, at best of five."""
     buffer = torch.ones(max(1, size // 4))
     return size / min(seconds(buffer.sum) for _ in range(5))

@@ -28,7 +28,7 @@ from moe_tools.training.train import trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
 
 SCHEDULE_STEPS = 1000
-"""Of the schedules: long enough that nothing is at its end."""
+"""Length of the schedules: long enough that none reaches its end."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepTiming:
     tokens: int
     milliseconds: float
     ratio: float
-    """Median of this step / the dense one, round by round."""
+    """Median of this step's time over the dense one's, round by round."""
 
 
 def bench_train(
@@ -52,7 +52,7 @@ def bench_train(
     length: int = 512,
     rounds: int = 5,
 ) -> list[StepTiming]:
-    """The dense step and the first routed one of a recipe, on random tokens.
+    """Times a dense step and the first routed one of a recipe, on random tokens.
 
     Args:
         source: a dense model.
@@ -92,7 +92,7 @@ def _routed_step(recipe: Recipe) -> Train:
 
 
 def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:
-    """Fresh routers: what they cost does not depend on what they learned."""
+    """Attaches fresh routers: their cost does not depend on what they learned."""
     size = next(s.expert_size for s in recipe.steps if isinstance(s, Split))
     attach = next(s for s in recipe.steps if isinstance(s, Attach))
     spec = Conversion("bench", size, attach.router, attach.selector)
@@ -104,7 +104,7 @@ def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:
 def _stepper(
     model: PreTrainedModel, step: Train, length: int, work: Path, launch: Launch
 ) -> Callable[[], None]:
-    """One optimizer step a call, as the Trainer takes it."""
+    """Makes a call that takes one optimizer step, as the Trainer does."""
     drawn = torch.Generator().manual_seed(0)
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     size = (step.batch_size, length)

@@ -19,9 +19,9 @@ from moe_tools.kernels.activations import Act
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.97)
 BASELINE = "F.linear"
-"""The operation that all others are compared with."""
+"""Name of the dense operation that all others are compared with."""
 SILU, FATRELU = Act("silu"), Act("fatrelu", 1.0)
-"""Activations: of FFNs whose experts or neurons are given, and where the gate decides."""
+"""The activations: SILU where experts or neurons are given, FATRELU where the gate decides."""
 
 Call = Callable[[], Tensor]
 
@@ -32,7 +32,7 @@ class Way:
 
     operation: str
     dtype: torch.dtype
-    """Of the weights that it reads."""
+    """Type of the weights that it reads."""
     tokens: int
     sparsity: float
     """Share of the neurons that are off for one token; 0: dense."""
@@ -49,7 +49,7 @@ class KernelTiming:
 
     operation: str
     dtype: str
-    """Of the weights that it reads."""
+    """Type of the weights that it reads."""
     tokens: int
     sparsity: float
     """Share of the neurons that are off, another random choice for each token; 0: dense."""
@@ -57,15 +57,15 @@ class KernelTiming:
     speedup: float
     """Time of F.linear with as many tokens over this one's, round by round."""
     gigabytes_per_second: float
-    """Of the weights that have to be read."""
+    """Weights that have to be read, over the time."""
     share_of_bandwidth: float
-    """Of what the memory moves when a large tensor is summed up, or on a GPU copied."""
+    """That rate over the memory's: of summing up a large tensor, or on a GPU of copying one."""
 
 
 def timings(
     ways: Sequence[Way], seconds: Sequence[Sequence[float]], bandwidth: float
 ) -> list[KernelTiming]:
-    """One row a way.
+    """Makes one row for each way.
 
     Args:
         ways: with a dense one (`BASELINE`) for each number of tokens.
@@ -93,14 +93,14 @@ def timings(
 
 
 def ffn_size(width: int, neurons: int, dtype: torch.dtype) -> int:
-    """Bytes of the weights of a gated FFN."""
+    """Counts the bytes of the weights of a gated FFN."""
     return 3 * width * neurons * dtype.itemsize
 
 
 def random_ffn(
     width: int, neurons: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gate_FD, up_FD, down_FD): each row is about as long as 1."""
+    """Draws (gate_FD, up_FD, down_FD), whose rows have a length of about 1."""
     gate_FD, up_FD, down_FD = (
         (torch.randn(neurons, width, device=device) / width**0.5).to(dtype) for _ in range(3)
     )
@@ -108,19 +108,19 @@ def random_ffn(
 
 
 def random_input(tokens: int, width: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """x_TD, each row of length sqrt(D): the gates of `random_ffn` are then normal."""
+    """Draws x_TD with rows of length sqrt(D): the gates of `random_ffn` are then normal."""
     x_TD = functional.normalize(torch.randn(tokens, width, device=device), dim=1)
     return (x_TD * width**0.5).to(dtype)
 
 
 def with_gates_off(x_TD: Tensor, sparsity: float) -> Tensor:
-    """x_TD, shorter: that share of its normal gates stays below the threshold of `FATRELU`, 1."""
+    """Scales x_TD: that share of its normal gates then stays below the threshold of `FATRELU`."""
     limit = max(float(torch.special.ndtri(torch.tensor(sparsity))), 1e-3)
     return x_TD / limit
 
 
 def random_masks(count: int, tokens: int, experts: int, sparsity: float) -> list[Tensor]:
-    """Masks mask_TE, in each of which each token has random experts on."""
+    """Draws masks mask_TE: in each, random experts are on for each token."""
     on = max(1, round(experts * (1 - sparsity)))
     scores = torch.rand(count, tokens, experts)
     chosen = scores.topk(on, dim=-1).indices
@@ -128,6 +128,6 @@ def random_masks(count: int, tokens: int, experts: int, sparsity: float) -> list
 
 
 def dense_ffn(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
-    """A gated FFN by `BASELINE`; it reads down as (D, F), which changes numbers and no time."""
+    """Computes a gated FFN by `BASELINE`; it reads down as (D, F), which changes no time."""
     h_TF = functional.silu(linear(x_TD, gate_FD)) * linear(x_TD, up_FD)
     return linear(h_TF, down_FD.view(x_TD.shape[1], -1))

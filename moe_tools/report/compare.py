@@ -87,7 +87,7 @@ class Bench:
         self.entries.append(replace(entry, evaluation=seen, series=kind.upper(), control=control))
 
     def load(self, folder: str) -> PreTrainedModel:
-        """A model whose tokens are those of the text."""
+        """Loads a model whose tokens are those of the text."""
         _check_tokenizer(folder, self.tokenizer)
         model = load(folder, dtype=self.setup.dtype, device=self.setup.device)
         if is_classifier(model) != self.classify:
@@ -95,7 +95,7 @@ class Bench:
         return model
 
     def _entry(self, name: str, model: PreTrainedModel, folder: str) -> Entry:
-        """A model, evaluated as it stands."""
+        """Evaluates a model as it stands."""
         setup, conversion, tasks = self.setup, read_conversion(model), dict[str, float]()
         seen = self._evaluate(name, model)
         if setup.tasks.names:
@@ -123,7 +123,7 @@ class Bench:
         return self.setup.calibration_BT(self.tokenizer, self.classify)
 
     def rows(self, donor: str | None = None) -> list[Row]:
-        """Donors first, then each model that was asked for, after its control."""
+        """Returns donors first, then each model that was asked for, after its control."""
         known = {entry.name: entry for entry in reversed(self.entries)}
         donors = self._donors(known, donor)
         made = {one.name: row(one, "donor", self.setup) for one in donors.values() if one}
@@ -138,7 +138,7 @@ class Bench:
         return list(made.values())
 
     def _donors(self, known: dict[str, Entry], given: str | None) -> dict[str | None, Entry | None]:
-        """Folder of each donor -> its entry; None if it cannot be evaluated any more."""
+        """Maps the folder of each donor to its entry, or to None if it cannot be evaluated."""
         if given is not None:
             return {given: self._known(known, given)}
         found: dict[str | None, Entry | None] = {}
@@ -154,14 +154,14 @@ class Bench:
         return found
 
     def _known(self, known: dict[str, Entry], folder: str) -> Entry:
-        """The entry of a donor or a control; it is evaluated, and added, where it is not there."""
+        """Returns the entry of a donor or a control, which is evaluated where `known` lacks it."""
         if folder not in known:
             known[folder] = self._entry(folder, self.load(folder), folder)
         return known[folder]
 
 
 def _with_saved(seen: Evaluation, saved: float) -> Evaluation:
-    """The figures of a dense model that skips some of its FFNs' FLOPs, per token."""
+    """Takes what is saved, in FLOPs per token, from the FFNs of a dense model's figures."""
     flops = replace(seen.flops, ffn=seen.flops.ffn_dense - saved)
     return replace(seen, flops=flops, ffn_sparsity=saved / seen.flops.ffn_dense)
 

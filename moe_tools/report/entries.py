@@ -21,7 +21,7 @@ class Entry:
     name: str
     """Tells it from all others: its folder, or its folder and its setting, or a baseline."""
     folder: str
-    """The model's folder; of a baseline, that of the donor."""
+    """The model's folder; for a baseline, the donor's."""
     evaluation: Evaluation
     tasks: dict[str, float] = field(default_factory=dict)
     """"task metric" of lm-evaluation-harness -> figure."""
@@ -40,7 +40,7 @@ class Entry:
         return self.name if self.series else self.folder
 
     def ratio(self, other: Entry | None) -> float | None:
-        """Its perplexity over another's; None without another, and for classifiers."""
+        """Divides its perplexity by another's; None without another, and for classifiers."""
         if other is None or self.evaluation.accuracy is not None:
             return None
         return self.evaluation.perplexity / other.evaluation.perplexity
@@ -54,7 +54,7 @@ def row(
     donor: Entry | None = None,
     control: Entry | None = None,
 ) -> Row:
-    """One line of the table, relative to a donor and a control."""
+    """Makes a line of the table, relative to a donor and a control."""
     seen = entry.evaluation
     return Row(
         model=entry.title,
@@ -89,13 +89,13 @@ def row(
 
 
 def find_control(folder: str) -> str | None:
-    """The dense control inside a run's folder, if it has one."""
+    """Finds the dense control inside a run's folder, if it has one."""
     found = Path(folder) / CONTROL
     return str(found) if (found / CONFIG).is_file() else None
 
 
 def _prediction(seen: Evaluation) -> dict[str, Any]:
-    """The fields of a row that speak of neuron predictors."""
+    """Returns the fields of a row that speak of neuron predictors."""
     if not seen.predictions:
         return {}
     overall = merge_predictions(seen.predictions.values())
@@ -104,7 +104,7 @@ def _prediction(seen: Evaluation) -> dict[str, Any]:
 
 
 def _train_tokens(folder: str) -> int | None:
-    """What the run that wrote a folder says about its training."""
+    """Returns how many tokens the run that wrote a folder trained on, if it says so."""
     try:
         metrics = json.loads((Path(folder) / METRICS).read_text())
     except (OSError, ValueError):

@@ -26,10 +26,10 @@ class Setup:
     """What every row has in common."""
 
     data: str = "docs"
-    """Its held-out part is the text."""
+    """Source of the text, which is its held-out part."""
     tokens: int = 32768
     block_length: int = 512
-    """Tokens."""
+    """Tokens of a block."""
     batch_size: int = 4
     """Blocks of one forward pass."""
     dtype: torch.dtype = torch.float32
@@ -41,7 +41,7 @@ class Setup:
 
     @classmethod
     def of_recipe(cls, recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: str) -> Self:
-        """The text that a recipe trains on, in blocks of its length."""
+        """Takes the held-out part of the text that a recipe trains on, in blocks of its length."""
         return cls(
             data=held_out(recipe.data),
             tokens=tokens,
@@ -51,13 +51,13 @@ class Setup:
         )
 
     def text(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
-        """The held-out text: labelled batches for classifiers, else blocks_BT."""
+        """Reads the held-out text: labelled batches for classifiers, else blocks_BT."""
         if classify:
             return self._labelled(tokenizer, "heldout", self.tokens)
         return self._blocks(tokenizer, "heldout", self.tokens)
 
     def calibration_BT(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Tensor:
-        """Training text that sets the thresholds of the baselines."""
+        """Reads the training text that sets the thresholds of the baselines."""
         if classify:
             batches = self._labelled(tokenizer, "train", CALIBRATION)
             return labelled_blocks(batches, self.block_length)
@@ -80,5 +80,5 @@ class Setup:
 
 
 def held_out(data: str) -> str:
-    """Where a recipe's held-out text comes from; of the donor's own samples, nothing was: docs."""
+    """Names the source of a recipe's held-out text: docs for `self`, which has no such part."""
     return "docs" if data == "self" else data

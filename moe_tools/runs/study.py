@@ -28,9 +28,9 @@ class Study:
     """A folder for the runs: OUTPUT/RECIPE-SPARSITY."""
     sparsities: tuple[float, ...]
     baselines: tuple[Baseline, ...] = ()
-    """At the same sparsities; on the dense control where there is one, else on the donor."""
+    """Baselines at these sparsities, on the dense control where there is one, else on the donor."""
     tokens: int | None = None
-    """Training tokens of each recipe that trains; None: what it says."""
+    """Training tokens of each recipe that trains; None: as the recipe says."""
     data: str | None = None
     seed: int | None = None
     eval_tokens: int = 32768
