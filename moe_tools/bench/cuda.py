@@ -108,7 +108,7 @@ def bench_cuda(
 
 @torch.no_grad()
 def ways(plan: Plan, device: str) -> list[Way]:
-    """Builds the variants of a plan; each layer has random weights and experts of its own choice."""
+    """Builds the variants of a plan; each layer has random weights and its own random experts."""
     layers = [_Layer(plan, device) for _ in range(plan.layers)]
     makers = {
         BASELINE: _dense,
