@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_tools.cli.options import json_target, not_negative, plot_target, positive
+from moe_tools.cli.options import add_json_option, not_negative, plot_target, positive
+
+if TYPE_CHECKING:
+    from moe_tools.bench.ways import KernelTiming
 
 SUMMARY = "time an FFN, its kernels, its clustering, or a whole model at work or in training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("what", nargs="?", choices=tuple(_KINDS), default="ffn")
     parser.add_argument(
         "folder",
@@ -63,26 +66,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotate", type=not_negative, default=1.6, metavar="GB", help="of weights; of kernels"
     )
-    parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the figures; - is standard output"
-    )
+    add_json_option(parser, "the figures")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints one line a figure; all figures of one call come from one run."""
     import json
-    import sys
+    from dataclasses import asdict
 
-    from moe_tools.cli.common import write_text
+    from moe_tools.cli.common import table_file, write_text
 
     if args.folder and args.what not in ("generate", "train"):
         raise ValueError(f"bench {args.what} times a shape, not {args.folder}: use --shape")
     if args.plot and args.what != "kernels":
         raise ValueError(f"bench {args.what} has no picture: leave --plot out, or bench kernels")
     lines, timings = _KINDS[args.what](args)
-    print("\n".join(lines), file=sys.stderr if args.json == "-" else sys.stdout)
+    print("\n".join(lines), file=table_file(args.json))
     if args.json:
-        figures = [timing.to_dict() for timing in timings]
+        figures = [asdict(timing) for timing in timings]
         write_text(json.dumps({args.what: figures}, indent=1), args.json)
     return 0
 
@@ -102,55 +103,53 @@ def _ffn(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
-    if args.device == "cuda":
-        return _cuda_kernels(args)
-    import torch
-
-    from moe_tools.bench.kernels import bench_kernels
-    from moe_tools.cli.common import DTYPES, PACKED
-
-    timings = list(
-        bench_kernels(
-            args.shape,
-            expert_size=args.expert_size,
-            dtype=DTYPES[args.dtype],
-            packed=[PACKED[name] for name in args.packed_dtype or ()],
-            batches=args.batch,
-            repeats=args.repeats or 30,
-            rotated=int(args.rotate * 1e9),
-        )
-    )
+    timings = _cuda_timings(args) if args.device == "cuda" else _cpu_timings(args)
     if args.plot:
         from moe_tools.bench.plot import plot_kernels
 
         plot_kernels(timings, args.plot)
     lines = [
-        f"{t.tokens:>4} x {t.operation:<14} {t.dtype:<8}{t.sparsity:>4.0%} off {t.ms:9.3f} ms "
+        f"{t.tokens:>4} x {t.operation:<14} {t.dtype:<8}{t.sparsity:>4.0%} off {t.ms:9.4f} ms "
         f"{t.speedup:6.2f} x F.linear {t.gigabytes_per_second:7.1f} GB/s, "
         f"{t.share_of_bandwidth:4.0%} of the bandwidth"
         for t in timings
     ]
-    title = f"{args.shape}, {args.dtype}, {torch.get_num_threads()} threads"
+    title = f"{args.shape}, experts of {args.expert_size}, {args.dtype}, {_place(args.device)}"
     return [title, *lines], timings
 
 
-def _cuda_kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
+def _cpu_timings(args: argparse.Namespace) -> list[KernelTiming]:
+    from moe_tools.bench.kernels import bench_kernels
+    from moe_tools.cli.common import DTYPES, PACKED
+
+    timings = bench_kernels(
+        args.shape,
+        expert_size=args.expert_size,
+        dtype=DTYPES[args.dtype],
+        packed=[PACKED[name] for name in args.packed_dtype or ()],
+        batches=args.batch,
+        repeats=args.repeats or 30,
+        rotated=int(args.rotate * 1e9),
+    )
+    return list(timings)
+
+
+def _cuda_timings(args: argparse.Namespace) -> list[KernelTiming]:
     from moe_tools.bench.cuda import bench_cuda
     from moe_tools.cli.common import DTYPES
 
-    timings = bench_cuda(
+    return bench_cuda(
         args.shape,
         expert_size=args.expert_size,
         dtype=DTYPES[args.dtype],
         repeats=args.repeats or 30,
     )
-    lines = [
-        f"{t.tokens:>4} tokens   {t.operation:<14}{t.sparsity:>4.0%} off {t.ms:9.4f} ms "
-        f"{t.speedup:6.2f} x F.linear {t.gigabytes_per_second:7.1f} GB/s, "
-        f"{t.share_of_bandwidth:4.0%} of the copy bandwidth"
-        for t in timings
-    ]
-    return [f"{args.shape}, experts of {args.expert_size}, {args.dtype}, cuda", *lines], timings
+
+
+def _place(device: str) -> str:
+    import torch
+
+    return device if device == "cuda" else f"{torch.get_num_threads()} threads"
 
 
 def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
@@ -199,11 +198,11 @@ def _clustering(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 def _train(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     from moe_tools.bench.train import bench_train
-    from moe_tools.cli.common import DTYPES, pick_device
+    from moe_tools.cli.common import DTYPES, use_device
     from moe_tools.cli.demo import donor_file
     from moe_tools.recipe import read_recipe, recipe_path
 
-    source, device = args.folder or str(donor_file()), pick_device("auto")
+    source, device = args.folder or str(donor_file()), use_device("auto")
     timings = bench_train(
         source,
         read_recipe(recipe_path(args.recipe)),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from moe_tools.cli.options import json_target, positive
+from moe_tools.cli.options import add_donor_options, add_json_option, positive
 
 SUMMARY = "run several recipes with the same tokens and set them side by side"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("recipe", nargs="+", help="a method (see `moe-tools recipes`) or a file")
     parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
     parser.add_argument("--output", required=True, help="folder of runs; the same command resumes")
@@ -25,20 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baselines", nargs="*", choices=("teal", "cats"), default=(), help="training-free bars"
     )
     parser.add_argument("--eval-tokens", type=positive, default=32768)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
-    parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the table; - is standard output"
-    )
+    add_donor_options(parser)
+    add_json_option(parser, "the table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes OUTPUT/table.json and OUTPUT/pareto.svg beside the runs, and prints the table."""
     from pathlib import Path
 
-    from moe_tools.cli.common import DTYPES, pick_device, quiet_transformers, write_text
+    from moe_tools.cli.common import DTYPES, quiet_transformers, show_rows, use_device, write_text
     from moe_tools.report.plot import plot
-    from moe_tools.report.report import print_table, to_json
+    from moe_tools.report.report import to_json
     from moe_tools.runs.study import Study, compare_recipes
 
     study = Study(
@@ -52,13 +48,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         eval_tokens=args.eval_tokens,
         dtype=DTYPES[args.dtype],
-        device=pick_device(args.device),
+        device=use_device(args.device),
     )
     with quiet_transformers():
         rows = compare_recipes(study)
     plot(rows, study.output / "pareto.svg")
     write_text(to_json(rows), str(study.output / "table.json"))
-    print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
-    if args.json:
-        write_text(to_json(rows), args.json)
+    show_rows(rows, args.json)
     return 0

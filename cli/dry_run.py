@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_dry_run_options(parser: argparse.ArgumentParser) -> None:
-    """--dry-run and --processes."""
+    """Adds --dry-run and --processes."""
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -42,18 +42,17 @@ def dry_run(recipe: Recipe, args: argparse.Namespace) -> int:
 
 
 def _print(found: Plan) -> None:
-    from rich.console import Console
+    from moe_tools.report.report import console
 
-    wide = None if sys.stdout.isatty() else 120
-    console = Console(file=sys.stdout, width=wide, highlight=False, markup=False)
+    screen = console(sys.stdout)
     paper = f" ({found.paper})" if found.paper else ""
-    console.print(f"recipe  {found.recipe}{paper}")
-    console.print(f"model   {found.model}: {found.host}, {found.parameters:,} parameters")
+    screen.print(f"recipe  {found.recipe}{paper}")
+    screen.print(f"model   {found.model}: {found.host}, {found.parameters:,} parameters")
     for source in found.data:
-        console.print(f"data    {_source(source)}")
-    console.print(_steps(found))
-    console.print(_memory(found))
-    console.print("memory as of arXiv 1910.02054; activations come on top")
+        screen.print(f"data    {_source(source)}")
+    screen.print(_steps(found))
+    screen.print(_memory(found))
+    screen.print("memory as of arXiv 1910.02054; activations come on top")
 
 
 def _source(source: Source) -> str:

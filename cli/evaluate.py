@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from moe_tools.cli.options import add_model_options, json_target, plot_target, positive
+from moe_tools.cli.options import add_json_option, add_model_options, plot_target, positive
 from moe_tools.names import RECIPE
 
 SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("folder", nargs="+", help="converted or dense model")
     parser.add_argument("--donor", help="dense model to compare with; default: the folder's own")
     parser.add_argument(
@@ -42,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=plot_target, metavar="FILE", help="perplexity over FFN FLOPs: png, svg, pdf"
     )
-    parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the rows; - is standard output"
-    )
+    add_json_option(parser, "the rows")
     parser.add_argument(
         "--card", action="store_true", help="leave the figures in the folder and in its model card"
     )
@@ -52,17 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; with `--json -` the table goes to standard error."""
+    """Evaluates, and prints the table; with `--json -` the table goes to standard error."""
     from moe_tools.checkpoint.card import check_card
-    from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
+    from moe_tools.cli.common import pick_dtype, quiet_transformers, show_rows, use_device
     from moe_tools.measure.tasks import Tasks
     from moe_tools.report.card import write_figures
-    from moe_tools.report.compare import Setup, compare
+    from moe_tools.report.compare import compare
     from moe_tools.report.plot import plot
-    from moe_tools.report.report import print_table, to_json
+    from moe_tools.report.setup import Setup
     from moe_tools.report.sweep import sweep
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     setup = Setup(
         data=args.data or _recipe_data(args.folder[0]),
         tokens=args.tokens,
@@ -84,11 +81,9 @@ def run(args: argparse.Namespace) -> int:
             rows = sweep(args.folder[0], setup, args.sweep, donor=args.donor)
     if args.card:
         write_figures(Path(args.folder[0]), rows)
-    print_table(rows, sys.stderr if args.json == "-" else sys.stdout)
+    show_rows(rows, args.json)
     if args.plot:
         plot(rows, args.plot)
-    if args.json:
-        write_text(to_json(rows), args.json)
     return 0
 
 
@@ -99,9 +94,9 @@ def _only(folders: list[str], option: str) -> Path:
 
 
 def _recipe_data(folder: str) -> str:
-    """The text that the folder's run was trained on; for `self`, which nobody held out: docs."""
+    """Returns the text that the folder's run was trained on, docs without a recipe."""
     from moe_tools.recipe import read_recipe
+    from moe_tools.report.setup import held_out
 
     file = Path(folder) / RECIPE
-    data = read_recipe(file).data if file.is_file() else "docs"
-    return "docs" if data == "self" else data
+    return held_out(read_recipe(file).data) if file.is_file() else "docs"

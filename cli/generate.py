@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moe_tools.cli.options import add_model_options, not_negative, positive
@@ -13,11 +14,31 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moe_tools.inference.quantized_linear import Kind
+
 SUMMARY = "continue a prompt and say how sparse that was"
 
 
+@dataclass(frozen=True)
+class Request:
+    """What `generate` is asked for; each field is the option of that name."""
+
+    folder: str
+    prompt: str
+    chat: bool = False
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    optimize: bool = False
+    packed_dtype: str | None = None
+    linears: Kind | None = None
+    screen: float | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("folder", help="converted or dense model")
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--chat", action="store_true", help="wrap it in the chat template")
@@ -44,83 +65,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Streams the text to standard output, then its figures to standard error."""
+    """Checks the options that need `--optimize`, and generates."""
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to continue")
     for option in ("packed_dtype", "linears", "screen"):
         if getattr(args, option) is not None and not args.optimize:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is of the sparse kernels: add --optimize")
+    generate(Request(**vars(args)))
+    return 0
+
+
+def generate(request: Request) -> None:
+    """Streams the text to standard output, then its figures to standard error.
+
+    Raises:
+        ValueError: a model that cannot be loaded, optimised or continue this prompt.
+    """
     from moe_tools.checkpoint.loading import load, load_tokenizer
-    from moe_tools.cli.common import PACKED, pick_device, pick_dtype, quiet_transformers
+    from moe_tools.cli.common import PACKED, pick_dtype, quiet_transformers, use_device
     from moe_tools.inference.optimized import optimize
     from moe_tools.measure.neurons import count_neurons, sparsity
 
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device = use_device(request.device)
+    dtype = pick_dtype(request.dtype, device)
     with quiet_transformers():
-        tokenizer = load_tokenizer(args.folder)
-        model = load(args.folder, dtype=dtype, device=device)
-        prompt = _encode(args, model, tokenizer)
+        tokenizer = load_tokenizer(request.folder)
+        model = load(request.folder, dtype=dtype, device=device)
+        prompt = _encode(request, model, tokenizer)
         with count_neurons(model) as counts:
-            if args.optimize:  # not before: a dense model that is optimised shows no FFNs
-                packed = PACKED.get(args.packed_dtype)
-                optimize(model, dtype=packed, screen=args.screen, linears=args.linears)
+            if request.optimize:  # not before: a dense model that is optimised shows no FFNs
+                packed = PACKED[request.packed_dtype] if request.packed_dtype else None
+                optimize(model, dtype=packed, screen=request.screen, linears=request.linears)
             began = time.perf_counter()
-            tokens = _stream(args, model, tokenizer, prompt)
+            tokens = _stream(request, model, tokenizer, prompt)
             seconds = time.perf_counter() - began
     off = f"FFN sparsity {sparsity(counts):.1%}" if counts[0].routed else "dense"
     kind = f"{str(dtype).removeprefix('torch.')} on {device}"
     figures = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s ({kind})"
     print(f"{figures}; {off}, prompt included", file=sys.stderr)
-    return 0
 
 
 def _encode(
-    args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    """The prompt's tokens, checked against what the model can continue."""
+    """Returns the prompt's tokens, if the model can continue them."""
     if not model.can_generate():
         raise ValueError(f"{type(model).__name__} predicts masked tokens and continues no text")
-    text = args.prompt
-    if args.chat:
-        if not tokenizer.chat_template:
-            raise ValueError(f"{args.folder} has no chat template: leave --chat out")
-        turns = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=not args.chat, verbose=False)
-    length = encoded["input_ids"].shape[1]
+    text, special = _text(request, tokenizer), not request.chat
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special, verbose=False)
+    length, new = encoded["input_ids"].shape[1], request.max_new_tokens
     context = getattr(model.config, "max_position_embeddings", None)
     if length == 0:
         raise ValueError(
-            f"--prompt {args.prompt!r} has no token for this tokenizer: give more text"
+            f"--prompt {request.prompt!r} has no token for this tokenizer: give more text"
         )
-    if context is not None and length + args.max_new_tokens > context:
+    if context is not None and length + new > context:
         raise ValueError(
-            f"a prompt of {length} tokens and {args.max_new_tokens} new ones exceed the context of "
-            f"{context} tokens: shorten the prompt or --max-new-tokens"
+            f"a prompt of {length} tokens and {new} new ones exceed the context of {context} "
+            "tokens: shorten the prompt or --max-new-tokens"
         )
     return {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
 
+def _text(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the prompt, in the chat template where that is asked for."""
+    if not request.chat:
+        return request.prompt
+    if not tokenizer.chat_template:
+        raise ValueError(f"{request.folder} has no chat template: leave --chat out")
+    turns = [{"role": "user", "content": request.prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
 def _stream(
-    args: argparse.Namespace,
+    request: Request,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: dict[str, Tensor],
 ) -> int:
-    """Generates and prints as it goes; how many tokens that were."""
+    """Prints tokens as they are generated, and returns their number."""
     import torch
     from transformers import TextStreamer
 
     host: Any = model  # transformers gives `generate` a type that no model has
-    torch.manual_seed(args.seed)
+    torch.manual_seed(request.seed)
     ids_BT = host.generate(
         **prompt,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature > 0,
-        temperature=args.temperature or None,
+        max_new_tokens=request.max_new_tokens,
+        do_sample=request.temperature > 0,
+        temperature=request.temperature or None,
         use_cache=True,
     )
     given = 1 if model.config.is_encoder_decoder else prompt["input_ids"].shape[1]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from moe_tools.cli.options import add_model_options, file_target, json_target, positive
+from moe_tools.cli.options import add_json_option, add_model_options, file_target, positive
 
 SUMMARY = "measure every split with every router, without training the model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("--model", required=True, help="donor: folder, hub id or GGUF file")
     parser.add_argument(
         "--output", required=True, type=file_target, help="file of figures; the command resumes it"
@@ -51,22 +50,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=json_target, metavar="FILE", help="- is standard output")
+    add_json_option(parser, "the figures")
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one line a combination, the donor first."""
+    """Prints one line for the donor, then one for each combination."""
     import json
     from dataclasses import asdict
     from pathlib import Path
 
-    from moe_tools.cli.common import pick_device, pick_dtype, quiet_transformers, write_text
+    from moe_tools.cli.common import (
+        pick_dtype,
+        quiet_transformers,
+        table_file,
+        use_device,
+        write_text,
+    )
     from moe_tools.recipe import Fit
     from moe_tools.report.report import print_cells
     from moe_tools.runs.grid import Grid, explore
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     grid = Grid(
         model=args.model,
         splits=tuple(args.splits),
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with quiet_transformers():
         cells = [asdict(cell) for cell in explore(grid, Path(args.output))]
-    print_cells(cells, sys.stderr if args.json == "-" else sys.stdout)
+    print_cells(cells, table_file(args.json))
     if args.json:
         write_text(json.dumps(cells, indent=1), args.json)
     return 0

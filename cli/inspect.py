@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_tools.cli.options import add_model_options, json_target, new_target, positive, zero_or_more
+from moe_tools.cli.options import (
+    add_json_option,
+    add_model_options,
+    new_target,
+    positive,
+    zero_or_more,
+)
 from moe_tools.names import SWEEP
 
 if TYPE_CHECKING:
@@ -19,7 +24,7 @@ SUMMARY = "see which experts run for which token, and which never do"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("folder", help="converted model")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="a text to look at, token by token")
@@ -40,25 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep", metavar="FILE", help=f"`evaluate --sweep --json`; default: {SWEEP} in the folder"
     )
-    parser.add_argument(
-        "--json",
-        type=json_target,
-        metavar="FILE",
-        help="write FFNs and experts; - is standard output",
-    )
+    add_json_option(parser, "FFNs and experts")
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a table, a row an FFN; with `--json -` the table goes to standard error."""
+    """Prints one row for each FFN; with `--json -` the table goes to standard error."""
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to look at")
-    from moe_tools.cli.common import quiet_transformers
+    from moe_tools.cli.common import quiet_transformers, table_file
 
     sweep = _sweep(args)
     with quiet_transformers():
         inspection = _inspect(args)
-    _print(inspection, sys.stderr if args.json == "-" else sys.stdout)
+    _print(inspection, table_file(args.json))
     if args.html:
         from moe_tools.inspection.page import write_page
 
@@ -72,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _inspect(args: argparse.Namespace) -> Inspection:
     from moe_tools.checkpoint.loading import load, load_tokenizer
-    from moe_tools.cli.common import pick_device, pick_dtype
+    from moe_tools.cli.common import pick_dtype, use_device
     from moe_tools.data import blocks
     from moe_tools.inspection import inspect
 
-    device = pick_device(args.device)
+    device = use_device(args.device)
     tokenizer = load_tokenizer(args.folder)
     text = args.prompt
     if text is None:
@@ -106,8 +106,9 @@ def _sweep(args: argparse.Namespace) -> list[Row]:
 
 def _print(inspection: Inspection, file: Any) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
+
+    from moe_tools.report.report import console
 
     made = Table(
         box=box.SIMPLE,
@@ -136,7 +137,7 @@ def _print(inspection: Inspection, file: Any) -> None:
             f"{row.near:.1%}",
             "-" if math.isnan(row.captured) else f"{row.captured:.1%}",
         )
-    Console(file=file, width=None if file.isatty() else 120, highlight=False).print(made)
+    console(file).print(made)
 
 
 def _write_json(inspection: Inspection, target: str) -> None:
@@ -154,7 +155,7 @@ def _write_json(inspection: Inspection, target: str) -> None:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: what was not measured is null."""
+    """Replaces NaN, which JSON does not have, by null: it was not measured."""
     return {
         key: None if isinstance(value, float) and math.isnan(value) else value
         for key, value in row.items()

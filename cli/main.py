@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from moe_tools import processes
 from moe_tools.registry import unknown
+from moe_tools.waiting import passive_waiting
 
 VERBS = (
     "convert",
@@ -37,10 +38,10 @@ RESUMING = ("convert", "train", "compare", "grid", "demo")
 """Verbs that go on where they were interrupted."""
 DEBUG = "MOE_TOOLS_DEBUG"
 GRACE = 20
-"""Seconds; a launcher ends all processes when one has failed."""
+"""Seconds that other processes wait before they fail: the launcher usually ends them first."""
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes."""
+"""The exit codes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With MOE_TOOLS_DEBUG=1 an error keeps its traceback, and no warning is hidden.
     """
+    passive_waiting()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed says it here and in LOCAL_RANK
         words = words[1:]
@@ -89,7 +91,7 @@ def _run(words: list[str]) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A mistake is one line, like every other mistake."""
+    """Raises a mistake on the command line as a ValueError, which becomes one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see `{self.prog} --help`)")
@@ -126,7 +128,7 @@ def _debugging() -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Our own log on stderr; no warnings of other packages, unless someone is debugging."""
+    """Sends our log to standard error, and hides warnings of other packages unless debugging."""
     ours, handler = logging.getLogger("moe_tools"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("moe-tools: %(message)s"))
     level, handlers, propagate = ours.level, ours.handlers, ours.propagate

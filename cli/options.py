@@ -9,14 +9,31 @@ PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--dtype and --device, for `moe_tools.cli.common.pick_dtype` and `pick_device`."""
+    """Adds --dtype and --device of a model that is read (`moe_tools.cli.common.pick_dtype`)."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="of the weights; auto: bf16 where the device computes in it, else fp32",
     )
+    _add_device_option(parser)
+
+
+def add_donor_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype and --device of a model that is converted and written."""
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights")
+    _add_device_option(parser)
+
+
+def _add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
+
+
+def add_json_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --json, which writes `what`."""
+    parser.add_argument(
+        "--json", type=json_target, metavar="FILE", help=f"write {what}; - is standard output"
+    )
 
 
 def json_target(word: str) -> str:

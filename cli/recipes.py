@@ -12,12 +12,12 @@ SUMMARY = "list the recipes there are, or print one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("name", nargs="?", help="print this recipe; without it, list all")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints a list or a file."""
+    """Prints the list of recipes, or one of them."""
     if args.name is not None:
         sys.stdout.write(recipe_path(args.name).read_text(encoding="utf-8"))
         return 0

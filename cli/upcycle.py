@@ -17,7 +17,7 @@ logger = logging.getLogger("moe_tools.upcycle")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb's options."""
+    """Adds this verb's options."""
     parser.add_argument("model", help="dense llama or mistral: folder, hub id or GGUF file")
     parser.add_argument("--output", required=True, help="new folder")
     parser.add_argument("--num-experts", type=positive, default=8, help="of a layer; default: 8")

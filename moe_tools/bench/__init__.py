@@ -1,1 +1,1 @@
-"""Time things: an FFN, its kernels, generation, a training step, clustering."""
+"""Benchmarks: one FFN, its kernels, generation, a training step, clustering."""

@@ -6,9 +6,8 @@ Letters: F neurons, E experts, X feature dimension.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +30,14 @@ class Clustering:
     experts: int
     seconds: float
     objective: float
-    """Sum of squared distances to the mean of the own expert."""
+    """Sum of the squared distances between neurons and the mean of their expert."""
     smallest: int
-    """Neurons of the smallest expert, then of the largest."""
+    """Number of neurons in the smallest expert; below it, in the largest."""
     largest: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def bench_clustering(shape: str) -> list[Clustering]:
-    """Ours, and min-cost flow where that package is installed and the size lets it finish.
+    """Times our clustering, and min-cost flow where it is installed and the size lets it finish.
 
     Raises:
         ValueError: an unknown shape.
@@ -63,7 +58,7 @@ def bench_clustering(shape: str) -> list[Clustering]:
 
 
 def planted_rows(neurons: int, width: int, experts: int) -> Tensor:
-    """Unit rows around three times as many centres as experts: clusters, but no clear ones."""
+    """Draws unit rows around three times as many centres as experts: no clusters are clear."""
     random = torch.Generator().manual_seed(0)
     centres = torch.randn(3 * experts, width, generator=random)
     own = torch.randint(3 * experts, (neurons,), generator=random)

@@ -1,24 +1,27 @@
 """Time of one FFN, dense and routed, in one interleaved run. Letters: T tokens, D width, F neurons.
 
 A converted model computes every neuron and masks: the figures say what routing costs on top.
-`bench_kernels` times the kernels that leave neurons out.
+`moe_tools.bench.kernels` times the kernels that leave neurons out.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_tools.bench.rounds import in_turn, median_ratio, seconds
 from moe_tools.experts.conversion import Conversion, attach_experts
 
 SHAPES = {"smollm2-135m": (576, 1536), "llama2-7b": (4096, 11008), "d2048": (2048, 8192)}
 """Name -> (D, F) of a gated FFN."""
+WARM_UP = 2
+"""Rounds before the first that counts: they warm caches and allocators."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,9 @@ class Timing:
     ratio: float
     """Median of routed / dense, pair by pair."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 def widths(shape: str) -> tuple[int, int]:
-    """(D, F) of a name, or of "DxF".
+    """Returns (D, F) for a name, or for "DxF".
 
     Raises:
         ValueError: neither.
@@ -54,7 +53,7 @@ def widths(shape: str) -> tuple[int, int]:
 def bench_ffn(
     shape: str, *, expert_size: int = 8, dtype: torch.dtype = torch.float32, repeats: int = 15
 ) -> list[Timing]:
-    """Forward at 1 and 512 tokens, and forward with backward at 512.
+    """Times the forward pass at 1 and 512 tokens, and forward with backward at 512.
 
     Raises:
         ValueError: an unknown shape, or a size that exceeds its neurons.
@@ -68,12 +67,12 @@ def bench_ffn(
         x_TD = torch.randn(tokens, width, dtype=dtype)
         backward = operation != "forward"
         pair = [_call(model, x_TD, backward) for model in (dense, routed)]
-        made.append(_timing(operation, tokens, pair[0], pair[1], repeats))
+        made.append(_timing(operation, tokens, pair, repeats))
     return made
 
 
 class _Host(nn.Module):
-    """The least a conversion needs of a model: an FFN of a known class, and a config."""
+    """The smallest model that can be converted: an FFN of a known class, and a config."""
 
     def __init__(self, width: int, neurons: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -94,20 +93,7 @@ def _call(host: nn.Module, x_TD: Tensor, backward: bool) -> Callable[[], None]:
     return call
 
 
-def _timing(
-    operation: str, tokens: int, dense: Callable[[], None], routed: Callable[[], None], repeats: int
-) -> Timing:
-    pairs = []
-    for index in range(repeats + 2):
-        pair = (_milliseconds(dense), _milliseconds(routed))
-        if index >= 2:  # the first calls warm caches and allocators
-            pairs.append(pair)
-    dense_ms, routed_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(routed / dense for dense, routed in pairs)
-    return Timing(operation, tokens, dense_ms, routed_ms, ratio)
-
-
-def _milliseconds(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) * 1e3
+def _timing(operation: str, tokens: int, pair: list[Callable[[], None]], repeats: int) -> Timing:
+    dense, routed = in_turn([partial(seconds, call) for call in pair], repeats, warm_up=WARM_UP)
+    dense_ms, routed_ms = (1e3 * statistics.median(own) for own in (dense, routed))
+    return Timing(operation, tokens, dense_ms, routed_ms, median_ratio(routed, dense))

@@ -13,7 +13,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moe_tools.bench.ffn import widths
+from moe_tools.bench.rounds import in_turn, median_ratio
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.experts.conversion import Conversion, attach_experts
@@ -31,9 +33,9 @@ from moe_tools.inference.quantized_linear import Kind
 from moe_tools.measure.neurons import count_neurons
 
 LAYERS, VOCABULARY, HEAD = 10, 32000, 64
-"""Of the model that a shape makes: HEAD is the width of an attention head, where it divides D."""
+"""Sizes of the model that a shape makes; HEAD is the width of a head, where it divides D."""
 ON = 0.1
-"""Share of its experts that run, whatever the token."""
+"""Share of its experts that run for each token."""
 
 Models = dict[str, PreTrainedModel]
 
@@ -54,13 +56,9 @@ class GenerateTiming:
     decode_speedup: float
     """Medians of this model over the dense one, round by round."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
 
 def folder_models(folder: str, dtype: torch.dtype) -> Models:
-    """A converted folder optimised, as it is, and as the dense model of the same weights.
+    """Loads a converted folder as a dense model, as it is, and optimised.
 
     A folder without routers has two: as it is, which is dense, and optimised.
 
@@ -74,7 +72,7 @@ def folder_models(folder: str, dtype: torch.dtype) -> Models:
 
 
 def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
-    """The same of a random llama of 10 layers, of which a tenth of the experts run for a token.
+    """Makes these three models of a random llama of 10 layers; a tenth of its experts run.
 
     Raises:
         ValueError: an unknown shape, or an expert size that exceeds its neurons.
@@ -96,7 +94,7 @@ def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
 
 
 def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | None) -> None:
-    """One more model: FFNs packed as `packed`, the other linears as `linears`.
+    """Adds one more model: its FFNs packed as `packed`, its other linears as `linears`.
 
     Raises:
         ValueError: what `optimize` refuses.
@@ -131,21 +129,17 @@ def bench_generate(
     seen = models.get("routed", first)
     with quiet_transformers():
         sparsity = _share_off(seen, ids_BT, tokens)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-        for round_ in range(rounds + 1):
-            for name, model in models.items():
-                pair = _seconds(model, ids_BT, tokens)
-                times[name] += [pair] if round_ else []
-    base = next(iter(times.values()))
+        calls = [partial(_seconds, model, ids_BT, tokens) for model in models.values()]
+        found = in_turn(calls, rounds, warm_up=1)
     return [
-        _timing(name, own, base, (prompt, tokens), sparsity if models[name] is not first else 0.0)
-        for name, own in times.items()
+        _timing(name, own, found[0], (prompt, tokens), 0.0 if model is first else sparsity)
+        for (name, model), own in zip(models.items(), found, strict=True)
     ]
 
 
 @contextmanager
 def threads(number: int | None) -> Iterator[int]:
-    """While it lasts, PyTorch and the kernels use that many threads; None changes nothing."""
+    """Lets PyTorch and the kernels use that many threads for a while; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -161,7 +155,7 @@ def _models(dense: PreTrainedModel, routed: PreTrainedModel | None) -> Models:
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the modules around the same parameters."""
+    """Copies the modules, but not the parameters."""
     return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
@@ -172,21 +166,21 @@ def _share_off(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> float:
 
 
 class _Clock(BaseStreamer):
-    """When `generate` handed out the prompt, then each token."""
+    """Notes the moments at which `generate` hands out the prompt and each token."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """A token."""
+        """Notes the moment of a token."""
         self.moments.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to print."""
+        """Does nothing: there is nothing left to print."""
 
 
 def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> tuple[float, float]:
-    """Of the prefill, the first token included, and of the `tokens` after it."""
+    """Times the prefill with its first token, and the `tokens` after it, in seconds."""
     clock, new = _Clock(), tokens + 1
     host: Any = model  # transformers gives `generate` a type that no model has
     began = time.perf_counter()
@@ -209,12 +203,13 @@ def _timing(
     counts: tuple[int, int],
     sparsity: float,
 ) -> GenerateTiming:
-    rates = [
-        count / statistics.median(column)
-        for count, column in zip(counts, zip(*own, strict=True), strict=True)
-    ]
-    speedups = [
-        statistics.median(slow[phase] / quick[phase] for slow, quick in zip(base, own, strict=True))
-        for phase in (0, 1)
-    ]
-    return GenerateTiming(name, sparsity, *rates, *speedups)
+    prefill, decode = (list(phase) for phase in zip(*own, strict=True))
+    slow_prefill, slow_decode = (list(phase) for phase in zip(*base, strict=True))
+    return GenerateTiming(
+        model=name,
+        sparsity=sparsity,
+        prefill=counts[0] / statistics.median(prefill),
+        decode=counts[1] / statistics.median(decode),
+        prefill_speedup=median_ratio(slow_prefill, prefill),
+        decode_speedup=median_ratio(slow_decode, decode),
+    )

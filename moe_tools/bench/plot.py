@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moe_tools.bench.kernels import KernelTiming
+from moe_tools.bench.ways import BASELINE, KernelTiming
 
 
 def plot_kernels(timings: Sequence[KernelTiming], file: str | Path) -> None:
@@ -25,10 +25,10 @@ def plot_kernels(timings: Sequence[KernelTiming], file: str | Path) -> None:
                 lines[f"{timing.operation}, {timing.dtype}"].append(timing)
         for name, own in lines.items():
             axes.plot([t.sparsity for t in own], [t.speedup for t in own], marker="o", label=name)
-        axes.axhline(1.0, linestyle="dashed", color="gray", label="F.linear")
+        axes.axhline(1.0, linestyle="dashed", color="gray", label=BASELINE)
         axes.set_title(f"{tokens} token{'s' if tokens > 1 else ''}")
         axes.set_xlabel("share of the neurons off")
-        axes.set_ylabel("speed, times F.linear")
+        axes.set_ylabel(f"speed, times {BASELINE}")
         axes.set_yscale("log")
         axes.grid(visible=True, which="both", alpha=0.3)
         axes.legend(fontsize="small")

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from moe_tools.bench.rounds import in_turn, median_ratio, seconds
 from moe_tools.checkpoint.loading import load
 from moe_tools.data import Batch
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
@@ -28,7 +28,7 @@ from moe_tools.training.parts import trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
 
 SCHEDULE_STEPS = 1000
-"""Of the schedules: long enough that nothing is at its end."""
+"""Length of the schedules: long enough that none reaches its end."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,7 @@ class StepTiming:
     tokens: int
     milliseconds: float
     ratio: float
-    """Median of this step / the dense one, round by round."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+    """Median of this step's time over the dense one's, round by round."""
 
 
 def bench_train(
@@ -56,7 +52,7 @@ def bench_train(
     length: int = 512,
     rounds: int = 5,
 ) -> list[StepTiming]:
-    """The dense step and the first routed one of a recipe, on random tokens.
+    """Times a dense step and the first routed one of a recipe, on random tokens.
 
     Args:
         source: a dense model.
@@ -78,16 +74,11 @@ def bench_train(
             if kind.mode != "dense":
                 _route(model, recipe, kind)
             calls[name] = _stepper(model, kind, length, Path(work), Launch(device))
-        found = [[_milliseconds(call) for call in calls.values()] for _ in range(rounds + 1)][1:]
+        found = in_turn([partial(seconds, call) for call in calls.values()], rounds, warm_up=1)
     tokens = step.batch_size * step.accumulate * length
     return [
-        StepTiming(
-            name,
-            tokens,
-            statistics.median(row[i] for row in found),
-            statistics.median(row[i] / row[0] for row in found),
-        )
-        for i, name in enumerate(calls)
+        StepTiming(name, tokens, 1e3 * statistics.median(own), median_ratio(own, found[0]))
+        for name, own in zip(calls, found, strict=True)
     ]
 
 
@@ -101,7 +92,7 @@ def _routed_step(recipe: Recipe) -> Train:
 
 
 def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:
-    """Fresh routers: what they cost does not depend on what they learned."""
+    """Attaches fresh routers: their cost does not depend on what they learned."""
     size = next(s.expert_size for s in recipe.steps if isinstance(s, Split))
     attach = next(s for s in recipe.steps if isinstance(s, Attach))
     spec = Conversion("bench", size, attach.router, attach.selector)
@@ -113,7 +104,7 @@ def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:
 def _stepper(
     model: PreTrainedModel, step: Train, length: int, work: Path, launch: Launch
 ) -> Callable[[], None]:
-    """One optimizer step a call, as the Trainer takes it."""
+    """Makes a call that takes one optimizer step, as the Trainer does."""
     drawn = torch.Generator().manual_seed(0)
     vocabulary = len(model.get_input_embeddings().get_parameter("weight"))
     size = (step.batch_size, length)
@@ -139,9 +130,3 @@ def _stepper(
             torch.cuda.synchronize()
 
     return call
-
-
-def _milliseconds(call: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    call()
-    return (time.perf_counter() - began) * 1e3

@@ -1,4 +1,4 @@
-"""What was measured of a converted folder, in its model card."""
+"""Writes what was measured of a converted folder into its model card."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from moe_tools.report.report import Row, to_json
 
 
 def write_figures(folder: Path, rows: Sequence[Row]) -> None:
-    """Leaves the rows in the folder, and in its card.
+    """Writes the rows into the folder, and into its card.
 
-    Of a sweep the points are left out: the card speaks of the model as it was saved.
+    The points of a sweep are left out: the card speaks of the model as it was saved.
 
     Raises:
         ValueError: no folder of a converted model, or a card that moe-tools did not write.

@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.loading import is_classifier, is_classifier_source, load, load_tokenizer
-from moe_tools.data import Batch, Text, blocks, labelled_batches, labelled_blocks, token_count
-from moe_tools.data.holdout import TextSplit
+from moe_tools.data import token_count
 from moe_tools.experts.conversion import read_conversion
-from moe_tools.experts.prediction import merge_predictions
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, evaluate
-from moe_tools.measure.tasks import Tasks, run_tasks
-from moe_tools.names import CONFIG, CONTROL, METRICS
-from moe_tools.report.report import Role, Row
+from moe_tools.measure.tasks import run_tasks
+from moe_tools.report.entries import Entry, find_control, row
+from moe_tools.report.report import Row
+from moe_tools.report.setup import Setup
 
 logger = logging.getLogger(__name__)
-
-CALIBRATION = 8192
-"""Training tokens that set the thresholds of the baselines."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What every row has in common."""
-
-    data: str = "docs"
-    """Its held-out part is the text."""
-    tokens: int = 32768
-    block_length: int = 512
-    """Tokens."""
-    batch_size: int = 4
-    """Blocks of one forward pass."""
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    seed: int = 0
-    """Which tokens of an encoder's blocks are masked; what tasks draw."""
-    tasks: Tasks = field(default_factory=Tasks)
-    """Of lm-evaluation-harness, beside the perplexity."""
 
 
 def compare(sources: Sequence[str], setup: Setup, *, donor: str | None = None) -> list[Row]:
@@ -84,178 +57,113 @@ class Bench:
         setup.tasks.check()
         self.setup = setup
         self.tokenizer = load_tokenizer(first)
-        classify = is_classifier_source(first) if classify is None else classify
-        read = _labelled if classify else _blocks
-        self.text: Text = read(setup, self.tokenizer, "heldout", setup.tokens)
-        self.done: dict[str, Evaluation] = {}
-        self.tasks: dict[str, dict[str, float]] = {}
-        self.sources: dict[str, str] = {}
-        """Name of a row that was asked for -> its folder."""
-        self.settings: dict[str, dict[str, float]] = {}
-        """Name of a row -> the knob of its selectors, where it is not the saved one."""
-        self.series: dict[str, str] = {}
-        """Name of a row -> the line of a plot that it belongs to, where that is not the folder."""
-        self.controls: dict[str, str | None] = {}
-        """Name of a row -> its dense control."""
-        self.named_donors: dict[str, str | None] = {}
-        self.refused: set[str] = set()
-        """Donors that cannot be evaluated."""
+        self.classify = is_classifier_source(first) if classify is None else classify
+        self.text = setup.text(self.tokenizer, self.classify)
+        self.entries: list[Entry] = []
+        """The models that were asked for, in the order of their rows."""
 
-    def measure(self, source: str, series: str = "", control: str | None = None) -> None:
+    def measure(self, folder: str, series: str = "", control: str | None = None) -> None:
         """Loads and evaluates a model, unless that is done."""
-        self.sources.setdefault(source, source)
-        self.series.setdefault(source, series)
-        self.controls.setdefault(source, control or find_control(source))
-        self._measure_once(source)
+        if all(entry.name != folder for entry in self.entries):
+            entry = self._entry(folder, self.load(folder), folder)
+            control = control or find_control(folder)
+            self.entries.append(replace(entry, series=series, control=control))
 
-    def _measure_once(self, source: str) -> None:
-        if source not in self.done:
-            self.evaluate(source, self.load(source))
+    def measure_at(self, setting: dict[str, float], folder: str, model: PreTrainedModel) -> None:
+        """Evaluates a model of a folder at another setting of its selectors, as it stands."""
+        knobs = ", ".join(f"{knob} {value:g}" for knob, value in setting.items())
+        entry = self._entry(f"{folder} at {knobs}", model, folder)
+        self.entries.append(replace(entry, setting=setting, control=find_control(folder)))
 
-    def load(self, source: str) -> PreTrainedModel:
-        """A model whose tokens are those of the text."""
-        _check_tokenizer(source, self.tokenizer)
-        model = load(source, dtype=self.setup.dtype, device=self.setup.device)
-        if isinstance(self.text, Tensor) == is_classifier(model):
-            raise ValueError(f"{source}: classifiers and language models do not compare")
-        conversion = read_conversion(model)
-        self.named_donors[source] = None if conversion is None else conversion.donor
+    def measure_baseline(
+        self, kind: Baseline, sparsity: float, donor: str, control: str | None
+    ) -> None:
+        """Evaluates a donor, or its dense control, under thresholds set on the training text."""
+        model = self.load(control or donor)
+        with thresholded(model, kind, sparsity, self.calibration_BT) as sites:
+            entry = self._entry(f"{kind} at {sparsity:g}", model, donor)
+        saved = sum(site.saved for site in sites) / token_count(self.text)
+        seen = _with_saved(entry.evaluation, saved)
+        self.entries.append(replace(entry, evaluation=seen, series=kind.upper(), control=control))
+
+    def load(self, folder: str) -> PreTrainedModel:
+        """Loads a model whose tokens are those of the text."""
+        _check_tokenizer(folder, self.tokenizer)
+        model = load(folder, dtype=self.setup.dtype, device=self.setup.device)
+        if is_classifier(model) != self.classify:
+            raise ValueError(f"{folder}: classifiers and language models do not compare")
         return model
 
-    def evaluate(self, name: str, model: PreTrainedModel) -> None:
-        """Evaluates a model as it stands, under a name."""
+    def _entry(self, name: str, model: PreTrainedModel, folder: str) -> Entry:
+        """Evaluates a model as it stands."""
+        setup, conversion, tasks = self.setup, read_conversion(model), dict[str, float]()
+        seen = self._evaluate(name, model)
+        if setup.tasks.names:
+            tasks = run_tasks(
+                model, self.tokenizer, setup.tasks, batch_size=setup.batch_size, seed=setup.seed
+            )
+        donor = None if conversion is None else conversion.donor
+        return Entry(name, folder, seen, tasks, donor=donor)
+
+    def _evaluate(self, title: str, model: PreTrainedModel) -> Evaluation:
         if not isinstance(self.text, Tensor):
-            self.done[name] = evaluate_classifier(model, self.text, title=name)
-            self._run_tasks(name, model)
-            return
-        self.done[name] = evaluate(
+            return evaluate_classifier(model, self.text, title=title)
+        return evaluate(
             model,
             self.text,
             batch_size=self.setup.batch_size,
-            title=name,
+            title=title,
             mask_token=self.tokenizer.mask_token_id,
             seed=self.setup.seed,
         )
-        self._run_tasks(name, model)
-
-    def _run_tasks(self, name: str, model: PreTrainedModel) -> None:
-        setup = self.setup
-        if setup.tasks.names:
-            self.tasks[name] = run_tasks(
-                model, self.tokenizer, setup.tasks, batch_size=setup.batch_size, seed=setup.seed
-            )
-
-    def baseline(self, kind: Baseline, sparsity: float, source: str, control: str | None) -> None:
-        """Evaluates a donor, or its dense control, under thresholds set on the training text."""
-        model, name = self.load(control or source), f"{kind} at {sparsity:g}"
-        with thresholded(model, kind, sparsity, self.calibration_BT) as sites:
-            self.evaluate(name, model)
-        seen = self.done[name]
-        saved = sum(site.saved for site in sites) / token_count(self.text)
-        flops = replace(seen.flops, ffn=seen.flops.ffn_dense - saved)
-        off = saved / seen.flops.ffn_dense
-        self.done[name] = replace(seen, flops=flops, ffn_sparsity=off)
-        self.sources[name], self.series[name] = source, kind.upper()
-        self.controls[name] = control
 
     @cached_property
     def calibration_BT(self) -> Tensor:
-        """Training text."""
-        setup, classify = self.setup, not isinstance(self.text, Tensor)
-        if classify:
-            batches = _labelled(setup, self.tokenizer, "train", CALIBRATION)
-            return labelled_blocks(batches, setup.block_length)
-        return _blocks(setup, self.tokenizer, "train", CALIBRATION)
+        """Training text for the thresholds of the baselines."""
+        return self.setup.calibration_BT(self.tokenizer, self.classify)
 
     def rows(self, donor: str | None = None) -> list[Row]:
-        """Donors first, then each row that was asked for, after its control."""
-        if donor is not None:
-            self._measure_once(donor)
-        folders = dict.fromkeys(self.sources.values())
-        donors = {folder: donor or self.find_donor(folder) for folder in folders}
-        rows = {name: self.row(name, "donor") for name in donors.values() if name is not None}
-        for name, folder in self.sources.items():
-            control = self.controls.get(name, find_control(folder))
-            if control is not None:
-                self._measure_once(control)
-                rows.setdefault(control, self.row(control, "control", donors[folder]))
-            rows.setdefault(name, self.row(name, "model", donors[folder], control))
-        return list(rows.values())
+        """Returns donors first, then each model that was asked for, after its control."""
+        known = {entry.name: entry for entry in reversed(self.entries)}
+        donors = self._donors(known, donor)
+        made = {one.name: row(one, "donor", self.setup) for one in donors.values() if one}
+        for entry in self.entries:
+            own, control = donors.get(donor or entry.donor), None
+            if entry.control is not None:
+                control = self._known(known, entry.control)
+                beside = row(control, "control", self.setup, donor=own)
+                made.setdefault(control.name, beside)
+            line = row(entry, "model", self.setup, donor=own, control=control)
+            made.setdefault(entry.name, line)
+        return list(made.values())
 
-    def find_donor(self, source: str) -> str | None:
-        """The donor that a converted folder names, if it can still be evaluated."""
-        donor = self.named_donors.get(source)
-        if donor is None or donor in self.refused:
-            return None
-        try:
-            self._measure_once(donor)
-        except ValueError as error:
-            self.refused.add(donor)
-            logger.warning("no row for the donor of %s, give --donor: %s", source, error)
-            return None
-        return donor
+    def _donors(self, known: dict[str, Entry], given: str | None) -> dict[str | None, Entry | None]:
+        """Maps the folder of each donor to its entry, or to None if it cannot be evaluated."""
+        if given is not None:
+            return {given: self._known(known, given)}
+        found: dict[str | None, Entry | None] = {}
+        for entry in self.entries:
+            if entry.donor is None or entry.donor in found:
+                continue
+            try:
+                found[entry.donor] = self._known(known, entry.donor)
+            except ValueError as error:
+                found[entry.donor] = None
+                message = "no row for the donor of %s, give --donor: %s"
+                logger.warning(message, entry.folder, error)
+        return found
 
-    def row(
-        self, source: str, role: Role, donor: str | None = None, control: str | None = None
-    ) -> Row:
-        """One line, relative to a donor and a control."""
-        seen, setup = self.done[source], self.setup
-        folder = self.sources.get(source, source)
-
-        def ratio(other: str | None) -> float | None:
-            if other is None or seen.accuracy is not None:
-                return None
-            return seen.perplexity / self.done[other].perplexity
-
-        return Row(
-            model=source if self.series.get(source) else folder,
-            role=role,
-            series=self.series.get(source, ""),
-            setting=self.settings.get(source, {}),
-            perplexity=seen.perplexity,
-            accuracy=seen.accuracy,
-            nats_per_token=seen.nats_per_token,
-            ratio_to_control=ratio(control),
-            ratio_to_donor=ratio(donor),
-            ffn_sparsity=seen.ffn_sparsity,
-            ffn_dense_flops=seen.flops.ffn_dense,
-            ffn_flops=seen.flops.ffn,
-            router_flops=seen.flops.router,
-            total_flops=seen.flops.total,
-            total_dense_flops=seen.flops.total_dense,
-            train_tokens=_train_tokens(folder),
-            tokens=seen.tokens,
-            seconds=seen.seconds,
-            data=setup.data,
-            block_length=setup.block_length,
-            dtype=str(setup.dtype).removeprefix("torch."),
-            device=setup.device,
-            layer_sparsity=seen.layer_sparsity,
-            zeros=seen.zeros,
-            tasks=self.tasks.get(source, {}),
-            **_prediction(seen),
-            two_levels=None if seen.two_levels is None else asdict(seen.two_levels),
-            moe_layers={name: asdict(levels) for name, levels in seen.moe_layers.items()},
-        )
+    def _known(self, known: dict[str, Entry], folder: str) -> Entry:
+        """Returns the entry of a donor or a control, which is evaluated where `known` lacks it."""
+        if folder not in known:
+            known[folder] = self._entry(folder, self.load(folder), folder)
+        return known[folder]
 
 
-def _labelled(
-    setup: Setup, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
-) -> list[Batch]:
-    return labelled_batches(
-        setup.data,
-        tokenizer,
-        split=split,
-        length=setup.block_length,
-        batch_size=setup.batch_size,
-        tokens=tokens,
-    )
-
-
-def _blocks(
-    setup: Setup, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
-) -> Tensor:
-    return blocks(setup.data, tokenizer, split=split, length=setup.block_length, tokens=tokens)
+def _with_saved(seen: Evaluation, saved: float) -> Evaluation:
+    """Takes what is saved, in FLOPs per token, from the FFNs of a dense model's figures."""
+    flops = replace(seen.flops, ffn=seen.flops.ffn_dense - saved)
+    return replace(seen, flops=flops, ffn_sparsity=saved / seen.flops.ffn_dense)
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -268,28 +176,3 @@ def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"{source} has another tokenizer than {tokenizer.name_or_path}, so their perplexities "
             "cannot be compared: evaluate them one by one"
         )
-
-
-def find_control(source: str) -> str | None:
-    """The dense control inside a run's folder."""
-    folder = Path(source) / CONTROL
-    return str(folder) if (folder / CONFIG).is_file() else None
-
-
-def _prediction(seen: Evaluation) -> dict[str, Any]:
-    """The fields of a row that speak of neuron predictors."""
-    if not seen.predictions:
-        return {}
-    overall = merge_predictions(seen.predictions.values())
-    each = {name: one.figures() for name, one in seen.predictions.items() if one.seen}
-    return {"recall": overall.recall, "precision": overall.precision, "layer_prediction": each}
-
-
-def _train_tokens(source: str) -> int | None:
-    """What the run that wrote a folder says about its training."""
-    try:
-        metrics = json.loads((Path(source) / METRICS).read_text())
-    except (OSError, ValueError):
-        return None
-    tokens = metrics.get("train_tokens") if isinstance(metrics, dict) else None
-    return tokens if isinstance(tokens, int) else None

@@ -48,34 +48,34 @@ class Row:
     layer_sparsity: dict[str, float] = field(default_factory=dict)
     """FFN name -> share of its neurons off."""
     two_levels: dict[str, float] | None = None
-    """Of an MoE host's layers: share of the neurons in experts that it did not choose (experts);
-    off, or exactly 0, inside the others (neurons); for either reason (both). None: it has none."""
+    """Shares of the neurons in MoE layers: in experts that the host did not choose (experts); off,
+    or exactly 0, inside the others (neurons); for either reason (both). None: no MoE layer."""
     moe_layers: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The same of each MoE layer, by its path."""
+    """Path of each MoE layer -> its own `two_levels`."""
     accuracy: float | None = None
     """Share of held-out texts whose class is right; None: a language model."""
     zeros: float | None = None
     """Share of exact zeros among the neurons that ran; None where the activation gives none."""
     recall: float | None = None
-    """Of neuron predictors: share of the non-zero neurons that are predicted on; None: none."""
+    """Among the non-zero neurons, the share that predictors turn on; None: no predictors."""
     precision: float | None = None
-    """Share of the neurons predicted on that are non-zero."""
+    """Among the neurons that predictors turn on, the share that is non-zero."""
     layer_prediction: dict[str, dict[str, float]] = field(default_factory=dict)
-    """FFN name -> its recall, precision and predicted sparsity, and the counts they are of."""
+    """FFN name -> its recall, precision and predicted sparsity, and the counts behind them."""
     tasks: dict[str, float] = field(default_factory=dict)
     """"task metric" of lm-evaluation-harness -> figure."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
-    """Of the selectors, where it is not the one that was saved: knob -> value."""
+    """Knob of the selectors -> value, where it is not the saved one."""
 
     @property
     def ffn_share(self) -> float:
-        """FFN FLOPs, router included, over those of the dense FFNs."""
+        """FLOPs of the FFNs, router included, over those of the dense FFNs."""
         return (self.ffn_flops + self.router_flops) / self.ffn_dense_flops
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with `ffn_share` beside the fields."""
+        """Returns plain data, with `ffn_share` beside the fields."""
         return {**asdict(self), "ffn_share": self.ffn_share}
 
 
@@ -97,7 +97,7 @@ SHARES: dict[str, Share] = {
 
 
 def to_json(rows: Sequence[Row]) -> str:
-    """A list with one object a row.
+    """Writes a JSON list with one object for each row.
 
     Raises:
         ValueError: a number that JSON does not have (NaN, infinity).
@@ -106,7 +106,7 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def read_json(file: Path) -> list[Row]:
-    """The rows that `to_json` wrote to a file.
+    """Reads the rows that `to_json` wrote to a file.
 
     Raises:
         ValueError: the file holds something else.
@@ -123,7 +123,7 @@ def read_json(file: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows as a table; the caption names the text, the dtype and the device.
+    """Makes a table of the rows; its caption names the text, the dtype and the device.
 
     What few models have (`SHARES`, tasks) has a column only where one of them has it.
     """
@@ -160,10 +160,15 @@ def table(rows: Sequence[Row]) -> Table:
     return made
 
 
+def console(file: IO[str]) -> Console:
+    """Makes a console that prints words as they are, brackets too; a pipe gets 120 columns."""
+    width = None if file.isatty() else 120
+    return Console(file=file, width=width, highlight=False, markup=False)
+
+
 def print_table(rows: Sequence[Row], file: IO[str]) -> None:
-    """Writes the table; a pipe gets 120 columns."""
-    wide = None if file.isatty() else 120
-    Console(file=file, width=wide, highlight=False).print(table(rows))
+    """Writes the table."""
+    console(file).print(table(rows))
 
 
 def _cells(row: Row, shares: Iterable[Share]) -> list[str]:
@@ -217,7 +222,7 @@ def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
             f"{cell['ffn_share']:.2f}x",
             *("-" if share is None else f"{share:.2f}" for share in shares),
         )
-    Console(file=file, width=None if file.isatty() else 120, highlight=False).print(made)
+    console(file).print(made)
 
 
 def _text(row: Row) -> str:

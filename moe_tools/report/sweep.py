@@ -1,4 +1,4 @@
-"""One checkpoint, many operating points: the same model at other settings of its selectors."""
+"""One checkpoint at many operating points: other settings of its selectors, a row for each."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from moe_tools.experts.conversion import set_selectors
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.report.compare import Bench, Setup
+from moe_tools.report.compare import Bench
 from moe_tools.report.report import Row
+from moe_tools.report.setup import Setup
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 KNOBS = {"tau": TENTHS, "share": (*TENTHS, 1.0), "p": (*TENTHS, 0.95, 1.0)}
@@ -17,7 +18,7 @@ KNOBS = {"tau": TENTHS, "share": (*TENTHS, 1.0), "p": (*TENTHS, 0.95, 1.0)}
 def sweep(
     source: str, setup: Setup, values: Sequence[float] = (), *, donor: str | None = None
 ) -> list[Row]:
-    """Evaluates a converted model at every value of its selector's knob, the same in all FFNs.
+    """Evaluates a converted model at every value of its selector's knob, one value for all FFNs.
 
     Args:
         source: a converted folder; it is read, and stays as it is.
@@ -42,7 +43,5 @@ def sweep(
     ]
     for value, selectors in points:
         set_selectors(model, selectors)
-        name = f"{source} at {knob} {value:g}"
-        bench.sources[name], bench.settings[name] = source, {knob: value}
-        bench.evaluate(name, model)
+        bench.measure_at({knob: value}, source, model)
     return bench.rows(donor)

@@ -9,8 +9,10 @@ import torch
 
 from moe_tools.measure.baselines import Baseline
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
-from moe_tools.report.compare import Bench, Setup, find_control
+from moe_tools.report.compare import Bench
+from moe_tools.report.entries import find_control
 from moe_tools.report.report import Row
+from moe_tools.report.setup import Setup
 from moe_tools.runs.run import run
 
 
@@ -26,9 +28,9 @@ class Study:
     """A folder for the runs: OUTPUT/RECIPE-SPARSITY."""
     sparsities: tuple[float, ...]
     baselines: tuple[Baseline, ...] = ()
-    """At the same sparsities; on the dense control where there is one, else on the donor."""
+    """Baselines at these sparsities, on the dense control where there is one, else on the donor."""
     tokens: int | None = None
-    """Training tokens of each recipe that trains; None: what it says."""
+    """Training tokens of each recipe that trains; None: as the recipe says."""
     data: str | None = None
     seed: int | None = None
     eval_tokens: int = 32768
@@ -51,7 +53,10 @@ def compare_recipes(study: Study) -> list[Row]:
         for sparsity in study.sparsities
     ]
     task = plan[0][2].task
-    bench = Bench(_setup(study, plan[0][2]), study.model, task == "classify")
+    setup = Setup.of_recipe(
+        plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
+    )
+    bench = Bench(setup, study.model, task == "classify")
     first: dict[str, Path] = {}
     for name, sparsity, recipe in plan:
         folder = study.output / f"{recipe.name}-{sparsity:g}"
@@ -70,7 +75,7 @@ def compare_recipes(study: Study) -> list[Row]:
     control = next(filter(None, (find_control(str(folder)) for folder in first.values())), None)
     for kind in study.baselines:
         for sparsity in study.sparsities:
-            bench.baseline(kind, sparsity, study.model, control)
+            bench.measure_baseline(kind, sparsity, study.model, control)
     return bench.rows(study.model if task == "lm" else None)  # a body without a head has no row
 
 
@@ -82,14 +87,4 @@ def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
         tokens=study.tokens if recipe.train_tokens() else None,
         data=study.data,
         seed=study.seed,
-    )
-
-
-def _setup(study: Study, recipe: Recipe) -> Setup:
-    return Setup(
-        data="docs" if recipe.data == "self" else recipe.data,
-        tokens=study.eval_tokens,
-        block_length=recipe.block_length,
-        dtype=study.dtype,
-        device=study.device,
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from moe_tools.bench.cuda import BATCHES, SPARSITIES, Plan, Way, timings, ways
+from moe_tools.bench.cuda import BATCHES, Plan, ways
+from moe_tools.bench.ways import SPARSITIES, KernelTiming, Way
 from moe_tools.cli.main import main
 
 LLAMA2 = Plan(4096, 11008, 344, torch.bfloat16, l2=50 << 20)
@@ -59,19 +63,6 @@ def test_every_way_runs(found: list[Way], operation: str) -> None:
     assert y_TD.shape == (1, 16) and bool(y_TD.isfinite().all()) and bool(y_TD.any())
 
 
-def test_a_row_is_held_against_dense_of_as_many_tokens() -> None:
-    def way(operation: str, tokens: int, size: int) -> Way:
-        return Way(operation, tokens, 0.5, size, [])
-
-    given = [way("F.linear", 1, 4000), way("experts", 1, 2000), way("F.linear", 4, 4000)]
-    rows = timings(given, [[4.0, 6.0, 5.0], [2.0, 2.0, 1.0], [8.0, 8.0, 8.0]], bandwidth=1e6)
-    assert [row.speedup for row in rows] == [1.0, 3.0, 1.0]  # medians of 2, 3, 5 and of ones
-    assert rows[1].ms == 2.0
-    assert rows[1].gigabytes_per_second == pytest.approx(2000 / 2e-3 / 1e9)
-    assert rows[1].share_of_bandwidth == pytest.approx(1.0)
-    assert rows[1].to_dict()["tokens"] == 1
-
-
 def test_without_a_gpu_it_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,3 +72,19 @@ def test_without_a_gpu_it_is_one_line(
     assert printed.out == ""
     (line,) = printed.err.strip().splitlines()
     assert "bench kernels --device cuda needs a GPU, and torch sees none" in line
+
+
+def test_the_figures_of_a_gpu_are_drawn_and_say_their_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def timed(*args: object, **options: object) -> list[KernelTiming]:
+        dense = KernelTiming("F.linear", "bfloat16", 1, 0.0, 2.0, 1.0, 100.0, 0.5)
+        return [dense, KernelTiming("experts int8", "int8", 1, 0.5, 1.0, 2.0, 25.0, 0.125)]
+
+    monkeypatch.setattr("moe_tools.bench.cuda.bench_cuda", timed)
+    words = ("--plot", str(tmp_path / "speed.svg"), "--json", "-")
+    assert main(["bench", "kernels", "--device", "cuda", *words]) == 0
+    assert "experts int8, int8" in (tmp_path / "speed.svg").read_text()
+    printed = capsys.readouterr()
+    assert [row["dtype"] for row in json.loads(printed.out)["kernels"]] == ["bfloat16", "int8"]
+    assert "experts of 8, fp32, cuda" in printed.err

@@ -11,9 +11,7 @@ import pytest
 from moe_tools.checkpoint.loading import load
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.recipe import read_recipe
-from tests.cli.test_verbs import EVALUATE, Run, rows_of, run, work
-
-__all__ = ["run", "work"]  # fixtures
+from tests.tiny import EVALUATE, Run, rows_of
 
 TRAINED = """
 name: trained

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import MambaConfig, MambaForCausalLM
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.cli.main import main
 from moe_tools.experts.experts import expert_ffns
 from tests.families import build
+from tests.tiny import WORDS, Run, write_passages
+from tests.tiny import build_tokenizer as tokenizer
 
-WORDS = [f"w{index}" for index in range(60)]
 RECIPE = """
 name: mine
 steps:
@@ -27,14 +24,6 @@ steps:
   - attach: {start_sparsity: 0.1, tokens: 256}
   - train: {mode: straight, tokens: 1024, target_sparsity: 0.4, lr: 1e-3}
 """
-Run = Callable[..., tuple[int, str, str]]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {name: i for i, name in enumerate(["[UNK]", "[EOS]", "[MASK]", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", eos_token="[EOS]")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +36,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(build("bert"), folder / "bert", tokenizer())
     mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))
     save(mamba, folder / "mamba", tokenizer())
-    draw = random.Random(0)
-    passages = [" ".join(draw.choices(WORDS, k=30)) for _ in range(200)]
-    (folder / "text.txt").write_text("\n\n".join(passages))
+    write_passages(folder / "text.txt", 200)
     (folder / "short.txt").write_text(" ".join(WORDS))
-    (folder / "medium.txt").write_text("\n\n".join(passages[:25]))
+    write_passages(folder / "medium.txt", 25)
     (folder / "empty.txt").write_text("")
     (folder / "mine.yaml").write_text(RECIPE)
     (folder / "typo.yaml").write_text(RECIPE.replace("start_sparsity", "start_sparsty"))
@@ -60,18 +47,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other").mkdir()
     (folder / "other" / "thesis.txt").write_text("mine")
     return folder
-
-
-@pytest.fixture
-def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`moe-tools convert` in `work`: exit code, standard output, standard error."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(work)
-        code = main(["convert", *words])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def words(**options: str | None) -> list[str]:
@@ -86,12 +61,8 @@ def words(**options: str | None) -> list[str]:
         "dtype": "fp32",
     }
     given = {**defaults, **options}
-    return [
-        word
-        for name, value in given.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", value)
-    ]
+    pairs = {name.replace("_", "-"): value for name, value in given.items() if value is not None}
+    return ["convert", *(word for name, value in pairs.items() for word in (f"--{name}", value))]
 
 
 def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -245,3 +216,15 @@ def test_a_loss_that_is_not_finite_is_exit_code_2(run: Run, work: Path) -> None:
     assert "lower the learning rate" in lines[-1]
     assert not (work / "wild" / "metrics.json").exists()
     assert (work / "wild" / "steps" / "1-attach").is_dir()  # what is done is kept
+
+
+@pytest.mark.slow
+def test_deepspeed_mixed_text_and_tensorboard_are_options_of_convert_too(
+    run: Run, work: Path
+) -> None:
+    line = words(output="zero", json="-", deepspeed="zero2", data=None, report_to="tensorboard")
+    code, out, err = run(*line, "--data", "text.txt:0.5", "medium.txt:0.5")
+    assert code == 0, err
+    donor, model = json.loads(out)
+    assert (donor["data"], model["train_tokens"]) == ("text.txt:0.5 + medium.txt:0.5", 1024)
+    assert list((work / "zero" / "logs" / "2-train").glob("events.*"))

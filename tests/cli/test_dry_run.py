@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moe_tools.cli.main import main
 from tests.families import build
+from tests.tiny import Run
 
-Run = Callable[..., tuple[int, str, str]]
+CONVERT = ("convert", "--dry-run")
 RECIPE = """
 name: mine
 paper: arXiv 2402.06126
@@ -25,22 +24,17 @@ steps:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`moe-tools convert --dry-run` beside a donor without weights, and mine.yaml."""
+def work(tmp_path: Path) -> Path:
+    """Donors without weights, and mine.yaml."""
     for family in ("llama", "gpt2"):
         build(family).config.save_pretrained(tmp_path / family)
     (tmp_path / "mine.yaml").write_text(RECIPE)
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        return main(["convert", "--dry-run", *words]), *capsys.readouterr()
-
-    return call
+    return tmp_path
 
 
 def test_a_dry_run_says_what_would_be_done_and_does_nothing(run: Run, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    code, out, _ = run("--recipe", "mine.yaml", "--model", "llama", "--processes", "2")
+    code, out, _ = run(*CONVERT, "--recipe", "mine.yaml", "--model", "llama", "--processes", "2")
     assert code == 0
     assert "recipe  mine (arXiv 2402.06126)" in out
     assert "model   llama: LlamaForCausalLM, " in out
@@ -59,7 +53,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(run: Run, tmp_path: 
 
 
 def test_json_has_every_figure(run: Run) -> None:
-    code, out, _ = run("--recipe", "mine.yaml", "--model", "llama", "--json", "-")
+    code, out, _ = run(*CONVERT, "--recipe", "mine.yaml", "--model", "llama", "--json", "-")
     found = json.loads(out)
     assert code == 0 and [step["verb"] for step in found["steps"]] == [
         "split",
@@ -81,7 +75,7 @@ def test_json_has_every_figure(run: Run) -> None:
 
 def test_options_reach_the_plan(run: Run) -> None:
     words = ("--tokens", "65536", "--data", "no.txt", "--dtype", "fp32", "--expert-size", "4")
-    _, out, _ = run("--recipe", "mine.yaml", "--model", "llama", *words, "--json", "-")
+    _, out, _ = run(*CONVERT, "--recipe", "mine.yaml", "--model", "llama", *words, "--json", "-")
     found = json.loads(out)
     assert found["tokens"] == 65536
     assert found["data"][0]["there"] is False
@@ -109,17 +103,17 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(mistake: str, run: Run) -> None:
     words, message = MISTAKES[mistake]
-    code, out, err = run(*words)
+    code, out, err = run(*CONVERT, *words)
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
     assert message in line
 
 
-def test_without_it_an_output_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "--method", "lte", "--model", "llama"]) == 2
-    assert "--output is required, except with --dry-run" in capsys.readouterr().err
+def test_without_it_an_output_is_needed(run: Run) -> None:
+    code, _, err = run("convert", "--method", "lte", "--model", "llama")
+    assert code == 2 and "--output is required, except with --dry-run" in err
 
 
 def test_what_trains_nothing_needs_its_weights(run: Run) -> None:
-    code, out, _ = run("--method", "cmoe", "--model", "llama", "--expert-size", "8")
+    code, out, _ = run(*CONVERT, "--method", "cmoe", "--model", "llama", "--expert-size", "8")
     assert code == 0 and "weights alone: no step trains" in out

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_verbs import Run, run, work
-
-__all__ = ["run", "work"]  # fixtures
+from tests.tiny import Run
 
 GRID = (
     *("--model", "donor", "--data", "text.txt", "--expert-size", "8", "--dtype", "fp32"),

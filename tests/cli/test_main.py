@@ -9,6 +9,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def test_our_log_is_shown_once_and_put_back(
         return 0
 
     verb(action, name="inner")
-    verb(lambda: action() or main(["inner"]))  # as `convert` calls `evaluate`
+    verb(lambda: action() or main(["inner"]))
     assert main(["probe"]) == 0
     assert capsys.readouterr().err == 2 * "moe-tools: step 1\n"
     assert (logger.level, list(logger.handlers), logger.propagate) == before
@@ -196,6 +197,30 @@ def test_a_warning_of_ours_is_not_hidden(verb: Callable[..., None]) -> None:
     verb(action)
     with pytest.raises(UserWarning, match="ours"):  # an error in every test
         main(["probe"])
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_no_verb_calls_another_through_the_command_line(name: str) -> None:
+    text = (ROOT / "cli" / f"{name}.py").read_text(encoding="utf-8")
+    assert "cli.main" not in text and "argv" not in text
+
+
+def test_convert_and_train_share_their_options() -> None:
+    """They differ in how the recipe is named, and by the table after `convert`."""
+    options: dict[str, dict[str, tuple[object, ...]]] = {}
+    for name in ("convert", "train"):
+        parser = argparse.ArgumentParser()
+        import_module(f"moe_tools.cli.{name}").add_arguments(parser)
+        options[name] = {
+            action.dest: (action.option_strings, action.nargs, action.default, action.help)
+            for action in parser._actions
+        }
+    convert, train = options["convert"], options["train"]
+    assert convert.keys() - train.keys() == {"method", "eval_tokens"}
+    assert train.keys() <= convert.keys()
+    assert {name for name in train if train[name] != convert[name]} == {"recipe"}
+    for name in ("convert", "train"):
+        assert len((ROOT / "cli" / f"{name}.py").read_text().splitlines()) < 50
 
 
 def test_the_program_exits_with_the_code() -> None:

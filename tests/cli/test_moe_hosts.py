@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,11 @@ import torch
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.cli.main import main
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.ffn import find_ffns
-from tests.cli.test_verbs import WORDS, build_tokenizer
 from tests.families import MOE, build
+from tests.tiny import WORDS, Run, build_tokenizer, write_passages
 
-Run = Callable[..., tuple[int, str, str]]
 SHORT = ("--data", "text.txt", "--block-length", "16", "--dtype", "fp32")
 INSIDE = """
 name: inside
@@ -39,24 +35,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("work")
     for family in MOE:
-        save(build(family), folder / family, build_tokenizer(WORDS))
-    draw = random.Random(0)
-    passages = [" ".join(draw.choices(WORDS, k=30)) for _ in range(300)]
-    (folder / "text.txt").write_text("\n\n".join(passages))
+        save(build(family), folder / family, build_tokenizer())
+    write_passages(folder / "text.txt", 300)
     (folder / "inside.yaml").write_text(INSIDE)
     return folder
-
-
-@pytest.fixture
-def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`moe-tools` in `work`: exit code, standard output, standard error."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(work)
-        code = main(words)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def converted(run: Run, family: str, *what: str) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from moe_tools.checkpoint.saving import save
-from moe_tools.cli.main import main
 from moe_tools.recipe import recipe_path
-from tests.cli.test_verbs import WORDS, build_tokenizer
 from tests.families import build, is_router
+from tests.tiny import Run, build_tokenizer, write_passages
 
-Run = Callable[..., tuple[int, str, str]]
 TEXT = ("--data", "text.txt", "--block-length", "16", "--dtype", "fp32")
 
 
@@ -26,10 +22,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """donor/, text.txt, and the shipped recipe for less text."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("work")
-    draw = random.Random(0)
-    passages = [" ".join(draw.choices(WORDS, k=30)) for _ in range(700)]
-    (folder / "text.txt").write_text("\n\n".join(passages))
-    save(build("opt"), folder / "donor", build_tokenizer(WORDS))
+    write_passages(folder / "text.txt", 700)
+    save(build("opt"), folder / "donor", build_tokenizer())
     shipped = recipe_path("predictors").read_text()
     small = shipped.replace("tokens: 65536, epochs: 10", "tokens: 4096, batch_size: 128, epochs: 4")
     assert small != shipped
@@ -40,18 +34,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"  - attach: {{router: {router}, tokens: 64}}\n  - fit: {{tokens: 1024}}\n"
         )
     return folder
-
-
-@pytest.fixture
-def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`moe-tools` in `work`: exit code, standard output, standard error."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(work)
-        code = main(words)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def convert(run: Run, recipe: str, output: str) -> tuple[int, str, str]:

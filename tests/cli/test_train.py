@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from moe_tools.checkpoint.saving import save
-from moe_tools.cli.main import main
-from tests.cli.test_convert import RECIPE, WORDS, tokenizer
+from tests.cli.test_convert import RECIPE
 from tests.families import build
+from tests.tiny import Run, build_tokenizer, passages
 
-Run = Callable[..., tuple[int, str, str]]
+SIZES = ("--dtype", "fp32", "--device", "cpu", "--block-length", "16")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("work")
-    save(build("llama"), folder / "donor", tokenizer())
-    draw = random.Random(0)
-    passages = [" ".join(draw.choices(WORDS, k=30)) for _ in range(200)]
-    for name, part in (("one", passages[:100]), ("two", passages[100:])):
+    save(build("llama"), folder / "donor", build_tokenizer())
+    drawn = passages(200)
+    for name, part in (("one", drawn[:100]), ("two", drawn[100:])):
         lines = [json.dumps({"text": passage}) for passage in part]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     (folder / "empty.jsonl").write_text("")
@@ -40,46 +36,47 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*more: str, recipe: str = "mine.yaml", output: str = "new", data: Any = "one.jsonl"):
-        monkeypatch.chdir(work)
+def train(run: Run) -> Run:
+    """`moe-tools train` with a good command line, and what is changed in it."""
+
+    def call(
+        *more: str, recipe: str = "mine.yaml", output: str = "new", data: str = "one.jsonl"
+    ) -> tuple[int, str, str]:
         given = ["train", recipe, "--model", "donor", "--output", output, "--data", *data.split()]
-        sizes = ["--dtype", "fp32", "--device", "cpu", "--block-length", "16"]
-        code = main([*given, *sizes, *more])
-        return code, *capsys.readouterr()
+        return run(*given, *SIZES, *more)
 
     return call
 
 
-def test_a_dry_run_writes_nothing(run: Run, work: Path) -> None:
-    code, out, _ = run("--dry-run", output="never")
+def test_a_dry_run_writes_nothing(train: Run, work: Path) -> None:
+    code, out, _ = train("--dry-run", output="never")
     assert code == 0 and "mine" in out and "ZeRO" in out
     assert not (work / "never").exists()
 
 
-def test_it_writes_what_convert_writes(run: Run, work: Path) -> None:
-    code, out, _ = run(output="trained")
+def test_it_writes_what_convert_writes(train: Run, run: Run, work: Path) -> None:
+    code, out, _ = train(output="trained")
     assert (code, out) == (0, "")
-    options = ["--recipe", "mine.yaml", "--model", "donor", "--output", "converted"]
-    sizes = ["--dtype", "fp32", "--device", "cpu", "--block-length", "16", "--eval-tokens", "0"]
-    assert main(["convert", *options, "--data", "one.jsonl", *sizes]) == 0
+    options = ("--recipe", "mine.yaml", "--model", "donor", "--output", "converted")
+    data = ("--data", "one.jsonl", "--eval-tokens", "0")
+    assert run("convert", *options, *SIZES, *data)[0] == 0
     mine = load_file(work / "trained" / "model.safetensors")
     theirs = load_file(work / "converted" / "model.safetensors")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    code, _, err = run(output="trained")
+    code, _, err = train(output="trained")
     assert code == 0 and "trained is complete" in err
 
 
-def test_several_sources_are_mixed(run: Run, work: Path) -> None:
-    code, _, _ = run(output="mixed", data="one.jsonl:0.7 two.jsonl:0.3")
+def test_several_sources_are_mixed(train: Run, work: Path) -> None:
+    code, _, _ = train(output="mixed", data="one.jsonl:0.7 two.jsonl:0.3")
     assert code == 0
     assert "data: one.jsonl:0.7 + two.jsonl:0.3" in (work / "mixed" / "recipe.yaml").read_text()
 
 
-def test_tensorboard_s_files_stay(run: Run, work: Path) -> None:
+def test_tensorboard_s_files_stay(train: Run, work: Path) -> None:
     pytest.importorskip("tensorboard")
-    assert run("--report-to", "tensorboard", output="shown")[0] == 0
+    assert train("--report-to", "tensorboard", output="shown")[0] == 0
     (events,) = (work / "shown" / "logs" / "2-train").glob("events.*")
     assert events.stat().st_size > 0
 
@@ -107,16 +104,16 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name: str, run: Run, work: Path) -> None:
+def test_a_mistake_is_one_line(name: str, train: Run, work: Path) -> None:
     given, more, message = MISTAKES[name]
-    code, out, err = run(*more, **given)
+    code, out, err = train(*more, **given)
     assert (code, out) == (2, "") and message in err
     assert err.startswith("moe-tools: ") and err.count("\n") == 1
     assert not (work / "new").exists()
 
 
-def test_a_loss_that_is_not_finite_keeps_what_is_done(run: Run, work: Path) -> None:
-    code, out, err = run(recipe="wild.yaml", output="wild")
+def test_a_loss_that_is_not_finite_keeps_what_is_done(train: Run, work: Path) -> None:
+    code, out, err = train(recipe="wild.yaml", output="wild")
     assert (code, out) == (2, "")
     assert "lower the learning rate" in err.splitlines()[-1]
     assert (work / "wild" / "steps" / "1-attach").is_dir()

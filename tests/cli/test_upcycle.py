@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,31 +10,23 @@ from transformers import MixtralForCausalLM
 
 from moe_tools.checkpoint.loading import load, load_tokenizer
 from moe_tools.checkpoint.saving import save
-from moe_tools.cli.main import main
-from tests.cli.test_verbs import WORDS, build_tokenizer
 from tests.families import build, logits
-
-Run = Callable[..., tuple[int, str, str]]
+from tests.tiny import Run, build_tokenizer
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`moe-tools upcycle` beside the folders donor, bare and gpt2, and the file file.txt."""
-    save(build("llama", mlp_bias=False), tmp_path / "donor", build_tokenizer(WORDS))
+def work(tmp_path: Path) -> Path:
+    """The folders donor, bare and gpt2, and the file file.txt."""
+    save(build("llama", mlp_bias=False), tmp_path / "donor", build_tokenizer())
     save(build("mistral"), tmp_path / "bare")
     save(build("gpt2"), tmp_path / "gpt2")
     (tmp_path / "file.txt").write_text("mine")
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        return main(["upcycle", *words]), *capsys.readouterr()
-
-    return call
+    return tmp_path
 
 
 def test_the_folder_is_a_stock_mixtral_of_the_donor_s_function(run: Run) -> None:
     words = ("--num-experts", "3", "--top-k", "1", "--dtype", "fp32")
-    code, _, err = run("donor", "--output", "moe", *words)
+    code, _, err = run("upcycle", "donor", "--output", "moe", *words)
     assert code == 0
     assert "moe: 1 of 3 experts a token, 0.0M parameters" in err
     model = MixtralForCausalLM.from_pretrained("moe")
@@ -51,7 +42,7 @@ def test_seed_and_noise_decide_what_differs(run: Run) -> None:
         "again": ("--noise", "0.1", "--seed", "1"),
         "other": ("--noise", "0.1", "--seed", "2"),
     }.items():
-        assert run("bare", "--output", name, "--dtype", "fp32", *words)[0] == 0
+        assert run("upcycle", "bare", "--output", name, "--dtype", "fp32", *words)[0] == 0
         made[name] = load(name).state_dict()
     key = "model.layers.0.mlp.experts.down_proj"
     assert all(torch.equal(made["one"][name], tensor) for name, tensor in made["again"].items())
@@ -87,7 +78,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_writes_nothing(mistake: str, run: Run, tmp_path: Path) -> None:
     words, message = MISTAKES[mistake]
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = run(*words)
+    code, out, err = run("upcycle", *words)
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
     assert message in line

@@ -4,82 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.cli.common import pick_device, pick_dtype
-from moe_tools.cli.main import main
 from moe_tools.data import blocks
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.swapped import swap_activations
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import natural_sparsity, observe
-from tests.families import EXPERT_SIZE, build, randomize, routed
-
-WORDS = [f"w{index}" for index in range(60)]
-SELECTOR = {"kind": "threshold", "tau": 0.5}
-Run = Callable[..., tuple[int, str, str]]
-
-
-def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[EOS]", "[MASK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]", mask_token="[MASK]"
-    )
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """text.txt, donor/, out/ (a routed copy) and out/control/."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("work")
-    draw = random.Random(0)
-    passages = [" ".join(draw.choices(WORDS, k=30)) for _ in range(200)]
-    (folder / "text.txt").write_text("\n\n".join(passages))
-    donor, tokenizer = build("llama"), build_tokenizer(WORDS)
-    save(donor, folder / "donor", tokenizer)
-    conversion = Conversion(str(folder / "donor"), EXPERT_SIZE, "sigmoid", SELECTOR)
-    model, _ = routed(donor, conversion)
-    randomize(model)
-    save(model, folder / "out", tokenizer)
-    save(build("llama"), folder / "out" / "control", tokenizer)
-    for place, tokens in (("out", 1000), ("out/control", 1200)):
-        (folder / place / "metrics.json").write_text(json.dumps({"train_tokens": tokens}))
-    return folder
-
-
-@pytest.fixture
-def run(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`moe-tools` in `work`: exit code, standard output, standard error."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(work)
-        code = main(words)
-        return code, *capsys.readouterr()
-
-    return call
-
-
-EVALUATE = ("--data", "text.txt", "--tokens", "128", "--block-length", "16", "--dtype", "fp32")
-
-
-def rows_of(run: Run, *words: str) -> list[dict[str, Any]]:
-    code, out, _ = run("evaluate", *words, *EVALUATE, "--json", "-")
-    assert code == 0
-    return json.loads(out)
+from moe_tools.waiting import CHOICES
+from tests.families import EXPERT_SIZE, build
+from tests.tiny import EVALUATE, WORDS, Run, build_tokenizer, rows_of
 
 
 def test_a_folder_stands_beside_its_donor_and_its_control(run: Run, work: Path) -> None:
@@ -102,9 +43,7 @@ def test_a_folder_stands_beside_its_donor_and_its_control(run: Run, work: Path) 
 
 def test_the_figures_are_those_of_evaluate(run: Run, work: Path) -> None:
     *_, row = rows_of(run, "out")
-    text = blocks(
-        str(work / "text.txt"), build_tokenizer(WORDS), split="heldout", length=16, tokens=128
-    )
+    text = blocks(str(work / "text.txt"), build_tokenizer(), split="heldout", length=16, tokens=128)
     expected = evaluate(load(work / "out"), text)
     assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
     assert row["perplexity"] == pytest.approx(math.exp(row["nats_per_token"]))
@@ -175,7 +114,7 @@ def test_other_tokens_cannot_be_compared(run: Run, work: Path) -> None:
 
 
 def test_an_encoder_gets_its_mask_token(run: Run, work: Path) -> None:
-    save(build("bert"), work / "bert", build_tokenizer(WORDS))
+    save(build("bert"), work / "bert", build_tokenizer())
     (row,) = rows_of(run, "bert")
     assert row["tokens"] == 8 * 2  # 15 % of 16
 
@@ -237,7 +176,7 @@ def test_the_sparsity_of_a_generation_is_that_of_its_masks(run: Run, work: Path)
         for ffn, on in zip(expert_ffns(model), (2, 5), strict=True):
             ffn.router.weight.zero_()
             ffn.router.bias.copy_(200.0 * (torch.arange(6) < on) - 100.0)
-    save(model, work / "made", build_tokenizer(WORDS))
+    save(model, work / "made", build_tokenizer())
     _, _, err = run("generate", "made", *GENERATE)
     assert f"FFN sparsity {5 / 12:.1%}" in err
 
@@ -249,7 +188,7 @@ def test_the_seed_decides_what_is_sampled(run: Run) -> None:
 
 
 def test_chat_uses_the_template(run: Run, work: Path) -> None:
-    tokenizer = build_tokenizer(WORDS)
+    tokenizer = build_tokenizer()
     tokenizer.chat_template = "w9 w9 {{ messages[0].content }} w9"
     shutil.copytree(work / "out", work / "chat", dirs_exist_ok=True)
     tokenizer.save_pretrained(work / "chat")
@@ -267,7 +206,7 @@ def test_an_optimised_model_writes_the_same_text(run: Run, packed: tuple[str, ..
 
 
 def test_a_dense_relu_model_is_optimised_too(run: Run, work: Path) -> None:
-    save(build("llama", hidden_act="relu"), work / "relu", build_tokenizer(WORDS))
+    save(build("llama", hidden_act="relu"), work / "relu", build_tokenizer())
     plain = run("generate", "relu", *GENERATE)
     code, out, err = run("generate", "relu", *GENERATE, "--optimize")
     assert code == 0 and out == plain[1] and "; dense, prompt included" in err
@@ -279,7 +218,7 @@ def test_weights_of_eight_bits_write_a_text_too(run: Run) -> None:
 
 
 def test_an_encoder_continues_nothing(run: Run, work: Path) -> None:
-    save(build("roberta"), work / "roberta", build_tokenizer(WORDS))
+    save(build("roberta"), work / "roberta", build_tokenizer())
     code, _, err = run("generate", "roberta", "--prompt", "w1")
     assert code == 2 and "continues no text" in err
 
@@ -333,14 +272,21 @@ def test_doctor_in_json(run: Run) -> None:
     assert facts["tokenizer"]
 
 
+def test_doctor_says_how_threads_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    assert "waiting      OpenMP's own (how PyTorch's threads" in run("doctor", "donor")[1]
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    facts = json.loads(run("doctor", "donor", "--json", "-")[1])
+    assert facts["machine"]["waiting"] == "GOMP_SPINCOUNT=7"
+
+
 def test_doctor_says_what_is_sparse_by_nature(run: Run, work: Path) -> None:
-    save(build("llama", hidden_act="relu"), work / "zeros", build_tokenizer(WORDS))
+    save(build("llama", hidden_act="relu"), work / "zeros", build_tokenizer())
     code, out, _ = run("doctor", "zeros", "--data", "text.txt", "--tokens", "64", "--json", "-")
     natural = json.loads(out)["natural"]
     assert code == 0 and (natural["data"], natural["tokens"]) == ("text.txt", 64)
-    text_BT = blocks(
-        str(work / "text.txt"), build_tokenizer(WORDS), split="train", length=64, tokens=64
-    )
+    text_BT = blocks(str(work / "text.txt"), build_tokenizer(), split="train", length=64, tokens=64)
     expected = natural_sparsity(observe(load(work / "zeros"), text_BT))
     assert natural["zeros"] == pytest.approx(expected.zeros)
     assert natural["sparsity"] == pytest.approx(expected.sparsity)
@@ -366,10 +312,3 @@ def test_doctor_without_a_tokenizer(run: Run, work: Path) -> None:
     save(build("llama"), work / "bare")
     code, out, _ = run("doctor", "bare")
     assert code == 0 and "tokenizer    none" in out and "sparsity" not in out
-
-
-def test_auto_is_a_device_and_a_dtype_that_are_there() -> None:
-    device = pick_device("auto")
-    assert device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert pick_dtype("auto", device) in (torch.bfloat16, torch.float32)
-    assert pick_dtype("fp32", device) == torch.float32

@@ -64,6 +64,11 @@ def test_a_dense_line_says_so() -> None:
     assert expected.split() in shown(DENSE, ROW)
 
 
+@pytest.mark.parametrize("name", ["out[a]", "out[/b]"])
+def test_a_name_in_brackets_is_no_markup(name: str) -> None:
+    assert any(name in words for words in shown(replace(ROW, model=name)))
+
+
 def test_a_sparsity_of_zero_is_not_dense() -> None:
     line = shown(replace(ROW, ffn_sparsity=0.0, layer_sparsity={"a": 0.0}))
     assert any("0.0%" in words for words in line)

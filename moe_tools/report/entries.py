@@ -1,0 +1,113 @@
+"""One evaluated model, and the row that it makes beside its donor and its control."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_tools.experts.prediction import merge_predictions
+from moe_tools.measure.evaluate import Evaluation
+from moe_tools.names import CONFIG, CONTROL, METRICS
+from moe_tools.report.report import Role, Row
+from moe_tools.report.setup import Setup
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One evaluated model."""
+
+    name: str
+    """Tells it from all others: its folder, or its folder and its setting, or a baseline."""
+    folder: str
+    """The model's folder; for a baseline, the donor's."""
+    evaluation: Evaluation
+    tasks: dict[str, float] = field(default_factory=dict)
+    """"task metric" of lm-evaluation-harness -> figure."""
+    setting: dict[str, float] = field(default_factory=dict)
+    """The knob of its selectors, where it is not the saved one."""
+    series: str = ""
+    """The line of a plot that it belongs to, where that is not its folder."""
+    control: str | None = None
+    """The folder of its dense control."""
+    donor: str | None = None
+    """The donor that a converted model names."""
+
+    @property
+    def title(self) -> str:
+        """What the table calls it; a setting has a place of its own in a row."""
+        return self.name if self.series else self.folder
+
+    def ratio(self, other: Entry | None) -> float | None:
+        """Divides its perplexity by another's; None without another, and for classifiers."""
+        if other is None or self.evaluation.accuracy is not None:
+            return None
+        return self.evaluation.perplexity / other.evaluation.perplexity
+
+
+def row(
+    entry: Entry,
+    role: Role,
+    setup: Setup,
+    *,
+    donor: Entry | None = None,
+    control: Entry | None = None,
+) -> Row:
+    """Makes a line of the table, relative to a donor and a control."""
+    seen = entry.evaluation
+    return Row(
+        model=entry.title,
+        role=role,
+        series=entry.series,
+        setting=entry.setting,
+        perplexity=seen.perplexity,
+        accuracy=seen.accuracy,
+        nats_per_token=seen.nats_per_token,
+        ratio_to_control=entry.ratio(control),
+        ratio_to_donor=entry.ratio(donor),
+        ffn_sparsity=seen.ffn_sparsity,
+        ffn_dense_flops=seen.flops.ffn_dense,
+        ffn_flops=seen.flops.ffn,
+        router_flops=seen.flops.router,
+        total_flops=seen.flops.total,
+        total_dense_flops=seen.flops.total_dense,
+        train_tokens=_train_tokens(entry.folder),
+        tokens=seen.tokens,
+        seconds=seen.seconds,
+        data=setup.data,
+        block_length=setup.block_length,
+        dtype=str(setup.dtype).removeprefix("torch."),
+        device=setup.device,
+        layer_sparsity=seen.layer_sparsity,
+        zeros=seen.zeros,
+        tasks=entry.tasks,
+        **_prediction(seen),
+        two_levels=None if seen.two_levels is None else asdict(seen.two_levels),
+        moe_layers={name: asdict(levels) for name, levels in seen.moe_layers.items()},
+    )
+
+
+def find_control(folder: str) -> str | None:
+    """Finds the dense control inside a run's folder, if it has one."""
+    found = Path(folder) / CONTROL
+    return str(found) if (found / CONFIG).is_file() else None
+
+
+def _prediction(seen: Evaluation) -> dict[str, Any]:
+    """Returns the fields of a row that speak of neuron predictors."""
+    if not seen.predictions:
+        return {}
+    overall = merge_predictions(seen.predictions.values())
+    each = {name: one.figures() for name, one in seen.predictions.items() if one.seen}
+    return {"recall": overall.recall, "precision": overall.precision, "layer_prediction": each}
+
+
+def _train_tokens(folder: str) -> int | None:
+    """Returns how many tokens the run that wrote a folder trained on, if it says so."""
+    try:
+        metrics = json.loads((Path(folder) / METRICS).read_text())
+    except (OSError, ValueError):
+        return None
+    tokens = metrics.get("train_tokens") if isinstance(metrics, dict) else None
+    return tokens if isinstance(tokens, int) else None

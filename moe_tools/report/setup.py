@@ -1,0 +1,84 @@
+"""What all rows of a table share: the held-out text, how it is cut, the dtype and the device.
+
+Letters: B blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moe_tools.data import Batch, Text, blocks, labelled_batches, labelled_blocks
+from moe_tools.data.holdout import TextSplit
+from moe_tools.measure.tasks import Tasks
+from moe_tools.recipe import Recipe
+
+CALIBRATION = 8192
+"""Training tokens that set the thresholds of the baselines."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every row has in common."""
+
+    data: str = "docs"
+    """Source of the text, which is its held-out part."""
+    tokens: int = 32768
+    block_length: int = 512
+    """Tokens of a block."""
+    batch_size: int = 4
+    """Blocks of one forward pass."""
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+    """Decides which tokens of an encoder's blocks are masked, and what tasks draw."""
+    tasks: Tasks = field(default_factory=Tasks)
+    """Tasks of lm-evaluation-harness, beside the perplexity."""
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: str) -> Self:
+        """Takes the held-out part of the text that a recipe trains on, in blocks of its length."""
+        return cls(
+            data=held_out(recipe.data),
+            tokens=tokens,
+            block_length=recipe.block_length,
+            dtype=dtype,
+            device=device,
+        )
+
+    def text(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
+        """Reads the held-out text: labelled batches for classifiers, else blocks_BT."""
+        if classify:
+            return self._labelled(tokenizer, "heldout", self.tokens)
+        return self._blocks(tokenizer, "heldout", self.tokens)
+
+    def calibration_BT(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Tensor:
+        """Reads the training text that sets the thresholds of the baselines."""
+        if classify:
+            batches = self._labelled(tokenizer, "train", CALIBRATION)
+            return labelled_blocks(batches, self.block_length)
+        return self._blocks(tokenizer, "train", CALIBRATION)
+
+    def _labelled(
+        self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
+    ) -> list[Batch]:
+        return labelled_batches(
+            self.data,
+            tokenizer,
+            split=split,
+            length=self.block_length,
+            batch_size=self.batch_size,
+            tokens=tokens,
+        )
+
+    def _blocks(self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int) -> Tensor:
+        return blocks(self.data, tokenizer, split=split, length=self.block_length, tokens=tokens)
+
+
+def held_out(data: str) -> str:
+    """Names the source of a recipe's held-out text: docs for `self`, which has no such part."""
+    return "docs" if data == "self" else data
