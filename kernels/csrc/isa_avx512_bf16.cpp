@@ -5,6 +5,16 @@
 #include <immintrin.h>
 
 #include "target.h"
+
+namespace ffn {
+namespace {
+
+// Every CPU runs this one: it stands before the pragma.
+bool runs_here() { return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16"); }
+
+}  // namespace
+}  // namespace ffn
+
 FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")
 #include "avx512.h"
 #include "rows.h"
@@ -90,7 +100,7 @@ constexpr RowKernels kBf16Pairs = {dot<Avx512, Bf16, Bf16Pairs>, add<Avx512, Bf1
 
 extern const Isa kAvx512Bf16 = {
     "avx512_bf16",
-    [] { return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16"); },
+    runs_here,
     {row_kernels<Avx512, float>(), kBf16Pairs, row_kernels<Avx512, Half>(),
      row_kernels<Avx512, std::int8_t>(), row_kernels<Avx512, Int4>()},
     &kAvx512,

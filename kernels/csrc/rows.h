@@ -1,8 +1,10 @@
 // The loops over rows, once for every instruction set. V is the set's vector of floats; Product
 // says how a line of a row meets x.
 //
-// Included behind a `target` pragma: only what is inlined for sure may be called from here, since a
-// shared inline function that was compiled for a newer CPU would be linked into older ones' paths.
+// Included behind a `target` pragma. So everything here is in an unnamed namespace, what does not
+// depend on V too: of an inline function or a template that several files compile under one name,
+// the linker keeps one copy, and that for AVX-512 would then run on every CPU. No header may be
+// included behind the pragma for the first time, but for this one and avx512.h.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +13,14 @@
 #include "isa.h"
 
 namespace ffn {
+namespace {
 
 constexpr int kInFlight = 2048;    // bytes prefetched ahead, over all rows that are read at once
 
 template <class W>
 constexpr int numbers_of_a_line = int(kLine / sizeof(W));
 template <>
-inline constexpr int numbers_of_a_line<Int4> = per_line(DType::i4);
+constexpr int numbers_of_a_line<Int4> = per_line(DType::i4);
 
 // Numbers k * lanes and on of a line, as floats.
 template <class V, class W>
@@ -183,4 +186,5 @@ constexpr RowKernels row_kernels() {
     return {dot<V, W>, add<V, W>, add<V, W>, DType::f32};
 }
 
+}  // namespace
 }  // namespace ffn
