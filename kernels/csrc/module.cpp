@@ -7,6 +7,10 @@
 #include <unistd.h>
 #endif
 
+#include <exception>
+#include <memory>
+#include <new>
+
 #include "sparse_ffn.h"
 
 namespace {
@@ -24,11 +28,25 @@ T* address(unsigned long long value) {
     return reinterpret_cast<T*>(static_cast<std::uintptr_t>(value));
 }
 
+// Calls the body and makes Python exceptions of what it throws: none may cross the C API. Not
+// `catch (...)`: with that, Python could not end a thread that waits for the interpreter's lock.
+template <class Body>
+PyObject* guarded(const Body& body) {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+}
+
 void forget(PyObject* capsule) {
     delete static_cast<Weights*>(PyCapsule_GetPointer(capsule, kCapsule));
 }
 
-PyObject* prepare(PyObject*, PyObject* args) {
+PyObject* prepare_unguarded(PyObject* args) {
     unsigned long long rows, scales, biases, off, down, screen, screen_scales, errors;
     long long neurons, width, lines;
     int inputs, dtype, kinds[2];
@@ -37,7 +55,7 @@ PyObject* prepare(PyObject*, PyObject* args) {
                           &width, &lines, &inputs, &dtype, &kinds[0], &thetas[0], &kinds[1],
                           &thetas[1], &screen, &screen_scales, &errors, &reach))
         return nullptr;
-    auto* weights = new Weights{address<const std::byte>(rows),
+    std::unique_ptr<Weights> weights(new Weights{address<const std::byte>(rows),
                                 address<const float>(scales),
                                 address<const float>(biases),
                                 address<const float>(off),
@@ -51,13 +69,19 @@ PyObject* prepare(PyObject*, PyObject* args) {
                                  Activation{ffn::Act(kinds[1]), thetas[1]}},
                                 {address<const std::byte>(screen),
                                  address<const float>(screen_scales), address<const float>(errors),
-                                 reach}};
-    return PyCapsule_New(weights, kCapsule, forget);
+                                 reach}});
+    PyObject* capsule = PyCapsule_New(weights.get(), kCapsule, forget);
+    if (capsule) weights.release();
+    return capsule;
+}
+
+PyObject* prepare(PyObject*, PyObject* args) {
+    return guarded([&] { return prepare_unguarded(args); });
 }
 
 // run(weights, isa, threads, x, dtype, tokens, mask, experts, y, few, most of few, most of many):
 // once a token and layer, hence without the parser of format strings.
-PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
+PyObject* run_unguarded(PyObject* const* args, Py_ssize_t count) {
     if (count != 12) return PyErr_Format(PyExc_TypeError, "12 arguments, not %zd", count);
     const auto* weights = static_cast<const Weights*>(PyCapsule_GetPointer(args[0], kCapsule));
     if (!weights) return nullptr;
@@ -71,10 +95,20 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
                       DType(int(values[4])),          std::int64_t(values[5]),
                       address<const std::uint8_t>(values[6]), std::int64_t(values[7])};
     std::int64_t read = 0;
+    std::exception_ptr error;
     Py_BEGIN_ALLOW_THREADS;
-    read = ffn::sparse_ffn(*weights, batch, isa, int(values[2]), limits);
+    try {
+        read = ffn::sparse_ffn(*weights, batch, isa, int(values[2]), limits);
+    } catch (...) {
+        error = std::current_exception();
+    }
     Py_END_ALLOW_THREADS;
+    if (error) std::rethrow_exception(error);
     return PyLong_FromLongLong(read);
+}
+
+PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    return guarded([&] { return run_unguarded(args, count); });
 }
 
 PyObject* isas(PyObject*, PyObject*) {

@@ -37,3 +37,14 @@ def compiler() -> CCompiler:
     made = new_compiler()
     customize_compiler(made)
     return made
+
+
+def compile_library(source: Path, folder: Path) -> Path:
+    """A shared library of one C++ source."""
+    made = compiler()
+    objects = made.compile(
+        [str(source)], output_dir=str(folder), extra_postargs=["-std=c++17", "-O1"]
+    )
+    library = folder / f"{source.stem}.so"
+    made.link_shared_object(objects, str(library), target_lang="c++")
+    return library
