@@ -37,6 +37,10 @@ NARROW = 1024
 """Width below which the products are soon made, and what is around them halves the shares."""
 
 
+ALWAYS = Limits(FEW, 1.0, 1.0)
+"""No matrix product is ever faster."""
+
+
 def limits_for(weights: torch.dtype, x: torch.dtype, tokens: int, width: int) -> Limits:
     """What is fastest for weights stored and x given so.
 
@@ -44,6 +48,6 @@ def limits_for(weights: torch.dtype, x: torch.dtype, tokens: int, width: int) ->
     that of fp32 is not on this machine, and the others would be converted at every call.
     """
     if not weights == x == torch.bfloat16:
-        return Limits(FEW, 1.0, 1.0)
+        return ALWAYS
     share = next((share for most, share in MOST_BF16 if tokens <= most), MOST_BF16_BEYOND)
     return Limits(FEW, 1.0, share if width >= NARROW else share / 2)

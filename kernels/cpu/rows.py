@@ -21,6 +21,10 @@ from moe_tools.kernels.quantize import (
 )
 from moe_tools.kernels.weights import FFNWeights
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Of x and y."""
+DTYPES = (*FLOATS, torch.int8, INT4)
+"""Of weights, in the order of csrc/dtype.h."""
 LINE = 64
 """Bytes of a cache line, on which every row begins."""
 HUGE_PAGE = 2 << 20
@@ -45,6 +49,11 @@ class PackedRows:
     """fp32; of the output."""
     down_D: Tensor | None
     """fp32; the output where every neuron is off."""
+
+    @property
+    def parts(self) -> int:
+        """Rows of a neuron: 3 with a gate, 2 without."""
+        return self.bytes_FPB.shape[1]
 
     @property
     def lines(self) -> int:
@@ -93,7 +102,7 @@ def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> PackedRows:
 
 def _with_off(rows: PackedRows, off_F: Tensor) -> Tensor:
     """The output where every neuron is off: one that is on then adds what it is more."""
-    off_D = off_F @ rows.matrix_FD(rows.bytes_FPB.shape[1] - 1, torch.float32)
+    off_D = off_F @ rows.matrix_FD(rows.parts - 1, torch.float32)
     return off_D if rows.bias_D is None else off_D + rows.bias_D
 
 

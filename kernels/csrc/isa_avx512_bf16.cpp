@@ -78,8 +78,8 @@ void add_pairs(const void* const* rows, const float* h, int tokens, float* const
     });
 }
 
-void add_rounded(const Rows& list, const float* h, float* const* y, int tokens, std::int64_t begin,
-                 std::int64_t end) {
+void add_rounded(const RowList& list, const float* h, float* const* y, int tokens,
+                 std::int64_t begin, std::int64_t end) {
     constexpr auto add_exact = add<Avx512, Bf16>;
     int i = 0;
     for (; i + 4 <= list.count; i += 4) {
@@ -89,7 +89,7 @@ void add_rounded(const Rows& list, const float* h, float* const* y, int tokens, 
         add_tokens<Avx512, Bf16, 4, 3>(list.data + i, h + i * tokens + t, tokens, tokens - t, y + t,
                                        list.lines, begin, end);
     }
-    const Rows rest{list.data + i, list.count - i, list.lines};
+    const RowList rest{list.data + i, list.count - i, list.lines};
     if (rest.count) add_exact(rest, h + i * tokens, y, tokens, begin, end);
 }
 

@@ -157,7 +157,7 @@ inline void add_tokens(const void* const* rows, const float* h, int stride, int 
 
 // Four rows at a time, then one: as many streams as the memory serves well.
 template <class V, class W, class Product = Widened<V, W>>
-void dot(const Rows& list, const void* const* x_T, int tokens, float* z) {
+void dot(const RowList& list, const void* const* x_T, int tokens, float* z) {
     constexpr int T = V::tokens;
     int i = 0;
     for (; i + 4 <= list.count; i += 4)
@@ -169,7 +169,7 @@ void dot(const Rows& list, const void* const* x_T, int tokens, float* z) {
 }
 
 template <class V, class W>
-void add(const Rows& list, const float* h, float* const* y, int tokens, std::int64_t begin,
+void add(const RowList& list, const float* h, float* const* y, int tokens, std::int64_t begin,
          std::int64_t end) {
     constexpr int T = V::tokens < 4 ? V::tokens : 4;
     int i = 0;

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import moe_tools.kernels.cpu.packed as backend
+import moe_tools.kernels.cpu.stored as backend
 from moe_tools.kernels.cpu.packed import CpuFFN
 from moe_tools.kernels.weights import FFNWeights
 
