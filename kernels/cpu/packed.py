@@ -5,10 +5,13 @@ Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import Act, named
+from moe_tools.kernels.cpu.op import operands, sparse_ffn_cpu
 from moe_tools.kernels.cpu.rows import DTYPES, FLOATS, pack_rows
 from moe_tools.kernels.cpu.screen import make_screen, no_screen
 from moe_tools.kernels.cpu.stored import Kernel, StoredFFN
@@ -22,6 +25,10 @@ class CpuFFN(PackedFFN):
     An expert that is off contributes nothing, whatever its weights: not even 0 * infinity. Sums
     are in fp32; of more than a few tokens, h is rounded to bf16 where the weights are, as a matrix
     product would. The result depends on the number of threads, not on their timing.
+
+    Under torch.compile it is one operator, without a graph break; that one's dense path reads the
+    copy. A pickle holds what is stored; whoever loads it computes the same y, on the fastest
+    instruction set there unless `isa` names one. A deep copy is the FFN itself.
 
     Args:
         weights: copied; the dense path reads the original where that has the dtype of the copy.
@@ -65,8 +72,15 @@ class CpuFFN(PackedFFN):
             isa=isa,
         )
         keep = or_dense and not sole and weights.up_FD.dtype == dtype
-        self._kernel = Kernel(stored, weights if keep else None)
-        super().__init__(stored.weights(rows.stored_FD))
+        self._hold(stored, weights if keep else None)
+
+    def _hold(self, stored: StoredFFN, original: FFNWeights | None) -> None:
+        self._kernel = Kernel(stored, original)
+        super().__init__(stored.weights(stored.rows.stored_FD))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles what is stored, and the original where that is read: y stays, bit by bit."""
+        return _unpickled, (self._kernel.stored, self._kernel.original)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +101,16 @@ class CpuFFN(PackedFFN):
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         _check_kinds(x_TD, mask_TE, soft=self._kernel.stored.or_dense)
+        if torch.compiler.is_compiling():
+            return sparse_ffn_cpu(x_TD, mask_TE, **operands(self._kernel.stored))
         return self._kernel(x_TD, mask_TE)
+
+
+def _unpickled(stored: StoredFFN, original: FFNWeights | None) -> CpuFFN:
+    """The FFN again, on the kernels of this CPU and with rows that begin on lines and pages."""
+    made = CpuFFN.__new__(CpuFFN)
+    made._hold(stored.aligned(), original)
+    return made
 
 
 def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:

@@ -156,11 +156,22 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
 
 
+def aligned(rows: Tensor) -> Tensor:
+    """Rows of bytes where `allocate` would put them: these, if they are there."""
+    if rows.data_ptr() % _alignment(rows.numel()) == 0:
+        return rows
+    return allocate(tuple(rows.shape)).copy_(rows)
+
+
 def allocate(shape: tuple[int, ...]) -> Tensor:
     """Bytes of memory that begins on a cache line, on huge pages where it is large."""
     size = torch.Size(shape).numel()
-    align = HUGE_PAGE if size >= HUGE_PAGE else LINE
+    align = _alignment(size)
     raw = torch.empty(size + align, dtype=torch.uint8)
     start = -raw.data_ptr() % align
     extension().advise_huge_pages(raw.data_ptr() + start, size)  # before the first write
     return raw[start : start + size].view(shape)
+
+
+def _alignment(size: int) -> int:
+    return HUGE_PAGE if size >= HUGE_PAGE else LINE

@@ -7,7 +7,7 @@ neuron: its rows of gate (if any), up and down; B bytes of a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.dense import dense_ffn
 from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.native import extension, isas
-from moe_tools.kernels.cpu.rows import DTYPES, PackedRows
+from moe_tools.kernels.cpu.rows import DTYPES, PackedRows, aligned
 from moe_tools.kernels.cpu.screen import Screen
 from moe_tools.kernels.weights import FFNWeights
 
@@ -34,6 +34,14 @@ class StoredFFN:
     """Go through matrix products where they are faster, and for soft masks."""
     isa: str | None
     """The instruction set to run on; None is the fastest of this CPU."""
+
+    def aligned(self) -> StoredFFN:
+        """The FFN with rows that begin on cache lines and pages: after a pickle they may not."""
+        rows, screen = self.rows, self.screen
+        rows = replace(rows, bytes_FPB=aligned(rows.bytes_FPB))
+        if screen is not None:
+            screen = replace(screen, rows_FB=aligned(screen.rows_FB))
+        return replace(self, rows=rows, screen=screen)
 
     def weights(self, matrix_FD: Callable[[int], Tensor]) -> FFNWeights:
         """The FFN with the matrices that `matrix_FD` gives for each part, and the stored biases."""
