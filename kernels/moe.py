@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import ActivationLike
-from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.reference import sparse_ffn_reference, weighed
 from moe_tools.kernels.sparse_ffn import triton_kernels
 from moe_tools.kernels.weights import FFNWeights
 
@@ -63,7 +63,7 @@ def moe_ffn(
 ) -> Tensor:
     """y_TD: for each token the sum of its chosen experts' outputs, weighted.
 
-    Differentiable in x, the weights of the experts and `weight_TK`.
+    An expert whose weight is exactly 0 adds nothing, whatever its output. Differentiable in x, the weights of the experts and `weight_TK`.
 
     Args:
         experts: of one layer.
@@ -105,6 +105,6 @@ def _reference(
     for index in chosen_TK.unique().tolist():
         place, token = torch.where((chosen_TK == index).T)
         out_TD = sparse_ffn_reference(experts.of(index), x_TD[token], None)
-        out_TD = out_TD * weight_TK[token, place, None]
+        out_TD = weighed(out_TD, weight_TK[token, place, None])
         y_TD = y_TD.index_add(0, token, out_TD.to(y_TD.dtype))
     return y_TD
