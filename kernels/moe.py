@@ -63,7 +63,8 @@ def moe_ffn(
 ) -> Tensor:
     """y_TD: for each token the sum of its chosen experts' outputs, weighted.
 
-    An expert whose weight is exactly 0 adds nothing, whatever its output. Differentiable in x, the weights of the experts and `weight_TK`.
+    An expert whose weight is exactly 0 adds nothing, whatever its output. Differentiable in x, the
+    weights of the experts and `weight_TK`.
 
     Args:
         experts: of one layer.
