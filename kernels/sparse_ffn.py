@@ -18,7 +18,7 @@ from moe_tools.kernels.activations import ActivationLike
 from moe_tools.kernels.cpu.native import isas
 from moe_tools.kernels.cpu.packed import CpuFFN, unsupported
 from moe_tools.kernels.packed import PackedFFN, ReferenceFFN
-from moe_tools.kernels.quantize import rounded
+from moe_tools.kernels.quantize import QUANTIZED, rounded
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
 
@@ -84,6 +84,10 @@ def pack(
 ) -> PackedFFN:
     """Copies the weights into the form that a backend reads: packed(x_TD, mask_TE) is y_TD.
 
+    The reference has no form of its own for int8 and int4: it rounds the weights to what these
+    could hold and keeps their dtype, which saves no memory. It does so where it is named, being
+    the definition of what the kernels compute; auto refuses.
+
     Args:
         weights: of one FFN.
         dtype: in which they are stored, theirs by default; int8 has one scale a row, int4 one for
@@ -96,13 +100,21 @@ def pack(
             fire, with a margin in standard deviations, or `inf`. The others need none.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run this.
+        ValueError: an unknown backend, one that cannot run this, or int8 and int4 where auto finds
+            no kernel that reads them.
     """
     dtype = dtype or weights.up_FD.dtype
-    auto = _known(backend) == "auto" and unsupported(weights, dtype) is None
-    if auto and (isa := native_cpu()):
-        announce(isa)
-        return CpuFFN(weights, dtype, sole=sole, screen=screen)
+    if _known(backend) == "auto":
+        why_not = unsupported(weights, dtype)
+        if dtype in QUANTIZED and (why := why_not or _missing()):
+            raise ValueError(
+                f"no kernel reads {dtype} here, and PyTorch would only round, without saving "
+                "memory: take fp32, bf16 or fp16, on a GPU backend='triton' for int8, or "
+                f"backend='reference' to round on purpose ({why})"
+            )
+        if why_not is None and (isa := native_cpu()):
+            announce(isa)
+            return CpuFFN(weights, dtype, sole=sole, screen=screen)
     if backend == "cpu":
         return CpuFFN(weights, dtype, or_dense=False, screen=screen)
     if backend == "triton":
@@ -116,11 +128,20 @@ def native_cpu() -> str | None:
 
     The log then warns, once, and says why.
     """
-    try:
+    why = _missing()
+    if why is None:
         return isas()[-1]
+    _log.warning("sparse_ffn runs on PyTorch alone: %s", why)
+    return None
+
+
+def _missing() -> str | None:
+    """Why the native CPU kernels are not there; None when they are."""
+    try:
+        isas()
     except ValueError as error:
-        _log.warning("sparse_ffn runs on PyTorch alone: %s", error)
-        return None
+        return str(error)
+    return None
 
 
 @functools.cache

@@ -110,10 +110,26 @@ class FFNWeights:
         tensors = (self.up_FD, self.down_FD, self.gate_FD, *biases)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
+    def rows(self, neurons: slice) -> FFNWeights:
+        """The FFN of these neurons alone; views."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[neurons]
+
+        return replace(
+            self,
+            up_FD=self.up_FD[neurons],
+            down_FD=self.down_FD[neurons],
+            gate_FD=some(self.gate_FD),
+            up_F=some(self.up_F),
+            gate_F=some(self.gate_F),
+            off_F=some(self.off_F),
+        )
+
     def changed(
         self, matrix: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]
     ) -> FFNWeights:
-        """The same FFN with a function of each matrix and of each bias."""
+        """The FFN with `matrix` applied to each matrix and `bias` to each bias."""
         return replace(
             self,
             up_FD=matrix(self.up_FD),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -164,13 +165,17 @@ def aligned(rows: Tensor) -> Tensor:
 
 
 def allocate(shape: tuple[int, ...]) -> Tensor:
-    """Bytes of memory that begins on a cache line, on huge pages where it is large."""
+    """Bytes of memory that begins on a cache line, on huge pages where it is large.
+
+    Taken by NumPy: of a slice of its memory PyTorch makes a whole tensor, and then a pickle or an
+    exported program holds the slice alone.
+    """
     size = torch.Size(shape).numel()
     align = _alignment(size)
-    raw = torch.empty(size + align, dtype=torch.uint8)
-    start = -raw.data_ptr() % align
-    extension().advise_huge_pages(raw.data_ptr() + start, size)  # before the first write
-    return raw[start : start + size].view(shape)
+    raw = np.empty(size + align, dtype=np.uint8)
+    start = -raw.ctypes.data % align
+    extension().advise_huge_pages(raw.ctypes.data + start, size)  # before the first write
+    return torch.from_numpy(raw[start : start + size]).view(shape)
 
 
 def _alignment(size: int) -> int:

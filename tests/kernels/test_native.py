@@ -13,6 +13,7 @@ import torch
 import moe_tools.kernels.cpu
 from moe_tools.kernels.cpu.native import extension, isas
 from moe_tools.kernels.packed import ReferenceFFN
+from moe_tools.kernels.quantize import QUANTIZED
 from moe_tools.kernels.sparse_ffn import announce, backends, native_cpu, pack, sparse_ffn
 from moe_tools.kernels.weights import FFNWeights
 
@@ -71,6 +72,24 @@ def test_without_it_a_backend_that_was_named_is_an_error() -> None:
         pack(made, backend="cpu")
     with pytest.raises(ValueError, match=r"^the native CPU kernels are not there"):
         sparse_ffn(torch.randn(1, 4), made.up_FD, made.down_FD, act="silu", backend="cpu")
+
+
+@pytest.mark.usefixtures("missing")
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_without_it_few_bits_are_refused_unless_rounding_is_asked_for(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=rf"^no kernel reads {dtype} here, .* \(the native CPU"):
+        pack(weights(), dtype=dtype)
+    assert not caplog.records  # nothing runs on PyTorch alone
+    assert pack(weights(), dtype=dtype, backend="reference").backend == "reference"
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_so_they_are_where_the_kernels_do_not_know_the_activation(dtype: torch.dtype) -> None:
+    made = FFNWeights(torch.randn(6, 4), torch.randn(6, 4), torch.tanh)
+    with pytest.raises(ValueError, match=r"\(backend 'cpu' knows activations by name: give a name"):
+        pack(made, dtype=dtype)
 
 
 # --- the arguments of the compiled module ---------------------------------------------------------
