@@ -1,4 +1,4 @@
-"""The definition of `sparse_ffn`, in plain PyTorch: what every faster backend must equal.
+"""Defines `sparse_ffn` in plain PyTorch: every faster backend must equal it.
 
 Letters: T tokens, D model width, F neurons, E experts.
 """
@@ -15,7 +15,9 @@ from moe_tools.kernels.weights import FFNWeights
 
 
 def sparse_ffn_reference(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
-    """y_TD = sum over the selected experts e of E_e(x); differentiable in every floating input.
+    """Computes y_TD, the sum of E_e(x) over the selected experts e.
+
+    Differentiable in every floating input.
 
     The mask may be boolean (an expert is on or off), floating (a soft weight per expert), or None
     (every expert is on). A neuron of an expert that is off, or whose weight is exactly 0,
@@ -36,7 +38,7 @@ def sparse_ffn_reference(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | No
 
 
 def neuron_mask(mask_TE: Tensor, neurons: int) -> Tensor:
-    """mask_TF: each expert's entry for each of its neurons; the first F mod E have one more."""
+    """Returns mask_TF: the expert's entry for each neuron; the first F mod E have one more."""
     size, longer = divmod(neurons, mask_TE.shape[-1])
     sizes_E = torch.full(mask_TE.shape[-1:], size, device=mask_TE.device)
     sizes_E[:longer] += 1
@@ -44,7 +46,7 @@ def neuron_mask(mask_TE: Tensor, neurons: int) -> Tensor:
 
 
 def weighed(values: Tensor, weight: Tensor) -> Tensor:
-    """The product, which is 0 where the weight is, even of infinity and NaN."""
+    """Returns values * weight, and 0 where the weight is 0, even for an infinite value or NaN."""
     return torch.where((weight == 0) & ~values.isfinite(), 0.0, values) * weight
 
 
@@ -54,7 +56,7 @@ def _hidden(weights: FFNWeights, z_TF: list[Tensor]) -> Tensor:
 
 
 def _detached_where_off(z_TF: Tensor, mask_TF: Tensor) -> Tensor:
-    """z, through which no gradient goes where the mask is zero: it would be 0 * h, at best 0."""
+    """Returns z, which passes no gradient where the mask is 0: it would be 0, or 0 * infinity."""
     return torch.where(mask_TF != 0, z_TF, z_TF.detach()) if z_TF.requires_grad else z_TF
 
 

@@ -1,4 +1,4 @@
-"""The one public operation of `moe_tools.kernels`: an FFN of which only some experts run.
+"""`sparse_ffn`, the public operation of the kernels: an FFN of which only some experts run.
 
 Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 """
@@ -124,7 +124,7 @@ def pack(
 
 @functools.cache
 def native_cpu() -> str | None:
-    """The instruction set of the native CPU kernels; None where they are not there.
+    """Returns the instruction set of the native CPU kernels; None where they are not there.
 
     The log then warns, once, and says why.
     """
@@ -136,7 +136,7 @@ def native_cpu() -> str | None:
 
 
 def _missing() -> str | None:
-    """Why the native CPU kernels are not there; None when they are."""
+    """Returns why the native CPU kernels are not there; None when they are."""
     try:
         isas()
     except ValueError as error:
@@ -146,12 +146,12 @@ def _missing() -> str | None:
 
 @functools.cache
 def announce(isa: str) -> None:
-    """Logs, once, what was chosen."""
+    """Logs once which kernels were chosen."""
     _log.info("sparse_ffn runs on native CPU kernels, %s", isa)
 
 
 def backends() -> list[str]:
-    """The backends of `sparse_ffn` that run here, `auto` left out; the fastest first."""
+    """Returns the backends of `sparse_ffn` that run here, the fastest first, without `auto`."""
     missing = {"cpu": not native_cpu(), "triton": not _has_gpu_and_triton()}
     return [name for name in get_args(Backend)[1:] if not missing.get(name)]
 
@@ -167,7 +167,7 @@ def _triton(weights: FFNWeights) -> ModuleType:
 
 
 def triton_kernels(module: Literal["ffn", "moe"]) -> ModuleType:
-    """The Triton kernels, loaded when they are asked for.
+    """Imports the Triton kernels, on demand.
 
     Raises:
         ValueError: Triton is not installed.

@@ -1,4 +1,4 @@
-"""Every neuron by matrix products, then the mask: what the reference computes, in less memory.
+"""Computes what the reference does, by matrix products over all neurons, in less memory.
 
 Letters: T tokens (any leading dimensions), D model width, F neurons, E experts, N of one expert.
 """
@@ -15,7 +15,7 @@ from moe_tools.kernels.weights import FFNWeights
 
 
 def dense_ffn(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
-    """y_TD; without gradients, since h is written over."""
+    """Returns y_TD, without gradients: h is overwritten."""
     h_TF, *others = (act(linear(x_TD, rows_FD, bias_F)) for rows_FD, bias_F, act in weights.inputs)
     for part_TF in others:
         h_TF.mul_(part_TF)
@@ -25,7 +25,7 @@ def dense_ffn(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | None) -> Tens
 
 
 def _switch(h_TF: Tensor, mask_TE: Tensor, off_F: Tensor | None) -> None:
-    """h = off + mask (h - off), and off where the mask is 0 and h is infinite or NaN."""
+    """Sets h to off + mask (h - off), and to off where the mask is 0 and h is infinite or NaN."""
     mask_TE = mask_TE.to(h_TF.dtype)
     if off_F is not None:
         h_TF.sub_(off_F)
@@ -39,7 +39,7 @@ def _switch(h_TF: Tensor, mask_TE: Tensor, off_F: Tensor | None) -> None:
 
 
 def _runs(h_TF: Tensor, mask_TE: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(h_TEN, mask_TE1) of the experts of one size: the first F mod E have a neuron more."""
+    """Yields (h_TEN, mask_TE1) of the experts of one size: the first F mod E have a neuron more."""
     size, longer = divmod(h_TF.shape[-1], mask_TE.shape[-1])
     in_longer = longer * (size + 1)
     yield h_TF[..., :in_longer].unflatten(-1, (-1, size + 1)), mask_TE[..., :longer, None]

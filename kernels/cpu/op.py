@@ -1,4 +1,4 @@
-"""The operator of the native CPU kernels, for torch.compile and torch.export.
+"""Registers the native CPU kernels as an operator, for torch.compile and torch.export.
 
 Eager calls go past it: an operator of Python costs tens of microseconds a call, the kernels' own
 call less than one. Its operands are tensors, numbers and names, so a graph that holds it can be
@@ -10,7 +10,7 @@ neuron, B bytes of a row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,13 +44,13 @@ def sparse_ffn_cpu(
     or_dense: bool,
     isa: str | None,
 ) -> Tensor:
-    """y_TD; the operands are the fields of `StoredFFN`, of `PackedRows` and of `Screen`."""
+    """Computes y_TD; the operands are the fields of `StoredFFN`, `PackedRows` and `Screen`."""
     rows = PackedRows(bytes_FPB, dtype, width, scales_FP, biases_FP, off_F, bias_D, down_D)
     screen = None
     if screen_FB is not None and screen_scale_F is not None and screen_error_F is not None:
         screen = Screen(screen_FB, screen_scale_F, screen_error_F, screen_reach)
-    acts = _act(act, threshold), _act(up_act, up_threshold)
-    return Kernel(StoredFFN(rows, *acts, screen, or_dense, isa))(x_TD, mask_TE)
+    first, second = Act(cast(ActName, act), threshold), Act(cast(ActName, up_act), up_threshold)
+    return Kernel(StoredFFN(rows, first, second, screen, or_dense, isa))(x_TD, mask_TE)
 
 
 @sparse_ffn_cpu.register_fake
@@ -59,7 +59,7 @@ def _(x_TD: Tensor, *_: Any) -> Tensor:
 
 
 def operands(stored: StoredFFN) -> dict[str, Any]:
-    """What the operator takes besides x and the mask, by name."""
+    """Returns what the operator takes besides x and the mask, by name."""
     rows, screen = stored.rows, stored.screen
     return {
         "bytes_FPB": rows.bytes_FPB,
@@ -81,7 +81,3 @@ def operands(stored: StoredFFN) -> dict[str, Any]:
         "or_dense": stored.or_dense,
         "isa": stored.isa,
     }
-
-
-def _act(name: ActName, threshold: float) -> Act:
-    return Act(name, threshold)

@@ -1,4 +1,4 @@
-"""The native CPU backend: what it can store, and one FFN in its store.
+"""The native CPU backend: which FFNs it can store, and `CpuFFN`, which stores and runs one.
 
 Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 """
@@ -20,15 +20,15 @@ from moe_tools.kernels.weights import FFNWeights
 
 
 class CpuFFN(PackedFFN):
-    """Reads the rows of the experts that some token wants and, behind a gate that is zero, no more.
+    """An FFN on the native kernels: they skip experts that are off, and what a zero gate hides.
 
     An expert that is off contributes nothing, whatever its weights: not even 0 * infinity. Sums
     are in fp32; of more than a few tokens, h is rounded to bf16 where the weights are, as a matrix
     product would. The result depends on the number of threads, not on their timing.
 
-    Under torch.compile it is one operator, without a graph break; that one's dense path reads the
-    copy. A pickle holds what is stored; whoever loads it computes the same y, on the fastest
-    instruction set there unless `isa` names one. A deep copy is the FFN itself.
+    Under torch.compile it is one operator, without a graph break, whose dense path reads the copy.
+    A pickle holds what is stored and gives the same y bit by bit; on another CPU it takes the
+    fastest instruction set there, unless `isa` names one. A deep copy is the FFN itself.
 
     Args:
         weights: copied; the dense path reads the original where that has the dtype of the copy.
@@ -84,11 +84,11 @@ class CpuFFN(PackedFFN):
 
     @property
     def device(self) -> torch.device:
-        """The CPU."""
+        """The CPU, as a device."""
         return self._kernel.stored.rows.bytes_FPB.device
 
     def rows_read(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> int:
-        """Rows of weights that a call reads if no matrix product is faster, without the screen's.
+        """Returns how many rows of weights, without the screen's, a call reads on the kernels.
 
         Every group of at most 16 (few) or 256 (many) tokens reads for itself.
 
@@ -107,14 +107,14 @@ class CpuFFN(PackedFFN):
 
 
 def _unpickled(stored: StoredFFN, original: FFNWeights | None) -> CpuFFN:
-    """The FFN again, on the kernels of this CPU and with rows that begin on lines and pages."""
+    """Restores the FFN, on the kernels of this CPU, with rows that begin on lines and pages."""
     made = CpuFFN.__new__(CpuFFN)
     made._hold(stored.aligned(), original)
     return made
 
 
 def unsupported(weights: FFNWeights, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot store these weights; None when it can."""
+    """Returns why this backend cannot store these weights; None when it can."""
     if dtype not in DTYPES:
         return f"backend 'cpu' stores fp32, bf16, fp16, int8 and int4, not {dtype}"
     if not weights.up_FD.is_cpu:

@@ -1,4 +1,4 @@
-"""An FFN as the native kernels read it, and the calls into the compiled module.
+"""Runs a stored FFN on the native kernels: every call into the compiled module is made here.
 
 Letters: T tokens (any leading dimensions), D model width, F neurons, E experts, P parts of a
 neuron: its rows of gate (if any), up and down; B bytes of a row.
@@ -23,20 +23,20 @@ from moe_tools.kernels.weights import FFNWeights
 
 @dataclass(frozen=True, eq=False)
 class StoredFFN:
-    """All that y depends on besides x and the mask: what pickle keeps and the operator is given."""
+    """Everything that y depends on besides x and the mask; what pickle keeps, and the operator."""
 
     rows: PackedRows
     act: Act
-    """Of the first part: gate, or up where there is no gate."""
+    """The activation of the first part: gate, or up where there is no gate."""
     up_act: Act
     screen: Screen | None
     or_dense: bool
-    """Go through matrix products where they are faster, and for soft masks."""
+    """Whether matrix products run where they are faster, and for soft masks."""
     isa: str | None
     """The instruction set to run on; None is the fastest of this CPU."""
 
     def aligned(self) -> StoredFFN:
-        """The FFN with rows that begin on cache lines and pages: after a pickle they may not."""
+        """Returns the FFN with rows that begin on cache lines and pages, which a pickle loses."""
         rows, screen = self.rows, self.screen
         rows = replace(rows, bytes_FPB=aligned(rows.bytes_FPB))
         if screen is not None:
@@ -44,7 +44,7 @@ class StoredFFN:
         return replace(self, rows=rows, screen=screen)
 
     def weights(self, matrix_FD: Callable[[int], Tensor]) -> FFNWeights:
-        """The FFN with the matrices that `matrix_FD` gives for each part, and the stored biases."""
+        """Returns the FFN with the matrix that `matrix_FD` gives for each part, and its biases."""
         *inputs, down_FD = (matrix_FD(part) for part in range(self.rows.parts))
         biases_FP = self.rows.biases_FP
         biases = [None] * len(inputs) if biases_FP is None else list(biases_FP.unbind(1))
@@ -62,7 +62,7 @@ class StoredFFN:
         )
 
     def prepare(self) -> object:
-        """The compiled module's handle; it holds addresses of these tensors, not the tensors."""
+        """Returns a handle of the compiled module, which holds addresses and keeps no tensor."""
         rows, screen = self.rows, self.screen
         return extension().prepare(
             rows_FPB=rows.bytes_FPB.data_ptr(),
@@ -102,7 +102,7 @@ class Kernel:
         self._handle = stored.prepare()
 
     def __call__(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
-        """y_TD, in the dtype of x, from arguments that fit."""
+        """Computes y_TD, in the dtype of x, from arguments that fit."""
         if mask_TE is not None and mask_TE.dtype != torch.bool:
             return self._dense(x_TD, mask_TE)
         y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
@@ -110,7 +110,7 @@ class Kernel:
         return self._dense(x_TD, mask_TE) if read < 0 else y_TD
 
     def rows_read(self, x_TD: Tensor, mask_TE: Tensor | None) -> int:
-        """Rows of weights that a call reads if no matrix product is faster."""
+        """Returns how many rows of weights a call reads if no matrix product is faster."""
         y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
         return self._call(x_TD, mask_TE, y_TD, self._limits(x_TD).without_dense())
 
@@ -142,7 +142,7 @@ class Kernel:
             return dense_ffn(self._in(x_TD.dtype), x_TD, mask_TE)
 
     def _in(self, dtype: torch.dtype) -> FFNWeights:
-        """The weights as `dtype`; the original ones if they have it."""
+        """Returns the weights as `dtype`: the original ones, if they have it."""
         if self.original is not None and self.original.up_FD.dtype == dtype:
             return self.original
         rows = self.stored.rows

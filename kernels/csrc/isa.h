@@ -7,8 +7,8 @@
 
 namespace ffn {
 
-// Rows of one matrix, each so many cache lines long, zeros behind the last column. The pointers go on
-// for `kAhead` more: the rows that are likely to be read next, for prefetching only.
+// Rows of one matrix, each so many cache lines long, with zeros behind the last column. Behind
+// `count` pointers stand `kAhead` more: the rows that are likely to be read next, for prefetching.
 constexpr int kAhead = 4;
 
 struct RowList {
@@ -26,7 +26,7 @@ struct RowKernels {
     // z[row * tokens + token] = row . x[token]
     void (*dot)(const RowList& rows, const void* const* x, int tokens, float* z);
     Add add;
-    Add add_rounded;  // the same, faster, with h rounded to the format of x
+    Add add_rounded;  // faster, and rounds h to the format of x
     DType x;          // in which format `dot` wants x
 };
 

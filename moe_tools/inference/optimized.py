@@ -34,7 +34,7 @@ PACKED = {
     "int8": torch.int8,
     "int4": INT4,
 }
-"""What FFNs can be packed as, by the names of the command line."""
+"""The dtypes that FFNs can be packed as, by their names on the command line."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,7 +47,7 @@ class OptimizedFFN(PackableFFN):
     done = "optimised"
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TD.
+        """Computes y_TD.
 
         Raises:
             ValueError: in training.
@@ -124,7 +124,7 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _packable(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> list[ExpertFFN | FFN]:
-    """The FFNs that can be packed; a warning says in one line why the others stay as they are.
+    """Returns the FFNs that can be packed; one warning says why the others stay as they are.
 
     Raises:
         ValueError: there are only others.
@@ -140,7 +140,7 @@ def _packable(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> list[ExpertF
 
 
 def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
-    """Why an FFN stays as it is; None when it can be packed."""
+    """Returns why an FFN stays as it is; None when it can be packed."""
     if isinstance(ffn, FFN):
         if not gives_zeros(ffn.act):
             return f"dense, and {type(ffn.act).__name__} gives no exact zeros"
@@ -174,7 +174,7 @@ class _Packing:
             raise ValueError(f"{ffn.name}: {error}") from error
 
     def pack(self, ffn: ExpertFFN | FFN) -> PackedFFN:
-        """The whole FFN, which then can be freed."""
+        """Packs the whole FFN; its own matrices can then be freed."""
         return self._pack(_weights(ffn))
 
     def _pack(self, weights: FFNWeights) -> PackedFFN:

@@ -1,4 +1,4 @@
-"""Linears outside the FFNs in eight or four bits, for decoding: PyTorch's own weight-only kernels.
+"""Quantizes the linears outside the FFNs to eight or four bits, for PyTorch's weight-only kernels.
 
 Letters: T tokens (any leading dimensions), D columns, N rows, G groups of 32 columns.
 """
@@ -22,14 +22,14 @@ Kind = Literal["int8", "int4"]
 GROUP, ROWS = 32, 16
 """Columns that share a scale in int4, and how many rows PyTorch packs together."""
 FEW = 8
-"""Tokens up to which the eight-bit kernel is faster than widening the weights and a matrix product:
-as measured on Zen 5, 2048 x 2048 in bf16 (LOG.md)."""
+"""The most tokens for which the int8 kernel is faster than a matrix product of widened weights,
+measured on Zen 5 with 2048 x 2048 in bf16 (LOG.md)."""
 
 _log = logging.getLogger(__name__)
 
 
 class QuantizedLinear(nn.Module, ABC):
-    """y = x W^T + b with W in few bits; no gradients, and nothing to save."""
+    """A linear, y = x W^T + b, with W in few bits. It has no gradients and refuses to be saved."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class QuantizedLinear(nn.Module, ABC):
         self.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TN, in the dtype of x."""
+        """Computes y_TN, in the dtype of x."""
         y_TN = self.product(x_TD.reshape(-1, self.in_features))
         y_TN = y_TN if self.bias is None else y_TN + self.bias
         return y_TN.view(*x_TD.shape[:-1], self.out_features)
 
     @abstractmethod
     def product(self, x_TD: Tensor) -> Tensor:
-        """x W^T of a matrix x."""
+        """Computes x W^T for a matrix x."""
 
 
 class Int8Linear(QuantizedLinear):
@@ -62,7 +62,7 @@ class Int8Linear(QuantizedLinear):
         self.scale_N: Tensor
 
     def product(self, x_TD: Tensor) -> Tensor:
-        """x W^T; of many tokens, by widening the weights."""
+        """Computes x W^T; for many tokens, it widens the weights."""
         if len(x_TD) > FEW:
             return functional.linear(x_TD, self.weight.to(x_TD.dtype)) * self.scale_N
         made: Tensor = torch.ops.aten._weight_int8pack_mm(
@@ -90,7 +90,7 @@ class Int4Linear(QuantizedLinear):
         self.scales_GN2: Tensor
 
     def product(self, x_TD: Tensor) -> Tensor:
-        """x W^T."""
+        """Computes x W^T."""
         made: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x_TD.contiguous(), self.weight, GROUP, self.scales_GN2
         )
@@ -98,7 +98,7 @@ class Int4Linear(QuantizedLinear):
 
 
 def _scale(weight: Tensor, largest: int) -> Tensor:
-    """The scale that puts the largest entry of the last dimension at `largest`, rounded itself."""
+    """Returns the scale, in the dtype of the weight, with the largest entry / scale = `largest`."""
     scale = (weight.abs().amax(dim=-1).float() / largest).to(weight.dtype)
     return torch.where(scale > 0, scale, 1.0)
 
@@ -144,7 +144,7 @@ def quantize_linears(model: nn.Module, kind: Kind, besides: Collection[nn.Module
 def _linears(
     model: nn.Module, besides: Collection[nn.Module]
 ) -> list[tuple[str, nn.Linear | Conv1D]]:
-    """(path, module) of every linear that is in no router and not among `besides`."""
+    """Returns (path, module) of every linear that is in no router and not among `besides`."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     left = {id(part) for router in routers for part in router.modules()}
     left |= {id(module) for module in besides}
@@ -156,7 +156,7 @@ def _linears(
 
 
 def _why_not(kind: Kind, linear: nn.Linear | Conv1D) -> str | None:
-    """Why a linear is not quantized; None when it is."""
+    """Returns why a linear is not quantized; None when it is."""
     if type(linear) is not nn.Linear:
         return f"a {type(linear).__name__}, no plain linear"
     if type(linear.weight) is not nn.Parameter:

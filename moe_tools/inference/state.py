@@ -1,4 +1,4 @@
-"""The state dict of an optimised model: what the host's own would be, read from what is packed.
+"""Gives an optimised model the state dict of its host, read from the packed weights.
 
 Letters: D model width, F neurons.
 """
@@ -76,13 +76,13 @@ def _narrow(
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether every number of `other` is one of `dtype`."""
+    """Whether `dtype` can hold every number of `other`."""
     return dtype not in QUANTIZED and torch.promote_types(other, dtype) == dtype
 
 
 @torch.no_grad()
 def _unpacked(ffn: PackableFFN, packed: PackedFFN) -> dict[str, Tensor]:
-    """The matrices as the host has them, whatever its linears fuse or transpose."""
+    """Returns the matrices by the names of the host, fused and transposed as its linears are."""
     layout, projections = ffn.layout, deepcopy(ffn.projections)
     for linear in projections.linears():
         linear.to_empty(device=packed.device)
