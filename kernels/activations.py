@@ -1,4 +1,4 @@
-"""The activations that a native backend knows by name, and what each of them means.
+"""Defines the activations that the native backends know by name.
 
 Letters: F neurons.
 """
@@ -16,14 +16,14 @@ ActName = Literal[
     "identity", "relu", "relu2", "fatrelu", "shifted_relu", "silu", "gelu", "gelu_tanh"
 ]
 NAMES: tuple[ActName, ...] = get_args(ActName)
-"""In the order of csrc/activation.h."""
+"""All names, in the order of csrc/activation.h."""
 GIVES_ZEROS: tuple[ActName, ...] = ("relu", "relu2", "fatrelu", "shifted_relu")
-"""Exactly zero below their threshold: neurons there can be left out without an error."""
+"""Activations that are exactly zero below their threshold: neurons there can be left out."""
 
 
 @dataclass(frozen=True)
 class Act:
-    """An activation with a name: called, it is plain PyTorch; a kernel computes the same.
+    """An activation with a name. A call computes it in PyTorch; kernels compute it by its code.
 
     Raises:
         ValueError: an unknown name, or a `threshold` that this activation does not have.
@@ -31,8 +31,8 @@ class Act:
 
     name: ActName
     threshold: float = 0.0
-    """Of fatrelu: x where x >= threshold, else 0 (ProSparse, arXiv 2402.13516). Of shifted_relu:
-    max(x - threshold, 0) (arXiv 2310.04564). Not negative."""
+    """fatrelu is x where x >= threshold, else 0 (ProSparse, arXiv 2402.13516); shifted_relu is
+    max(x - threshold, 0) (arXiv 2310.04564). Not negative; the others have none."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -45,11 +45,11 @@ class Act:
 
     @property
     def code(self) -> int:
-        """Its number in csrc/activation.h."""
+        """The number that csrc/activation.h gives it."""
         return NAMES.index(self.name)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Element by element."""
+        """Applies the activation to every element."""
         return _FUNCTIONS[self.name](x, self.threshold)
 
 
@@ -58,7 +58,7 @@ ActivationLike = ActName | Act | Callable[[Tensor], Tensor]
 
 
 def named(activation: ActivationLike) -> Act | Callable[[Tensor], Tensor]:
-    """An `Act` in place of a name."""
+    """Turns a name into an `Act`; returns anything else as it is."""
     return Act(activation) if isinstance(activation, str) else activation
 
 

@@ -1,4 +1,4 @@
-"""The experts of one layer of an MoE host: each token runs through the few that its router chose.
+"""Runs the experts of one layer of an MoE host: each token goes through those its router chose.
 
 Letters: T tokens, D model width, X experts, N neurons of one expert, K experts of one token.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import ActivationLike
-from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.reference import sparse_ffn_reference, weighed
 from moe_tools.kernels.sparse_ffn import triton_kernels
 from moe_tools.kernels.weights import FFNWeights
 
@@ -22,7 +22,7 @@ Backend = Literal["auto", "triton", "reference"]
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """X gated FFNs of N neurons each, a neuron a row, without biases.
+    """The weights of X gated FFNs of N neurons each, a neuron a row, without biases.
 
     Raises:
         ValueError: shapes that differ.
@@ -43,7 +43,7 @@ class ExpertWeights:
             )
 
     def of(self, expert: int) -> FFNWeights:
-        """One expert alone."""
+        """The weights of one expert."""
         return FFNWeights(
             self.up_XND[expert],
             self.down_XND[expert],
@@ -61,9 +61,10 @@ def moe_ffn(
     *,
     backend: Backend = "auto",
 ) -> Tensor:
-    """y_TD: for each token the sum of its chosen experts' outputs, weighted.
+    """Returns y_TD: for each token the weighted sum of the outputs of its chosen experts.
 
-    Differentiable in x, the weights of the experts and `weight_TK`.
+    An expert whose weight is exactly 0 adds nothing, whatever its output. Differentiable in x, the
+    weights of the experts and `weight_TK`.
 
     Args:
         experts: of one layer.
@@ -100,11 +101,11 @@ def _check(experts: ExpertWeights, x_TD: Tensor, chosen_TK: Tensor, weight_TK: T
 def _reference(
     experts: ExpertWeights, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor
 ) -> Tensor:
-    """The definition: in the order of the experts, each with the tokens that chose it."""
+    """Defines the result: expert by expert, each with the tokens that chose it."""
     y_TD = torch.zeros_like(x_TD)
     for index in chosen_TK.unique().tolist():
         place, token = torch.where((chosen_TK == index).T)
         out_TD = sparse_ffn_reference(experts.of(index), x_TD[token], None)
-        out_TD = out_TD * weight_TK[token, place, None]
+        out_TD = weighed(out_TD, weight_TK[token, place, None])
         y_TD = y_TD.index_add(0, token, out_TD.to(y_TD.dtype))
     return y_TD

@@ -1,4 +1,7 @@
-"""An FFN stored the way one backend reads it. Letters: T tokens, D model width, E experts."""
+"""Packed FFNs: stored in the form that one backend reads.
+
+Letters: T tokens, D model width, E experts.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,25 @@ from moe_tools.kernels.weights import FFNWeights
 
 
 class PackedFFN(ABC):
-    """Packed once, called often; it does not follow later changes of the weights."""
+    """An FFN that is packed once and called often. It does not follow changes of the weights."""
 
     backend: ClassVar[str]
 
     def __init__(self, weights: FFNWeights) -> None:
         self.weights = weights
-        """Views of what is stored."""
+        """Views of the stored numbers."""
 
     @property
     def device(self) -> torch.device:
-        """Where its numbers are."""
+        """The device that holds the stored numbers."""
         return self.weights.up_FD.device
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Itself: it never changes, and its numbers are most of a model."""
+        """Returns the FFN itself: it never changes, and its numbers are most of a model."""
         return self
 
     def __call__(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> Tensor:
-        """y_TD, in the dtype of x; without a mask every neuron may run.
+        """Computes y_TD, in the dtype of x; without a mask every neuron may run.
 
         Raises:
             ValueError: shapes that do not fit, or a gradient is asked for.
@@ -45,11 +48,11 @@ class PackedFFN(ABC):
 
     @abstractmethod
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
-        """y_TD from arguments that fit."""
+        """Computes y_TD from arguments that fit."""
 
 
 class ReferenceFFN(PackedFFN):
-    """The definition, on weights as they are."""
+    """Computes what the reference defines, on the weights as they are given."""
 
     backend = "reference"
 

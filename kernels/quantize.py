@@ -1,4 +1,4 @@
-"""Weights in eight bits, one scale a row, and in four, one scale for each 32 of a row.
+"""Quantizes weights: int8 with one scale a row, int4 with one scale for each 32 of a row.
 
 Letters: D columns, F rows, G groups of a row.
 """
@@ -18,7 +18,7 @@ QUANTIZED = (torch.int8, INT4)
 
 
 def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 rows, fp32 scale_F): row * scale is nearest to the weight, the largest entry at 127."""
+    """Returns (int8 rows, fp32 scale_F): row * scale is nearest to the weight, at most 127."""
     weight_FD = weight_FD.float()
     scale_F = weight_FD.abs().amax(dim=1) / 127
     scale_F = torch.where(scale_F > 0, scale_F, 1.0)
@@ -26,9 +26,10 @@ def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_groups(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes_FD from -7 to 7 in int8, bf16 scale_FG): code * scale is nearest to the weight.
+    """Returns (codes_FD in int8, bf16 scale_FG): code * scale is nearest to the weight.
 
-    The largest entry of a group is at 7, but for the rounding of the scale (one in 256).
+    Codes go from -7 to 7; the largest entry of a group is at 7, but for the rounding of the scale
+    (one in 256).
     """
     groups_FGN = _grouped(weight_FD.float())
     scale_FG = (groups_FGN.abs().amax(dim=2) / 7).bfloat16()
@@ -38,13 +39,13 @@ def quantize_groups(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_groups(codes_FD: Tensor, scale_FG: Tensor) -> Tensor:
-    """weight_FD in fp32."""
+    """Returns weight_FD in fp32."""
     weight_FGN = _grouped(codes_FD.float()) * scale_FG[..., None].float()
     return weight_FGN.flatten(1)[:, : codes_FD.shape[1]]
 
 
 def rounded(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
-    """The weights as a store of `dtype` holds them; int8 and int4 in the dtype they came in."""
+    """Rounds weights to what `dtype` can hold; int8 and int4 leave them in the dtype they have."""
     kept = weights.up_FD.dtype if dtype in QUANTIZED else dtype
 
     def matrix(weight_FD: Tensor) -> Tensor:
@@ -59,5 +60,5 @@ def rounded(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
 
 
 def _grouped(rows_FD: Tensor) -> Tensor:
-    """(F, G, 32), with zeros behind column D."""
+    """Splits rows into groups (F, G, 32), with zeros behind column D."""
     return pad(rows_FD, (0, -rows_FD.shape[1] % GROUP)).unflatten(1, (-1, GROUP))

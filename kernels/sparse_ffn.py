@@ -1,4 +1,4 @@
-"""The one public operation of `moe_tools.kernels`: an FFN of which only some experts run.
+"""`sparse_ffn`, the public operation of the kernels: an FFN of which only some experts run.
 
 Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 """
@@ -18,7 +18,7 @@ from moe_tools.kernels.activations import ActivationLike
 from moe_tools.kernels.cpu.native import isas
 from moe_tools.kernels.cpu.packed import CpuFFN, unsupported
 from moe_tools.kernels.packed import PackedFFN, ReferenceFFN
-from moe_tools.kernels.quantize import rounded
+from moe_tools.kernels.quantize import QUANTIZED, rounded
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
 
@@ -84,6 +84,10 @@ def pack(
 ) -> PackedFFN:
     """Copies the weights into the form that a backend reads: packed(x_TD, mask_TE) is y_TD.
 
+    The reference has no form of its own for int8 and int4: it rounds the weights to what these
+    could hold and keeps their dtype, which saves no memory. It does so where it is named, being
+    the definition of what the kernels compute; auto refuses.
+
     Args:
         weights: of one FFN.
         dtype: in which they are stored, theirs by default; int8 has one scale a row, int4 one for
@@ -96,13 +100,21 @@ def pack(
             fire, with a margin in standard deviations, or `inf`. The others need none.
 
     Raises:
-        ValueError: an unknown backend, or one that cannot run this.
+        ValueError: an unknown backend, one that cannot run this, or int8 and int4 where auto finds
+            no kernel that reads them.
     """
     dtype = dtype or weights.up_FD.dtype
-    auto = _known(backend) == "auto" and unsupported(weights, dtype) is None
-    if auto and (isa := native_cpu()):
-        announce(isa)
-        return CpuFFN(weights, dtype, sole=sole, screen=screen)
+    if _known(backend) == "auto":
+        why_not = unsupported(weights, dtype)
+        if dtype in QUANTIZED and (why := why_not or _missing()):
+            raise ValueError(
+                f"no kernel reads {dtype} here, and PyTorch would only round, without saving "
+                "memory: take fp32, bf16 or fp16, on a GPU backend='triton' for int8, or "
+                f"backend='reference' to round on purpose ({why})"
+            )
+        if why_not is None and (isa := native_cpu()):
+            announce(isa)
+            return CpuFFN(weights, dtype, sole=sole, screen=screen)
     if backend == "cpu":
         return CpuFFN(weights, dtype, or_dense=False, screen=screen)
     if backend == "triton":
@@ -112,25 +124,34 @@ def pack(
 
 @functools.cache
 def native_cpu() -> str | None:
-    """The instruction set of the native CPU kernels; None where they are not there.
+    """Returns the instruction set of the native CPU kernels; None where they are not there.
 
     The log then warns, once, and says why.
     """
-    try:
+    why = _missing()
+    if why is None:
         return isas()[-1]
+    _log.warning("sparse_ffn runs on PyTorch alone: %s", why)
+    return None
+
+
+def _missing() -> str | None:
+    """Returns why the native CPU kernels are not there; None when they are."""
+    try:
+        isas()
     except ValueError as error:
-        _log.warning("sparse_ffn runs on PyTorch alone: %s", error)
-        return None
+        return str(error)
+    return None
 
 
 @functools.cache
 def announce(isa: str) -> None:
-    """Logs, once, what was chosen."""
+    """Logs once which kernels were chosen."""
     _log.info("sparse_ffn runs on native CPU kernels, %s", isa)
 
 
 def backends() -> list[str]:
-    """The backends of `sparse_ffn` that run here, `auto` left out; the fastest first."""
+    """Returns the backends of `sparse_ffn` that run here, the fastest first, without `auto`."""
     missing = {"cpu": not native_cpu(), "triton": not _has_gpu_and_triton()}
     return [name for name in get_args(Backend)[1:] if not missing.get(name)]
 
@@ -146,7 +167,7 @@ def _triton(weights: FFNWeights) -> ModuleType:
 
 
 def triton_kernels(module: Literal["ffn", "moe"]) -> ModuleType:
-    """The Triton kernels, loaded when they are asked for.
+    """Imports the Triton kernels, on demand.
 
     Raises:
         ValueError: Triton is not installed.

@@ -1,4 +1,4 @@
-"""The weights of one FFN, a neuron a row, and what is computed with them.
+"""The weights of one FFN, a neuron a row, and its formula.
 
 Letters: T tokens, D width, F neurons, E experts.
 """
@@ -15,7 +15,7 @@ from moe_tools.kernels.activations import Act, ActivationLike, named
 
 @dataclass(frozen=True)
 class FFNWeights:
-    """h = act(gate x) * up_act(up x), or act(up x) without a gate; y = sum of h * down rows.
+    """An FFN: y = h down, where h = act(gate x) * up_act(up x), or act(up x) without a gate.
 
     Raises:
         ValueError: shapes that do not fit, or an `up_act` or gate bias without a gate.
@@ -23,17 +23,17 @@ class FFNWeights:
 
     up_FD: Tensor
     down_FD: Tensor
-    """W_down transposed, so that a neuron is one row of each."""
+    """W_down transposed, so that a neuron is one row of each matrix."""
     act: ActivationLike
     gate_FD: Tensor | None = None
     up_F: Tensor | None = None
     gate_F: Tensor | None = None
     down_D: Tensor | None = None
-    """Biases. That of the output is added once, whatever is off."""
+    """The three biases; that of the output is added once, whatever is off."""
     up_act: ActivationLike = "identity"
     """relu makes the FFN that of dReLU (TurboSparse, arXiv 2406.05955)."""
     off_F: Tensor | None = None
-    """What a neuron that a mask turns off is taken for, in h; None: zero. A constant."""
+    """The value of h for a neuron that a mask turns off, a constant; None is zero."""
 
     def __post_init__(self) -> None:
         if self.up_FD.ndim != 2 or 0 in self.up_FD.shape:
@@ -58,17 +58,17 @@ class FFNWeights:
 
     @property
     def neurons(self) -> int:
-        """F."""
+        """The number of neurons, F."""
         return self.up_FD.shape[0]
 
     @property
     def width(self) -> int:
-        """D."""
+        """The width of the model, D."""
         return self.up_FD.shape[1]
 
     @property
     def inputs(self) -> list[tuple[Tensor, Tensor | None, Act | Callable[[Tensor], Tensor]]]:
-        """(rows, bias, activation) of each projection of x, in the order in which they are read."""
+        """The projections of x in the order in which they are read: (rows, bias, activation)."""
         if self.gate_FD is None:
             return [(self.up_FD, self.up_F, named(self.act))]
         return [
@@ -77,20 +77,20 @@ class FFNWeights:
         ]
 
     def matrices(self) -> Iterator[Tensor]:
-        """Gate (if any), up and down."""
+        """Yields gate (if any), up and down."""
         for tensor in (self.gate_FD, self.up_FD, self.down_FD):
             if tensor is not None:
                 yield tensor
 
     def per_neuron(self) -> Iterator[Tensor]:
-        """Every weight and bias whose first dimension is the neuron."""
+        """Yields every weight and bias whose first dimension is the neuron."""
         for tensor in (*self.matrices(), self.gate_F, self.up_F):
             if tensor is not None:
                 yield tensor
 
     @property
     def row_numbers(self) -> int:
-        """Weights that are read to compute h of one neuron."""
+        """The number of weights that are read to compute h of one neuron."""
         return self.width * len(self.inputs)
 
     @property
@@ -100,20 +100,36 @@ class FFNWeights:
 
     @property
     def down_norm_F(self) -> Tensor:
-        """How much one unit of each neuron moves the output: ||column of W_down||, in fp32."""
+        """The norm of each column of W_down, in fp32: how far one unit of h moves the output."""
         return self.down_FD.detach().float().norm(dim=1)
 
     @property
     def requires_grad(self) -> bool:
-        """Whether any of its tensors does."""
+        """Whether one of the tensors asks for a gradient."""
         biases = (self.up_F, self.gate_F, self.down_D)
         tensors = (self.up_FD, self.down_FD, self.gate_FD, *biases)
         return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
+    def rows(self, neurons: slice) -> FFNWeights:
+        """Returns the FFN of these neurons alone, as views."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[neurons]
+
+        return replace(
+            self,
+            up_FD=self.up_FD[neurons],
+            down_FD=self.down_FD[neurons],
+            gate_FD=some(self.gate_FD),
+            up_F=some(self.up_F),
+            gate_F=some(self.gate_F),
+            off_F=some(self.off_F),
+        )
+
     def changed(
         self, matrix: Callable[[Tensor], Tensor], bias: Callable[[Tensor], Tensor]
     ) -> FFNWeights:
-        """The same FFN with a function of each matrix and of each bias."""
+        """Returns the FFN with `matrix` applied to each matrix and `bias` to each bias."""
         return replace(
             self,
             up_FD=matrix(self.up_FD),
@@ -126,7 +142,7 @@ class FFNWeights:
         )
 
     def check_call(self, x_TD: Tensor, mask_TE: Tensor | None) -> None:
-        """Whether x and a mask fit.
+        """Checks that x and a mask fit.
 
         Raises:
             ValueError: they do not.

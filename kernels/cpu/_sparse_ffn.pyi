@@ -1,9 +1,13 @@
-"""The compiled module of csrc/module.cpp. Tensors are addresses; 0 stands for none."""
+"""The compiled module of csrc/module.cpp. Tensors are addresses; 0 stands for none.
+
+Arguments are found fastest in this order.
+"""
 
 Handle = object
 
 def prepare(
-    rows_FPD: int,
+    *,
+    rows_FPB: int,
     scales_FP: int,
     biases_FP: int,
     off_F: int,
@@ -11,21 +15,22 @@ def prepare(
     neurons: int,
     width: int,
     lines: int,
-    inputs: int,
+    gated: bool,
     dtype: int,
     act: int,
-    theta: float,
+    threshold: float,
     up_act: int,
-    up_theta: float,
-    screen_FD: int,
-    screen_scales_F: int,
-    screen_errors_F: int,
-    reach: float,
-    /,
+    up_threshold: float,
+    screen_FB: int,
+    screen_scale_F: int,
+    screen_error_F: int,
+    screen_reach: float,
+    isa: int,
 ) -> Handle: ...
 def run(
-    weights: Handle,
-    isa: int,
+    ffn: Handle,
+    /,
+    *,
     threads: int,
     x_TD: int,
     dtype: int,
@@ -36,7 +41,6 @@ def run(
     few: int,
     most_few: float,
     most_many: float,
-    /,
 ) -> int: ...
 def isas() -> list[str]: ...
 def advise_huge_pages(start: int, size: int, /) -> None: ...

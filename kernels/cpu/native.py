@@ -1,4 +1,4 @@
-"""The compiled kernels of csrc/, or why there are none. Nothing else imports the extension."""
+"""Loads the compiled kernels of csrc/, or says why they are not there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from types import ModuleType
 
 
 def extension() -> ModuleType:
-    """The compiled module, `_sparse_ffn`.
+    """Imports the compiled module, `_sparse_ffn`; nothing else does.
 
     Raises:
         ValueError: it was not built, or does not load.
@@ -25,7 +25,7 @@ def extension() -> ModuleType:
 
 
 def isas() -> list[str]:
-    """Instruction sets that the kernels have and this CPU runs, the fastest last.
+    """Returns the instruction sets that the kernels have and this CPU runs, the fastest last.
 
     Raises:
         ValueError: as `extension`.

@@ -1,4 +1,4 @@
-"""How the native kernels store an FFN: neuron by neuron, its rows of gate, up and W_down^T.
+"""Stores an FFN for the native kernels: neuron by neuron, its rows of gate, up and W_down^T.
 
 Letters: D model width, F neurons, P parts: gate (if any), up, down; B bytes of a row.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -21,44 +22,53 @@ from moe_tools.kernels.quantize import (
 )
 from moe_tools.kernels.weights import FFNWeights
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of x and y."""
+DTYPES = (*FLOATS, torch.int8, INT4)
+"""The dtypes of stored weights, in the order of csrc/dtype.h."""
 LINE = 64
 """Bytes of a cache line, on which every row begins."""
 HUGE_PAGE = 2 << 20
-"""Bytes. Fewer pages, fewer misses of the address cache: a fifth of the time of scattered rows."""
+"""Bytes of a huge page. They save a fifth of the time of scattered rows: fewer TLB misses."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Everything the kernels read, in memory that it owns."""
+    """Everything that the kernels read, in memory that belongs to this object."""
 
     bytes_FPB: Tensor
-    """Zeros behind column D, up to a full cache line. csrc/dtype.h says how int4 is stored."""
+    """The rows, with zeros behind column D up to a full cache line; int4 as csrc/dtype.h says."""
     dtype: torch.dtype
     width: int
     scales_FP: Tensor | None
-    """fp32; what a row of int8 is multiplied with."""
+    """The scale of each int8 row, in fp32."""
     biases_FP: Tensor | None
-    """fp32; of gate and up."""
+    """The biases of gate and up, in fp32."""
     off_F: Tensor | None
-    """fp32; taken from h of a neuron that is on."""
+    """What is subtracted from h of a neuron that is on, in fp32."""
     bias_D: Tensor | None
-    """fp32; of the output."""
+    """The bias of the output, in fp32."""
     down_D: Tensor | None
-    """fp32; the output where every neuron is off."""
+    """The output where every neuron is off, in fp32."""
+
+    @property
+    def parts(self) -> int:
+        """The rows of a neuron: 3 with a gate, 2 without."""
+        return self.bytes_FPB.shape[1]
 
     @property
     def lines(self) -> int:
-        """Cache lines of numbers in a row."""
+        """The cache lines that hold the numbers of a row."""
         return -(-self.width // per_line(self.dtype))
 
     def stored_FD(self, part: int) -> Tensor:
-        """The numbers of a part: a view, where they are not packed more tightly than torch can."""
+        """Returns a view of the numbers of a part; of int4, which has no view, only the shape."""
         if self.dtype == INT4:
             return torch.empty(len(self.bytes_FPB), self.width, device="meta")
         return self.bytes_FPB.view(self.dtype)[:, part, : self.width]
 
     def matrix_FD(self, part: int, dtype: torch.dtype) -> Tensor:
-        """The weights of a part, as `dtype`: a view if they are stored so."""
+        """Returns the weights of a part as `dtype`: a view if they are stored so."""
         if self.dtype == INT4:
             rows_FB = self.bytes_FPB[:, part]
             return _read_int4(rows_FB, self.lines, self.width).to(dtype)
@@ -68,12 +78,12 @@ class PackedRows:
 
 
 def per_line(dtype: torch.dtype) -> int:
-    """Numbers in a cache line."""
+    """Returns how many numbers a cache line holds."""
     return LINE * 2 if dtype == INT4 else LINE // dtype.itemsize
 
 
 def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> PackedRows:
-    """Copies the weights, as `dtype`: int8 and int4 quantize (see `kernels/quantize.py`)."""
+    """Copies the weights as `dtype`; int8 and int4 are quantized (see `kernels/quantize.py`)."""
     matrices = [rows_FD.detach() for rows_FD, _, _ in weights.inputs] + [weights.down_FD.detach()]
     shape, bias_D = (weights.neurons, len(matrices)), _float(weights.down_D)
     rows = PackedRows(
@@ -92,13 +102,13 @@ def pack_rows(weights: FFNWeights, dtype: torch.dtype) -> PackedRows:
 
 
 def _with_off(rows: PackedRows, off_F: Tensor) -> Tensor:
-    """The output where every neuron is off: one that is on then adds what it is more."""
-    off_D = off_F @ rows.matrix_FD(rows.bytes_FPB.shape[1] - 1, torch.float32)
+    """Returns the output where every neuron is off; one that is on adds its difference."""
+    off_D = off_F @ rows.matrix_FD(rows.parts - 1, torch.float32)
     return off_D if rows.bias_D is None else off_D + rows.bias_D
 
 
 def row_bytes(width: int, dtype: torch.dtype) -> int:
-    """Of a row: whole lines of numbers and, of int4, whole lines of scales behind them."""
+    """Returns the bytes of a row: whole lines of numbers and, in int4, lines of scales."""
     lines = -(-width // per_line(dtype))
     scales = lines * per_line(dtype) // GROUP * 2 if dtype == INT4 else 0
     return (lines + -(-scales // LINE)) * LINE
@@ -115,7 +125,7 @@ def _write(rows: PackedRows, part: int, matrix_FD: Tensor) -> None:
 
 
 def _write_int4(rows_FB: Tensor, lines: int, matrix_FD: Tensor) -> None:
-    """Word j of a line holds its numbers j, 16 + j, 32 + j, ..., four bits each and plus 8."""
+    """Packs codes: word j of a line holds its numbers j, 16 + j, ..., four bits each, plus 8."""
     codes_FD, scale_FG = quantize_groups(matrix_FD)
     columns = lines * per_line(INT4)
     codes_FD = pad(codes_FD, (0, columns - codes_FD.shape[1])).add_(8).to(torch.uint8)
@@ -147,11 +157,26 @@ def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
 
 
+def aligned(rows: Tensor) -> Tensor:
+    """Returns the rows where `allocate` would put them: a copy, unless they are there already."""
+    if rows.data_ptr() % _alignment(rows.numel()) == 0:
+        return rows
+    return allocate(tuple(rows.shape)).copy_(rows)
+
+
 def allocate(shape: tuple[int, ...]) -> Tensor:
-    """Bytes of memory that begins on a cache line, on huge pages where it is large."""
+    """Allocates bytes that begin on a cache line, and on a huge page where they are many.
+
+    NumPy allocates: PyTorch then makes a tensor of the aligned slice alone, and a pickle or an
+    exported program does not hold the bytes before it.
+    """
     size = torch.Size(shape).numel()
-    align = HUGE_PAGE if size >= HUGE_PAGE else LINE
-    raw = torch.empty(size + align, dtype=torch.uint8)
-    start = -raw.data_ptr() % align
-    extension().advise_huge_pages(raw.data_ptr() + start, size)  # before the first write
-    return raw[start : start + size].view(shape)
+    align = _alignment(size)
+    raw = np.empty(size + align, dtype=np.uint8)
+    start = -raw.ctypes.data % align
+    extension().advise_huge_pages(raw.ctypes.data + start, size)  # before the first write
+    return torch.from_numpy(raw[start : start + size]).view(shape)
+
+
+def _alignment(size: int) -> int:
+    return HUGE_PAGE if size >= HUGE_PAGE else LINE

@@ -1,4 +1,4 @@
-"""A copy of the gate in eight bits that says which neurons cannot fire: those are not read in full.
+"""Screens the gate: an int8 copy says which neurons cannot fire, and their rows are not read.
 
 The activation is zero below a threshold, so a neuron is out once copy . x + |row - copy| |x| is
 below it (Cauchy-Schwarz). Nearly always it is out much earlier: rounding errors look random to x,
@@ -19,24 +19,24 @@ from moe_tools.kernels.cpu.rows import PackedRows, allocate, row_bytes
 from moe_tools.kernels.quantize import QUANTIZED, quantize_rows
 
 ROUNDING = 2.0**-24
-"""Of one sum in fp32, as a share of it."""
+"""The rounding error of one sum in fp32, as a share of the sum."""
 
 
 @dataclass(frozen=True)
 class Screen:
-    """What csrc/sparse_ffn.h reads first."""
+    """The copy and its errors, as `Screen` of csrc/sparse_ffn.h."""
 
     rows_FB: Tensor
-    """int8, of whole cache lines."""
+    """The copy in int8, each row padded to whole cache lines."""
     scale_F: Tensor
     error_F: Tensor
-    """|row - copy|, and what two sums in fp32 may be off for |x| = 1."""
+    """|row - copy|, plus the rounding error of two sums in fp32 for |x| = 1."""
     reach: float
-    """Share of error |x| that is taken for possible: 1 is a proof."""
+    """How much of the bound error * |x| is assumed; with 1 nothing can be missed."""
 
 
 def make_screen(rows: PackedRows, sigmas: float) -> Screen:
-    """From the rows of the first part, as they are stored; `inf` sigmas: nothing is missed."""
+    """Makes the screen of the rows of the first part; with `inf` sigmas it misses nothing."""
     row_FD = rows.matrix_FD(0, torch.float32)
     copy_FD, scale_F = quantize_rows(row_FD)
     rows_FB = allocate((len(row_FD), row_bytes(rows.width, torch.int8))).zero_()
@@ -48,7 +48,7 @@ def make_screen(rows: PackedRows, sigmas: float) -> Screen:
 
 
 def no_screen(act: ActivationLike, dtype: torch.dtype, sigmas: float) -> str | None:
-    """Why a gate cannot be screened; None when it can."""
+    """Returns why a gate cannot be screened; None when it can."""
     if not sigmas > 0:
         return f"screen is {sigmas}: give the margin in sigmas, above 0, or inf for a proof"
     kind = named(act)

@@ -10,6 +10,7 @@
 namespace ffn {
 
 enum class Act : int { identity, relu, relu2, fatrelu, shifted_relu, silu, gelu, gelu_tanh };
+constexpr int kActs = 8;
 
 // e^x to a few units in the last place, without a call or a branch: a loop of it is made vectors.
 // 2^(n + f) with f within a half: the exponent n, times a polynomial (Cephes' expf).
@@ -30,11 +31,11 @@ inline float exponential(float x) {
 }
 
 template <Act kind>
-inline float activate(float x, float theta) {
+inline float activate(float x, float threshold) {
     if constexpr (kind == Act::relu) return x < 0 ? 0 : x;  // not `x > 0 ? x : 0`: NaN stays NaN
     if constexpr (kind == Act::relu2) return x < 0 ? 0 : x * x;
-    if constexpr (kind == Act::fatrelu) return x < theta ? 0 : x;
-    if constexpr (kind == Act::shifted_relu) return x < theta ? 0 : x - theta;
+    if constexpr (kind == Act::fatrelu) return x < threshold ? 0 : x;
+    if constexpr (kind == Act::shifted_relu) return x < threshold ? 0 : x - threshold;
     if constexpr (kind == Act::silu) return x / (1 + exponential(-x));
     if constexpr (kind == Act::gelu) return 0.5f * x * (1 + std::erf(x * 0.70710678f));
     if constexpr (kind == Act::gelu_tanh) {  // (1 + tanh u) / 2 = 1 / (1 + e^-2u)
@@ -46,7 +47,7 @@ inline float activate(float x, float theta) {
 
 struct Activation {
     Act kind = Act::identity;
-    float theta = 0;
+    float threshold = 0;
 
     // z = act(z * by + bias)
     void operator()(float* z, std::size_t count, float by, float bias) const {
@@ -65,7 +66,7 @@ struct Activation {
   private:
     template <Act known>
     void all(float* z, std::size_t count, float by, float bias) const {
-        for (std::size_t i = 0; i < count; ++i) z[i] = activate<known>(z[i] * by + bias, theta);
+        for (std::size_t i = 0; i < count; ++i) z[i] = activate<known>(z[i] * by + bias, threshold);
     }
 };
 

@@ -1,12 +1,15 @@
 // Drives the kernels under a sanitizer (`make sanitize`): every instruction set, format and odd
-// shape against two plain loops, alone and from two threads at once. Exits with 1 on a difference.
+// shape against two plain loops, alone and from two threads at once, and without memory. Exits with
+// 1 on a difference.
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "failing_new.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -141,8 +144,8 @@ std::vector<float> fast(const Problem& p, const Isa& isa) {
     return y;
 }
 
-void compare(const Problem& p, const Isa& isa) {
-    const std::vector<float> expected = slow(p), y = fast(p, isa);
+void compare(const Problem& p, const Isa& isa, const std::vector<float>& y) {
+    const std::vector<float> expected = slow(p);
     for (std::size_t i = 0; i < y.size(); ++i) {
         if (std::abs(y[i] - expected[i]) <= 1e-4f * (1 + std::abs(expected[i]))) continue;
         std::fprintf(stderr, "%s: y[%zu] is %g, should be %g (T %d, D %d, F %d, dtype %d)\n",
@@ -178,7 +181,35 @@ void check_all(unsigned seed, int cases) {
     for (int i = 0; i < cases; ++i) {
         const Problem problem = make(draw(random), random());
         for (const Isa* isa : kIsas)
-            if (isa->runs_here()) compare(problem, *isa);
+            if (isa->runs_here()) compare(problem, *isa, fast(problem, *isa));
+    }
+}
+
+// Lets allocation n fail, or all from it on: the call throws or is right, the next one is right.
+// Returns whether there was an allocation n.
+bool fail_one(const Problem& p, const Isa& isa, long n, bool and_all_behind) {
+    std::vector<float> y;
+    fail_calls(n, and_all_behind ? LONG_MAX : n);
+    try {
+        y = fast(p, isa);
+    } catch (const std::bad_alloc&) {
+    }
+    const bool failed = stop_failing();
+    if (!y.empty()) compare(p, isa, y);
+    compare(p, isa, fast(p, isa));
+    return failed;
+}
+
+// Every time in a new thread, which keeps no memory of calls before.
+void check_without_memory(int tokens, int threads) {
+    const bool screened = tokens < 4;
+    const Case c{tokens,     31,        65,   9,    2,        threads, 4,
+                 DType::f16, Act::relu, true, true, screened, false};
+    const Problem problem = make(c, 3);
+    for (const bool and_all_behind : {false, true}) {
+        bool failed = true;
+        for (long n = 0; failed; ++n)
+            std::thread([&] { failed = fail_one(problem, kPortable, n, and_all_behind); }).join();
     }
 }
 
@@ -189,5 +220,7 @@ int main() {
     std::thread beside(check_all, 1, 30);
     check_all(2, 30);
     beside.join();
+    for (const int tokens : {3, 40})
+        for (const int threads : {1, 3}) check_without_memory(tokens, threads);
     std::puts("ok");
 }

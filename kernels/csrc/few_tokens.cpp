@@ -141,7 +141,8 @@ class Job {
             for (int t = 0; t < tokens_; ++t) {
                 float& z = hidden.z[i * tokens_ + t];
                 const float most = z * w_.screen.scales_F[n] + w_.bias(n, 0);
-                z = most + reach_[t] * w_.screen.errors_F[n] < w_.acts[0].theta ? 0.0f : 1.0f;
+                const float may_be = most + reach_[t] * w_.screen.errors_F[n];
+                z = may_be < w_.acts[0].threshold ? 0.0f : 1.0f;
             }
         }
         keep(hidden);
@@ -168,7 +169,7 @@ class Job {
     std::int64_t screen_lines() const { return (w_.width + kLine - 1) / kLine; }
 
     void add(Hidden& hidden, float* y) const {
-        const Rows rows = rows_of(w_.inputs, hidden);
+        const RowList rows = rows_of(w_.inputs, hidden);
         for (int i = 0; i < hidden.count && (w_.off_F || w_.scales_FP); ++i) {
             const int live = hidden.live[i];
             const std::int64_t n = chosen_.neurons[live];
@@ -188,7 +189,7 @@ class Job {
     }
 
     // The rows of a part; behind them, the first rows of the next.
-    Rows rows_of(int part, Hidden& hidden) const {
+    RowList rows_of(int part, Hidden& hidden) const {
         const int next = std::min(part + 1, w_.inputs);
         list(hidden, hidden.count, [&](std::int64_t n) { return w_.row(n, part); });
         for (int i = 0; i < kAhead; ++i) {

@@ -7,11 +7,11 @@
 
 namespace ffn {
 
-// Rows of one matrix, each so many cache lines long, zeros behind the last column. The pointers go on
-// for `kAhead` more: the rows that are likely to be read next, for prefetching only.
+// Rows of one matrix, each so many cache lines long, with zeros behind the last column. Behind
+// `count` pointers stand `kAhead` more: the rows that are likely to be read next, for prefetching.
 constexpr int kAhead = 4;
 
-struct Rows {
+struct RowList {
     const void* const* data;
     int count;
     std::int64_t lines;
@@ -19,14 +19,14 @@ struct Rows {
 
 // y[token] += sum over rows of h[row * tokens + token] * row, in the columns of lines from `begin`
 // to `end`; y[token] is where the first of these columns goes.
-using Add = void (*)(const Rows& rows, const float* h, float* const* y, int tokens,
+using Add = void (*)(const RowList& rows, const float* h, float* const* y, int tokens,
                      std::int64_t begin, std::int64_t end);
 
 struct RowKernels {
     // z[row * tokens + token] = row . x[token]
-    void (*dot)(const Rows& rows, const void* const* x, int tokens, float* z);
+    void (*dot)(const RowList& rows, const void* const* x, int tokens, float* z);
     Add add;
-    Add add_rounded;  // the same, faster, with h rounded to the format of x
+    Add add_rounded;  // faster, and rounds h to the format of x
     DType x;          // in which format `dot` wants x
 };
 

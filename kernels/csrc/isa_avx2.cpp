@@ -5,6 +5,19 @@
 #include <immintrin.h>
 
 #include "target.h"
+
+namespace ffn {
+namespace {
+
+// Every CPU runs this one: it stands before the pragma.
+bool runs_here() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+}  // namespace
+}  // namespace ffn
+
 FFN_TARGET_BEGIN("avx2,fma,f16c")
 #include "rows.h"
 
@@ -50,11 +63,6 @@ struct Avx2 {
         return _mm_loadu_si128(static_cast<const __m128i*>(p));
     }
 };
-
-bool runs_here() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-}
 
 }  // namespace
 

@@ -5,6 +5,16 @@
 #include <immintrin.h>
 
 #include "target.h"
+
+namespace ffn {
+namespace {
+
+// Every CPU runs this one: it stands before the pragma.
+bool runs_here() { return __builtin_cpu_supports("avx512f"); }
+
+}  // namespace
+}  // namespace ffn
+
 FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f")
 #include "avx512.h"
 #include "rows.h"
@@ -13,7 +23,7 @@ namespace ffn {
 
 extern const Isa kAvx512 = {
     "avx512",
-    [] { return bool(__builtin_cpu_supports("avx512f")); },
+    runs_here,
     {row_kernels<Avx512, float>(), row_kernels<Avx512, Bf16>(), row_kernels<Avx512, Half>(),
      row_kernels<Avx512, std::int8_t>(), row_kernels<Avx512, Int4>()},
     &kAvx512,

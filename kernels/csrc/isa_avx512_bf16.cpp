@@ -5,6 +5,16 @@
 #include <immintrin.h>
 
 #include "target.h"
+
+namespace ffn {
+namespace {
+
+// Every CPU runs this one: it stands before the pragma.
+bool runs_here() { return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16"); }
+
+}  // namespace
+}  // namespace ffn
+
 FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")
 #include "avx512.h"
 #include "rows.h"
@@ -68,8 +78,8 @@ void add_pairs(const void* const* rows, const float* h, int tokens, float* const
     });
 }
 
-void add_rounded(const Rows& list, const float* h, float* const* y, int tokens, std::int64_t begin,
-                 std::int64_t end) {
+void add_rounded(const RowList& list, const float* h, float* const* y, int tokens,
+                 std::int64_t begin, std::int64_t end) {
     constexpr auto add_exact = add<Avx512, Bf16>;
     int i = 0;
     for (; i + 4 <= list.count; i += 4) {
@@ -79,7 +89,7 @@ void add_rounded(const Rows& list, const float* h, float* const* y, int tokens, 
         add_tokens<Avx512, Bf16, 4, 3>(list.data + i, h + i * tokens + t, tokens, tokens - t, y + t,
                                        list.lines, begin, end);
     }
-    const Rows rest{list.data + i, list.count - i, list.lines};
+    const RowList rest{list.data + i, list.count - i, list.lines};
     if (rest.count) add_exact(rest, h + i * tokens, y, tokens, begin, end);
 }
 
@@ -90,7 +100,7 @@ constexpr RowKernels kBf16Pairs = {dot<Avx512, Bf16, Bf16Pairs>, add<Avx512, Bf1
 
 extern const Isa kAvx512Bf16 = {
     "avx512_bf16",
-    [] { return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16"); },
+    runs_here,
     {row_kernels<Avx512, float>(), kBf16Pairs, row_kernels<Avx512, Half>(),
      row_kernels<Avx512, std::int8_t>(), row_kernels<Avx512, Int4>()},
     &kAvx512,

@@ -53,11 +53,13 @@ struct Portable {
     static U bits_of(F value) { return read<U>(&value); }
 };
 
+bool runs_here() { return true; }
+
 }  // namespace
 
 extern const Isa kPortable = {
     "portable",
-    [] { return true; },
+    runs_here,
     {row_kernels<Portable, float>(), row_kernels<Portable, Bf16>(), row_kernels<Portable, Half>(),
      row_kernels<Portable, std::int8_t>(), row_kernels<Portable, Int4>()},
     &kPortable,

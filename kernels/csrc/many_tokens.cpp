@@ -117,7 +117,7 @@ class Prompt {
         work.x.clear();
         for (const std::int32_t t : piece.tokens) work.x.push_back(x_[t]);
         const void* rows[kTogether + kAhead];
-        const Rows list = rows_of(piece, part, rows);
+        const RowList list = rows_of(piece, part, rows);
         kernels_.dot(list, work.x.data(), int(work.x.size()), work.z.data());
         return piece.neurons;
     }
@@ -166,7 +166,7 @@ class Prompt {
     }
 
     // The rows of a part; behind them, those of the neurons that come next.
-    Rows rows_of(const Piece& piece, int part, const void** rows) const {
+    RowList rows_of(const Piece& piece, int part, const void** rows) const {
         for (int i = 0; i < piece.neurons + kAhead; ++i)
             rows[i] = w_.row(std::min(piece.neuron + i, w_.neurons - 1), part);
         return {rows, piece.neurons, w_.lines};
@@ -193,7 +193,7 @@ class Prompt {
                 for (std::size_t t = 0; t < piece.tokens.size(); ++t)
                     y_T[t] = y + piece.tokens[t] * stride;
                 const void* rows[kTogether + kAhead];
-                const Rows list = rows_of(piece, w_.inputs, rows);
+                const RowList list = rows_of(piece, w_.inputs, rows);
                 const int tokens = int(piece.tokens.size());
                 kernels_.add_rounded(list, piece.h.data(), y_T.data(), tokens, begin, end);
             }

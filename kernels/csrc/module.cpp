@@ -1,4 +1,5 @@
-// The Python module. Tensors come as addresses: their owner, cpu/packed.py, checks and keeps them.
+// The Python module. Every argument has a name. Tensors come as addresses: their owner,
+// cpu/stored.py, checks and keeps them.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -7,74 +8,206 @@
 #include <unistd.h>
 #endif
 
+#include <cstring>
+#include <exception>
+#include <iterator>
+#include <memory>
+#include <new>
+
 #include "sparse_ffn.h"
 
 namespace {
 
+using ffn::Act;
 using ffn::Activation;
 using ffn::Batch;
 using ffn::DType;
 using ffn::Isa;
+using ffn::Limits;
 using ffn::Weights;
 
 constexpr const char* kCapsule = "moe_tools.ffn";
+
+struct PythonError {};  // thrown where Python's own error is set already
 
 template <class T>
 T* address(unsigned long long value) {
     return reinterpret_cast<T*>(static_cast<std::uintptr_t>(value));
 }
 
-void forget(PyObject* capsule) {
-    delete static_cast<Weights*>(PyCapsule_GetPointer(capsule, kCapsule));
-}
+// The keyword arguments of a call. Every one is asked for once; in the order of the caller, that
+// costs a comparison each.
+class Arguments {
+  public:
+    Arguments(PyObject* const* values, PyObject* names)
+        : values_(values), names_(names), count_(names ? PyTuple_GET_SIZE(names) : 0) {}
 
-PyObject* prepare(PyObject*, PyObject* args) {
-    unsigned long long rows, scales, biases, off, down, screen, screen_scales, errors;
-    long long neurons, width, lines;
-    int inputs, dtype, kinds[2];
-    float thetas[2], reach;
-    if (!PyArg_ParseTuple(args, "KKKKKLLLiiififKKKf", &rows, &scales, &biases, &off, &down, &neurons,
-                          &width, &lines, &inputs, &dtype, &kinds[0], &thetas[0], &kinds[1],
-                          &thetas[1], &screen, &screen_scales, &errors, &reach))
+    template <class T>
+    T* tensor(const char* name) {
+        return address<T>(checked(PyLong_AsUnsignedLongLong(find(name))));
+    }
+    std::int64_t integer(const char* name) { return checked(PyLong_AsLongLong(find(name))); }
+    double real(const char* name) { return checked(PyFloat_AsDouble(find(name))); }
+
+    // An integer below `end`, as what it stands for.
+    template <class Code>
+    Code code(const char* name, int end) {
+        const std::int64_t value = integer(name);
+        if (value >= 0 && value < end) return Code(value);
+        PyErr_Format(PyExc_ValueError, "%s is %lld: codes go from 0 to %d", name,
+                     static_cast<long long>(value), end - 1);
+        throw PythonError();
+    }
+
+    // Raises if the caller gave one that nobody asked for.
+    void finish() const {
+        for (Py_ssize_t i = 0; i < count_; ++i) {
+            if (i < kMost && found_ >> i & 1) continue;
+            PyErr_Format(PyExc_TypeError, "nobody knows %R", PyTuple_GET_ITEM(names_, i));
+            throw PythonError();
+        }
+    }
+
+  private:
+    static constexpr Py_ssize_t kMost = 64;
+
+    PyObject* find(const char* name) {
+        for (Py_ssize_t tries = 0; tries < count_; ++tries) {
+            const Py_ssize_t at = next_;
+            next_ = at + 1 < count_ ? at + 1 : 0;
+            const char* given = PyUnicode_AsUTF8(PyTuple_GET_ITEM(names_, at));
+            if (!given) throw PythonError();
+            if (std::strcmp(given, name)) continue;
+            if (at < kMost) found_ |= std::uint64_t{1} << at;
+            return values_[at];
+        }
+        PyErr_Format(PyExc_TypeError, "%s is missing", name);
+        throw PythonError();
+    }
+
+    template <class T>
+    static T checked(T value) {
+        if (value == T(-1) && PyErr_Occurred()) throw PythonError();
+        return value;
+    }
+
+    PyObject* const* values_;
+    PyObject* names_;
+    Py_ssize_t count_, next_ = 0;
+    std::uint64_t found_ = 0;  // which of the first 64 were asked for
+};
+
+// Calls the body and makes Python exceptions of what it throws: none may cross the C API. Not
+// `catch (...)`: with that, Python could not end a thread that waits for the interpreter's lock.
+template <class Body>
+PyObject* guarded(const Body& body) {
+    try {
+        return body();
+    } catch (const PythonError&) {
         return nullptr;
-    auto* weights = new Weights{address<const std::byte>(rows),
-                                address<const float>(scales),
-                                address<const float>(biases),
-                                address<const float>(off),
-                                address<const float>(down),
-                                neurons,
-                                width,
-                                lines,
-                                inputs,
-                                DType(dtype),
-                                {Activation{ffn::Act(kinds[0]), thetas[0]},
-                                 Activation{ffn::Act(kinds[1]), thetas[1]}},
-                                {address<const std::byte>(screen),
-                                 address<const float>(screen_scales), address<const float>(errors),
-                                 reach}};
-    return PyCapsule_New(weights, kCapsule, forget);
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
 }
 
-// run(weights, isa, threads, x, dtype, tokens, mask, experts, y, few, most of few, most of many):
-// once a token and layer, hence without the parser of format strings.
-PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    if (count != 12) return PyErr_Format(PyExc_TypeError, "12 arguments, not %zd", count);
-    const auto* weights = static_cast<const Weights*>(PyCapsule_GetPointer(args[0], kCapsule));
-    if (!weights) return nullptr;
-    unsigned long long values[10];
-    for (int i = 1; i < 10; ++i) values[i] = PyLong_AsUnsignedLongLong(args[i]);
-    const ffn::Limits limits{std::int64_t(values[9]), PyFloat_AsDouble(args[10]),
-                             PyFloat_AsDouble(args[11])};
-    if (PyErr_Occurred()) return nullptr;
-    const Isa& isa = *ffn::kIsas[values[1]];
-    const Batch batch{address<const void>(values[3]), address<void>(values[8]),
-                      DType(int(values[4])),          std::int64_t(values[5]),
-                      address<const std::uint8_t>(values[6]), std::int64_t(values[7])};
+// An FFN and what to run it with.
+struct Prepared {
+    Weights weights;
+    const Isa* isa;
+};
+
+void forget(PyObject* capsule) {
+    delete static_cast<Prepared*>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
+Prepared read_prepared(Arguments from) {
+    Prepared made{};
+    Weights& weights = made.weights;
+    weights.rows_FPD = from.tensor<const std::byte>("rows_FPB");
+    weights.scales_FP = from.tensor<const float>("scales_FP");
+    weights.biases_FP = from.tensor<const float>("biases_FP");
+    weights.off_F = from.tensor<const float>("off_F");
+    weights.down_D = from.tensor<const float>("down_D");
+    weights.neurons = from.integer("neurons");
+    weights.width = from.integer("width");
+    weights.lines = from.integer("lines");
+    weights.inputs = 1 + from.code<int>("gated", 2);
+    weights.dtype = from.code<DType>("dtype", ffn::kDTypes);
+    weights.acts[0].kind = from.code<Act>("act", ffn::kActs);
+    weights.acts[0].threshold = float(from.real("threshold"));
+    weights.acts[1].kind = from.code<Act>("up_act", ffn::kActs);
+    weights.acts[1].threshold = float(from.real("up_threshold"));
+    weights.screen.rows_FD = from.tensor<const std::byte>("screen_FB");
+    weights.screen.scales_F = from.tensor<const float>("screen_scale_F");
+    weights.screen.errors_F = from.tensor<const float>("screen_error_F");
+    weights.screen.reach = float(from.real("screen_reach"));
+    made.isa = ffn::kIsas[from.code<int>("isa", int(std::size(ffn::kIsas)))];
+    from.finish();
+    if (made.isa->runs_here()) return made;
+    PyErr_Format(PyExc_ValueError, "this CPU does not run %s", made.isa->name);
+    throw PythonError();
+}
+
+PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
+        std::unique_ptr<Prepared> made(new Prepared(read_prepared(Arguments(args, names))));
+        PyObject* capsule = PyCapsule_New(made.get(), kCapsule, forget);
+        if (capsule) made.release();
+        return capsule;
+    });
+}
+
+// What a call of `run` says, but for the FFN.
+struct Call {
+    int threads;
+    Batch batch;
+    Limits limits;
+};
+
+Call read_call(Arguments from) {
+    Call made{};
+    made.threads = int(from.integer("threads"));
+    made.batch.x_TD = from.tensor<const void>("x_TD");
+    made.batch.dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+    made.batch.tokens = from.integer("tokens");
+    made.batch.mask_TE = from.tensor<const std::uint8_t>("mask_TE");
+    made.batch.experts = from.integer("experts");
+    made.batch.y_TD = from.tensor<void>("y_TD");
+    made.limits.few = from.integer("few");
+    made.limits.most_few = from.real("most_few");
+    made.limits.most_many = from.real("most_many");
+    from.finish();
+    return made;
+}
+
+// Without the interpreter's lock.
+std::int64_t run_unlocked(const Prepared& ffn, const Call& call) {
     std::int64_t read = 0;
+    std::exception_ptr error;
     Py_BEGIN_ALLOW_THREADS;
-    read = ffn::sparse_ffn(*weights, batch, isa, int(values[2]), limits);
+    try {
+        read = ffn::sparse_ffn(ffn.weights, call.batch, *ffn.isa, call.threads, call.limits);
+    } catch (...) {
+        error = std::current_exception();
+    }
     Py_END_ALLOW_THREADS;
-    return PyLong_FromLongLong(read);
+    if (error) std::rethrow_exception(error);
+    return read;
+}
+
+// Once a token and layer, hence without Python's parser of format strings.
+PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the FFN, then names");
+        const void* ffn = PyCapsule_GetPointer(args[0], kCapsule);
+        if (!ffn) throw PythonError();
+        const Call call = read_call(Arguments(args + 1, names));
+        return PyLong_FromLongLong(run_unlocked(*static_cast<const Prepared*>(ffn), call));
+    });
 }
 
 PyObject* isas(PyObject*, PyObject*) {
@@ -101,9 +234,15 @@ PyObject* advise_huge_pages(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+template <class Function>
+PyCFunction with_names(Function function) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 PyMethodDef methods[] = {
-    {"prepare", prepare, METH_VARARGS, "The handle of an FFN whose tensors the caller keeps."},
-    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(run)), METH_FASTCALL,
+    {"prepare", with_names(prepare), METH_FASTCALL | METH_KEYWORDS,
+     "The handle of an FFN whose tensors the caller keeps."},
+    {"run", with_names(run), METH_FASTCALL | METH_KEYWORDS,
      "Writes y; the number of rows read, or -1 if the tokens want more than the limits."},
     {"isas", isas, METH_NOARGS, "Instruction sets that run here, the fastest last."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages; may be ignored."},

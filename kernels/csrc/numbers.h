@@ -13,7 +13,7 @@
 
 namespace ffn {
 
-// Of the formats whose numbers have an address.
+// The address of a number, in formats whose numbers have one.
 inline const char* element(const void* data, DType dtype, std::int64_t index) {
     return static_cast<const char*>(data) + index * (kLine / per_line(dtype));
 }

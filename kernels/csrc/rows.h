@@ -1,8 +1,10 @@
 // The loops over rows, once for every instruction set. V is the set's vector of floats; Product
 // says how a line of a row meets x.
 //
-// Included behind a `target` pragma: only what is inlined for sure may be called from here, since a
-// shared inline function that was compiled for a newer CPU would be linked into older ones' paths.
+// Included behind a `target` pragma. So everything here is in an unnamed namespace, what does not
+// depend on V too: of an inline function or a template that several files compile under one name,
+// the linker keeps one copy, and that for AVX-512 would then run on every CPU. No header may be
+// included behind the pragma for the first time, but for this one and avx512.h.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +13,14 @@
 #include "isa.h"
 
 namespace ffn {
+namespace {
 
 constexpr int kInFlight = 2048;    // bytes prefetched ahead, over all rows that are read at once
 
 template <class W>
 constexpr int numbers_of_a_line = int(kLine / sizeof(W));
 template <>
-inline constexpr int numbers_of_a_line<Int4> = per_line(DType::i4);
+constexpr int numbers_of_a_line<Int4> = per_line(DType::i4);
 
 // Numbers k * lanes and on of a line, as floats.
 template <class V, class W>
@@ -154,7 +157,7 @@ inline void add_tokens(const void* const* rows, const float* h, int stride, int 
 
 // Four rows at a time, then one: as many streams as the memory serves well.
 template <class V, class W, class Product = Widened<V, W>>
-void dot(const Rows& list, const void* const* x_T, int tokens, float* z) {
+void dot(const RowList& list, const void* const* x_T, int tokens, float* z) {
     constexpr int T = V::tokens;
     int i = 0;
     for (; i + 4 <= list.count; i += 4)
@@ -166,7 +169,7 @@ void dot(const Rows& list, const void* const* x_T, int tokens, float* z) {
 }
 
 template <class V, class W>
-void add(const Rows& list, const float* h, float* const* y, int tokens, std::int64_t begin,
+void add(const RowList& list, const float* h, float* const* y, int tokens, std::int64_t begin,
          std::int64_t end) {
     constexpr int T = V::tokens < 4 ? V::tokens : 4;
     int i = 0;
@@ -183,4 +186,5 @@ constexpr RowKernels row_kernels() {
     return {dot<V, W>, add<V, W>, add<V, W>, DType::f32};
 }
 
+}  // namespace
 }  // namespace ffn

@@ -1,1 +1,1 @@
-"""Models made for inference: packed FFNs, quantised linears."""
+"""Makes models ready for inference: packed FFNs, quantised linears, kernels in MoE hosts."""

@@ -1,4 +1,4 @@
-"""Our kernels as an experts implementation of transformers.
+"""Registers the kernels as an experts implementation of transformers.
 
     register_experts()
     model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="moe_tools")
@@ -17,7 +17,7 @@ from moe_tools.hosts.moe_kernels import IMPLEMENTATION, lay_out, run_experts
 
 
 def register_experts() -> None:
-    """Makes `experts_implementation="moe_tools"` known to transformers; again changes nothing.
+    """Makes `experts_implementation="moe_tools"` known to transformers. It may be called twice.
 
     For from_pretrained, and for `set_experts_implementation` of a model that is there, swapped
     ones included. On a GPU the Triton kernels run, on a CPU the reference, expert by expert.
@@ -49,7 +49,7 @@ def lay_out_experts(model: nn.Module) -> None:
 def _run_fused(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The signature that transformers calls; y_TD.
+    """Computes y_TD, with the signature that transformers calls.
 
     Raises:
         ValueError: experts of an unknown class, or spread over devices.

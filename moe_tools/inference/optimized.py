@@ -1,4 +1,4 @@
-"""A model that decodes through the sparse kernels: its FFNs are packed, in place, for inference.
+"""Optimises a model for inference, in place: its FFNs are packed for the sparse kernels.
 
 Letters: T tokens (any leading dimensions), D model width.
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from copy import deepcopy
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,13 @@ from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.hosts.ffn import FFN, find_ffns, graft
 from moe_tools.hosts.kernel_refusal import refusal
-from moe_tools.hosts.layouts import child_name
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.quantized_linear import Kind, quantize_linears
-from moe_tools.kernels.cpu.screen import no_screen
+from moe_tools.inference.state import free_matrices, widen_router
 from moe_tools.kernels.packed import PackedFFN
-from moe_tools.kernels.quantize import INT4, QUANTIZED
+from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.sparse_ffn import Backend, pack
+from moe_tools.kernels.weights import FFNWeights
 
 PACKED = {
     "fp32": torch.float32,
@@ -35,7 +34,7 @@ PACKED = {
     "int8": torch.int8,
     "int4": INT4,
 }
-"""What FFNs can be packed as, by the names of the command line."""
+"""The dtypes that FFNs can be packed as, by their names on the command line."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,7 +47,7 @@ class OptimizedFFN(PackableFFN):
     done = "optimised"
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TD.
+        """Computes y_TD.
 
         Raises:
             ValueError: in training.
@@ -75,14 +74,16 @@ def optimize(
     within one layer of the host above the model. Parameters no longer ask for gradients;
     `state_dict` and `save` give what they gave before, unless `dtype` lost digits.
 
-    Left as they are, with one warning that says why: FFNs whose activation no kernel knows, whose
-    linears are not plain, or whose router reads the FFN's own rows. A model without any other is
+    FFNs whose activation no kernel knows, whose linears are not plain, or whose router reads the
+    FFN's own rows stay as they are, with one warning that says why; a model without any other is
     refused. A deep copy shares what is packed; `to` casts the rest, and refuses another device.
+    torch.compile makes one graph of the model; pickle and torch.save keep it optimised.
 
     Args:
         model: routed, or dense with ReLU or a relative; in eval mode.
         dtype: of the packed matrices: fp32, bf16, fp16, int8 (a scale a row) or int4 (a scale for
-            each 32 of a row); the model's own by default.
+            each 32 of a row); the model's own by default. int8 and int4 need a kernel that reads
+            them.
         backend: see `moe_tools.kernels.sparse_ffn.pack`. `auto` takes the native kernels on a CPU
             and PyTorch elsewhere.
         screen: of FFNs with ReLU or a relative: a copy of the gate in int8 says which neurons
@@ -93,37 +94,53 @@ def optimize(
 
     Raises:
         ValueError: a model that is being trained, scores softly or has no FFN to pack, an unknown
-            dtype, backend or kind, one that cannot run here, or a gate that cannot be screened.
+            dtype, backend or kind, one that cannot run here, or a gate that cannot be screened;
+            nothing is changed then.
     """
+    _check(model, dtype)
+    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
+    packing = _Packing(dtype, backend, screen)
+    packable = _packable(model, ffns)
+    for ffn in packable:
+        packing.check(ffn)
+    if linears is not None:
+        projections = [linear for ffn in ffns for linear in ffn.projections.linears()]
+        quantize_linears(model, linears, besides=projections)
+    for ffn in packable:
+        free_matrices(_put(model, ffn, packing.pack(ffn)), dtype)
+    for routed in expert_ffns(model):
+        widen_router(routed)
+    _fold_head(model)
+    return model.requires_grad_(False)
+
+
+def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
     if dtype is not None and dtype not in PACKED.values():
         raise ValueError(
             f"weights cannot be packed as {dtype}: {', '.join(map(str, PACKED.values()))} can"
         )
-    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
+
+
+def _packable(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> list[ExpertFFN | FFN]:
+    """Returns the FFNs that can be packed; one warning says why the others stay as they are.
+
+    Raises:
+        ValueError: there are only others.
+    """
     obstacles = [_obstacle(ffn) for ffn in ffns]
-    _report(model, obstacles)
-    if screen is not None:
-        _check_screen([f for f, o in zip(ffns, obstacles, strict=True) if not o], dtype, screen)
-    if linears is not None:
-        quantize_linears(
-            model, linears, besides=[module for ffn in ffns for module in ffn.projections.linears()]
-        )
-    for ffn, obstacle in zip(ffns, obstacles, strict=True):
-        if obstacle is None:
-            off_F = ffn.off_F if isinstance(ffn, ExpertFFN) else None
-            weights = replace(ffn.projections.weights(), off_F=off_F)
-            packed = pack(weights, dtype=dtype, backend=backend, sole=True, screen=screen)
-            _free(_put(model, ffn, packed), dtype)
-    for routed in expert_ffns(model):
-        _widen_router(routed)
-    _fold_head(model)
-    return model.requires_grad_(False)
+    reasons = Counter(obstacle for obstacle in obstacles if obstacle is not None)
+    why = "; ".join(f"{reason} ({count} FFNs)" for reason, count in reasons.items())
+    if None not in obstacles:
+        raise ValueError(f"{type(model).__name__} has no FFN to optimise: {why}")
+    if reasons:
+        _log.warning("%s: left as they are: %s", type(model).__name__, why)
+    return [ffn for ffn, obstacle in zip(ffns, obstacles, strict=True) if obstacle is None]
 
 
 def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
-    """Why an FFN stays as it is; None when it can be packed."""
+    """Returns why an FFN stays as it is; None when it can be packed."""
     if isinstance(ffn, FFN):
         if not gives_zeros(ffn.act):
             return f"dense, and {type(ffn.act).__name__} gives no exact zeros"
@@ -137,37 +154,40 @@ def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
     return refusal(ffn.projections)
 
 
-def _report(model: nn.Module, obstacles: list[str | None]) -> None:
-    """Says what is left as it is, in one line.
+@dataclass(frozen=True)
+class _Packing:
+    """How every FFN is packed."""
 
-    Raises:
-        ValueError: everything is.
-    """
-    reasons = Counter(obstacle for obstacle in obstacles if obstacle is not None)
-    why = "; ".join(f"{reason} ({count} FFNs)" for reason, count in reasons.items())
-    if None not in obstacles:
-        raise ValueError(f"{type(model).__name__} has no FFN to optimise: {why}")
-    if reasons:
-        _log.warning("%s: left as they are: %s", type(model).__name__, why)
+    dtype: torch.dtype | None
+    backend: Backend
+    screen: float | None
+
+    def check(self, ffn: ExpertFFN | FFN) -> None:
+        """Packs the first neuron, to hear what `pack` refuses before anything is changed.
+
+        Raises:
+            ValueError: what it refuses, with the name of the FFN.
+        """
+        try:
+            self._pack(_weights(ffn).rows(slice(1)))
+        except ValueError as error:
+            raise ValueError(f"{ffn.name}: {error}") from error
+
+    def pack(self, ffn: ExpertFFN | FFN) -> PackedFFN:
+        """Packs the whole FFN; its own matrices can then be freed."""
+        return self._pack(_weights(ffn))
+
+    def _pack(self, weights: FFNWeights) -> PackedFFN:
+        return pack(weights, dtype=self.dtype, backend=self.backend, sole=True, screen=self.screen)
 
 
-def _check_screen(
-    ffns: Sequence[ExpertFFN | FFN], dtype: torch.dtype | None, screen: float
-) -> None:
-    """Before anything is packed.
-
-    Raises:
-        ValueError: a gate that cannot be screened.
-    """
-    for ffn in ffns:
-        weights = ffn.projections.weights()
-        why = no_screen(weights.act, dtype or weights.up_FD.dtype, screen)
-        if why is not None:
-            raise ValueError(f"{ffn.name}: {why}")
+def _weights(ffn: ExpertFFN | FFN) -> FFNWeights:
+    weights = ffn.projections.weights()
+    return replace(weights, off_F=ffn.off_F) if isinstance(ffn, ExpertFFN) else weights
 
 
 def _put(model: nn.Module, ffn: ExpertFFN | FFN, packed: PackedFFN) -> PackableFFN:
-    """Lets the packed weights compute; the module that does."""
+    """Lets the packed weights compute; returns the module that does."""
     if isinstance(ffn, ExpertFFN):
         ffn.packed = packed
         return ffn
@@ -175,41 +195,6 @@ def _put(model: nn.Module, ffn: ExpertFFN | FFN, packed: PackedFFN) -> PackableF
     module.packed = packed
     graft(model, ffn, module)
     return module
-
-
-def _free(ffn: PackableFFN, dtype: torch.dtype | None) -> None:
-    """Leaves names, shapes and dtypes of the matrices; the state dict is read from `packed`."""
-    lossy = False
-    for linear in ffn.projections.linears():
-        weight = linear.get_parameter("weight")
-        lossy |= dtype is not None and not _holds(dtype, weight.dtype)
-        linear.weight = nn.Parameter(weight.detach().to("meta"), requires_grad=False)
-
-    def fill(ffn: PackableFFN, state: dict[str, Any], prefix: str, _: Any) -> None:
-        if lossy:
-            raise ValueError(
-                f"{ffn.name} is packed as {dtype}, which lost digits: save the model that it was "
-                "made from"
-            )
-        assert ffn.packed is not None
-        for name, tensor in _unpacked(ffn, ffn.packed).items():
-            state[f"{prefix}{name}"] = tensor
-
-    ffn.register_state_dict_post_hook(fill)  # type: ignore[no-untyped-call]
-
-
-def _widen_router(ffn: ExpertFFN) -> None:
-    """Keeps a router in fp32, in which it computes anyway; saved, it is what it was."""
-    dtypes = {f"router.{name}": value.dtype for name, value in ffn.router.state_dict().items()}
-    ffn.router.float()
-
-    def narrow(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-        for name, dtype in dtypes.items():
-            value = state[f"{prefix}{name}"]
-            if value.dtype == torch.float32:  # else the model was cast since
-                state[f"{prefix}{name}"] = value.to(dtype)
-
-    ffn.register_state_dict_post_hook(narrow)  # type: ignore[no-untyped-call]
 
 
 def _fold_head(model: nn.Module) -> None:
@@ -226,31 +211,3 @@ def _fold_head(model: nn.Module) -> None:
 def _folded(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x_TD, *rest = args
     return (x_TD.reshape(-1, x_TD.shape[-1]).view(x_TD.shape), *rest)
-
-
-def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether every number of `other` is one of `dtype`."""
-    return dtype not in QUANTIZED and torch.promote_types(other, dtype) == dtype
-
-
-@torch.no_grad()
-def _unpacked(ffn: PackableFFN, packed: PackedFFN) -> dict[str, Tensor]:
-    """The matrices as the host has them, whatever its linears fuse or transpose."""
-    layout, projections = ffn.layout, deepcopy(ffn.projections)
-    for linear in projections.linears():
-        linear.to_empty(device=packed.device)
-    made, stored = projections.weights(), packed.weights
-    for mine, packed_FD in (
-        (made.gate_FD, stored.gate_FD),
-        (made.up_FD, stored.up_FD),
-        (made.down_FD, stored.down_FD),
-    ):
-        if mine is not None and packed_FD is not None:
-            mine.copy_(packed_FD)
-    paths = (layout.gate, layout.up, layout.down)
-    linears = (projections.gate, projections.up, projections.down)
-    return {
-        f"{child_name(layout, path)}.weight": linear.get_parameter("weight").detach()
-        for path, linear in zip(paths, linears, strict=True)
-        if path is not None and linear is not None
-    }

@@ -1,30 +1,35 @@
-"""Linears outside the FFNs in eight or four bits, for decoding: PyTorch's own weight-only kernels.
+"""Quantizes the linears outside the FFNs to eight or four bits, for PyTorch's weight-only kernels.
 
 Letters: T tokens (any leading dimensions), D columns, N rows, G groups of 32 columns.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from moe_tools.experts.routers import Router
 
 Kind = Literal["int8", "int4"]
-GROUP = 32
-"""Columns that share a scale in int4."""
+GROUP, ROWS = 32, 16
+"""Columns that share a scale in int4, and how many rows PyTorch packs together."""
 FEW = 8
-"""Tokens up to which the eight-bit kernel is faster than widening the weights and a matrix product:
-as measured on Zen 5, 2048 x 2048 in bf16 (LOG.md)."""
+"""The most tokens for which the int8 kernel is faster than a matrix product of widened weights,
+measured on Zen 5 with 2048 x 2048 in bf16 (LOG.md)."""
+
+_log = logging.getLogger(__name__)
 
 
 class QuantizedLinear(nn.Module, ABC):
-    """y = x W^T + b with W in few bits; no gradients, and nothing to save."""
+    """A linear, y = x W^T + b, with W in few bits. It has no gradients and refuses to be saved."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -33,18 +38,18 @@ class QuantizedLinear(nn.Module, ABC):
         self.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TN, in the dtype of x."""
+        """Computes y_TN, in the dtype of x."""
         y_TN = self.product(x_TD.reshape(-1, self.in_features))
         y_TN = y_TN if self.bias is None else y_TN + self.bias
         return y_TN.view(*x_TD.shape[:-1], self.out_features)
 
     @abstractmethod
     def product(self, x_TD: Tensor) -> Tensor:
-        """x W^T of a matrix x."""
+        """Computes x W^T for a matrix x."""
 
 
 class Int8Linear(QuantizedLinear):
-    """A scale a row, the largest entry at 127."""
+    """A linear in int8: a scale a row, which puts the largest entry at 127."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -57,7 +62,7 @@ class Int8Linear(QuantizedLinear):
         self.scale_N: Tensor
 
     def product(self, x_TD: Tensor) -> Tensor:
-        """x W^T; of many tokens, by widening the weights."""
+        """Computes x W^T; for many tokens, it widens the weights."""
         if len(x_TD) > FEW:
             return functional.linear(x_TD, self.weight.to(x_TD.dtype)) * self.scale_N
         made: Tensor = torch.ops.aten._weight_int8pack_mm(
@@ -67,7 +72,10 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """A scale for each 32 of a row, the largest entry at 7; prompts are slower than in bf16."""
+    """A linear in int4: a scale for each 32 of a row, which puts the largest entry at 7.
+
+    It reads prompts more slowly than a linear in bf16.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -82,7 +90,7 @@ class Int4Linear(QuantizedLinear):
         self.scales_GN2: Tensor
 
     def product(self, x_TD: Tensor) -> Tensor:
-        """x W^T."""
+        """Computes x W^T."""
         made: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x_TD.contiguous(), self.weight, GROUP, self.scales_GN2
         )
@@ -90,7 +98,7 @@ class Int4Linear(QuantizedLinear):
 
 
 def _scale(weight: Tensor, largest: int) -> Tensor:
-    """What puts the largest entry of the last dimension at `largest`, but for its own rounding."""
+    """Returns the scale, in the dtype of the weight, with the largest entry / scale = `largest`."""
     scale = (weight.abs().amax(dim=-1).float() / largest).to(weight.dtype)
     return torch.where(scale > 0, scale, 1.0)
 
@@ -99,38 +107,73 @@ _KINDS: dict[Kind, type[QuantizedLinear]] = {"int8": Int8Linear, "int4": Int4Lin
 
 
 def quantize_linears(model: nn.Module, kind: Kind, besides: Collection[nn.Module]) -> None:
-    """Replaces the plain linears of a model in place, but for routers and the ones given.
+    """Replaces the plain linears of a model in place, but for routers and the modules `besides`.
 
-    In int4, linears of which 32 does not divide the columns or 16 the rows stay as they are.
+    Linears that cannot be quantized stay, with one warning that says why: a subclass of nn.Linear,
+    a Conv1D, one that is quantized already, and in int4 those of which 32 does not divide the
+    columns or 16 the rows.
 
     Raises:
-        ValueError: an unknown kind, or a model that is not on the CPU.
+        ValueError: an unknown kind, no linear that can be quantized, or one that is not on the CPU
+            or in another dtype than fp32, bf16 and fp16; nothing is changed then.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"unknown linears {kind!r}; known: {', '.join(get_args(Kind))}")
-    left = {
-        id(part)
-        for module in model.modules()
-        if isinstance(module, Router)
-        for part in module.modules()
-    }
-    left |= {id(module) for module in besides}
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and id(module) not in left and _fits(kind, module)
-    ]
-    for name, linear in found:
-        if linear.weight.device.type != "cpu":
-            raise ValueError(
-                f"{name} is on {linear.weight.device}: linears are quantized on the CPU"
-            )
-    for name, linear in found:
+    found: dict[str, nn.Linear] = {}
+    reasons: Counter[str] = Counter()
+    for name, module in _linears(model, besides):
+        reason = _why_not(kind, module)
+        if reason is None and isinstance(module, nn.Linear):
+            found[name] = module
+        elif reason is not None:
+            reasons[reason] += 1
+    why = "; ".join(f"{reason} ({count} linears)" for reason, count in reasons.items())
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no linear to quantize as {kind}: "
+            f"{why or 'none outside the FFNs'}; leave `linears` out"
+        )
+    for name, linear in found.items():
+        _check(name, linear.weight)
+    if reasons:
+        _log.warning("%s: linears that stay as they are: %s", type(model).__name__, why)
+    for name, linear in found.items():
         model.set_submodule(name, _KINDS[kind](linear))
 
 
-def _fits(kind: Kind, linear: nn.Linear) -> bool:
-    return kind == "int8" or not (linear.in_features % GROUP or linear.out_features % 16)
+def _linears(
+    model: nn.Module, besides: Collection[nn.Module]
+) -> list[tuple[str, nn.Linear | Conv1D]]:
+    """Returns (path, module) of every linear that is in no router and not among `besides`."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    left = {id(part) for router in routers for part in router.modules()}
+    left |= {id(module) for module in besides}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in left
+    ]
+
+
+def _why_not(kind: Kind, linear: nn.Linear | Conv1D) -> str | None:
+    """Returns why a linear is not quantized; None when it is."""
+    if type(linear) is not nn.Linear:
+        return f"a {type(linear).__name__}, no plain linear"
+    if type(linear.weight) is not nn.Parameter:
+        return f"the weight is a {type(linear.weight).__name__}, no plain parameter"
+    if kind == "int4" and (linear.in_features % GROUP or linear.out_features % ROWS):
+        return f"int4 takes {GROUP}s of columns and {ROWS}s of rows"
+    return None
+
+
+def _check(name: str, weight: Tensor) -> None:
+    if weight.device.type != "cpu":
+        raise ValueError(f"{name} is on {weight.device}: linears are quantized on the CPU")
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{name} is {weight.dtype}: linears are quantized from fp32, bf16 and fp16; load the "
+            "model in one of them"
+        )
 
 
 def _refuse(module: nn.Module, prefix: str, keep_vars: Any) -> None:

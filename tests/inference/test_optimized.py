@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as Words
+from tokenizers import models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import moe_tools
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
+from moe_tools.cli.main import main
 from moe_tools.experts.conversion import Conversion, set_mode
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.experts.routing import record_routing
@@ -66,6 +70,14 @@ def optimised(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
 def packed_kinds(model: nn.Module) -> set[str]:
     return {type(ffn.packed).__name__ for ffn in grafted_ffns(model)}  # type: ignore[attr-defined]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Two words."""
+    words = models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]")
+    made = Words(words)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="b")
 
 
 def padded_batch() -> dict[str, Tensor]:
@@ -419,6 +431,45 @@ def test_quantized_linears_are_close_and_not_saved(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refusal_comes_before_the_first_change() -> None:
+    triton = {"backend": "triton", "dtype": torch.int4}
+    refuse(make("llama"), "stores fp32, bf16, fp16 and int8, not torch.int4", **triton)
+    refuse(make("llama"), "stores fp32, bf16, fp16", **triton, linears="int8")
+    refuse(make("llama"), r"layers\.0\.mlp: a screen needs", screen=4.0, linears="int8")
+    mixed = make("llama")
+    expert_ffns(mixed)[1].act_fn = nn.ReLU()
+    refuse(mixed, r"layers\.0\.mlp: a screen needs an activation", screen=4.0, linears="int8")
+
+
+def test_where_no_linear_can_be_quantized_that_is_said() -> None:
+    model = make("llama", vocab_size=60)  # neither width nor rows are multiples
+    refuse(
+        model,
+        "no linear to quantize as int4: int4 takes 32s of columns and 16s of rows",
+        linears="int4",
+    )
+    headless = make("gpt2")
+    headless.lm_head = nn.Identity()
+    refuse(headless, "no linear to quantize as int8", linears="int8")
+    refuse(
+        make("llama").double(),
+        r"is torch.float64: linears are quantized from fp32, bf16 and fp16",
+        linears="int8",
+    )
+
+
+def test_linears_that_stay_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make("llama", hidden_size=64, vocab_size=60)
+    with caplog.at_level(logging.WARNING, "moe_tools"):
+        fast = optimised(model, linears="int4")
+    assert type(fast.lm_head) is nn.Linear
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "LlamaForCausalLM: linears that stay as they are: "
+        "int4 takes 32s of columns and 16s of rows (1 linears)"
+    )
+
+
 def test_linears_of_an_unknown_kind_are_refused() -> None:
     refuse(make("llama"), "unknown linears 'int2'; known: int8, int4", linears="int2")
 
@@ -464,25 +515,77 @@ def test_an_adapter_is_not_skipped() -> None:
     refuse(model, "a projection is a Adapted, no plain linear")
 
 
+def test_a_quantized_weight_is_not_skipped() -> None:
+    """As those of torchao: a plain linear, but not a plain weight."""
+
+    class Quantized(nn.Parameter):
+        pass
+
+    model = make("llama")
+    for ffn in expert_ffns(model):
+        linear = ffn.down_proj
+        linear.weight = Quantized(linear.weight.detach())  # type: ignore[union-attr]
+    refuse(model, "the weight of a projection is a Quantized, no plain parameter")
+
+
 # --- without the extension ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
-def test_without_the_extension_pytorch_computes_and_the_log_says_so_once(
-    dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def missing() -> list[str]:
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in an install without a compiler."""
+
+    def isas() -> list[str]:
         raise ValueError("the native CPU kernels are not there")
 
-    monkeypatch.setattr("moe_tools.kernels.sparse_ffn.isas", missing)
-    model = make("phi3")
+    monkeypatch.setattr("moe_tools.kernels.sparse_ffn.isas", isas)
     native_cpu.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, "moe_tools.kernels"):
-            fast = optimised(model, dtype=dtype)
-            optimised(model)
-    finally:
-        native_cpu.cache_clear()
+    yield
+    native_cpu.cache_clear()
+
+
+@pytest.mark.usefixtures("missing")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4], ids=str)
+def test_without_the_extension_few_bits_are_refused(dtype: torch.dtype) -> None:
+    """PyTorch would only round the weights: less quality, and as much memory as before."""
+    message = (
+        rf"layers\.0\.mlp: no kernel reads {dtype} here, .*backend='reference' to round on purpo"
+    )
+    refuse(make("llama"), message, dtype=dtype)
+    refuse(make("llama"), message, dtype=dtype, linears="int8")
+    refuse(make_dense("llama", {"kind": "relu"}), message, dtype=dtype)
+
+
+@pytest.mark.usefixtures("missing")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_so_they_are_on_the_command_line(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(make("llama"), tmp_path, tokenizer())
+    words = ["generate", str(tmp_path), "--prompt", "a b", "--optimize", "--max-new-tokens", "1"]
+    assert main([*words, "--packed-dtype", dtype]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"no kernel reads torch.{dtype} here" in line
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4], ids=str)
+def test_the_reference_rounds_where_it_is_named(dtype: torch.dtype) -> None:
+    model = make("llama")
+    fast = optimised(model, dtype=dtype, backend="reference")
+    expected = logits(model)
+    error = (logits(fast) - expected).norm() / expected.norm()
+    assert 0 < error < (0.3 if dtype == torch.int4 else 0.05)
+
+
+@pytest.mark.usefixtures("missing")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_without_the_extension_pytorch_computes_and_the_log_says_so_once(
+    dtype: torch.dtype | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make("phi3")
+    with caplog.at_level(logging.WARNING, "moe_tools.kernels"):
+        fast = optimised(model, dtype=dtype)
+        optimised(model)
     assert caplog.text.count("sparse_ffn runs on PyTorch alone") == 1
     assert packed_kinds(fast) == {"ReferenceFFN"}
     tolerance = 2e-5 if dtype is None else 0.1

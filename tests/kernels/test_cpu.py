@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import moe_tools.kernels.cpu.packed as backend
+import moe_tools.kernels.cpu.stored as backend
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.native import isas
-from moe_tools.kernels.cpu.packed import DTYPES, CpuFFN
+from moe_tools.kernels.cpu.packed import CpuFFN
+from moe_tools.kernels.cpu.rows import DTYPES
 from moe_tools.kernels.quantize import QUANTIZED, rounded
 from moe_tools.kernels.reference import neuron_mask, sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_tools.kernels.cpu.packed import DTYPES
-from moe_tools.kernels.cpu.rows import LINE, pack_rows
+from moe_tools.kernels.cpu.rows import DTYPES, LINE, pack_rows
 from moe_tools.kernels.quantize import rounded
 from moe_tools.kernels.weights import FFNWeights
 
