@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from moe_tools import processes
 from moe_tools.cli.dry_run import add_dry_run_options, dry_run
 from moe_tools.cli.options import add_donor_options, add_json_option, positive
-from moe_tools.recipe import Recipe, read_recipe, with_options
 
 if TYPE_CHECKING:
+    from moe_tools.recipe import Recipe
     from moe_tools.report.setup import Setup
 
 
@@ -83,6 +83,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
 def run_file(args: argparse.Namespace, file: str | Path, *, eval_tokens: int = 0) -> int:
     """Runs a recipe file under the options of `add_run_options`, or says what a run would do."""
     from moe_tools.data.sources import JOIN
+    from moe_tools.recipe import read_recipe, with_options
     from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
 
     recipe = with_options(

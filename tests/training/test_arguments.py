@@ -15,8 +15,8 @@ from transformers.training_args import ParallelMode
 
 from moe_tools import processes
 from moe_tools.recipe import Train
+from moe_tools.steps.launch import Launch
 from moe_tools.training.arguments import training_arguments
-from moe_tools.training.launch import Launch
 
 STEP = Train(tokens=1, batch_size=3, accumulate=2)
 

@@ -17,7 +17,7 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Train
-from moe_tools.training.launch import Launch
+from moe_tools.steps.launch import Launch
 from moe_tools.training.losses import Observed, efficiency, separability
 from moe_tools.training.train import only_trainable, trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
