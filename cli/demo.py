@@ -9,7 +9,6 @@ from pathlib import Path
 from moe_tools.cli.generate import Request, generate
 from moe_tools.cli.options import positive, zero_or_more
 from moe_tools.cli.running import Job, execute
-from moe_tools.recipe import read_recipe, recipe_path, with_options
 
 SUMMARY = "convert SmolLM2-135M with LTE at 50 % and compare it with its dense self"
 
@@ -26,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts, evaluates and generates, as a user would."""
+    from moe_tools.recipe import read_recipe, recipe_path, with_options
+
     donor = str(donor_file())
     recipe = with_options(read_recipe(recipe_path("lte")), target_sparsity=0.5, tokens=args.tokens)
     execute(Job(recipe, donor, args.output, control=True, eval_tokens=args.eval_tokens))

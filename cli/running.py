@@ -164,15 +164,15 @@ def _plan_table(job: Job, device: str) -> Setup | None:
     from moe_tools.checkpoint.loading import load_tokenizer
     from moe_tools.cli.common import DTYPES
     from moe_tools.data import blocks
-    from moe_tools.report.setup import Setup
     from moe_tools.runs.stream import is_large
+    from moe_tools.runs.study import held_out_setup
 
     dtype, length = DTYPES[job.dtype], job.recipe.block_length
     if not job.eval_tokens:
         return None
     if is_large(job.model, dtype) if job.stream is None else job.stream:
         return None
-    setup = Setup.of_recipe(job.recipe, tokens=job.eval_tokens, dtype=dtype, device=device)
+    setup = held_out_setup(job.recipe, tokens=job.eval_tokens, dtype=dtype, device=device)
     tokenizer = load_tokenizer(job.model)
     blocks(setup.data, tokenizer, split="heldout", length=length, tokens=length)
     return setup

@@ -6,7 +6,6 @@ Letters: B blocks, T tokens of a block.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from moe_tools.data import Batch, Text, blocks, labelled_batches, labelled_blocks
 from moe_tools.data.holdout import TextSplit
 from moe_tools.measure.tasks import Tasks
-from moe_tools.recipe import Recipe
 
 CALIBRATION = 8192
 """Training tokens that set the thresholds of the baselines."""
@@ -38,17 +36,6 @@ class Setup:
     """Decides which tokens of an encoder's blocks are masked, and what tasks draw."""
     tasks: Tasks = field(default_factory=Tasks)
     """Tasks of lm-evaluation-harness, beside the perplexity."""
-
-    @classmethod
-    def of_recipe(cls, recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: str) -> Self:
-        """Takes the held-out part of the text that a recipe trains on, in blocks of its length."""
-        return cls(
-            data=held_out(recipe.data),
-            tokens=tokens,
-            block_length=recipe.block_length,
-            dtype=dtype,
-            device=device,
-        )
 
     def text(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
         """Reads the held-out text: labelled batches for classifiers, else blocks_BT."""

@@ -12,7 +12,7 @@ from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
 from moe_tools.report.compare import Bench
 from moe_tools.report.entries import find_control
 from moe_tools.report.report import Row
-from moe_tools.report.setup import Setup
+from moe_tools.report.setup import Setup, held_out
 from moe_tools.runs.run import run
 
 
@@ -53,7 +53,7 @@ def compare_recipes(study: Study) -> list[Row]:
         for sparsity in study.sparsities
     ]
     task = plan[0][2].task
-    setup = Setup.of_recipe(
+    setup = held_out_setup(
         plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
     )
     bench = Bench(setup, study.model, task == "classify")
@@ -87,4 +87,15 @@ def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
         tokens=study.tokens if recipe.train_tokens() else None,
         data=study.data,
         seed=study.seed,
+    )
+
+
+def held_out_setup(recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: str) -> Setup:
+    """Sets up a table on the held-out part of a recipe's text, in blocks of its length."""
+    return Setup(
+        data=held_out(recipe.data),
+        tokens=tokens,
+        block_length=recipe.block_length,
+        dtype=dtype,
+        device=device,
     )
