@@ -52,7 +52,7 @@ def check_arguments(
 
 
 class Registry(Mapping[str, T]):
-    """A read-only mapping whose missing key is a ValueError with a suggestion."""
+    """A table of what there is of a kind; a missing name is a ValueError with a suggestion."""
 
     def __init__(self, kind: str, things: Mapping[str, T]) -> None:
         self.kind = kind
@@ -62,6 +62,16 @@ class Registry(Mapping[str, T]):
         if name not in self._things:
             raise unknown(self.kind, name, self._things)
         return self._things[name]
+
+    def add(self, name: str, thing: T) -> None:
+        """Adds a thing; a package of yours does it when it is imported.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._things:
+            raise ValueError(f"there is a {self.kind} {name!r} already: choose another name")
+        self._things[name] = thing
 
     def build(self, spec: Mapping[str, Any]) -> Any:
         """Makes what a config entry describes, e.g. {"kind": "topk", "share": 0.5}.

@@ -194,8 +194,10 @@ class Patch:
                 # with adapters of its own a model saves these alone, which have our names
                 converted = _is_converted(model) and not model._hf_peft_config_loaded
                 if outermost and converted and self.in_force:
+                    from moe_tools.experts.conversion import update_config
                     from moe_tools.hosts.ffn import host_state_dict
 
+                    update_config(model)
                     if len(args) > 2:  # the folder, is_main_process, state_dict
                         args = (*args[:2], host_state_dict(model, args[2]), *args[3:])
                     else:

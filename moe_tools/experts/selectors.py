@@ -70,6 +70,9 @@ class Threshold(Selector):
     tau: float = 0.5
     knob = "tau"
 
+    def __post_init__(self) -> None:
+        _check_number("threshold", "tau", self.tau)
+
     def __call__(self, scores_TR: Tensor) -> Tensor:
         return scores_TR > self.tau
 
@@ -101,8 +104,10 @@ class TopK(Selector):
     def __post_init__(self) -> None:
         if (self.k is None) == (self.share is None):
             raise ValueError("top-k needs either k or share")
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"top-k needs k >= 1, not {self.k}")
+        if self.k is not None and (type(self.k) is not int or self.k < 1):
+            raise ValueError(f"top-k needs k >= 1, not {self.k!r}")
+        if self.share is not None:
+            _check_number("top-k", "a share", self.share)
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"top-k needs a share in (0, 1], not {self.share}")
 
@@ -142,6 +147,7 @@ class DynamicK(Selector):
     needs_ratio_scale = True
 
     def __post_init__(self) -> None:
+        _check_number("dynamic-k", "tau", self.tau)
         if not 0 <= self.tau <= 1:
             raise ValueError(f"dynamic-k needs tau in [0, 1], not {self.tau}")
 
@@ -171,6 +177,7 @@ class TopP(Selector):
     needs_ratio_scale = True
 
     def __post_init__(self) -> None:
+        _check_number("top-p", "p", self.p)
         if not 0 < self.p <= 1:
             raise ValueError(f"top-p needs p in (0, 1], not {self.p}")
 
@@ -206,6 +213,11 @@ class Everything(Selector):
 
     def at(self, limit: float) -> Self:
         return self
+
+
+def _check_number(kind: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(f"{kind} needs {name} that is a number, not {value!r}")
 
 
 def sample_stride(scores: int) -> int:

@@ -346,3 +346,22 @@ def test_ties_go_to_the_lower_expert(data: st.DataObject) -> None:
     for token, scores in enumerate(scores_TR.tolist()):
         best = sorted(range(experts), key=lambda expert: (-scores[expert], expert))[:k]
         assert mask_TR[token].nonzero().flatten().tolist() == sorted(best)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            {"kind": "threshold", "tau": "half"},
+            "^threshold needs tau that is a number, not 'half'$",
+        ),
+        ({"kind": "threshold", "tau": True}, "^threshold needs tau that is a number, not True$"),
+        ({"kind": "topk", "k": 2.5}, "^top-k needs k >= 1, not 2.5$"),
+        ({"kind": "topk", "share": "all"}, "^top-k needs a share that is a number, not 'all'$"),
+        ({"kind": "dynamic_k", "tau": None}, "^dynamic-k needs tau that is a number, not None$"),
+        ({"kind": "top_p", "p": float("nan")}, "^top-p needs p that is a number, not nan$"),
+    ],
+)
+def test_what_is_no_number_is_named(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_selector(spec)

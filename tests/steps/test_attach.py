@@ -260,7 +260,7 @@ def test_a_representative_is_the_neuron_nearest_to_its_experts_mean(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the marks of all tokens: a wide sketch has their distances within 2 %."""
-    monkeypatch.setattr("moe_tools.steps.profiles.SKETCH", 2**15)
+    monkeypatch.setattr("moe_tools.experts.profiles.SKETCH", 2**15)
     donor = build("llama")
     model = copy.deepcopy(donor)
     attach(model, Attach("representative", selector=HALF), replace(SPLIT, shared_experts=1), text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from moe_tools.experts.importance import Importance
@@ -14,7 +15,7 @@ from moe_tools.experts.routers.norm import NormRouter
 from moe_tools.experts.routers.rows import MeanGateRouter, SimilarityRouter
 from moe_tools.experts.routers.sigmoid import SigmoidRouter
 from moe_tools.hosts.ffn import FFN
-from moe_tools.registry import Registry
+from moe_tools.registry import Registry, unknown
 
 __all__ = [
     "ROUTERS",
@@ -52,13 +53,15 @@ ROUTERS: Registry[type[Router]] = Registry(
 
 
 def build_router(kind: str, options: dict[str, Any], ffn: FFN, importance: Importance) -> Router:
-    """A fresh router of a kind.
+    """Builds a fresh router of a kind; its options are the parameters of its class with a default.
 
     Raises:
-        ValueError: an unknown kind, or options that it does not take.
+        ValueError: an unknown kind, or an option that it does not take.
     """
     router = ROUTERS[kind]
-    try:
-        return router.build(ffn, importance, **options)
-    except TypeError as error:
-        raise ValueError(f"router {kind} with {options}: {error}") from error
+    parameters = inspect.signature(router).parameters.values()
+    known = [each.name for each in parameters if each.default is not each.empty]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"router {kind} with {options}: {unknown('option', option, known)}")
+    return router.build(ffn, importance, **options)

@@ -43,11 +43,7 @@ class Router(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
-        """A fresh router for an FFN and its experts.
-
-        Raises:
-            TypeError: an option that this kind does not take.
-        """
+        """Builds a fresh router for an FFN and its experts; options go to the class by name."""
 
     @classmethod
     def starter(cls, start: Start, sparsity: float) -> Callable[[Importance], Starter] | None:

@@ -50,8 +50,8 @@ class LowRankRouter(LabelRouter):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"a low-rank router needs rank >= 1, not {rank}")
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"a low-rank router needs rank >= 1, not {rank!r}")
         if not 0 <= zero_below < 1:
             raise ValueError(f"a low-rank router needs zero_below in [0, 1), not {zero_below}")
         if not 0 < positive_weight < float("inf"):

@@ -23,8 +23,8 @@ class NormRouter(LearnedRouter):
 
     def __init__(self, width: int, routed: int, hidden: int = 128) -> None:
         super().__init__()
-        if hidden < 1:
-            raise ValueError(f"a norm router needs hidden >= 1, not {hidden}")
+        if not isinstance(hidden, int) or hidden < 1:
+            raise ValueError(f"a norm router needs hidden >= 1, not {hidden!r}")
         self.first = LinearFP32(width, hidden)
         self.second = LinearFP32(hidden, routed)
         self.register_buffer("scale", torch.ones(()))

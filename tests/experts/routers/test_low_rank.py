@@ -115,7 +115,7 @@ def test_it_starts_at_the_constants_of_least_loss(
         ({"zero_below": -0.1}, r"needs zero_below in \[0, 1\), not -0.1$"),
         ({"positive_weight": 0}, r"^a low-rank router needs a positive_weight above 0, not 0$"),
         ({"positive_weight": float("nan")}, r"positive_weight above 0, not nan$"),
-        ({"rank": "many"}, r"^router low_rank with {'rank': 'many'}: "),
+        ({"rank": "many"}, r"^a low-rank router needs rank >= 1, not 'many'$"),
         ({"depth": 2}, r"^router low_rank with {'depth': 2}: .*'depth'"),
     ],
 )
