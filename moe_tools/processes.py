@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -142,6 +142,18 @@ def gather_rows(values: Tensor) -> Tensor:
     found = [torch.empty_like(padded) for _ in range(count())]
     distributed.all_gather(found, padded)
     return torch.cat([rows[: int(n)] for rows, n in zip(found, lengths, strict=True)])
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Makes each tensor its mean over the processes, in place; all have tensors of these shapes."""
+    if count() == 1:
+        return
+    from torch import distributed
+
+    for sent in [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        sent.wait()
+    for tensor in tensors:
+        tensor.div_(count())
 
 
 def all_agree(holds: bool) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from moe_tools.data import Batch
+from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
 
 if TYPE_CHECKING:
@@ -31,6 +32,22 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
     """One item is a whole batch: rows come in the order and the groups that the data layer made."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
+        """Checks them here, where they are in the host's memory.
+
+        Raises:
+            ValueError: no token of a batch is labelled.
+        """
+        for index, (ids_BT, labels_B) in enumerate(batches):
+            if labels_B is None and ids_BT.shape[1] < 2:
+                raise ValueError(
+                    f"batch {index} has no labelled token: its blocks have 1 token, and none "
+                    "follows it: give a longer block_length"
+                )
+            if labels_B is not None and not (labels_B != IGNORE).any():
+                raise ValueError(
+                    f"batch {index} has no labelled token: all its labels are {IGNORE}: leave such "
+                    "rows out"
+                )
         self.batches = batches
 
     def __len__(self) -> int:
@@ -101,8 +118,10 @@ def training_arguments(
         "ddp_find_unused_parameters": False,
     }
     if launch.deepspeed is not None:
-        # A copy: transformers fills in what is `auto`.
-        arguments |= {"deepspeed": _copied(dict(launch.deepspeed)), "bf16": bf16}
+        config = _copied(dict(launch.deepspeed))  # transformers fills in what is `auto`
+        if bf16 and step.accumulate > 1:  # a bf16 sum loses what is smaller than 1/256 of it
+            config["data_types"] = {"grad_accum_dtype": "fp32"} | config.get("data_types", {})
+        arguments |= {"deepspeed": config, "bf16": bf16}
     return OneDeviceArguments(**arguments)
 
 

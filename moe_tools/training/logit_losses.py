@@ -37,15 +37,10 @@ def logit_losses(
     lm_weight: float,
     distill_weight: float,
 ) -> tuple[Tensor, LogitLosses]:
-    """lm_weight * lm + distill_weight * distill, differentiable, and both parts detached.
+    """Returns lm_weight * lm + distill_weight * distill, differentiable, and both parts detached.
 
-    Labels of `IGNORE` count in neither.
-
-    Raises:
-        ValueError: no token is labelled.
+    Labels of `IGNORE` count in neither; both are NaN where no token is labelled.
     """
-    if not (labels_T != IGNORE).any():
-        raise ValueError("a batch has no labelled token")
     arguments = (logits_TV, labels_T, donor_TV, lm_weight, distill_weight)
     total, lm, distill = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, LogitLosses(lm, distill)
@@ -64,7 +59,7 @@ class _Fused(torch.autograd.Function):
         grad_TV = torch.empty_like(logits_TV)
         lm = logits_TV.new_zeros((), dtype=torch.float32)
         distill = torch.zeros_like(lm)
-        count = int((labels_T != IGNORE).sum())
+        count = (labels_T != IGNORE).sum()
         for start in range(0, len(logits_TV), ROWS):
             rows = slice(start, start + ROWS)
             kept = labels_T[rows] != IGNORE

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_tools import processes
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -16,11 +20,12 @@ class MasterAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        self._pairs: list[tuple[nn.Parameter, Tensor]] = []
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._hooks: list[RemovableHandle] = []
         super().__init__([{**g, "params": self._masters(g["params"])} for g in groups], **options)
 
-    def _masters(self, params: list[nn.Parameter]) -> list[Tensor]:
-        masters: list[Tensor] = []
+    def _masters(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
+        masters: list[nn.Parameter] = []
         for param in params:
             if param.dtype == torch.float32:
                 masters.append(param)
@@ -30,11 +35,56 @@ class MasterAdamW(torch.optim.AdamW):
                 masters.append(master)
         return masters
 
+    def masters(self) -> list[nn.Parameter]:
+        """All fp32 weights: the masters, and those that are their own."""
+        return [master for group in self.param_groups for master in group["params"]]
+
+    @property
+    def copies(self) -> bool:
+        """Whether a weight has a master beside it."""
+        return bool(self._pairs)
+
+    def sum_in_fp32(self) -> None:
+        """From here on every gradient is added to its master's as soon as it is there.
+
+        For several passes before a step: a bf16 sum loses what is smaller than 1/256 of it. Each
+        weight so has 4 bytes of gradient between the passes, where one pass leaves it 2.
+        """
+        self._hooks += [
+            param.register_post_accumulate_grad_hook(_adder(master))
+            for param, master in self._pairs
+        ]
+
+    def close(self) -> None:
+        """Ends `sum_in_fp32`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Moves the gradients that the weights have to their masters, in fp32."""
+        for param, master in self._pairs:
+            if param.grad is not None:
+                _adder(master)(param)
+
+    def average(self) -> None:
+        """Makes every gradient the mean over the processes, in fp32; all of them come here."""
+        self.gather()
+        for master in self.masters():
+            if master.grad is None:  # another process may have one
+                master.grad = torch.zeros_like(master)
+        processes.average_([master.grad for master in self.masters() if master.grad is not None])
+
+    def clip(self, largest: float) -> Tensor:
+        """Scales the gradients to a norm of at most `largest`, in fp32; returns the norm before."""
+        self.gather()
+        return nn.utils.clip_grad_norm_(self.masters(), largest)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One AdamW step on the masters, rounded into the weights."""
-        for param, master in self._pairs:
-            master.grad = None if param.grad is None else param.grad.float()
+        """Takes an AdamW step on the masters, and rounds them into the weights."""
+        self.gather()
         result = super().step(closure)
         for param, master in self._pairs:
             param.copy_(master)
@@ -58,3 +108,17 @@ class MasterAdamW(torch.optim.AdamW):
         for (_, master), saved in zip(self._pairs, state.pop("masters"), strict=True):
             master.copy_(saved)
         super().load_state_dict(state)
+
+
+def _adder(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """A hook that adds the gradient of a weight to its master's, and frees it."""
+
+    def add(param: Tensor) -> None:
+        assert param.grad is not None
+        if master.grad is None:
+            master.grad = param.grad.float()
+        else:
+            master.grad += param.grad
+        param.grad = None
+
+    return add

@@ -6,6 +6,7 @@ Letters: B blocks of a batch, T tokens of a block, V vocabulary, D model width, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,9 +19,8 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 from moe_tools import processes
 from moe_tools.data import Batch
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
+from moe_tools.experts.routing import Routing, record_routing
 from moe_tools.hosts.inputs import model_inputs
-from moe_tools.hosts.zeros import zero_share
 from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import warmup_cosine
@@ -28,6 +28,7 @@ from moe_tools.training import zero
 from moe_tools.training.arguments import Batches, only, training_arguments
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
+from moe_tools.training.figures import Figures, sparsity_of, zeros_of
 from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 DRIVE = "moe_tools_drive"
 """Where a checkpoint keeps the state of the drive."""
+LOSS = "the loss"
+"""The figure that is trained on, which must be finite; the Trainer logs it itself."""
 
 
 class RecipeTrainer(CheckpointingTrainer):
@@ -68,8 +71,10 @@ class RecipeTrainer(CheckpointingTrainer):
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
         self.logits: list[Tensor] = []
-        self.sums: dict[str, float] = {}
-        self.passes = 0
+        self.figures, self.read = Figures(), dict[str, float]()
+        self.adamw: MasterAdamW | None = None
+        self.sums = False
+        """Whether the gradients of several passes are added in fp32, apart from the weights."""
         self.last: dict[str, float] = {}
         self.dtypes = {name: param.dtype for name, param in model.named_parameters()}
         bf16 = torch.bfloat16 in self.dtypes.values()
@@ -86,11 +91,37 @@ class RecipeTrainer(CheckpointingTrainer):
             self.remove_callback(printer)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with fp32 masters: ours, or DeepSpeed's around PyTorch's."""
+        """Makes AdamW with fp32 masters: ours, or DeepSpeed's around PyTorch's."""
         if self.optimizer is None:
-            kind = MasterAdamW if self.launch.deepspeed is None else torch.optim.AdamW
-            self.optimizer = kind(self.groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
+            if self.launch.deepspeed is not None:
+                self.optimizer = torch.optim.AdamW(self.groups, **options)
+            else:
+                self.optimizer = self.adamw = MasterAdamW(self.groups, **options)
+                self.sums = self.adamw.copies and self.step.accumulate > 1
+                if self.sums:
+                    self.adamw.sum_in_fp32()
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; afterwards nothing of the optimizer stays on the model."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.adamw is not None:
+                self.adamw.close()
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs one pass. DistributedDataParallel would exchange bf16 gradients, not their sums."""
+        with self.accelerator.no_sync(model) if self.sums else nullcontext():
+            return super().training_step(model, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.adamw is None:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        if self.sums:
+            self.adamw.average()
+        return self.adamw.clip(self.args.max_grad_norm)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Warmup, then a cosine, for every group."""
@@ -133,15 +164,21 @@ class RecipeTrainer(CheckpointingTrainer):
             if name not in LOGIT_LOSSES:
                 values[name] = LOSSES[name](seen)
                 total = total + weight * values[name]
+        values[LOSS] = total
         self._note(values, routings, hidden)
-        self._check_loss(total)
+        if self.accelerator.sync_gradients:  # the last pass: DeepSpeed steps in its backward pass
+            self._read()
         return total
 
-    def _check_loss(self, total: Tensor) -> None:
-        """Together, so that no process waits for one that has stopped."""
-        finite = bool(torch.isfinite(total))
-        if not processes.all_agree(finite):
-            loss = "not finite in another process" if finite else f"{total.item()}"
+    def _read(self) -> None:
+        """Reads the figures of an optimizer step before it changes a weight.
+
+        Together, so that no process waits for one that has stopped.
+        """
+        self.read = self.figures.means()
+        if not math.isfinite(self.read.pop(LOSS)):
+            mine = self.figures.mine(LOSS)
+            loss = "not finite in another process" if math.isfinite(mine) else f"{mine}"
             raise FloatingPointError(
                 f"the loss is {loss} at optimizer step {self.state.global_step}: lower the "
                 "learning rates; the last good checkpoint is kept"
@@ -166,22 +203,18 @@ class RecipeTrainer(CheckpointingTrainer):
     def _note(
         self, values: dict[str, Tensor], routings: list[Routing], hidden_TF: list[Tensor]
     ) -> None:
-        noted = {name: value.item() for name, value in values.items()}
         if routings:
-            noted["sparsity"] = routing_sparsity(routings)
+            values["sparsity"] = sparsity_of(routings)
         if hidden_TF:
-            noted["zeros"] = zero_share(hidden_TF)
-        for name, value in noted.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.passes += 1
+            values["zeros"] = zeros_of(hidden_TF)
+        self.figures.add(values)
         if routings and self._shifts:
             self.logits.append(sample_logits(self.model, routings))
 
     def end_step(self) -> None:
         """After an optimizer step: follow the reference, keep what is logged."""
-        self.last = self._means()
-        self.sums, self.passes = {}, 0
-        self.last |= self.weights.moving()
+        self.last = self.read | self.weights.moving()
+        self.figures = Figures()
         if self.step.target_sparsity is not None:
             self._follow()
         self.state.stateful_callbacks[DRIVE] = {
@@ -189,12 +222,6 @@ class RecipeTrainer(CheckpointingTrainer):
             "controller": self.weights.state(),
             "last": self.last,
         }
-
-    def _means(self) -> dict[str, float]:
-        """Over the passes of all processes, which see as many."""
-        sums = processes.gather_rows(torch.tensor([[*self.sums.values()]], dtype=torch.double))
-        means = sums.mean(0) / self.passes
-        return dict(zip(self.sums, means.tolist(), strict=True))
 
     def _follow(self) -> None:
         measured = followed(self.last, self.step.drive)

@@ -48,7 +48,7 @@ def sample_logits(model: nn.Module, routings: Iterable[Routing]) -> Tensor:
 def _sample(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
     assert isinstance(ffn.selector, Threshold)  # check_trimmable
     scores_TR = scores_TE.flatten(0, -2)[:, ffn.shared :]
-    tau = torch.tensor(ffn.selector.tau, device=scores_TR.device)
+    tau = torch.full((), ffn.selector.tau, device=scores_TR.device)  # no copy to wait for
     return scores_TR[:: max(1, len(scores_TR) // SAMPLE)].logit(eps=1e-6) - tau.logit()
 
 

@@ -19,13 +19,18 @@ USED = "ACCELERATE_USE_DEEPSPEED"
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Afterwards transformers and Accelerate forget DeepSpeed: they would shard what is loaded."""
+    """Afterwards transformers and Accelerate forget DeepSpeed: they would shard what is loaded.
+
+    ZeRO-3 also replaces PyTorch's `linear`, for good, by one that rounds otherwise: it is put back.
+    """
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    linear = nn.functional.linear
     try:
         yield
     finally:
+        nn.functional.linear = linear
         unset_hf_deepspeed_config()
         AcceleratorState._reset_state()
         os.environ.pop(USED, None)

@@ -22,7 +22,7 @@ from moe_tools.cli.main import main
 from moe_tools.experts.experts import expert_ffns
 from tests.cli.test_convert import WORDS, tokenizer
 from tests.families import build, is_router, load_stock
-from tests.training.two_processes import EXPERT_STEPS, STEPS
+from tests.training.two_processes import DEEPSPEED_WAYS, EXPERT_STEPS, STEPS
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("plain", "zero0", "zero1", "zero2", "zero3")
@@ -125,6 +125,49 @@ def test_an_expert_without_a_token_stops_no_process(
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         assert (value - theirs[name]).abs().max() < 2e-6, name
+
+
+# --- gradients of several passes
+
+
+@pytest.fixture(scope="module")
+def summed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `trained`, of bf16 weights and 16 passes an optimizer step in all processes together."""
+    folder = tmp_path_factory.mktemp("summed")
+    for name, count in (("one", 1), ("two", 2)):
+        done = start(count, "sums", str(folder / name))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_bf16_gradients_of_two_processes_are_summed_in_fp32(summed: Path) -> None:
+    """The sum of eight passes in each is exchanged, not its last gradient, and not in bf16."""
+    alone, together = (summed / name / "plain" / "through" for name in ("one", "two"))
+    assert figures(together) == pytest.approx(figures(alone), abs=1e-6)
+    mine, theirs = weights(together), weights(alone)
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() < 1e-7, name
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "zero0"])
+def test_a_killed_run_of_summed_gradients_goes_on_bit_by_bit(way: str, summed: Path) -> None:
+    through, resumed = (weights(summed / "two" / way / name) for name in ("through", "killed"))
+    assert all(torch.equal(value, resumed[name]) for name, value in through.items())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Way -> a weight of 1 after gradients that a bf16 sum loses."""
+    folder = tmp_path_factory.mktemp("small")
+    done = start(1, "small_gradients", str(folder))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return figures(folder)
+
+
+@pytest.mark.parametrize("way", DEEPSPEED_WAYS)
+def test_deepspeed_sums_small_gradients_of_many_passes(way: str, small: dict[str, float]) -> None:
+    """AdamW's first step is its rate; DeepSpeed alone sums in bf16, and the weight stays 1."""
+    assert small[way] == pytest.approx(0.9, abs=0.004)
 
 
 # --- whole runs

@@ -139,12 +139,22 @@ def test_extreme_logits_stay_finite() -> None:
     assert torch.isfinite(total) and torch.isfinite(logits_TV.grad).all()  # type: ignore[arg-type]
 
 
-def test_a_label_is_needed() -> None:
+def test_of_no_label_there_is_no_mean() -> None:
+    """Whether there is one is asked where labels are on the host, not of the device."""
     logits_TV, labels_T, _ = sample(4, 3, 0.0, seed=7)
-    with pytest.raises(ValueError, match="no labelled token"):
-        logit_losses(
-            logits_TV, torch.full_like(labels_T, IGNORE), None, lm_weight=1, distill_weight=0
-        )
+    none_T = torch.full_like(labels_T, IGNORE)
+    total, parts = logit_losses(logits_TV, none_T, None, lm_weight=1, distill_weight=0)
+    assert torch.isnan(total) and torch.isnan(parts.lm)
+
+
+@pytest.mark.parametrize("with_donor", [False, True])
+def test_nothing_is_read_of_the_device(with_donor: bool) -> None:
+    """Tensors without numbers: to read one is an error."""
+    logits_TV, labels_T, donor_TV = (part.to("meta") for part in sample(2 * ROWS + 3, 9, 0.3, 1))
+    logits_TV.requires_grad_()
+    donor = donor_TV if with_donor else None
+    logit_losses(logits_TV, labels_T, donor, lm_weight=1, distill_weight=1)[0].backward()
+    assert logits_TV.grad is not None
 
 
 def test_nan_logits_give_a_nan_loss() -> None:

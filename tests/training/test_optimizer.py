@@ -133,3 +133,70 @@ def test_the_state_of_another_model_is_refused() -> None:
     other = MasterAdamW([{"params": params()}], **OPTIONS)
     with pytest.raises(ValueError, match="zip"):
         optimizer.load_state_dict(other.state_dict())
+
+
+# --- gradients of several passes
+
+
+def summed(sums: bool, grads: list[float]) -> tuple[MasterAdamW, nn.Parameter]:
+    """A bf16 weight of 1 after passes with these gradients, one after the other."""
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([{"params": [weight]}], lr=0.1, weight_decay=0.0)
+    if sums:
+        optimizer.sum_in_fp32()
+    for grad in grads:
+        (weight.float() * grad).sum().backward()
+    return optimizer, weight
+
+
+def test_small_gradients_of_many_passes_add_up() -> None:
+    """1 + 256 * 2^-9 - 1 is 1/2; in bf16, 1 + 2^-9 is 1."""
+    grads = [1.0, *[2.0**-9] * 256, -1.0]
+    optimizer, weight = summed(True, grads)
+    optimizer.gather()
+    (master,) = optimizer.masters()
+    assert master.grad is not None and master.grad.item() == 0.5
+    optimizer.step()
+    assert weight.item() == pytest.approx(0.9, abs=0.004)
+    optimizer, weight = summed(False, grads)
+    optimizer.step()
+    assert weight.item() == 1.0  # the update is lost
+
+
+def test_one_pass_holds_no_second_copy_of_its_gradients() -> None:
+    optimizer, weight = summed(False, [1.0])
+    (master,) = optimizer.masters()
+    assert master.grad is None and weight.grad is not None
+    optimizer.gather()
+    assert weight.grad is None and master.grad is not None
+    optimizer, weight = summed(True, [1.0, 1.0])
+    (master,) = optimizer.masters()
+    assert weight.grad is None and master.grad.item() == 2.0
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_the_norm_is_that_of_the_fp32_gradients(sums: bool) -> None:
+    optimizer, weight = summed(sums, [300.0, 300.0])
+    assert optimizer.clip(1.0).item() == 600.0
+    (master,) = optimizer.masters()
+    assert master.grad.item() == pytest.approx(1.0, abs=1e-5)
+    optimizer.step()
+    assert weight.grad is None and master.grad is None
+
+
+def test_fp32_weights_are_clipped_beside_bf16_ones() -> None:
+    host, router = params(torch.bfloat16), params(seed=1)
+    optimizer = MasterAdamW([{"params": host}, {"params": router}], **OPTIONS)
+    for weight in (*host, *router):
+        weight.grad = torch.ones_like(weight)
+    numbers = 2 * sum(weight.numel() for weight in host)
+    assert optimizer.clip(1.0).item() == pytest.approx(numbers**0.5)
+    assert router[0].grad.flatten()[0].item() == pytest.approx(numbers**-0.5)
+
+
+def test_a_weight_is_left_as_it_was_found() -> None:
+    """Nothing stays that would take its gradients away from it."""
+    optimizer, weight = summed(True, [1.0])
+    optimizer.close()
+    (weight.float() * 3).sum().backward()
+    assert weight.grad is not None and weight.grad.item() == 3.0

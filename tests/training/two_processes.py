@@ -23,12 +23,14 @@ from moe_tools import processes
 from moe_tools.cli.main import main
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.moe_host import HostExperts
-from moe_tools.recipe import Lora, Recipe
+from moe_tools.recipe import Lora, Recipe, Train
 from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
 from moe_tools.steps.launch import Launch
+from moe_tools.training import zero
+from moe_tools.training.arguments import training_arguments
 from moe_tools.training.train import train
 from tests.families import THRESHOLD, build, randomize, routed
-from tests.training.test_train import DENSE, HARD, SOFT, converted, text
+from tests.training.test_train import DENSE, HARD, SOFT, Killed, converted, kill_at, text
 
 LTE = replace(SOFT, target_sparsity=0.4, checkpoint_every=3)
 STEPS = {
@@ -47,6 +49,8 @@ EXPERT_STEPS = {
     "hard": replace(HARD, **SMALL),
 }
 """Of an MoE host."""
+DEEPSPEED_WAYS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+"""Those that train bf16 weights."""
 
 
 def quick_deepspeed() -> None:
@@ -139,6 +143,68 @@ def experts(out: Path) -> None:
                 keep(folder, figures, model)
 
 
+def sums(out: Path) -> None:
+    """Trains bf16 weights in every way, with many passes an optimizer step, and once killed."""
+    for way, launch in launches("bf16").items():
+        step = replace(LTE, batch_size=1, accumulate=16 // processes.count(), checkpoint_every=1)
+        for name in ("through", "killed", "resumed"):
+            model = converted(torch.bfloat16)
+            work = out / way / ("through" if name == "through" else "killed")
+            if name == "killed":
+                kill_at(model, 2 * step.accumulate + 1)  # in the last of three steps
+                with pytest.raises(Killed):
+                    train(model, step, text(BLOCKS), work, launch=launch)
+                continue
+            figures = train(model, step, text(BLOCKS), work, launch=launch)
+            if processes.rank() == 0:
+                keep(work, figures, model)
+
+
+SMALL_GRADIENTS = [1.0, *[2.0**-9] * 254, -1.0]
+"""Their sum is 254/512; in bf16, where 1 + 2^-9 is 1, it is 0."""
+
+
+class OneWeight(torch.nn.Module):
+    """Eight equal weights, whose gradient is what the forward pass is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_F = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+
+    def forward(self, grad: torch.Tensor) -> torch.Tensor:
+        """A loss."""
+        return (self.weight_F.float() * grad).sum()
+
+
+def small_gradients(out: Path) -> None:
+    """Keeps what becomes of a weight of 1 after one DeepSpeed step on `SMALL_GRADIENTS`."""
+    quick_deepspeed()
+    import deepspeed
+
+    step = Train(tokens=1, accumulate=len(SMALL_GRADIENTS))
+    found = {}
+    for name in DEEPSPEED_WAYS:
+        path = deepspeed_path(name)
+        given = read_deepspeed(path, Recipe("test", (step,)), dtype="bf16", processes=1)
+        with zero.released():
+            launch = Launch(deepspeed=given)
+            arguments = training_arguments(step, out, 1, 0, launch, bf16=True)
+            config = arguments.hf_deepspeed_config.config
+        for key, value in [*config["zero_optimization"].items()]:
+            if value == "auto":  # sizes of buffers
+                del config["zero_optimization"][key]
+        model = OneWeight()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for grad in SMALL_GRADIENTS:
+            engine.backward(engine(torch.tensor(grad)))
+            engine.step()
+        with deepspeed.zero.GatheredParameters([model.weight_F]):
+            found[name] = model.weight_F[0].item()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "figures.json").write_text(json.dumps(found))
+
+
 def keep(folder: Path, figures: dict[str, Any], model: torch.nn.Module) -> None:
     (folder / "figures.json").write_text(json.dumps(figures))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -167,10 +233,8 @@ if __name__ == "__main__":
     if task == "command":
         quick_deepspeed()
         sys.exit(command(words))
-    with processes.process_group("cpu"):
-        if task == "experts":
-            experts(Path(words[0]))
-        else:
-            if processes.count() > 1:
-                manners()
-            stages(Path(words[0]))
+    with processes.process_group("cpu", alone=task == "small_gradients"):
+        if task == "stages" and processes.count() > 1:
+            manners()
+        tasks = {f.__name__: f for f in (stages, experts, sums, small_gradients)}
+        tasks[task](Path(words[0]))
