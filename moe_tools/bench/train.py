@@ -23,7 +23,7 @@ from moe_tools.data import Batch
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
 from moe_tools.recipe import Attach, Recipe, Split, Train
 from moe_tools.steps.launch import Launch
-from moe_tools.training.losses import DONOR_LOSSES
+from moe_tools.training.losses import needs_donor
 from moe_tools.training.parts import trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
 
@@ -86,7 +86,7 @@ def _routed_step(recipe: Recipe) -> Train:
     routed = [s for s in recipe.steps if isinstance(s, Train) and s.mode in ("soft", "straight")]
     if not routed:
         raise ValueError(f"recipe {recipe.name} has no soft or straight train step to time")
-    if set(routed[0].losses) & set(DONOR_LOSSES):
+    if needs_donor(routed[0].losses):
         raise ValueError(f"recipe {recipe.name} distils from a donor: what it costs is a choice")
     return routed[0]
 

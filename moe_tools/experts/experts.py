@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from moe_tools.experts.division import Division
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers import Router, RowReader
-from moe_tools.experts.routing import RoutedFFN, Routing
 from moe_tools.experts.selectors import Everything, Selector
 from moe_tools.hosts.ffn import FFN
 
@@ -30,11 +29,64 @@ straight-through estimator, arXiv 1308.3432): routers learn without a gap to clo
 """
 
 
-class ExpertFFN(PackableFFN, RoutedFFN):
+class Routing(NamedTuple):
+    """One decision of one FFN on one batch. Leading dimensions are the FFN input's.
+
+    Scores and masks have every row, padding included, so that they line up with other tensors of
+    the model; whatever is counted leaves padding out.
+    """
+
+    ffn: str
+    scores_TE: Tensor
+    """A shared expert, which always runs, scores 1."""
+    mask_TE: Tensor
+    division: Division
+    """Sizes of the experts."""
+    shared: int = 0
+    """Experts that always run: the first ones."""
+    selector: Selector = Everything()
+    """What made the mask of the scores of the others."""
+    valid_T: Tensor | None = None
+    """Which rows are tokens, by the attention mask of the pass; None: all of them."""
+
+    @property
+    def scores_TR(self) -> Tensor:
+        """Scores of the experts that are routed: all but the shared ones."""
+        return self.scores_TE[..., self.shared :]
+
+    @property
+    def threshold_T1(self) -> Tensor:
+        """The score that decides for each token, see `Selector.threshold_T1`."""
+        return self.selector.threshold_T1(self.scores_TR)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the FFN saw, without padding."""
+        return len(self.of_tokens(self.mask_TE))
+
+    @property
+    def neurons_on(self) -> int:
+        """Neurons that ran, summed over the tokens."""
+        return self.division.count(self.of_tokens(self.mask_TE))
+
+    def of_tokens(self, values_T: Tensor) -> Tensor:
+        """Rows of `values_T` without padding, as one dimension.
+
+        Args:
+            values_T: has the leading dimensions of the mask.
+        """
+        if self.valid_T is not None:
+            return values_T[self.valid_T]
+        return values_T.reshape(-1, *values_T.shape[self.mask_TE.ndim - 1 :])
+
+
+class ExpertFFN(PackableFFN):
     """An FFN whose neurons run only when their expert is selected.
 
     With every expert on, in hard mode, the output equals the dense FFN's exactly.
     """
+
+    done = "routed"
 
     def __init__(
         self,
@@ -57,6 +109,8 @@ class ExpertFFN(PackableFFN, RoutedFFN):
         self.off_F: Tensor | None
         """What a neuron of an expert that is off contributes to h; None means zero."""
         self.register_buffer("off_F", None)
+        self.observers: list[Callable[[Routing], None]] = []
+        """Each is shown every decision."""
         self.interventions: list[Callable[[Tensor], Tensor]] = []
         """Each is given mask_TE and returns another, see `intervene`."""
 
@@ -84,7 +138,7 @@ class ExpertFFN(PackableFFN, RoutedFFN):
             mask_TR = nn.functional.pad(mask_TR, (self.shared, 0), value=True)
         for change in self.interventions:
             mask_TR = change(mask_TR)
-        routing = Routing(self.name, scores_TR, mask_TR, self.division)
+        routing = Routing(self.name, scores_TR, mask_TR, self.division, self.shared, self.selector)
         for observe in self.observers:
             observe(routing)
         return routing

@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moe_tools.data.generate import CACHE_NAMES
-from moe_tools.experts.experts import ExpertFFN
+from moe_tools.experts.experts import ExpertFFN, Routing
 from moe_tools.experts.hooks import hooked
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routing import Routing, observed_with_input
+from moe_tools.experts.routing import observed_with_input
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
 
 BEFORE, AFTER = 12, 4

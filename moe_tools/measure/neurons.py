@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
 from moe_tools.experts.hooks import hooked
-from moe_tools.experts.routing import Routing, observed
+from moe_tools.experts.routing import observed
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.moe_host import HostExperts

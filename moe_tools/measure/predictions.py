@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
 from moe_tools.experts.prediction import Prediction
-from moe_tools.experts.routing import Routing, observed_with_input
+from moe_tools.experts.routing import observed_with_input
 from moe_tools.experts.tokens import valid_tokens
 
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.conversion import set_selectors
-from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
-from moe_tools.experts.routing import Routing, observe_routing
+from moe_tools.experts.experts import ExpertFFN, Routing, every_expert_on, expert_ffns
+from moe_tools.experts.routing import observe_routing
 from moe_tools.experts.selectors import (
     Selector,
     describe_selector,

@@ -15,7 +15,7 @@ from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import check_sparsity
 from moe_tools.steps.launch import Launch
 from moe_tools.training.controller import ZEROS
-from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES
+from moe_tools.training.losses import LOSSES
 from moe_tools.training.trim import check_trimmable
 
 if TYPE_CHECKING:
@@ -38,11 +38,10 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         )
     routed = bool(expert_ffns(model))
     for name in step.losses:
-        if name not in LOGIT_LOSSES:
-            _ = LOSSES[name]
-        if name in DONOR_LOSSES and donor is None:
+        loss = LOSSES[name]
+        if loss.needs_donor and donor is None:
             raise ValueError(f"loss {name} needs the donor, and none is given")
-        if name in ("efficiency", "separability") and not routed:
+        if loss.needs_routers and not routed:
             raise ValueError(f"loss {name} needs routers: put `attach` before this train step")
     if (step.mode != "dense") != routed:
         state = "routed" if routed else "dense"

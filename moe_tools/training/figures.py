@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_tools import processes
-from moe_tools.experts.routing import Routing
+from moe_tools.experts.experts import Routing
 
 
 class Figures:

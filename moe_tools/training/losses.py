@@ -1,15 +1,19 @@
-"""Losses a recipe can name. Letters: T tokens, D model width, F neurons, E experts."""
+"""Losses a recipe can name.
+
+Letters: T tokens, D model width, F neurons, E experts, R experts that are routed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_tools.experts.routing import Routing
+from moe_tools.experts.experts import Routing
 from moe_tools.registry import Registry
 from moe_tools.training.watch import Kind
 
@@ -28,30 +32,47 @@ class Observed(NamedTuple):
     outputs_TD: Mapping[str, Tensor] = MappingProxyType({})
     """By name, see `FFNTensors.outputs`."""
     donor_outputs_TD: Mapping[str, Tensor] = MappingProxyType({})
-    """The same of the donor; empty without one."""
+    """The outputs of the donor's FFNs; empty without a donor."""
     hidden_TF: Sequence[Tensor] = ()
     """What enters the down projection."""
     pre_TF: Sequence[Tensor] = ()
     """What enters the activation."""
 
 
+@dataclass(frozen=True)
+class Loss:
+    """A loss: how it is computed, and what has to be there for it."""
+
+    compute: Callable[[Observed], Tensor] | None
+    """A scalar with its graph; None: `logit_losses` computes it from the logits."""
+    sees: Kind | None = None
+    """What it looks at inside the FFNs beside their routings: a field of `FFNTensors`."""
+    needs_routers: bool = False
+    needs_donor: bool = False
+    """It compares with the donor's forward pass on the same batch."""
+
+
 def efficiency(seen: Observed) -> Tensor:
-    """mean over FFNs, tokens and experts of G^2 (LTE, arXiv 2402.06126)."""
-    return torch.stack([routing.scores_TE.square().mean() for routing in seen.routings]).mean()
+    """mean over FFNs, tokens and routed experts of G^2 (LTE, arXiv 2402.06126).
+
+    Experts that are shared have no router, and no say here.
+    """
+    return torch.stack([routing.scores_TR.square().mean() for routing in seen.routings]).mean()
 
 
-def separability(seen: Observed, tau: float = 0.5) -> Tensor:
+def separability(seen: Observed) -> Tensor:
     """mean of 1 / (G - tau)^2: pushes scores away from the threshold (LTE, arXiv 2402.06126).
 
-    Bounded by 1 / margin^2: (G - tau)^2 + margin^2 stands where the paper has (G - tau)^2, which
-    is unbounded just where a fresh router starts.
+    tau is that of each FFN's selector; of one without a fixed threshold, the score that decides for
+    the token. Bounded by 1 / margin^2: (G - tau)^2 + margin^2 stands where the paper has
+    (G - tau)^2, which is unbounded just where a fresh router starts.
     """
-    return torch.stack(
-        [
-            ((routing.scores_TE - tau).square() + SEPARABILITY_MARGIN**2).reciprocal().mean()
-            for routing in seen.routings
-        ]
-    ).mean()
+    return torch.stack([_closeness(routing) for routing in seen.routings]).mean()
+
+
+def _closeness(routing: Routing) -> Tensor:
+    scores_TR, tau_T1 = routing.scores_TR, routing.threshold_T1.detach()
+    return ((scores_TR - tau_T1).square() + SEPARABILITY_MARGIN**2).reciprocal().mean()
 
 
 def distill_ffn(seen: Observed) -> Tensor:
@@ -94,25 +115,32 @@ def clamped(seen: Observed) -> Tensor:
     return torch.stack(sums).mean()
 
 
-LOSSES: Registry[Callable[[Observed], Tensor]] = Registry(
+LOSSES: Registry[Loss] = Registry(
     "loss",
     {
-        "efficiency": efficiency,
-        "separability": separability,
-        "distill_ffn": distill_ffn,
-        "l1": l1,
-        "hoyer": hoyer,
-        "clamped": clamped,
+        "lm": Loss(None),
+        "distill": Loss(None, needs_donor=True),
+        "efficiency": Loss(efficiency, needs_routers=True),
+        "separability": Loss(separability, needs_routers=True),
+        "distill_ffn": Loss(distill_ffn, sees="outputs", needs_donor=True),
+        "l1": Loss(l1, sees="hidden"),
+        "hoyer": Loss(hoyer, sees="hidden"),
+        "clamped": Loss(clamped, sees="pre"),
     },
 )
-"""Losses beside the two that the logits give (`lm`, `distill`)."""
-LOGIT_LOSSES = ("lm", "distill")
-DONOR_LOSSES = ("distill", "distill_ffn")
-"""Losses that need the donor's forward pass."""
-WATCHED: dict[str, Kind] = {
-    "distill_ffn": "outputs",
-    "l1": "hidden",
-    "hoyer": "hidden",
-    "clamped": "pre",
-}
-"""What a loss sees of the FFNs beside their routings: a list of `FFNTensors`."""
+
+
+def needs_donor(names: Iterable[str]) -> bool:
+    """Whether one of these losses compares with the donor."""
+    return any(LOSSES[name].needs_donor for name in names)
+
+
+def seen_kinds(names: Iterable[str]) -> set[Kind]:
+    """What these losses look at inside the FFNs."""
+    return {kind for name in names if (kind := LOSSES[name].sees) is not None}
+
+
+def compute_losses(names: Iterable[str], seen: Observed) -> dict[str, Tensor]:
+    """Every one of these losses that is not computed from the logits, by name."""
+    pairs = [(name, LOSSES[name].compute) for name in names]
+    return {name: compute(seen) for name, compute in pairs if compute is not None}

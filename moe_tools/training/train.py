@@ -25,7 +25,7 @@ from moe_tools.training.checkpoints import check_layout, newest_checkpoint
 from moe_tools.training.checks import check_sharded, check_train
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.lora import Lora, low_rank
-from moe_tools.training.losses import DONOR_LOSSES, WATCHED
+from moe_tools.training.losses import needs_donor, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
 from moe_tools.training.trainer import RecipeTrainer
 
@@ -113,7 +113,7 @@ class Train(Step):
 
     def needs_donor(self) -> bool:
         """Whether a loss compares with the model from before."""
-        return bool(set(self.losses) & set(DONOR_LOSSES))
+        return needs_donor(self.losses)
 
     def rehearse(self, model: PreTrainedModel, donor: str) -> None:
         """Checks that the model can take the step."""
@@ -184,7 +184,7 @@ def train(
     batches = whole_batches(text, step)
     checkpoint = newest_checkpoint(work)
     check_layout(checkpoint, launch)
-    if WATCHED.keys() & step.losses.keys() or step.drive in ZEROS:
+    if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     if step.mode != "dense":
         set_mode(model, step.mode)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from moe_tools import processes
 from moe_tools.data import Batch
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routing import Routing, record_routing
+from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
@@ -31,7 +31,7 @@ from moe_tools.training.controller import Reference, followed
 from moe_tools.training.figures import Figures, sparsity_of, zeros_of
 from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
-from moe_tools.training.losses import DONOR_LOSSES, LOGIT_LOSSES, LOSSES, WATCHED, Observed
+from moe_tools.training.losses import Observed, compute_losses, needs_donor, seen_kinds
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
 from moe_tools.training.trim import add_, sample_logits, shift_routers
@@ -143,7 +143,7 @@ class RecipeTrainer(CheckpointingTrainer):
             record_routing(self.model) if routed else nullcontext([])
         )
         weights = self.weights.now
-        kinds = {WATCHED[name] for name in weights if name in WATCHED}
+        kinds = seen_kinds(weights)
         with recording as routings, watch_ffns(self.model, kinds) as ffns:
             logits = self._logits(model, ids_BT)
         donor_logits, donor_outputs = self._donor_pass(ids_BT, kinds & {"outputs"})
@@ -160,10 +160,9 @@ class RecipeTrainer(CheckpointingTrainer):
         values = {"lm": parts.lm}
         if donor_logits is not None:
             values["distill"] = parts.distill
-        for name, weight in weights.items():
-            if name not in LOGIT_LOSSES:
-                values[name] = LOSSES[name](seen)
-                total = total + weight * values[name]
+        for name, value in compute_losses(weights, seen).items():
+            values[name] = value
+            total = total + weights[name] * value
         values[LOSS] = total
         self._note(values, routings, hidden)
         if self.accelerator.sync_gradients:  # the last pass: DeepSpeed steps in its backward pass
@@ -187,7 +186,7 @@ class RecipeTrainer(CheckpointingTrainer):
     def _donor_pass(
         self, ids_BT: Tensor, kinds: set[Kind]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        if self.donor is None or not set(self.weights.now) & set(DONOR_LOSSES):
+        if self.donor is None or not needs_donor(self.weights.now):
             return None, {}
         with torch.no_grad(), watch_ffns(self.donor, kinds) as ffns:
             logits = self._logits(self.donor, ids_BT)

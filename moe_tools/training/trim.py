@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.data.generate import evaluating
-from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
 from moe_tools.experts.routers import SigmoidRouter
-from moe_tools.experts.routing import Routing, record_routing
+from moe_tools.experts.routing import record_routing
 from moe_tools.experts.selectors import Threshold
 from moe_tools.hosts.inputs import model_inputs
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from moe_tools.experts.division import Division
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
+from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.routing import record_routing, routing_sparsity
 from tests.families import EXPERTS, FAMILIES, build, logits, model_inputs, randomize, routed
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

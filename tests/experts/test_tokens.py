@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import Conversion, attach_experts
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
+from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.routing import record_routing, routing_sparsity
 from moe_tools.experts.tokens import valid_tokens
 from moe_tools.measure.flops import count_flops
 from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_tools.experts.division import Division
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routing import Routing
+from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.routing import record_routing
+from moe_tools.experts.selectors import Selector, Threshold, TopK
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.training.losses import (
-    DONOR_LOSSES,
-    LOGIT_LOSSES,
     LOSSES,
     SEPARABILITY_MARGIN,
-    WATCHED,
     Observed,
     clamped,
+    compute_losses,
     distill_ffn,
     efficiency,
     hoyer,
     l1,
+    needs_donor,
+    seen_kinds,
     separability,
 )
 from moe_tools.training.watch import watch_ffns
-from tests.families import NEURONS, build, model_inputs, routed
+from tests.families import NEURONS, THRESHOLD, build, model_inputs, routed
 
 
-def observed(*scores: Tensor) -> Observed:
+HALF = Threshold(0.5)
+
+
+def observed(*scores: Tensor, selector: Selector = HALF, shared: int = 0) -> Observed:
     """What routers with these scores showed."""
     return Observed(
-        [Routing(str(i), s, s > 0.5, Division(NEURONS, s.shape[-1])) for i, s in enumerate(scores)]
+        [
+            Routing(str(i), s, s > 0.5, Division(NEURONS, s.shape[-1]), shared, selector)
+            for i, s in enumerate(scores)
+        ]
     )
 
 
@@ -56,8 +65,37 @@ def test_separability_by_hand() -> None:
     seen = observed(torch.tensor([[0.5, 0.9]]), torch.tensor([[0.0]]))
     first = (1 / margin + 1 / (0.16 + margin)) / 2
     assert separability(seen).item() == pytest.approx((first + 1 / (0.25 + margin)) / 2, rel=1e-6)
-    shifted = observed(torch.tensor([[0.2]]))
-    assert separability(shifted, tau=0.2).item() == pytest.approx(1 / margin)
+
+
+def test_separability_pushes_from_the_threshold_of_the_selector() -> None:
+    scores = torch.tensor([[0.2, 0.1, 0.3]], requires_grad=True)
+    separability(observed(scores, selector=Threshold(0.2))).backward()
+    assert scores.grad is not None
+    at, below, above = scores.grad[0].tolist()
+    assert at == 0 and below > 0 > above  # descent pushes away from 0.2, where 0.5 is above all
+    best = observed(torch.tensor([[0.1, 0.8, 0.4]]), selector=TopK(2))  # the second best decides
+    margin = SEPARABILITY_MARGIN**2
+    expected = (1 / (0.09 + margin) + 1 / (0.16 + margin) + 1 / margin) / 3
+    assert separability(best).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [efficiency, separability])
+def test_shared_experts_have_no_say(loss) -> None:
+    """Their scores are always 1: they would dilute both losses of LTE."""
+    scores = torch.rand(4, 3)
+    with_shared = nn.functional.pad(scores, (2, 0), value=1.0)
+    assert loss(observed(with_shared, shared=2)).item() == loss(observed(scores)).item()
+
+
+def test_a_routing_knows_its_selector_and_its_shared_experts() -> None:
+    conversion = replace(THRESHOLD, shared_experts=2, selector={"kind": "threshold", "tau": 0.3})
+    model, ffns = routed(build("llama"), conversion)
+    with record_routing(model) as routings:
+        model(**model_inputs(model))
+    for routing, ffn in zip(routings, ffns, strict=True):
+        assert (routing.shared, routing.selector) == (2, Threshold(0.3))
+        assert torch.equal(routing.scores_TR, routing.scores_TE[..., 2:])
+        assert (routing.threshold_T1 == 0.3).all() and ffn.shared == 2
 
 
 def test_separability_is_the_paper_s_far_from_tau() -> None:
@@ -116,8 +154,8 @@ def test_gradients_are_numerically_right(loss) -> None:
 
 def test_every_loss_has_one_home() -> None:
     assert set(LOSSES) >= {"efficiency", "separability", "distill_ffn", "l1", "hoyer", "clamped"}
-    assert not set(LOSSES) & set(LOGIT_LOSSES)
-    assert set(DONOR_LOSSES) <= {*LOSSES, *LOGIT_LOSSES}
+    assert {name for name, loss in LOSSES.items() if loss.compute is None} == {"lm", "distill"}
+    assert {name for name in LOSSES if needs_donor([name])} == {"distill", "distill_ffn"}
     with pytest.raises(ValueError, match="unknown loss 'eficiency'; did you mean 'efficiency'"):
         _ = LOSSES["eficiency"]
 
@@ -175,7 +213,7 @@ def test_losses_of_activations_are_in_fp32(loss) -> None:
 def test_gradients_arrive_at_the_weights_before(name: str, family: str, sparse: bool) -> None:
     donor = build(family)
     model = routed(donor)[0] if sparse else donor
-    with watch_ffns(model, {WATCHED[name]}) as ffns:
+    with watch_ffns(model, seen_kinds([name])) as ffns:
         model(**model_inputs(model))
     seen = Observed(
         outputs_TD=ffns.outputs,
@@ -183,7 +221,7 @@ def test_gradients_arrive_at_the_weights_before(name: str, family: str, sparse: 
         hidden_TF=ffns.hidden,
         pre_TF=ffns.pre,
     )
-    LOSSES[name](seen).backward()
+    compute_losses([name], seen)[name].backward()
     for ffn in expert_ffns(model) or find_ffns(model):
         projections = ffn.projections
         first = projections.up if projections.gate is None else projections.gate

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import Conversion, attach_experts
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routing import Routing, record_routing, routing_sparsity
+from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.routing import record_routing, routing_sparsity
 from moe_tools.training.trim import sample_logits, shift_routers, trim
 from tests.families import (
     EXPERT_SIZE,
