@@ -19,7 +19,7 @@ from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import Conversion, read_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.experts.routing import record_routing
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.two_levels import TwoLevels
 from moe_tools.recipe import Attach, Budget, Split, Swap
@@ -131,7 +131,7 @@ def by_hand(family: str, working: Counter[str]) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("inside", ["dense", "drelu", "split"])
 def test_both_levels_are_counted(family: str, inside: str) -> None:
     model = build(family)
-    find_ffns(model)  # takes the experts apart
+    unfused_ffns(model)  # takes the experts apart
     if inside == "drelu":
         swap(model, Swap({"kind": "drelu"}), Conversion("donor"), text())
     elif inside == "split":

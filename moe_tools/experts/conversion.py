@@ -14,7 +14,7 @@ from moe_tools.experts.experts import ExpertFFN, Mode, expert_ffns
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import build_router
 from moe_tools.experts.selectors import Selector, build_selector, describe_selector
-from moe_tools.hosts.ffn import FFN, find_ffns, graft
+from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
 from moe_tools.registry import unknown
 
 FORMAT = 1
@@ -203,7 +203,7 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     """
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")
-    found = find_ffns(model)
+    found = unfused_ffns(model)
     conversion.check_names(found)
     made = [_expert_ffn(ffn, conversion) for ffn in found]
     for ffn, module in zip(found, made, strict=True):  # first all checks, then the first change

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.hosts.activations import Activation, build_activation
-from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation
+from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation, unfused_ffns
 from moe_tools.hosts.layouts import ALSO_ACTIVATED
 from moe_tools.names import OURS
 
@@ -34,7 +34,8 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
         ValueError: no or an unknown activation, one that an FFN cannot have, the activation of an
             FFN that is not there, or a routed model.
     """
-    found, acts = find_ffns(model), check_swap(model, conversion)
+    acts = check_swap(model, conversion)
+    found = unfused_ffns(model)
     for ffn, act in zip(found, acts, strict=True):
         set_activation(model, ffn, act)
     assert conversion.activation is not None

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from moe_tools.hosts.activations import Activation, JointActivation
 from moe_tools.hosts.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, inside, join
-from moe_tools.hosts.moe_host import HostExperts, fused_experts, unfuse_experts
+from moe_tools.hosts.moe_host import (
+    HostExperts,
+    check_fused,
+    expert_views,
+    fused_experts,
+    unfuse_experts,
+)
 from moe_tools.hosts.projections import Projections
 from moe_tools.kernels.weights import FFNWeights
 
@@ -130,25 +136,28 @@ class SwappedFFN(GraftedFFN):
 
 
 def find_ffns(model: nn.Module) -> list[FFN]:
-    """The FFNs of a dense model, in the host's order; an MoE host's experts are FFNs too.
+    """Finds the FFNs of a dense model, in the host's order, and changes nothing.
 
     The host's order is that of the forward pass, but for the shared expert of Qwen2-MoE, which
-    runs before the others. The fused experts of an MoE host are first taken apart in place
-    (`unfuse_experts`).
+    runs before the others. Every expert of an MoE host is an FFN; where the host keeps them fused,
+    their modules here are views: what is written to their weights is written to the model, but to
+    hook or to replace them, use `unfused_ffns`.
 
     Raises:
         ValueError: the model has no FFN of a known family, or one whose parts were renamed; its
             FFNs are routed or optimised already, or it is an MoE host whose experts cannot be
             taken apart.
     """
-    for module in grafted_ffns(model):
-        if module.done is not None:
-            name = type(model).__name__
-            raise ValueError(f"{name} is {module.done} already: start from the dense model")
-    unfuse_experts(model)
+    _check_dense(model)
+    fused = fused_experts(model)
+    for path, module in fused.items():
+        check_fused(path, module)
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, SwappedFFN):
+        if path in fused:
+            views = enumerate(expert_views(module))
+            found += [FFN(f"{path}.{i}", view, LAYOUTS["HostExpert"]) for i, view in views]
+        elif isinstance(module, SwappedFFN):
             found.append(FFN(path, module, module.layout))
         elif (layout := LAYOUTS.get(type(module).__name__)) is not None:
             _check_parts(path, module, layout)
@@ -156,6 +165,24 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     if not found:
         raise _unknown_host(model)
     return found
+
+
+def unfused_ffns(model: nn.Module) -> list[FFN]:
+    """Finds the FFNs of a dense model as modules of it: fused experts are taken apart in place.
+
+    Raises:
+        ValueError: as `find_ffns`.
+    """
+    _check_dense(model)
+    unfuse_experts(model)
+    return find_ffns(model)
+
+
+def _check_dense(model: nn.Module) -> None:
+    for module in grafted_ffns(model):
+        if module.done is not None:
+            name = type(model).__name__
+            raise ValueError(f"{name} is {module.done} already: start from the dense model")
 
 
 def _check_parts(path: str, module: nn.Module, layout: Layout) -> None:

@@ -144,7 +144,8 @@ def unfuse_experts(model: nn.Module) -> None:
     for path, module in fused.items():  # first all checks, then the first change
         check_fused(path, module)
     for path, module in fused.items():
-        model.set_submodule(path, _unfuse(module).train(module.training))
+        opened = HostExperts(expert_views(module), module.config)
+        model.set_submodule(path, opened.train(module.training))
 
 
 def chosen_share(model: nn.Module, name: str) -> float:
@@ -153,10 +154,14 @@ def chosen_share(model: nn.Module, name: str) -> float:
     The host's router is taken to spread them evenly.
     """
     host = model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(host, HostExperts):
+    if isinstance(host, HostExperts):
+        experts = len(host)
+    elif _is_fused(host):
+        experts = len(host.get_parameter("gate_up_proj"))
+    else:
         return 1.0
     config: Any = model.config
-    return float(config.num_experts_per_tok / len(host))
+    return float(config.num_experts_per_tok / experts)
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -197,17 +202,15 @@ def check_fused(path: str, fused: nn.Module) -> None:
         )
 
 
-def _unfuse(fused: nn.Module) -> HostExperts:
+def expert_views(fused: nn.Module) -> list[HostExpert]:
+    """Every expert of a fused module as a module of its own, around views of the fused weights."""
     gate_up_XFD = fused.get_parameter("gate_up_proj")
     down_XDF = fused.get_parameter("down_proj")
     act = fused.get_submodule("act_fn")
-    return HostExperts(
-        (
-            HostExpert(_linear(gate_up), _linear(down), act)
-            for gate_up, down in zip(gate_up_XFD, down_XDF, strict=True)
-        ),
-        fused.config,
-    )
+    return [
+        HostExpert(_linear(gate_up), _linear(down), act)
+        for gate_up, down in zip(gate_up_XFD, down_XDF, strict=True)
+    ]
 
 
 def _linear(weight: Tensor) -> nn.Linear:

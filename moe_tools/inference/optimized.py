@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.packed_ffn import PackableFFN
-from moe_tools.hosts.ffn import FFN, find_ffns, graft
+from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
 from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.quantized_linear import Kind, quantize_linears
@@ -98,7 +98,7 @@ def optimize(
             nothing is changed then.
     """
     _check(model, dtype)
-    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
+    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
     packing = _Packing(dtype, backend, screen)
     packable = _packable(model, ffns)
     for ffn in packable:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.experts.hooks import hooked
-from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.inputs import model_inputs
 
 Baseline = Literal["teal", "cats"]
@@ -59,7 +59,7 @@ def thresholded(
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity}, but must be in [0, 1)")
-    sites = _sites(find_ffns(model), kind)
+    sites = _sites(unfused_ffns(model), kind)
     with _hooked(sites, _keep_magnitudes):
         _run(model, calibration_BT)
     for site in sites:

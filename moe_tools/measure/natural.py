@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
-from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.zeros import zero_share
 
@@ -108,7 +108,7 @@ def observe(model: PreTrainedModel, blocks_BT: Tensor, *, batch_size: int = 4) -
     Raises:
         ValueError: the model has no FFN of a known family.
     """
-    ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
+    ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or unfused_ffns(model)
     kept: list[list[Tensor]] = [[] for _ in ffns]
     handles = (
         ffn.down.register_forward_pre_hook(

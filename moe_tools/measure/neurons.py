@@ -16,7 +16,7 @@ from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.experts.routing import observed
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
-from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.kernels.weights import FFNWeights
@@ -96,12 +96,12 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
 
     Works for routed and for dense models, where every neuron is on. Changes no output. What the
     attention mask says is padding is not counted. The fused
-    experts of a dense MoE host are taken apart in place, as `find_ffns` does.
+    experts of a dense MoE host are taken apart in place, as `unfused_ffns` does.
 
     Raises:
         ValueError: the model has no FFN of a known family.
     """
-    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or find_ffns(model)
+    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
     counts = [_count(ffn.name, ffn.weights()) for ffn in ffns]
     with valid_tokens(model) as tokens, ExitStack() as watches:
         for ffn, count in zip(ffns, counts, strict=True):

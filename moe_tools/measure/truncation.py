@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
-from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import observe
 
@@ -64,7 +64,7 @@ def truncated(model: nn.Module, cuts: dict[str, float]) -> Iterator[Truncated]:
         model: dense, or converted, whose experts are then all on.
         cuts: name of an FFN -> cut; an FFN without one is left alone.
     """
-    ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
+    ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or unfused_ffns(model)
     count = Truncated()
     with valid_tokens(model) as tokens:
         handles = (

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
-from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.inputs import model_inputs
 
 BATCH = 4
@@ -35,7 +35,7 @@ def visit_activations(
     Raises:
         ValueError: an FFN that saw no token.
     """
-    ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
+    ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or unfused_ffns(model)
     unseen = dict(enumerate(ffns))
 
     def note(index: int, x_TD: Tensor, h_TF: Tensor) -> None:

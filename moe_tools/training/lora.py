@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 
 if TYPE_CHECKING:
     from moe_tools.training.train import Train
@@ -84,7 +84,7 @@ def adapted(model: PreTrainedModel, parts: str) -> list[str]:
     routed = expert_ffns(model)
     left_out = {id(module) for ffn in routed for module in ffn.router.modules()}
     left_out.add(id(model.get_output_embeddings()))
-    ffns = [ffn.projections for ffn in routed or find_ffns(model)]
+    ffns = [ffn.projections for ffn in routed or unfused_ffns(model)]
     of_ffns = {id(linear) for ffn in ffns for linear in ffn.linears()}
     return [
         path

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.training.lora import adapters
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
 def _ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
     routed = expert_ffns(model)
     if not routed:
-        parts = [ffn.part(path) for ffn in find_ffns(model) for path in ffn.layout.parts()]
+        parts = [ffn.part(path) for ffn in unfused_ffns(model) for path in ffn.layout.parts()]
         return list({id(p): p for part in parts for p in part.parameters()}.values())
     routers = {id(p) for ffn in routed for p in ffn.router.parameters()}
     return [p for ffn in routed for p in ffn.parameters() if id(p) not in routers]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
-from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 
 Kind = Literal["outputs", "hidden", "pre"]
@@ -34,7 +34,7 @@ class FFNTensors:
 def watch_ffns(model: nn.Module, kinds: set[Kind]) -> Iterator[FFNTensors]:
     """Yields what grows by the asked kinds with every forward pass."""
     seen = FFNTensors()
-    ffns: Sequence[ExpertFFN | FFN] = (expert_ffns(model) or find_ffns(model)) if kinds else []
+    ffns: Sequence[ExpertFFN | FFN] = (expert_ffns(model) or unfused_ffns(model)) if kinds else []
     handles: list[Any] = []
     if "outputs" in kinds:
         for name, module in _sources(model, ffns).items():

@@ -9,10 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.swapped import swap_activations
 from moe_tools.hosts import layouts as host
-from moe_tools.hosts.ffn import find_ffns, graft, host_state_dict, permute_neurons
+from moe_tools.hosts.ffn import (
+    find_ffns,
+    graft,
+    host_state_dict,
+    permute_neurons,
+    unfused_ffns,
+)
 from moe_tools.hosts.layouts import host_names
-from tests.families import FAMILIES, NEURONS, build, logits
+from moe_tools.measure.diagnose import diagnose
+from moe_tools.measure.flops import forward_flops
+from moe_tools.recipe import Train
+from moe_tools.training.checks import check_train
+from tests.families import FAMILIES, MOE, NEURONS, build, logits
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 REVERSED = torch.arange(NEURONS).flip(0)
@@ -181,3 +193,48 @@ def test_a_renamed_part_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(ValueError, match=message):
         find_ffns(model)
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_finding_takes_nothing_apart(family: str) -> None:
+    """The experts that are found are views of what the host keeps fused; so are their gradients'
+    flags. A check that changed the model would be no check."""
+    model = build(family)
+    before = {path: type(module) for path, module in model.named_modules()}
+    found = find_ffns(model)
+    assert {path: type(module) for path, module in model.named_modules()} == before
+    expected = logits(model)
+    for ffn in found:
+        permute_neurons(ffn, REVERSED)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(logits(model), expected)  # written to the fused weights themselves
+    unfused = unfused_ffns(model)
+    assert [ffn.name for ffn in unfused] == [ffn.name for ffn in found]
+    for ffn, view in zip(unfused, found, strict=True):
+        assert model.get_submodule(ffn.name) is ffn.layer
+        for mine, other in zip(ffn.weights().matrices(), view.weights().matrices(), strict=True):
+            assert mine.data_ptr() == other.data_ptr()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_check_takes_nothing_apart(family: str) -> None:
+    model = build(family)
+    swap_activations(model, Conversion("donor", activation={"kind": "relu"}))
+    save_type = {path: type(module) for path, module in model.named_modules()}
+    check_train(model, Train(8, losses={"lm": 1.0, "l1": 1e-3}), None)
+    fused = build(family)
+    before = {path: type(module) for path, module in fused.named_modules()}
+    check_train(fused, Train(8, losses={"lm": 1.0, "l1": 1e-3}), None)
+    with pytest.raises(ValueError, match="counts exact zeros, but"):
+        check_train(fused, Train(8, drive="l1", target_sparsity=0.5), None)
+    diagnose(fused)
+    forward_flops(fused, 16)
+    assert {path: type(module) for path, module in fused.named_modules()} == before
+    assert {path: type(module) for path, module in model.named_modules()} == save_type
+
+
+def test_flops_are_the_same_fused_and_apart() -> None:
+    model = build("mixtral")
+    fused = forward_flops(model, 16)
+    unfused_ffns(model)
+    assert forward_flops(model, 16) == fused

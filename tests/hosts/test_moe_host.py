@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
 from moe_tools.experts.experts import Mode, expert_ffns
 from moe_tools.experts.routing import record_routing
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from tests.families import EXPERT_SIZE, MOE, build, model_inputs, randomize
 
@@ -24,7 +24,7 @@ TOP_K = {"kind": "topk", "k": 2}
 def apart(family: str = "mixtral", **config: Any) -> nn.Module:
     """A model whose experts are taken apart."""
     model = build(family, **config)
-    find_ffns(model)
+    unfused_ffns(model)
     return model
 
 
@@ -125,7 +125,7 @@ def test_taken_apart_or_fused_every_expert_gets_a_gradient(family: str) -> None:
     fused = build(family, num_experts_per_tok=1).train()
     torch.manual_seed(0)
     separate = build(family, num_experts_per_tok=1).train()
-    find_ffns(separate)
+    unfused_ffns(separate)
     grads = []
     for model in (fused, separate):
         inputs = {name: ids[:1, :3] for name, ids in model_inputs(model).items()}

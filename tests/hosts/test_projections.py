@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.swapped import swap_activations
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.hosts.layouts import child_name
 from tests.families import FAMILIES, NEURONS, UNGATED, build, logits, routed
 from tests.hosts.test_activations import SPECS
@@ -26,7 +26,7 @@ def test_h_is_what_enters_the_down_projection(family: str, kind: str | None) -> 
     model = build(family)
     if kind is not None:
         swap_activations(model, Conversion("donor", activation=SPECS[kind]))
-    for ffn in find_ffns(model):
+    for ffn in unfused_ffns(model):
         inputs: list[Tensor] = []
         hidden: list[Tensor] = []
         parts = ffn.projections
@@ -76,7 +76,7 @@ def test_a_quantised_down_projection_gets_its_input_as_it_is(
     """Cast to the dtype of the codes, every hidden value would be a whole number, or 0."""
     dense = build(family)
     model, _ = routed(dense)
-    for ffn, found in zip(expert_ffns(model), find_ffns(dense), strict=True):
+    for ffn, found in zip(expert_ffns(model), unfused_ffns(dense), strict=True):
         ffn.set_submodule(child_name(ffn.layout, ffn.layout.down), CodedLinear(ffn.down, dtype))
         found.layer.set_submodule(found.layout.down, CodedLinear(found.down, dtype))
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
@@ -84,7 +84,7 @@ def test_a_quantised_down_projection_gets_its_input_as_it_is(
 
 @torch.no_grad()
 def test_the_numbers_of_a_quantised_linear_are_those_that_it_computes_with() -> None:
-    ffn = find_ffns(build("llama"))[0]
+    ffn = unfused_ffns(build("llama"))[0]
     exact_FD = ffn.weights().down_FD.clone()
     coded = CodedLinear(ffn.down, torch.int8)
     computed = ffn.projections._replace(down=coded).computed()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.swapped import swap_activations
 from moe_tools.hosts import moe_kernels
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts, fused_experts
 from moe_tools.hosts.moe_kernels import as_one
 from moe_tools.inference.moe_implementation import lay_out_experts, register_experts
@@ -164,7 +164,7 @@ def storages(model: PreTrainedModel) -> set[int]:
 def test_experts_that_differ_run_one_by_one() -> None:
     register_experts()
     model = build("mixtral")
-    names = [ffn.name for ffn in find_ffns(model)]
+    names = [ffn.name for ffn in unfused_ffns(model)]
     each = {n: {"kind": "fatrelu", "theta": 0.01 * i} for i, n in enumerate(names)}
     swap_activations(model, Conversion("d", activation={"kind": "fatrelu"}, activation_of=each))
     assert torch.equal(logits(through_kernels(model)), logits(model))
@@ -173,7 +173,7 @@ def test_experts_that_differ_run_one_by_one() -> None:
 def test_what_watches_an_expert_sees_it() -> None:
     register_experts()
     model = build("mixtral")
-    find_ffns(model)
+    unfused_ffns(model)
     ours, seen = through_kernels(model), []
     hosts(ours)[0][0].register_forward_hook(lambda *_: seen.append(1))
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-5)

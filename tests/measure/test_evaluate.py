@@ -17,7 +17,7 @@ from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 from moe_tools.experts.conversion import set_mode
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.measure.evaluate import evaluate
 from tests.families import (
     EXPERTS,
@@ -195,7 +195,7 @@ def test_a_conversion_with_every_expert_on_measures_as_the_dense_model(family: s
 def test_the_zeros_of_a_relu_model_are_counted(family: str) -> None:
     key = "activation_function" if family in ("gpt2", "opt") else "hidden_act"
     model = build(family, **{key: "relu"})
-    with hidden_of(find_ffns(model)) as hidden:
+    with hidden_of(unfused_ffns(model)) as hidden:
         found = evaluate(model, text(), batch_size=2)
     seen = torch.cat([h_TF.flatten() for h_TF in hidden])
     assert found.zeros == pytest.approx(seen.eq(0).double().mean().item())

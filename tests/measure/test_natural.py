@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.measure.natural import Activations, natural_sparsity, observe
 from tests.families import FAMILIES, NEURONS, THRESHOLD, build, model_inputs, randomize, routed
 
@@ -87,12 +87,12 @@ def test_many_neurons_are_cut_to_a_thousandth(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_kept_is_what_enters_the_down_projections(family: str) -> None:
     model = build(family)
     seen: dict[str, list[Tensor]] = {}
-    for ffn in find_ffns(model):
+    for ffn in unfused_ffns(model):
         ffn.down.register_forward_pre_hook(
             lambda _, args, name=ffn.name: seen.setdefault(name, []).append(args[0].flatten(0, -2))
         )
     found = observe(model, text())
-    by_name = {ffn.name: ffn for ffn in find_ffns(model)}
+    by_name = {ffn.name: ffn for ffn in unfused_ffns(model)}
     assert {acts.name for acts in found} == set(seen)
     for acts in found:
         assert torch.equal(acts.hidden_TF, torch.cat(seen[acts.name]))

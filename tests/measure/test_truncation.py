@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.measure.natural import observe
 from moe_tools.measure.truncation import sparsity_within, truncated
@@ -23,7 +23,7 @@ def text(blocks: int = 4, length: int = 12) -> Tensor:
 @torch.no_grad()
 def test_neurons_below_the_cut_say_nothing(family: str) -> None:
     model = build(family)
-    ffn = find_ffns(model)[0]
+    ffn = unfused_ffns(model)[0]
     h_TF = torch.randn(5, 48)
     norms_TF = h_TF.abs() * ffn.weights().down_norm_F
     cut = norms_TF.median().item()
@@ -41,7 +41,7 @@ def test_without_cuts_nothing_changes() -> None:
     with truncated(model, {}) as count:
         assert torch.equal(logits(model), before)
     assert count.sparsity == 0
-    with truncated(model, {ffn.name: 0.0 for ffn in find_ffns(model)}):
+    with truncated(model, {ffn.name: 0.0 for ffn in unfused_ffns(model)}):
         assert torch.equal(logits(model), before)
 
 
@@ -88,6 +88,6 @@ def test_an_increase_is_above_0(increase: float) -> None:
 
 def test_hooks_go_even_when_the_model_fails() -> None:
     model = build("llama")
-    with pytest.raises(RuntimeError), truncated(model, {f.name: 1.0 for f in find_ffns(model)}):
+    with pytest.raises(RuntimeError), truncated(model, {f.name: 1.0 for f in unfused_ffns(model)}):
         raise RuntimeError
     assert not any(module._forward_pre_hooks for module in model.modules())

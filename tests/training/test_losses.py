@@ -30,7 +30,6 @@ from moe_tools.training.losses import (
 from moe_tools.training.watch import watch_ffns
 from tests.families import NEURONS, THRESHOLD, build, model_inputs, routed
 
-
 HALF = Threshold(0.5)
 
 
