@@ -56,6 +56,9 @@ class ReferenceFFN(PackedFFN):
 
     backend = "reference"
 
+    def __init__(self, weights: FFNWeights) -> None:
+        super().__init__(weights.changed(Tensor.detach, Tensor.detach))
+
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(x_TD.dtype)

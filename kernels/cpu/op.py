@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import Act, ActName
-from moe_tools.kernels.cpu.rows import PackedRows
+from moe_tools.kernels.cpu.rows import DTYPES, PackedRows
 from moe_tools.kernels.cpu.screen import Screen
 from moe_tools.kernels.cpu.stored import Kernel, StoredFFN
+
+NAMES = [str(dtype) for dtype in DTYPES]
+"""The dtypes by name: torch.export cannot write down int4."""
 
 
 @torch.library.custom_op("moe_tools::sparse_ffn_cpu", mutates_args=())
@@ -26,7 +29,7 @@ def sparse_ffn_cpu(
     x_TD: Tensor,
     mask_TE: Tensor | None,
     bytes_FPB: Tensor,
-    dtype: torch.dtype,
+    dtype: str,
     width: int,
     scales_FP: Tensor | None,
     biases_FP: Tensor | None,
@@ -45,7 +48,8 @@ def sparse_ffn_cpu(
     isa: str | None,
 ) -> Tensor:
     """Computes y_TD; the operands are the fields of `StoredFFN`, `PackedRows` and `Screen`."""
-    rows = PackedRows(bytes_FPB, dtype, width, scales_FP, biases_FP, off_F, bias_D, down_D)
+    stored = DTYPES[NAMES.index(dtype)]
+    rows = PackedRows(bytes_FPB, stored, width, scales_FP, biases_FP, off_F, bias_D, down_D)
     screen = None
     if screen_FB is not None and screen_scale_F is not None and screen_error_F is not None:
         screen = Screen(screen_FB, screen_scale_F, screen_error_F, screen_reach)
@@ -63,7 +67,7 @@ def operands(stored: StoredFFN) -> dict[str, Any]:
     rows, screen = stored.rows, stored.screen
     return {
         "bytes_FPB": rows.bytes_FPB,
-        "dtype": rows.dtype,
+        "dtype": NAMES[DTYPES.index(rows.dtype)],
         "width": rows.width,
         "scales_FP": rows.scales_FP,
         "biases_FP": rows.biases_FP,

@@ -117,6 +117,18 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(
     assert torch.equal(last_logits(compiled, ids), last_logits(fast, ids))
 
 
+@every_kind
+def test_so_it_is_on_the_reference(kind: str) -> None:
+    fast = make_optimised(kind, backend="reference")
+    ids = torch.randint(3, 64, (1, 5))
+    torch.compiler.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for made in (compiled, by_pickle(fast)):
+        torch.testing.assert_close(
+            last_logits(made, ids), last_logits(fast, ids), rtol=1e-6, atol=1e-6
+        )
+
+
 def test_so_is_one_with_screened_gates_and_quantized_linears() -> None:
     model = make_dense("llama", {"kind": "relu"})
     fast = optimised(model, screen=4.0, linears="int8")
@@ -126,8 +138,9 @@ def test_so_is_one_with_screened_gates_and_quantized_linears() -> None:
     assert torch.equal(last_logits(compiled, ids), last_logits(fast, ids))
 
 
-def test_an_exported_ffn_can_be_saved_and_run(tmp_path: Path) -> None:
-    ffn = grafted_ffns(make_optimised("dense"))[0]
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8, torch.int4], ids=str)
+def test_an_exported_ffn_can_be_saved_and_run(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    ffn = grafted_ffns(make_optimised("dense", dtype=dtype))[0]
     x_TD = torch.randn(3, 16)
     program = torch.export.export(ffn, (x_TD,))
     torch.export.save(program, tmp_path / "ffn.pt2")
