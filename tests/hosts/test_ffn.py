@@ -20,7 +20,6 @@ from moe_tools.hosts.ffn import (
     unfused_ffns,
 )
 from moe_tools.hosts.layouts import host_names
-from moe_tools.measure.diagnose import diagnose
 from moe_tools.measure.flops import forward_flops
 from moe_tools.recipe import Train
 from moe_tools.training.checks import check_train
@@ -144,7 +143,7 @@ def test_taking_an_moe_host_apart_copies_no_weight() -> None:
         for name, parameter in model.named_parameters()
         if ".experts." in name
     }
-    find_ffns(model)
+    unfused_ffns(model)
     for name, storage in fused.items():
         holder, part = name.rsplit(".", 1)
         for expert in model.get_submodule(holder):
@@ -160,7 +159,7 @@ def test_taking_an_moe_host_apart_keeps_frozen_what_was_frozen() -> None:
 
 def test_finding_twice_finds_the_same() -> None:
     model = build("mixtral")
-    first, second = find_ffns(model), find_ffns(model)
+    first, second = unfused_ffns(model), unfused_ffns(model)
     assert [ffn.name for ffn in first] == [ffn.name for ffn in second]
     assert [ffn.layer for ffn in first] == [ffn.layer for ffn in second]
 
@@ -227,7 +226,6 @@ def test_a_check_takes_nothing_apart(family: str) -> None:
     check_train(fused, Train(8, losses={"lm": 1.0, "l1": 1e-3}), None)
     with pytest.raises(ValueError, match="counts exact zeros, but"):
         check_train(fused, Train(8, drive="l1", target_sparsity=0.5), None)
-    diagnose(fused)
     forward_flops(fused, 16)
     assert {path: type(module) for path, module in fused.named_modules()} == before
     assert {path: type(module) for path, module in model.named_modules()} == save_type
