@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from moe_tools.cli.main import _Parser, main
-from moe_tools.experts.conversion import Conversion, attach_experts
-from moe_tools.experts.routers import ROUTERS, Router
-from moe_tools.experts.routers.base import RowReader
 from moe_tools.recipe import parse_recipe
-from tests.families import build, logits
 from tests.runs.test_run import LENGTH
 from tests.runs.test_run import work as work
 
@@ -90,19 +85,6 @@ def test_the_tutorial_runs_from_top_to_bottom(
             ran += 1
     assert ran == 10  # eight commands, two pieces of Python
     assert "## Figures" in (tmp_path / "fast" / "README.md").read_text()
-
-
-def test_the_router_of_the_guide_is_a_router(monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = (text for kind, text in blocks(ROOT / "docs" / "extending.md") if kind == "python")
-    names: dict[str, Any] = {"__name__": "guide"}
-    exec(compile(code, "extending.md", "exec"), names)
-    made: type[Router] = names["PlainRouter"]
-    assert not issubclass(made, RowReader)
-    monkeypatch.setitem(ROUTERS._things, "plain", made)
-    model, selector = build("llama"), {"kind": "topk", "k": 2}
-    ffns = attach_experts(model, Conversion("donor", 8, "plain", selector))
-    assert logits(model).isfinite().all()
-    assert ffns[0].route(torch.randn(3, 16)).mask_TE.sum(-1).tolist() == [2, 2, 2]
 
 
 def test_the_stated_versions_are_those_that_are_installed_and_tested() -> None:

@@ -153,7 +153,7 @@ def test_taking_an_moe_host_apart_copies_no_weight() -> None:
 
 def test_taking_an_moe_host_apart_keeps_frozen_what_was_frozen() -> None:
     model = build("mixtral").requires_grad_(False)
-    find_ffns(model)
+    unfused_ffns(model)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
