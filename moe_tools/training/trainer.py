@@ -85,6 +85,7 @@ class RecipeTrainer(CheckpointingTrainer):
             callbacks=[Progress(self, f"train {step.mode}")],
         )
         self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False  # no labels are counted: a loss is a pass's mean
         for printer in (PrinterCallback, ProgressCallback):  # standard output is for results
             self.remove_callback(printer)
 
@@ -207,7 +208,8 @@ class RecipeTrainer(CheckpointingTrainer):
             values["zeros"] = zeros_of(hidden_TF)
         self.figures.add(values)
         if routings and self._shifts:
-            self.logits.append(sample_logits(self.model, routings))
+            passes = self.step.accumulate * processes.count()
+            self.logits.append(sample_logits(self.model, routings, passes))
 
     def end_step(self) -> None:
         """After an optimizer step: follow the reference, keep what is logged."""

@@ -21,7 +21,13 @@ from moe_tools.hosts.inputs import model_inputs
 ROUNDS = 3
 """An FFN's mask moves the inputs of those above it, so one shift alone misses."""
 SAMPLE = 256
-"""Tokens of a batch whose scores are looked at: 1.5 million scores at 192 experts and 30 FFNs."""
+"""Tokens whose scores are looked at: 1.5 million scores at 192 experts and 30 FFNs."""
+LEAST = 8
+"""Tokens of each pass, however many passes share the sample: with 2,048 of them, which papers
+take, 256 of each would be 12 GB of scores."""
+
+BEYOND = 1.0
+"""Distance of the line from the scores, on the logit scale, where all are on one side of it."""
 
 
 def check_trimmable(model: nn.Module) -> None:
@@ -39,17 +45,24 @@ def check_trimmable(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def sample_logits(model: nn.Module, routings: Iterable[Routing]) -> Tensor:
-    """logits_S: how far a sample of scores lies above the threshold, on the logit scale."""
+def sample_logits(model: nn.Module, routings: Iterable[Routing], passes: int = 1) -> Tensor:
+    """logits_S: how far a sample of scores lies above the threshold, on the logit scale.
+
+    Args:
+        model: whose routings they are.
+        routings: of one pass.
+        passes: that share the sample.
+    """
     ffns = {ffn.name: ffn for ffn in expert_ffns(model)}
-    return torch.cat([_sample(ffns[r.ffn], r.scores_TE).flatten() for r in routings])
+    tokens = max(LEAST, SAMPLE // passes)
+    return torch.cat([_sample(ffns[r.ffn], r.scores_TE, tokens).flatten() for r in routings])
 
 
-def _sample(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
+def _sample(ffn: ExpertFFN, scores_TE: Tensor, tokens: int) -> Tensor:
     assert isinstance(ffn.selector, Threshold)  # check_trimmable
     scores_TR = scores_TE.flatten(0, -2)[:, ffn.shared :]
     tau = torch.full((), ffn.selector.tau, device=scores_TR.device)  # no copy to wait for
-    return scores_TR[:: max(1, len(scores_TR) // SAMPLE)].logit(eps=1e-6) - tau.logit()
+    return scores_TR[:: max(1, len(scores_TR) // tokens)].logit(eps=1e-6) - tau.logit()
 
 
 @torch.no_grad()
@@ -71,11 +84,28 @@ def shift_routers(
     Shared experts stay on, so of the others a larger share is turned off. `add` moves it, where a
     weight is more than its tensor.
     """
-    share = sparsity / _routed_share(model)
-    place = min(len(logits_S), max(1, round(share * len(logits_S))))
-    shift = -damping * logits_S.kthvalue(place).values
+    shift = -damping * _line(logits_S, sparsity / _routed_share(model))
     for ffn in expert_ffns(model):
         add(ffn.router.get_parameter("bias"), shift)
+
+
+def _line(logits_S: Tensor, share: float) -> Tensor:
+    """Finds the value below which the share of the scores is nearest to `share`.
+
+    Equal scores lie on one side of it. It is in the middle between its neighbours: a line on a
+    score would leave to rounding whether all that are equal to it are on or off.
+    """
+    wanted = share * len(logits_S)
+    place = min(len(logits_S), max(1, round(wanted)))
+    last = logits_S.kthvalue(place).values
+    fewer, more = (logits_S < last).sum(), (logits_S <= last).sum()
+    lower = torch.where(logits_S < last, logits_S, -torch.inf).amax()
+    higher = torch.where(logits_S > last, logits_S, torch.inf).amin()
+    off = more - wanted <= wanted - fewer
+    low, high = torch.where(off, last, lower), torch.where(off, higher, last)
+    low = torch.where(low.isinf(), high - 2 * BEYOND, low)
+    high = torch.where(high.isinf(), low + 2 * BEYOND, high)
+    return (low + high) / 2
 
 
 def _routed_share(model: nn.Module) -> float:
