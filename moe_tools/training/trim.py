@@ -1,7 +1,7 @@
 """Trim: shift all routers by one constant so that a stated share of the experts is off.
 
 The order of the scores is what a router learned; the constant only says where the line falls.
-Letters: B blocks, T tokens, E experts, S sampled scores.
+Letters: T tokens, E experts, R experts that are routed, S sampled scores.
 """
 
 from __future__ import annotations
@@ -11,21 +11,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routers import SigmoidRouter
-from moe_tools.experts.routing import Routing, record_routing
+from moe_tools.experts.routing import Routing
 from moe_tools.experts.selectors import Threshold
-from moe_tools.hosts.inputs import model_inputs
 
-ROUNDS = 3
-"""An FFN's mask moves the inputs of those above it, so one shift alone misses."""
 SAMPLE = 256
 """Tokens whose scores are looked at: 1.5 million scores at 192 experts and 30 FFNs."""
 LEAST = 8
 """Tokens of each pass, however many passes share the sample: with 2,048 of them, which papers
 take, 256 of each would be 12 GB of scores."""
-
 BEYOND = 1.0
 """Distance of the line from the scores, on the logit scale, where all are on one side of it."""
 
@@ -113,20 +108,3 @@ def _routed_share(model: nn.Module) -> float:
     ffns = expert_ffns(model)
     routed = sum(sum(ffn.division.sizes[ffn.shared :]) for ffn in ffns)
     return routed / sum(ffn.division.neurons for ffn in ffns)
-
-
-@torch.no_grad()
-def trim(model: nn.Module, sparsity: float, blocks_BT: Tensor) -> None:
-    """Shifts the routers until `sparsity` of the experts are off on the given text.
-
-    Raises:
-        ValueError: as `check_trimmable`.
-    """
-    check_trimmable(model)
-    for _ in range(ROUNDS):
-        found = []
-        for block_BT in blocks_BT.split(1):
-            with evaluating(model), record_routing(model) as routings:
-                model(**model_inputs(model, block_BT.to(next(model.parameters()).device)))
-            found.append(sample_logits(model, routings))
-        shift_routers(model, torch.cat(found), sparsity)
