@@ -70,24 +70,28 @@ def _require_takers(
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The dense control: the same train steps on the same text, no router, the language loss alone.
+    """The dense control: the same train steps, without a router, on the language loss alone.
+
+    A step that trains nothing but routers falls away; those after it see the text from where the
+    step before it stopped.
 
     Raises:
-        ValueError: the recipe trains nothing.
+        ValueError: the recipe trains nothing of the donor.
     """
-    trains = tuple(_dense(step) for step in recipe.steps if isinstance(step, Train))
-    if not trains:
-        raise ValueError(f"recipe {recipe.name} trains nothing: its dense control is the donor")
-    return replace(recipe, name=f"{recipe.name}-control", steps=trains)
+    trains = [step for step in recipe.steps if isinstance(step, Train)]
+    dense = tuple(_dense(step) for step in trains if step.parts != "routers")
+    if not dense:
+        nothing = "nothing but routers" if trains else "nothing"
+        raise ValueError(f"recipe {recipe.name} trains {nothing}: its dense control is the donor")
+    return replace(recipe, name=f"{recipe.name}-control", steps=dense)
+
+
+ROUTING = ("mode", "losses", "target_sparsity", "drive", "ramp", "router_lr")
+"""Fields of a train step that lead to sparsity. All others say how a model is trained: a control
+has them too."""
 
 
 def _dense(step: Train) -> Train:
-    """What only concerns routers goes back to its default."""
-    return Train(
-        tokens=step.tokens,
-        lr=step.lr,
-        batch_size=step.batch_size,
-        accumulate=step.accumulate,
-        warmup=step.warmup,
-        checkpoint_every=step.checkpoint_every,
-    )
+    """A train step with its default in every field of `ROUTING`."""
+    default = Train(tokens=step.tokens)
+    return replace(step, **{name: getattr(default, name) for name in ROUTING})
