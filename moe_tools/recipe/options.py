@@ -1,4 +1,4 @@
-"""Recipes made from recipes: under the options of a command line, and the dense control."""
+"""Makes recipes from recipes: under the options of a command line, and the dense control."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def with_options(
     block_length: int | None = None,
     seed: int | None = None,
 ) -> Recipe:
-    """The recipe under the command line's options; None leaves a value as it is.
+    """Returns the recipe under the command line's options; None leaves a value as it is.
 
     `tokens` is the sum over the train steps, which keep their shares of it.
 
@@ -56,7 +56,7 @@ def _has_target(step: Step) -> TypeGuard[Train | Budget]:
 def _require_takers(
     recipe: Recipe, target_sparsity: float | None, expert_size: int | None, tokens: int | None
 ) -> None:
-    """An option that changes nothing is a mistake."""
+    """Refuses an option that would change nothing."""
     trains = [step for step in recipe.steps if isinstance(step, Train)]
     splits = [step for step in recipe.steps if isinstance(step, Split)]
     targets = [step for step in recipe.steps if _has_target(step)]
@@ -70,7 +70,7 @@ def _require_takers(
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The dense control: the same train steps, without a router, on the language loss alone.
+    """Returns the dense control: the train steps, without a router, on the language loss alone.
 
     A step that trains nothing but routers falls away; those after it see the text from where the
     step before it stopped.
@@ -92,6 +92,6 @@ has them too."""
 
 
 def _dense(step: Train) -> Train:
-    """A train step with its default in every field of `ROUTING`."""
+    """Returns a train step with the default of every field in `ROUTING`."""
     default = Train(tokens=step.tokens)
     return replace(step, **{name: getattr(default, name) for name in ROUTING})

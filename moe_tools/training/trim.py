@@ -26,7 +26,7 @@ BEYOND = 1.0
 
 
 def check_trimmable(model: nn.Module) -> None:
-    """Only a bias under a threshold can be shifted.
+    """Checks that every router has a bias under a threshold, which a shift moves.
 
     Raises:
         ValueError: another kind of router or selector.
@@ -41,7 +41,7 @@ def check_trimmable(model: nn.Module) -> None:
 
 @torch.no_grad()
 def sample_logits(model: nn.Module, routings: Iterable[Routing], passes: int = 1) -> Tensor:
-    """logits_S: how far a sample of scores lies above the threshold, on the logit scale.
+    """Returns logits_S: how far a sample of scores is above the threshold, on the logit scale.
 
     Args:
         model: whose routings they are.
@@ -62,7 +62,7 @@ def _sample(ffn: ExpertFFN, scores_TE: Tensor, tokens: int) -> Tensor:
 
 @torch.no_grad()
 def add_(param: nn.Parameter, value: Tensor) -> None:
-    """param += value."""
+    """Adds `value` to a parameter."""
     param.add_(value)
 
 
@@ -104,7 +104,7 @@ def _line(logits_S: Tensor, share: float) -> Tensor:
 
 
 def _routed_share(model: nn.Module) -> float:
-    """Share of the neurons that a router can turn off."""
+    """Returns the share of the neurons that a router can turn off."""
     ffns = expert_ffns(model)
     routed = sum(sum(ffn.division.sizes[ffn.shared :]) for ffn in ffns)
     return routed / sum(ffn.division.neurons for ffn in ffns)
