@@ -30,17 +30,17 @@ _patient: ProcessGroup | None = None
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """Returns the number of this process, from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
 def count() -> int:
-    """How many there are."""
+    """Returns the number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """Which process of this machine this is: the number of its GPU."""
+    """Returns the number of this process on its machine, which is the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if count() > 1 else 0
 
 
@@ -52,7 +52,7 @@ def process_group(
     silence: timedelta = SILENCE,
     patience: timedelta = PATIENCE,
 ) -> Iterator[None]:
-    """While it lasts, the processes can talk: over gloo, and over NCCL for what is on a GPU.
+    """Connects the processes while it lasts: over gloo, and over NCCL for what is on a GPU.
 
     Args:
         device: cpu or cuda.
@@ -127,7 +127,7 @@ def barrier() -> None:
 
 
 def gather_rows(values: Tensor) -> Tensor:
-    """The rows of every process, joined; each may have another number of them."""
+    """Returns the rows of all processes, joined; each may have another number of them."""
     if count() == 1:
         return values
     import torch
@@ -157,7 +157,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def all_agree(holds: bool) -> bool:
-    """Whether something holds in every process."""
+    """Returns whether `holds` is true in every process."""
     if count() == 1:
         return holds
     import torch

@@ -41,7 +41,7 @@ class HostExpert(nn.Module):
         self.down_proj = down_proj
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TD of this expert."""
+        """Returns y_TD of this expert."""
         gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, dim=-1)
         return self.down_proj(self.activation_fn(gate_TF) * up_TF)
 
@@ -55,7 +55,7 @@ class HostExperts(nn.ModuleList):
         """The host's, which names the implementation of its experts."""
 
     def forward(self, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs, weighted by the host's router.
+        """Returns the sum of the chosen experts' outputs, weighted by the host's router.
 
         With `experts_implementation="moe_tools"` all together, where all are dense, of one
         activation, and nothing watches or adapts a part of them; otherwise one by one.
@@ -97,7 +97,7 @@ class HostExperts(nn.ModuleList):
         return y_TD
 
     def _rows_of_experts(self, chosen_TK: Tensor) -> Sequence[Tensor]:
-        """Where each expert stands in `chosen_TK.T`, in the order of the host's own loop.
+        """Returns where each expert stands in `chosen_TK.T`, in the order of the host's own loop.
 
         The host waits for the device once, for the counts: asking each expert for its tokens would
         be one wait an expert.
@@ -123,7 +123,7 @@ class HostExperts(nn.ModuleList):
                 weight.data = part
 
     def split_from(self, state: dict[str, Tensor], path: str) -> None:
-        """The inverse, on tensors that are fused; others stay as they are."""
+        """Replaces the host's fused tensors of `state` by those of each expert."""
         for name in ("gate_up_proj", "down_proj"):
             rows = state.pop(f"{path}.{name}", None)
             if rows is not None:
@@ -149,7 +149,7 @@ def unfuse_experts(model: nn.Module) -> None:
 
 
 def chosen_share(model: nn.Module, name: str) -> float:
-    """Share of the tokens that an FFN sees, by its name: an expert of an MoE host, K of X.
+    """Returns the share of the tokens that the FFN of a name sees: K / X of an MoE host's expert.
 
     The host's router is taken to spread them evenly.
     """
@@ -165,7 +165,7 @@ def chosen_share(model: nn.Module, name: str) -> float:
 
 
 def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> fused experts module of every layer that has one, in the host's order."""
+    """Finds the fused experts of every layer that has them, by path, in the host's order."""
     return {path: module for path, module in model.named_modules() if _is_fused(module)}
 
 
@@ -184,7 +184,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def check_fused(path: str, fused: nn.Module) -> None:
-    """Whether we know what a fused module computes.
+    """Checks that we know what a fused module computes.
 
     Raises:
         ValueError: it is of an unknown class, or its experts are spread over devices.
@@ -214,7 +214,7 @@ def expert_views(fused: nn.Module) -> list[HostExpert]:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A linear around an existing weight."""
+    """Makes a linear around an existing weight."""
     outputs, inputs = weight.shape
     linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)

@@ -1,4 +1,4 @@
-"""The experts of an MoE host in the words of the kernels.
+"""Hands the experts of an MoE host to the kernels.
 
 Letters: T tokens, D model width, F neurons of one expert, X experts of the host, K experts that
 the host chooses for a token.
@@ -27,7 +27,7 @@ def run_experts(
     chosen_TK: Tensor,
     weight_TK: Tensor,
 ) -> Tensor:
-    """y_TD of the experts of one layer, stored as transformers fuses them (gate rows, then up).
+    """Returns y_TD of one layer's experts, stored as transformers fuses them (gate rows, then up).
 
     Raises:
         ValueError: on a GPU, an activation that no kernel computes.
@@ -40,12 +40,12 @@ def run_experts(
 
 @torch.no_grad()
 def lay_out(down_XDF: Tensor) -> Tensor:
-    """The same numbers in the same shape, but in memory a neuron is a row, as kernels read it."""
+    """Copies the numbers so that a neuron is a row in memory, as kernels read it; shapes stay."""
     return down_XDF.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def as_one(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape, stacked: as a view where they are slices of one, evenly apart.
+    """Stacks tensors of one shape: as a view where they are slices of one tensor, evenly apart.
 
     With gradients they are copied: what flows back has to reach each of them.
     """
@@ -61,7 +61,7 @@ def as_one(parts: Sequence[Tensor]) -> Tensor:
 
 
 def one_activation(acts: Sequence[nn.Module]) -> nn.Module | None:
-    """The activation that all experts share, or None: they differ, or no kernel computes it."""
+    """Returns the activation of all experts, or None: they differ, or no kernel computes it."""
     known: set[tuple[Act | None, ActivationLike]] = {
         (kernel_act(act), kernel_up_act(act)) for act in acts
     }

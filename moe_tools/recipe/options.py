@@ -1,4 +1,4 @@
-"""Recipes made from recipes: under the options of a command line, and the dense control."""
+"""Makes recipes from recipes: under the options of a command line, and the dense control."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def with_options(
     block_length: int | None = None,
     seed: int | None = None,
 ) -> Recipe:
-    """The recipe under the command line's options; None leaves a value as it is.
+    """Returns the recipe under the command line's options; None leaves a value as it is.
 
     `tokens` is the sum over the train steps, which keep their shares of it.
 
@@ -64,11 +64,15 @@ def with_options(
 def control_recipe(recipe: Recipe) -> Recipe:
     """The dense control: the same training on the same text without routers, language loss alone.
 
+    A step that trains nothing but routers falls away; those after it see the text from where the
+    step before it stopped.
+
     Raises:
-        ValueError: the recipe trains nothing but routers.
+        ValueError: the recipe trains nothing of the donor.
     """
     controls = [step.control() for step in recipe.steps]
     steps = tuple(step for step in controls if step is not None)
     if not steps:
-        raise ValueError(f"recipe {recipe.name} trains nothing: its dense control is the donor")
+        nothing = "nothing but routers" if recipe.train_steps else "nothing"
+        raise ValueError(f"recipe {recipe.name} trains {nothing}: its dense control is the donor")
     return replace(recipe, name=f"{recipe.name}-control", steps=steps)

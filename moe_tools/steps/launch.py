@@ -13,7 +13,7 @@ from moe_tools.registry import unknown
 
 @dataclass(frozen=True)
 class Launch:
-    """How every train step of a run is computed."""
+    """Says how every train step of a run is computed."""
 
     device: str = "cpu"
     deepspeed: Mapping[str, Any] | None = None
@@ -38,7 +38,7 @@ class Launch:
 
 
 def check_launch(launch: Launch) -> None:
-    """Whether what it names is installed.
+    """Checks that what it names is installed.
 
     Raises:
         ValueError: DeepSpeed or a reporter is not, or there is no such reporter.

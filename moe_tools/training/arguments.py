@@ -29,10 +29,10 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 
 
 class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """One item is a whole batch: rows come in the order and the groups that the data layer made."""
+    """Holds whole batches as items, in the order and the groups that the data layer made."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
-        """Checks them here, where they are in the host's memory.
+        """Checks the labels, here where they are in the host's memory.
 
         Raises:
             ValueError: no token of a batch is labelled.
@@ -59,7 +59,7 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The one item of a list."""
+    """Returns the only item of a list."""
     (item,) = items
     return item
 
@@ -90,7 +90,7 @@ class OneDeviceArguments(TrainingArguments):
 def training_arguments(
     step: Train, work: Path, steps: int, seed: int, launch: Launch, *, bf16: bool
 ) -> TrainingArguments:
-    """The Trainer's arguments; `bf16` says what the weights are."""
+    """Returns the Trainer's arguments; `bf16` says whether the weights are in bf16."""
     on_gpu = torch.device(launch.device).type != "cpu"
     arguments: dict[str, Any] = {
         "told": launch.device,
@@ -131,7 +131,7 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def tensorboard_in(folder: Path | None) -> Iterator[None]:
-    """While it lasts, TensorBoard's files go to a folder."""
+    """Sends TensorBoard's files to a folder while it lasts."""
     before = os.environ.get(TENSORBOARD)
     if folder is not None:
         os.environ[TENSORBOARD] = str(folder)

@@ -24,13 +24,13 @@ LAYOUT = "moe_tools_layout"
 
 
 def newest_checkpoint(work: Path) -> str | None:
-    """The last complete checkpoint: `trainer_state.json` is what the Trainer writes last."""
+    """Returns the last complete checkpoint: the Trainer writes `trainer_state.json` last."""
     complete = [(step, str(folder)) for folder, step in _checkpoints(work)]
     return max(complete)[1] if complete else None
 
 
 def _checkpoints(work: Path) -> list[tuple[Path, int]]:
-    """Complete ones and the optimizer steps that each has seen."""
+    """Returns the complete checkpoints, each with the optimizer steps that it has seen."""
     found = []
     for folder in work.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:
@@ -46,12 +46,12 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def layout(launch: Launch) -> dict[str, int | None]:
-    """What two runs must share for one to go on with the other's checkpoint."""
+    """Returns what two runs must share for one to go on with the other's checkpoint."""
     return {"processes": processes.count(), "zero": launch.zero_stage}
 
 
 def check_layout(checkpoint: str | None, launch: Launch) -> None:
-    """Whether this run can go on from a checkpoint.
+    """Checks that this run can go on from a checkpoint.
 
     Raises:
         ValueError: another number of processes wrote it, or another stage of ZeRO.
@@ -75,7 +75,7 @@ def _in_words(layout: dict[str, int | None]) -> str:
 
 
 class CheckpointingTrainer(Trainer):
-    """A Trainer whose checkpoints hold no pickled arguments, and no weight that is not finite."""
+    """Writes checkpoints without pickled arguments, and none with a weight that is not finite."""
 
     model: nn.Module
     launch: Launch
@@ -98,7 +98,7 @@ class CheckpointingTrainer(Trainer):
             ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Not under DeepSpeed, whose own checkpoint has the weights."""
+        """Saves the weights, except under DeepSpeed, whose own checkpoint has them."""
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
 
@@ -108,12 +108,12 @@ class CheckpointingTrainer(Trainer):
         save_weights(self.model, folder / SINGLE)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last that every process writes: only then the first may call it complete."""
+        """Waits for all processes after their last file: only then a checkpoint may be complete."""
         super()._save_rng_state(output_dir)
         processes.barrier()
 
     def _check_weights(self) -> None:
-        """A gradient that overflows spoils the weights before any loss shows it."""
+        """Checks the weights: a gradient that overflows spoils them before any loss shows it."""
         spoilt = zero.not_finite(self.model)
         if not processes.all_agree(spoilt is None):
             raise FloatingPointError(

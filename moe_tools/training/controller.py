@@ -28,7 +28,7 @@ Drive = Literal["shift", "eta", "l1", "hoyer"]
 
 
 class Driven(NamedTuple):
-    """The loss that a drive weighs."""
+    """Names the loss that a drive weighs, and its weights."""
 
     loss: str
     start: float
@@ -54,7 +54,7 @@ class Reference:
     """Share of the steps in which the target is reached; then the reference stays."""
 
     def at(self, step: int) -> float:
-        """Sparsity in (0, 1)."""
+        """Returns the sparsity asked for after an optimizer step, in (0, 1)."""
         progress = 1.0 if self.ramp <= 0 else min(1.0, step / (self.ramp * self.steps))
         return self.start + (self.target - self.start) * (0.5 - 0.5 * math.cos(math.pi * progress))
 
@@ -82,12 +82,12 @@ class WeightController:
 
 
 def followed(figures: dict[str, float], drive: str) -> float:
-    """The sparsity, among the figures of a step, that a drive leads to its target."""
+    """Returns the sparsity, among the figures of a step, that a drive leads to its target."""
     return figures["zeros" if drive in ZEROS else "sparsity"]
 
 
 def warn_if_missed(sparsity: float, target: float, drive: str) -> None:
-    """Says so when a train step ends far from its target."""
+    """Logs a warning when a train step ends far from its target."""
     if abs(sparsity - target) > MISSED:
         remedy = "more steps" if drive == "shift" else "more steps or a higher learning rate"
         ends = f"{sparsity:.1%} at the end, {target:.1%} asked for"

@@ -21,7 +21,7 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class LogitLosses(NamedTuple):
-    """Both are means over the labelled tokens, in nats."""
+    """Holds two means over the labelled tokens, in nats."""
 
     lm: Tensor
     """Cross entropy with the labels; one token counts at most 87 nats, the log of fp32's range."""

@@ -35,16 +35,16 @@ class LossWeights:
             self.now[self.driven] = self.controller.weight
 
     def state(self) -> list[float] | None:
-        """What the controller knows, for a checkpoint."""
+        """Returns what the controller knows, for a checkpoint."""
         return None if self.controller is None else [self.controller.weight, self.controller.error]
 
     def resume(self, state: list[float] | None) -> None:
-        """Goes on from `state`."""
+        """Sets the controller to what `state` returned."""
         if self.controller is not None and state is not None:
             self.controller.weight, self.controller.error = state
 
     def moving(self) -> dict[str, float]:
-        """Those that are not the same in every step, for the log: `l1_weight`."""
+        """Returns the weights that change from step to step, for the log, e.g. `l1_weight`."""
         staged = {name for name, weight in self.given.items() if isinstance(weight, tuple)}
         return {
             f"{name}_weight": weight

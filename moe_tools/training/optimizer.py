@@ -36,7 +36,7 @@ class MasterAdamW(torch.optim.AdamW):
         return masters
 
     def masters(self) -> list[nn.Parameter]:
-        """All fp32 weights: the masters, and those that are their own."""
+        """Returns all fp32 weights: the masters, and the weights that need none."""
         return [master for group in self.param_groups for master in group["params"]]
 
     @property
@@ -98,12 +98,12 @@ class MasterAdamW(torch.optim.AdamW):
             param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's state, and the masters: the weights alone are rounded."""
+        """Returns AdamW's state and the masters, as the weights alone are rounded."""
         return {**super().state_dict(), "masters": [master for _, master in self._pairs]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores both."""
+        """Restores the masters and AdamW's state."""
         state = dict(state_dict)
         for (_, master), saved in zip(self._pairs, state.pop("masters"), strict=True):
             master.copy_(saved)
@@ -111,7 +111,7 @@ class MasterAdamW(torch.optim.AdamW):
 
 
 def _adder(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """A hook that adds the gradient of a weight to its master's, and frees it."""
+    """Returns a hook that adds the gradient of a weight to its master's, and frees it."""
 
     def add(param: Tensor) -> None:
         assert param.grad is not None

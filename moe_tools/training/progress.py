@@ -11,18 +11,18 @@ from moe_tools import processes
 
 
 class Stepping(Protocol):
-    """A trainer that wants to know where it is."""
+    """What `Progress` calls when an optimizer step begins and ends."""
 
     last: dict[str, float]
 
     def begin(self) -> None:
-        """Before the first step, or the first after a resume."""
+        """Is called before the first optimizer step, also after a resume."""
 
     def enter_step(self, step: int, steps: int) -> None:
-        """Before an optimizer step, counted from 1."""
+        """Is called before an optimizer step, counted from 1."""
 
     def end_step(self) -> None:
-        """After an optimizer step."""
+        """Is called after an optimizer step."""
 
 
 class Progress(TrainerCallback):
@@ -33,7 +33,7 @@ class Progress(TrainerCallback):
         self.bar = tqdm(disable=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Goes on where a checkpoint stopped."""
+        """Starts the trainer and the bar, where a checkpoint stopped."""
         self.trainer.begin()
         self.bar = tqdm(
             total=state.max_steps,
@@ -43,20 +43,20 @@ class Progress(TrainerCallback):
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step more."""
+        """Tells the trainer that an optimizer step begins."""
         self.trainer.enter_step(state.global_step + 1, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One step is done."""
+        """Tells the trainer that an optimizer step is done, and shows its figures."""
         self.trainer.end_step()
         self.bar.update()
         self.bar.set_postfix_str(in_words(self.trainer.last))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All are."""
+        """Closes the bar."""
         self.bar.close()
 
 
 def in_words(figures: dict[str, float]) -> str:
-    """Four digits of each."""
+    """Returns the figures as text, each with four digits."""
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())

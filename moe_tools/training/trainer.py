@@ -49,7 +49,7 @@ LOSS = "the loss"
 
 
 class RecipeTrainer(CheckpointingTrainer):
-    """The loop, with our losses and our optimizer."""
+    """Runs the loop of a train step, with our losses and our optimizer."""
 
     train_dataset: Batches
 
@@ -87,6 +87,7 @@ class RecipeTrainer(CheckpointingTrainer):
             callbacks=[Progress(self, f"train {step.mode}")],
         )
         self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False  # no labels are counted: a loss is a pass's mean
         for printer in (PrinterCallback, ProgressCallback):  # standard output is for results
             self.remove_callback(printer)
 
@@ -124,7 +125,7 @@ class RecipeTrainer(CheckpointingTrainer):
         return self.adamw.clip(self.args.max_grad_norm)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Warmup, then a cosine, for every group."""
+        """Makes the schedule of every group: a warmup, then a cosine."""
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.create_optimizer(),
@@ -136,7 +137,7 @@ class RecipeTrainer(CheckpointingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The weighted sum of the recipe's losses on one batch."""
+        """Returns the weighted sum of the recipe's losses on one batch."""
         ids_BT, labels_B = inputs["input_ids"], inputs.get("labels")
         routed = bool(expert_ffns(self.model))
         recording: AbstractContextManager[list[Routing]] = (
@@ -193,7 +194,7 @@ class RecipeTrainer(CheckpointingTrainer):
         return (logits if "distill" in self.weights.now else None), ffns.outputs
 
     def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
-        """(tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
+        """Returns (tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
         host = self.donor if model is self.donor else self.model  # `model` may be wrapped
         assert host is not None
         return model(**model_inputs(host, ids_BT), **self.options).logits.flatten(0, -2)
@@ -208,10 +209,11 @@ class RecipeTrainer(CheckpointingTrainer):
             values["zeros"] = zeros_of(hidden_TF)
         self.figures.add(values)
         if routings and self._shifts:
-            self.logits.append(sample_logits(self.model, routings))
+            passes = self.step.accumulate * processes.count()
+            self.logits.append(sample_logits(self.model, routings, passes))
 
     def end_step(self) -> None:
-        """After an optimizer step: follow the reference, keep what is logged."""
+        """Ends an optimizer step: follows the reference, and keeps what is logged."""
         self.last = self.read | self.weights.moving()
         self.figures = Figures()
         if self.step.target_sparsity is not None:
@@ -237,11 +239,11 @@ class RecipeTrainer(CheckpointingTrainer):
 
     @property
     def _shifts(self) -> bool:
-        """Whether the line moves, not the weight of a loss."""
+        """Whether the threshold of the routers is shifted, and no weight of a loss is turned."""
         return self.step.target_sparsity is not None and self.weights.controller is None
 
     def begin(self) -> None:
-        """Before the first step, or the first after a resume."""
+        """Goes on where a checkpoint stopped, or begins; called before the first step of a run."""
         if self.state.global_step == 0:
             for name, value in self.finer.items():
                 zero.set_(self.model.get_parameter(name), value)
@@ -251,11 +253,11 @@ class RecipeTrainer(CheckpointingTrainer):
             self.weights.resume(saved["controller"])
 
     def enter_step(self, step: int, steps: int) -> None:
-        """Sets the weights of the losses."""
+        """Sets the weights of the losses for an optimizer step, counted from 1."""
         self.weights.enter(step, steps)
 
     def finish(self) -> None:
-        """The model is plain again, whatever trained it."""
+        """Makes the model plain again, whatever trained it."""
         if self.step.checkpointing:
             self.model.activation_checkpointing_disable()  # type: ignore[operator]
         if self.is_deepspeed_enabled:
@@ -273,21 +275,21 @@ class RecipeTrainer(CheckpointingTrainer):
         logger.info("%s %d/%d  %s", self.step.mode, at, steps, in_words(self.last))
 
     def summary(self) -> dict[str, Any]:
-        """What the run folder keeps of this step."""
+        """Returns what the run folder keeps of this train step."""
         history = [entry for entry in self.state.log_history if "lm" in entry]
         return {**self.last, "steps": self.state.global_step, "history": history}
 
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
-        """In order: the blocks come shuffled, and every run sees them in the same order."""
+        """Takes the batches in order: the data layer has shuffled them, for every run alike."""
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def _finer(model: nn.Module) -> dict[str, Tensor]:
-    """fp32 weights, by name: DeepSpeed rounds them to bf16 before it makes their masters."""
+    """Copies the fp32 weights, by name: DeepSpeed rounds them to bf16 before it copies them."""
     finer = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
     return {name: param.detach().clone() for name, param in finer.items()}
 
 
 def next_token_labels(blocks_BT: Tensor) -> Tensor:
-    """The token after each, `IGNORE` at the end of a block."""
+    """Returns the token after each, and `IGNORE` at the end of a block."""
     return nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
-    """Every tensor of the state dict, one that has several names under the first of them."""
+    """Saves every tensor of the state dict; one of several names goes under the first of them."""
     state = model.state_dict()
     save_file({name: state[name].contiguous() for name in _first_names(state).values()}, file)
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """The inverse, into a model of the same tensors.
+    """Loads what `save_weights` saved into a model of the same tensors.
 
     Raises:
         ValueError: a tensor is missing, or one is there that the model has not.
@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
 
 
 def _first_names(state: dict[str, Tensor]) -> dict[tuple[int, int], str]:
-    """Where a tensor starts and how many numbers it has -> the first name that it goes by."""
+    """Maps where a tensor starts, and how many numbers it has, to the first of its names."""
     names: dict[tuple[int, int], str] = {}
     for name, tensor in state.items():
         names.setdefault((tensor.data_ptr(), tensor.numel()), name)

@@ -19,9 +19,10 @@ USED = "ACCELERATE_USE_DEEPSPEED"
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Afterwards transformers and Accelerate forget DeepSpeed: they would shard what is loaded.
+    """Undoes at its end what DeepSpeed leaves behind.
 
-    ZeRO-3 also replaces PyTorch's `linear`, for good, by one that rounds otherwise: it is put back.
+    transformers and Accelerate remember it, and would shard what is loaded. ZeRO-3 replaces
+    PyTorch's `linear` for good, by one that rounds otherwise.
     """
     from accelerate.state import AcceleratorState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -38,7 +39,7 @@ def released() -> Iterator[None]:
 
 @torch.no_grad()
 def set_(param: nn.Parameter, value: Tensor) -> None:
-    """param = value, in the fp32 master and in what the forward pass reads."""
+    """Sets a parameter to `value`, in the fp32 master and in what the forward pass reads."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param
 
@@ -51,13 +52,13 @@ def set_(param: nn.Parameter, value: Tensor) -> None:
 
 @torch.no_grad()
 def add_(param: nn.Parameter, value: Tensor) -> None:
-    """param += value, as `set_`."""
+    """Adds `value` to a parameter, as `set_` sets it."""
     set_(param, _whole(param) + value)
 
 
 @torch.no_grad()
 def make_plain(model: nn.Module, engine: Any, dtypes: dict[str, torch.dtype]) -> None:
-    """The model as it was before DeepSpeed took it: whole weights on the CPU, no hook of its own.
+    """Takes a model back from DeepSpeed: whole weights on the CPU, and no hook of its own.
 
     Args:
         model: trained by `engine`.
@@ -82,7 +83,7 @@ def make_plain(model: nn.Module, engine: Any, dtypes: dict[str, torch.dtype]) ->
 
 
 def not_finite(model: nn.Module) -> str | None:
-    """The name of a parameter whose share in this process is not finite; None: all are."""
+    """Returns the name of a parameter whose share in this process is not finite, or None."""
     for name, param in model.named_parameters():
         local = getattr(param, "ds_tensor", param)
         if not torch.isfinite(local).all():
@@ -91,7 +92,7 @@ def not_finite(model: nn.Module) -> str | None:
 
 
 def _whole(param: nn.Parameter) -> Tensor:
-    """The fp32 master where there is one, else the weights, from all processes."""
+    """Returns the fp32 master where there is one, else the weights, from all processes."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 

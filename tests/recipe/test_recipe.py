@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moe_tools.recipe import (
     Attach,
+    Lora,
     Recipe,
     Split,
     Stage,
@@ -407,6 +408,51 @@ def test_the_control_keeps_what_sets_the_pace() -> None:
     step = Train(tokens=9, mode="straight", target_sparsity=0.3, ramp=0.1, router_lr=1.0, **pace)
     (dense,) = control_recipe(Recipe("x", (Split(), Attach(), step))).steps
     assert dense == Train(tokens=9, **pace)
+
+
+ROUTING: dict[str, Any] = {
+    "mode": "straight",
+    "losses": {"lm": 1.0, "efficiency": 0.1, "distill": 1.0},
+    "target_sparsity": 0.3,
+    "drive": "eta",
+    "ramp": 0.1,
+    "router_lr": 1.0,
+}
+"""The fields of a train step that mean nothing without routers, each away from its default."""
+
+
+def test_the_control_keeps_all_that_is_not_about_routing() -> None:
+    """A new field of `Train` is kept, or named in `ROUTING` here."""
+    kept = {field.name for field in fields(Train)} - set(ROUTING)
+    others: dict[str, Any] = {
+        "tokens": 9,
+        "parts": "ffn",
+        "lora": Lora(rank=3, alpha=5),
+        "checkpointing": True,
+        "lr": 2e-4,
+        "batch_size": 2,
+        "accumulate": 3,
+        "warmup": 0.1,
+        "checkpoint_every": 7,
+    }
+    default = Train(tokens=1)
+    others |= {name: getattr(default, name) for name in kept - set(others)}
+    step = Train(**others, **ROUTING)
+    (dense,) = control_recipe(Recipe("x", (Split(), Attach(), step))).steps
+    for name in kept:
+        assert getattr(dense, name) == getattr(step, name), name
+    for name in ROUTING:
+        assert getattr(step, name) != getattr(default, name), name
+        assert getattr(dense, name) == getattr(default, name), name
+
+
+def test_a_step_that_trains_routers_alone_falls_away_in_the_control() -> None:
+    routers = Train(tokens=9, mode="soft", parts="routers")
+    after = Train(tokens=5, mode="hard", parts="ffn")
+    recipe = Recipe("x", (Split(), Attach(), routers, after))
+    assert control_recipe(recipe).steps == (Train(tokens=5, parts="ffn"),)
+    with pytest.raises(ValueError, match=r"x trains nothing but routers: its dense control is the"):
+        control_recipe(replace(recipe, steps=(Split(), Attach(), routers)))
 
 
 def test_a_recipe_that_trains_nothing_has_no_control() -> None:

@@ -232,6 +232,15 @@ def test_a_classifier_does_not_wait_either(tmp_path: Path, monkeypatch: pytest.M
     assert reads == [3]
 
 
+def test_the_labels_of_a_step_are_not_counted(tmp_path: Path) -> None:
+    """transformers would divide the loss by their number, after the processes told each other."""
+    sizes = FAMILIES["bert"].sizes | {"num_labels": 3}
+    made = trainer(BertForSequenceClassification(BertConfig(**sizes)), DENSE, tmp_path)
+    batch = {"input_ids": text(4), "labels": torch.tensor([0, 1, 1, 0])}
+    _, number = made.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert number is None
+
+
 def test_a_layer_of_the_host_s_experts_waits_for_their_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

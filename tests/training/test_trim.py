@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import Routing, expert_ffns
 from moe_tools.experts.routing import record_routing, routing_sparsity
-from moe_tools.training.trim import sample_logits, shift_routers, trim
+from moe_tools.training.trim import check_trimmable, sample_logits, shift_routers
 from tests.families import (
     EXPERT_SIZE,
     NEURONS,
@@ -23,6 +23,22 @@ from tests.families import (
     randomize,
     routed,
 )
+
+ROUNDS = 3
+"""An FFN's mask moves the inputs of those above it, so one shift alone misses."""
+
+
+@torch.no_grad()
+def trim(model: PreTrainedModel, sparsity: float, blocks_BT: Tensor) -> None:
+    """Shifts the routers, as a train step does, until `sparsity` of the experts are off."""
+    check_trimmable(model)
+    for _ in range(ROUNDS):
+        found = []
+        for block_BT in blocks_BT.split(1):
+            with record_routing(model) as routings:
+                model(input_ids=block_BT)
+            found.append(sample_logits(model, routings))
+        shift_routers(model, torch.cat(found), sparsity)
 
 
 def text(rows: int = 12, length: int = 48) -> Tensor:
@@ -120,6 +136,43 @@ def test_a_shift_takes_the_share_of_the_sample_below_zero() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("logits", "share", "shift"),
+    [
+        ([1.0] * 40 + [2.0] * 60, 0.5, -1.5),  # of 40% and 100%, 40% is nearer
+        ([1.0] * 40 + [2.0] * 60, 0.8, -3.0),  # 100% is nearer: all are off, clearly
+        ([2.0] * 100, 0.3, -1.0),  # none is off: the line lies below them all, clearly
+        ([2.0] * 100, 0.0, -1.0),
+        ([-8.0] * 40 + [8.0] * 60, 0.4, 0.0),  # it is there already
+        ([-8.0] * 40 + [8.0] * 60, 0.41, 0.0),
+        ([0.0, 1.0, 2.0, 3.0], 0.5, -1.5),
+    ],
+)
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+def test_equal_scores_are_on_one_side_of_the_line(
+    logits: list[float], share: float, shift: float, damping: float
+) -> None:
+    """One constant cannot part them: the nearer share is taken, and no score is on the line."""
+    model = converted()
+    before = expert_ffns(model)[0].router.bias.detach().clone()
+    order = torch.randperm(len(logits))
+    shift_routers(model, torch.tensor(logits)[order], share, damping=damping)
+    moved = expert_ffns(model)[0].router.bias - before
+    assert moved.tolist() == pytest.approx([damping * shift] * len(before), abs=1e-6)
+
+
+@pytest.mark.parametrize("target", [0.02, 0.3, 0.49])
+def test_routers_that_score_all_alike_do_not_all_go_off(target: float) -> None:
+    """As a start that has every expert on: one shift too far would leave nothing."""
+    model = converted()
+    with torch.no_grad():
+        for ffn in expert_ffns(model):
+            ffn.router.weight.zero_()
+            ffn.router.bias.fill_(4.6)
+    trim(model, target, text())
+    assert sparsity(model, text()) == 0
+
+
 def test_scores_at_the_ends_stay_finite() -> None:
     """A score of exactly 1 has no logit."""
     model, _ = routed(build("llama"))
@@ -128,6 +181,15 @@ def test_scores_at_the_ends_stay_finite() -> None:
     logits_S = sample_logits(model, routings)
     assert all(bool((routing.scores_TE == 1).all()) for routing in routings)
     assert torch.isfinite(logits_S).all()
+
+
+@pytest.mark.parametrize(("passes", "rows"), [(1, 256), (4, 64), (32, 8), (2048, 8)])
+def test_many_passes_share_a_sample(passes: int, rows: int) -> None:
+    model = converted()
+    with record_routing(model) as routings, torch.no_grad():
+        model(input_ids=text(32, 64))
+    scores = sum(ffn.division.num_experts for ffn in expert_ffns(model))
+    assert len(sample_logits(model, routings, passes)) == rows * scores
 
 
 def test_top_k_has_no_line_to_move() -> None:

@@ -81,6 +81,9 @@ def manners() -> None:
     assert not processes.all_agree(rank == 0) and processes.all_agree(rank < 2)
     rows = processes.gather_rows(torch.full((rank + 1, 3), float(rank)))
     assert rows.tolist() == [[0.0] * 3] + [[1.0] * 3] * 2
+    mine = torch.full((3,), float(rank))
+    processes.average_([mine])
+    assert mine.tolist() == [0.5] * 3
     with pytest.raises(ValueError, match="the first one's mistake"):
         processes.on_first(_mistake)
     with pytest.raises(ValueError, match="has 1 batches, but one optimizer step takes 2"):
