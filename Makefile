@@ -9,6 +9,9 @@ SANITIZE_thread := -fsanitize=thread
 # Another kind of CPU, for which the kernels are compiled but not run.
 CROSS ?= aarch64-linux-gnu-g++
 
+# A worker a core; a worker of the whole suite takes 3 GB.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+
 # What touches transformers, and what that needs.
 HOST_TESTS := tests/hosts tests/experts tests/checkpoint tests/inference tests/test_families.py tests/test_moe_hosts.py
 TEST_TOOLS := 'pytest>=9,<10' 'pytest-timeout>=2.3,<3' 'hypothesis>=6.100,<7' \
@@ -18,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test fast test-lowest test-newest sanitize cross demo bench docs wheel clean
+.PHONY: help env check format test coverage fast test-lowest test-newest sanitize cross demo bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,10 +45,13 @@ format: $(STAMP) ## let ruff write what `check` asks for
 	$(BIN)/ruff format
 
 test: $(STAMP) ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+coverage: $(STAMP) ## the suite, and which lines of the core it runs
+	$(BIN)/python -m pytest $(PARALLEL) --cov=moe_tools --cov-report=term-missing:skip-covered
 
 fast: $(STAMP) ## the suite without the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 # Of the versions at either end, each in an environment of its own. `newest` reports: it may fail.
 test-lowest: ## the quick tests with the lowest supported transformers, in .venv-lowest

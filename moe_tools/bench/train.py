@@ -119,10 +119,12 @@ def _stepper(
 
     def call() -> None:
         trainer.enter_step(1, SCHEDULE_STEPS)
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            last = index + 1 == len(batches)  # the host then reads the figures
+            trainer.accelerator.gradient_state._set_sync_gradients(last)
             inputs = {"input_ids": batch.ids_BT.to(launch.device)}
             (trainer.compute_loss(model, inputs) / step.accumulate).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trainer._clip_grad_norm(model)
         optimizer.step()
         optimizer.zero_grad()
         trainer.end_step()

@@ -61,6 +61,11 @@ def with_options(
     )
 
 
+def has_control(recipe: Recipe) -> bool:
+    """Whether a recipe trains anything of the donor: routers alone need no dense control."""
+    return any(step.control() is not None for step in recipe.steps)
+
+
 def control_recipe(recipe: Recipe) -> Recipe:
     """The dense control: the same training on the same text without routers, language loss alone.
 

@@ -73,6 +73,7 @@ def run(
         ValueError: a user's mistake; nothing that was there before is changed.
         FloatingPointError: a train step's loss is not finite.
     """
+    dense = control_recipe(recipe) if control else None  # one that there is not is said first
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
     work = _Run(folder, launch or Launch(device), stream)
     unfinished = processes.on_first(lambda: folder.claim(work.check))
@@ -82,9 +83,9 @@ def run(
         work.execute()
     else:
         logger.info("%s is complete", output)
-    if control:  # before the steps go: it begins with the dense ones among them
+    if dense is not None:  # before the steps go: it begins with the dense ones among them
         run(
-            control_recipe(recipe),
+            dense,
             model,
             Path(output) / CONTROL,
             dtype=dtype,

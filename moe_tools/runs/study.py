@@ -9,6 +9,7 @@ import torch
 
 from moe_tools.measure.baselines import Baseline
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
+from moe_tools.recipe.options import has_control
 from moe_tools.report.compare import Bench
 from moe_tools.report.entries import find_control
 from moe_tools.report.report import Row
@@ -66,7 +67,7 @@ def compare_recipes(study: Study) -> list[Row]:
             folder,
             dtype=study.dtype,
             device=study.device,
-            control=bool(recipe.train_tokens()) and name not in first,
+            control=has_control(recipe) and name not in first,
             keep_steps=True,
             like=first.get(name),
         )

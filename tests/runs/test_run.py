@@ -854,3 +854,20 @@ def test_a_loss_that_is_not_finite_keeps_what_is_done(
 
 def test_the_public_run_is_this_one() -> None:
     assert moe_tools.run is run
+
+
+def test_a_control_that_there_is_not_is_said_before_the_run(
+    recipe: Recipe, work: Path, tmp_path: Path
+) -> None:
+    """And not after hours of it, at every retry."""
+    routers = Train(tokens=64, mode="straight", parts="routers")
+    steps = (*recipe.steps[:2], routers)
+    with pytest.raises(ValueError, match="trains nothing but routers: its dense control is the"):
+        run(
+            replace(recipe, steps=steps),
+            str(work / "donor"),
+            tmp_path / "out",
+            control=True,
+            **FP32,
+        )
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.recipe import Split
 from moe_tools.steps.split import split
 from tests.families import (
@@ -79,7 +79,9 @@ def test_the_neurons_moved_as_the_partition_says(step: Split) -> None:
     model = build("llama")
     donor = copy.deepcopy(model)
     partitions = split(model, step, text(), seed=0)
-    for ffn, was, partition in zip(find_ffns(model), find_ffns(donor), partitions, strict=True):
+    for ffn, was, partition in zip(
+        unfused_ffns(model), unfused_ffns(donor), partitions, strict=True
+    ):
         for moved, tensor in zip(ffn.weights().per_neuron(), was.weights().per_neuron()):  # noqa: B905
             assert torch.equal(moved, tensor[partition.order_F])
 
@@ -106,7 +108,7 @@ def test_neurons_that_fire_together_share_an_expert() -> None:
     """Every expert of the donor is one neuron and its copies, in a random order."""
     model = build("llama")
     labels = {}
-    for index, ffn in enumerate(find_ffns(model)):
+    for index, ffn in enumerate(unfused_ffns(model)):
         shuffle = torch.randperm(NEURONS)
         with torch.no_grad():
             for tensor in ffn.weights().per_neuron():
@@ -143,7 +145,7 @@ def test_a_size_beyond_the_neurons_leaves_the_model_as_it_was(step: Split) -> No
 def test_a_host_expert_without_a_token_leaves_the_model_as_it_was() -> None:
     """One token reaches 2 of Mixtral's 4 experts."""
     model = build("mixtral")
-    find_ffns(model)  # takes the experts apart
+    unfused_ffns(model)  # takes the experts apart
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="saw no calibration token"):
         split(model, METHODS["by activations"], text(rows=1, length=1), seed=0)
@@ -164,9 +166,9 @@ def test_calibration_leaves_nothing_behind() -> None:
 @torch.no_grad()
 def marks(model: PreTrainedModel) -> list[Tensor]:
     """For every FFN, how many tokens have a neuron among their 10 largest |h|; a slow loop."""
-    counts = [torch.zeros(NEURONS, dtype=torch.long) for _ in find_ffns(model)]
+    counts = [torch.zeros(NEURONS, dtype=torch.long) for _ in unfused_ffns(model)]
     hooks = []
-    for ffn, count_F in zip(find_ffns(model), counts, strict=True):
+    for ffn, count_F in zip(unfused_ffns(model), counts, strict=True):
 
         def count(_: Any, args: tuple[Tensor, ...], count_F: Tensor = count_F) -> None:
             for h_F in args[0].flatten(0, -2).abs():

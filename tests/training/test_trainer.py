@@ -23,7 +23,7 @@ from moe_tools.data import Batch
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing, routing_sparsity
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.zeros import zero_share
 from moe_tools.names import IGNORE
@@ -87,7 +87,7 @@ def trainer(
 def many_experts() -> PreTrainedModel:
     """16 experts of the host with routers of ours inside; a short text leaves some idle."""
     model = build("mixtral", num_local_experts=16)
-    find_ffns(model)
+    unfused_ffns(model)
     model, _ = routed(model, THRESHOLD)
     randomize(model)
     return model
@@ -117,7 +117,7 @@ def test_every_weight_of_a_host_takes_part(
     """DistributedDataParallel waits for a gradient of each."""
     model = build(family)
     if "l1" in losses:
-        find_ffns(model)  # takes experts apart
+        unfused_ffns(model)  # takes experts apart
     assert not without_gradient(model, replace(DENSE, losses=losses), tmp_path)
 
 

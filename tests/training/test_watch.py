@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.training.watch import Kind, watch_ffns
 from tests.families import FAMILIES, MOE, build, logits, randomize, routed
 
@@ -34,7 +34,7 @@ def model_of(family: str, sparse: bool) -> PreTrainedModel:
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "routed"])
 def test_what_is_seen_fits_together(family: str, sparse: bool) -> None:
     model = model_of(family, sparse)
-    ffns = expert_ffns(model) or find_ffns(model)
+    ffns = expert_ffns(model) or unfused_ffns(model)
     expected = logits(model)
     with watch_ffns(model, KINDS) as seen:
         assert torch.equal(logits(model), expected)
@@ -62,7 +62,7 @@ def test_only_what_was_asked_is_kept(family: str, kind: Any) -> None:
 def test_no_hook_stays(family: str, sparse: bool) -> None:
     model = model_of(family, sparse)
     if not sparse:
-        find_ffns(model)  # takes the experts of an MoE host apart
+        unfused_ffns(model)  # takes the experts of an MoE host apart
     before = hooks(model)
     with watch_ffns(model, KINDS) as seen:
         assert len(hooks(model)) > len(before)
@@ -85,7 +85,7 @@ def test_asking_for_nothing_needs_no_ffn() -> None:
 def test_the_experts_of_a_layer_are_one_output(family: str, sparse: bool) -> None:
     model = model_of(family, sparse)
     expected: dict[str, torch.Tensor] = {}
-    find = expert_ffns(model) or find_ffns(model)
+    find = expert_ffns(model) or unfused_ffns(model)
     hosts = {ffn.name.rpartition(".")[0]: ffn for ffn in find if ".experts." in ffn.name}
     for path in hosts:
         model.get_submodule(path).register_forward_hook(
