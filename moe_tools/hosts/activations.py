@@ -40,15 +40,6 @@ class JointActivation(Activation):
         """h_TF from both rows."""
 
 
-def hidden_TF(act: nn.Module, up_TF: Tensor, gate_TF: Tensor | None = None) -> Tensor:
-    """h_TF of an FFN with the activation `act`, a host's or ours, from its rows."""
-    if gate_TF is None:
-        return act(up_TF)
-    if isinstance(act, JointActivation):
-        return act.join_TF(gate_TF, up_TF)
-    return act(gate_TF) * up_TF
-
-
 class ReLU(Activation):
     """max(x, 0); in place of SiLU or GELU as in ReLU Strikes Back (arXiv 2310.04564)."""
 

@@ -13,12 +13,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moe_tools.hosts.activations import hidden_TF, kernel_act, kernel_up_act
+from moe_tools.hosts.activations import JointActivation, kernel_act, kernel_up_act
 from moe_tools.hosts.layouts import Layout
 from moe_tools.kernels.weights import FFNWeights
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What a linear can be given. A quantised weight has another dtype than the numbers it takes."""
+
+
+def hidden_TF(act: nn.Module, up_TF: Tensor, gate_TF: Tensor | None = None) -> Tensor:
+    """h_TF of an FFN with the activation `act`, a host's or ours, from its rows."""
+    if gate_TF is None:
+        return act(up_TF)
+    if isinstance(act, JointActivation):
+        return act.join_TF(gate_TF, up_TF)
+    return act(gate_TF) * up_TF
 
 
 class Projections(NamedTuple):

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import Conversion, conversion_so_far
 from moe_tools.experts.swapped import check_swap, swap_activations
-from moe_tools.hosts.activations import FATReLU, hidden_TF
+from moe_tools.hosts.activations import FATReLU
 from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.projections import hidden_TF
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.rules import at_least, strictly_between_0_and_1
 from moe_tools.steps.signs import align_signs

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from moe_tools.hosts.activations import ACTIVATIONS, build_activation, hidden_TF
+from moe_tools.hosts.activations import ACTIVATIONS, build_activation
+from moe_tools.hosts.projections import hidden_TF
 
 SPECS: dict[str, dict[str, Any]] = {
     "relu": {"kind": "relu"},

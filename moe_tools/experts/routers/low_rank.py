@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import LinearFP32, in_fp32, matrix_flops
-from moe_tools.experts.routers.labels import LabelRouter
+from moe_tools.experts.routers.base import LabelRouter, LinearFP32, in_fp32, matrix_flops
 from moe_tools.hosts.ffn import FFN
 
 ROWS = 4096

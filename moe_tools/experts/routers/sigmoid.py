@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import Router, Start, Starter, in_fp32, matrix_flops
-from moe_tools.experts.routers.labels import LabelRouter
+from moe_tools.experts.routers.base import (
+    LabelRouter,
+    Router,
+    Start,
+    Starter,
+    in_fp32,
+    matrix_flops,
+)
 from moe_tools.hosts.ffn import FFN
 
 RIDGE = 1e-2
