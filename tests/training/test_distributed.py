@@ -20,6 +20,7 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.routers import ROUTERS
 from tests.cli.test_convert import WORDS, tokenizer
 from tests.families import build, is_router, load_stock
 from tests.training.two_processes import DEEPSPEED_WAYS, EXPERT_STEPS, STEPS
@@ -98,6 +99,42 @@ def test_bf16_weights_have_fp32_routers_and_masters(way: str, trained: Path) -> 
         if is_router(name):
             assert not torch.equal(value, value.bfloat16().float()), name
             assert (value - weights(alone)[name]).abs().max() < 0.05, name
+
+
+# --- every kind of router
+
+
+@pytest.fixture(scope="module")
+def trained_routers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `trained`, of a host with each kind of router."""
+    folder = tmp_path_factory.mktemp("routers")
+    for name, count in (("one", 1), ("two", 2)):
+        done = start(count, "routers", str(folder / name))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_every_router_trains_in_two_processes_as_in_one(kind: str, trained_routers: Path) -> None:
+    alone = trained_routers / "one" / f"fp32-plain-{kind}"
+    together = trained_routers / "two" / f"fp32-plain-{kind}"
+    assert figures(together) == pytest.approx(figures(alone), abs=1e-5)
+    mine, theirs = weights(together), weights(alone)
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() < 2e-6, name
+
+
+@pytest.mark.parametrize("way", ["plain", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_every_router_trains_in_bf16(kind: str, way: str, trained_routers: Path) -> None:
+    """Cast with its host, as DeepSpeed casts it: scores are computed in fp32 all the same."""
+    if way == "zero3" and ROUTERS[kind].reads_rows:
+        assert not (trained_routers / "two" / f"bf16-{way}-{kind}").exists()  # refused
+        return
+    exact = figures(trained_routers / "two" / f"fp32-plain-{kind}")
+    rounded = figures(trained_routers / "two" / f"bf16-{way}-{kind}")
+    assert rounded["lm"] == pytest.approx(exact["lm"], rel=1e-2)
+    assert rounded["sparsity"] == pytest.approx(exact["sparsity"], abs=1e-6)  # top-k
 
 
 # --- experts of an MoE host that have no token in one of the processes

@@ -21,7 +21,9 @@ from transformers import PreTrainedModel
 
 from moe_tools import processes
 from moe_tools.cli.main import main
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.experts.conversion import attach_experts
+from moe_tools.experts.routers import ROUTERS
+from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.recipe import Lora, Recipe, Train
 from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
@@ -112,7 +114,7 @@ def moe_host(mode: str) -> PreTrainedModel:
     """A host of 16 experts, of which a token passes two: in a block of 16 some have no token."""
     torch.manual_seed(0)
     model = build("mixtral", num_local_experts=16)
-    find_ffns(model)  # takes the experts apart
+    unfused_ffns(model)
     if mode == "dense":
         return model
     model, _ = routed(model, THRESHOLD)
@@ -144,6 +146,28 @@ def experts(out: Path) -> None:
             assert sum(count > 0 for count in idle) > 6
             if processes.rank() == 0:
                 keep(folder, figures, model)
+
+
+def routers(out: Path) -> None:
+    """Trains every kind of router with its host: fp32 under DDP, bf16 also under ZeRO."""
+    step = replace(SOFT, mode="straight", losses={"lm": 1.0}, **SMALL)
+    for dtype, wanted in (("fp32", ["plain"]), ("bf16", ["plain", "zero2", "zero3"])):
+        ways = launches(dtype)
+        for way in [way for way in wanted if way in ways]:
+            for kind, router in ROUTERS.items():
+                if way == "zero3" and router.reads_rows:
+                    continue  # it is refused
+                torch.manual_seed(0)
+                conversion = replace(THRESHOLD, router=kind, selector={"kind": "topk", "k": 3})
+                model = build("llama")
+                attach_experts(model, conversion)
+                if dtype == "bf16":
+                    model.to(torch.bfloat16)  # routers, too: their scores stay in fp32
+                each = replace(step, accumulate=2 // processes.count())
+                folder = out / f"{dtype}-{way}-{kind}"
+                figures = train(model, each, text(8), folder, launch=ways[way])
+                if processes.rank() == 0:
+                    keep(folder, figures, model)
 
 
 def sums(out: Path) -> None:
@@ -239,5 +263,5 @@ if __name__ == "__main__":
     with processes.process_group("cpu", alone=task == "small_gradients"):
         if task == "stages" and processes.count() > 1:
             manners()
-        tasks = {f.__name__: f for f in (stages, experts, sums, small_gradients)}
+        tasks = {f.__name__: f for f in (stages, experts, routers, sums, small_gradients)}
         tasks[task](Path(words[0]))
