@@ -58,14 +58,19 @@ def start(
     )
 
 
+def by_one_and_two(factory: pytest.TempPathFactory, task: str) -> Path:
+    """one/ and two/: what a task of two_processes.py keeps, done by one process and by two."""
+    folder = factory.mktemp(task)
+    for name, count in (("one", 1), ("two", 2)):
+        done = start(count, task, str(folder / name))
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """one/ and two/: every train step by one process and by two, in every way."""
-    folder = tmp_path_factory.mktemp("trained")
-    for name, count in (("one", 1), ("two", 2)):
-        done = start(count, "stages", str(folder / name))
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return by_one_and_two(tmp_path_factory, "stages")
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -107,11 +112,7 @@ def test_bf16_weights_have_fp32_routers_and_masters(way: str, trained: Path) -> 
 @pytest.fixture(scope="module")
 def trained_routers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `trained`, of a host with each kind of router."""
-    folder = tmp_path_factory.mktemp("routers")
-    for name, count in (("one", 1), ("two", 2)):
-        done = start(count, "routers", str(folder / name))
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return by_one_and_two(tmp_path_factory, "routers")
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -143,11 +144,7 @@ def test_every_router_trains_in_bf16(kind: str, way: str, trained_routers: Path)
 @pytest.fixture(scope="module")
 def trained_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `trained`, of an MoE host whose experts are taken apart."""
-    folder = tmp_path_factory.mktemp("experts")
-    for name, count in (("one", 1), ("two", 2)):
-        done = start(count, "experts", str(folder / name))
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return by_one_and_two(tmp_path_factory, "experts")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -170,11 +167,7 @@ def test_an_expert_without_a_token_stops_no_process(
 @pytest.fixture(scope="module")
 def summed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `trained`, of bf16 weights and 16 passes an optimizer step in all processes together."""
-    folder = tmp_path_factory.mktemp("summed")
-    for name, count in (("one", 1), ("two", 2)):
-        done = start(count, "sums", str(folder / name))
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return by_one_and_two(tmp_path_factory, "sums")
 
 
 def test_bf16_gradients_of_two_processes_are_summed_in_fp32(summed: Path) -> None:
