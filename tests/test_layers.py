@@ -45,7 +45,7 @@ LAYERED = [name for name in MODULES if name != "moe_tools"]
 
 
 def layer(module: str) -> str:
-    """moe_tools.hosts.ffn -> model; the package itself is its own layer."""
+    """moe_tools.hosts.ffn -> hosts; the package itself is its own layer."""
     return module.split(".")[1] if "." in module else module
 
 

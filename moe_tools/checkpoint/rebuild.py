@@ -25,7 +25,7 @@ from moe_tools.experts.conversion import (
     write_conversion,
 )
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routers import ROUTERS, RowReader
+from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.swapped import Unswapped, replace_stand_ins, swap_activations
 from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
 from moe_tools.hosts.moe_host import HostExperts, fused_experts
@@ -130,7 +130,7 @@ def _check_places(model: nn.Module, conversion: Conversion) -> None:
     for path, fused in fused_experts(model).items():
         if any(parameter.is_meta for parameter in fused.parameters()):
             raise ValueError(f"{path}: the experts of an MoE host cannot stay on disk")
-    reads = conversion.router is not None and issubclass(ROUTERS[conversion.router], RowReader)
+    reads = conversion.router is not None and ROUTERS[conversion.router].reads_rows
     if reads and any(ffn.weights().up_FD.is_meta for ffn in find_ffns(model)):
         raise ValueError(
             f"router {conversion.router} reads the FFN's rows, which cannot stay on disk then"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
-from moe_tools.experts.routers import SigmoidRouter
 from moe_tools.experts.selectors import Threshold
 
 SAMPLE = 256
@@ -31,7 +30,7 @@ def check_trimmable(model: nn.Module) -> None:
         ValueError: another kind of router or selector.
     """
     for ffn in expert_ffns(model):
-        if not isinstance(ffn.router, SigmoidRouter) or not isinstance(ffn.selector, Threshold):
+        if ffn.router.logit_bias is None or not isinstance(ffn.selector, Threshold):
             raise ValueError(
                 f"{ffn.name}: a target sparsity needs sigmoid routers under a threshold; "
                 "with top-k, k sets the sparsity"
@@ -80,7 +79,8 @@ def shift_routers(
     """
     shift = -damping * _line(logits_S, sparsity / _routed_share(model))
     for ffn in expert_ffns(model):
-        add(ffn.router.get_parameter("bias"), shift)
+        assert ffn.router.logit_bias is not None  # check_trimmable
+        add(ffn.router.logit_bias, shift)
 
 
 def _line(logits_S: Tensor, share: float) -> Tensor:

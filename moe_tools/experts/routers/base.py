@@ -58,6 +58,14 @@ class Router(nn.Module, ABC):
         """
         return None
 
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        """What is added to the logits of the scores, one number an expert; None: there is none.
+
+        A train step shifts it to reach a sparsity (`moe_tools.training.trim`).
+        """
+        return None
+
     @abstractmethod
     def forward(self, x_TD: Tensor) -> Tensor:
         """scores_TR."""

@@ -37,6 +37,10 @@ class SigmoidRouter(LabelRouter):
         self.weight = nn.Parameter(torch.zeros(routed, width))
         self.bias = nn.Parameter(torch.full((routed,), 3.0))
 
+    @property
+    def logit_bias(self) -> nn.Parameter:
+        return self.bias
+
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
         """Every expert on, for every token."""
