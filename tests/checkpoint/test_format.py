@@ -1,8 +1,8 @@
 """A folder that an earlier version wrote loads for ever.
 
-format_1_llama/ was written at version 0.1.0, before the folders of the code moved: a tiny llama under
-dReLU with norm routers, one shared expert and means for what is off; format_1_logits.safetensors has
-what it said then.
+format_1_llama/ was written at version 0.1.0, before the folders of the code moved: a tiny llama
+under dReLU with norm routers, one shared expert and means for what is off;
+format_1_logits.safetensors has what it said then.
 """
 
 from __future__ import annotations
