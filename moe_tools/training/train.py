@@ -182,7 +182,7 @@ def train(
     check_train(model, step, donor)
     check_sharded(model, launch)
     batches = whole_batches(text, step)
-    checkpoint = newest_checkpoint(work)
+    checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
     check_layout(checkpoint, launch)
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched

@@ -13,7 +13,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lte.yaml").write_text("# LTE (arXiv 2402.06126).\n#\n# More.\nname: lte\n")
     (tmp_path / "bare.yaml").write_text("name: bare\n")
     (tmp_path / "readme.md").write_text("no recipe")
-    monkeypatch.setattr("moe_tools.recipe.reading.files", lambda package: tmp_path)
+    monkeypatch.setattr("moe_tools.recipe.files.files", lambda package: tmp_path)
     return tmp_path
 
 

@@ -172,7 +172,7 @@ def test_passages_are_cut_between_paragraphs():
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_data import TOKENIZER
+from test_packing import TOKENIZER
 from moe_tools.data import blocks, fingerprint
 for split in ("train", "heldout"):
     print(fingerprint(blocks({corpus!r}, TOKENIZER, split=split, length=16, tokens=64, seed=3)))

@@ -20,7 +20,7 @@ from moe_tools.experts.conversion import Conversion, attach_experts, read_conver
 from moe_tools.experts.experts import every_expert_on
 from moe_tools.experts.swapped import swap_activations
 from moe_tools.hosts.activations import ACTIVATIONS
-from moe_tools.hosts.ffn import find_ffns, permute_neurons
+from moe_tools.hosts.ffn import permute_neurons, unfused_ffns
 from tests.families import (
     FAMILIES,
     MOE,
@@ -86,7 +86,7 @@ class Formula(nn.Module):
 def twin(donor: PreTrainedModel, kind: str) -> PreTrainedModel:
     """The host's own modules with the formula in place of the activation; the slow way."""
     model = copy.deepcopy(donor)
-    for ffn in find_ffns(model):
+    for ffn in unfused_ffns(model):
         ffn.layer.set_submodule(ffn.layout.act, Formula(kind))
         if kind == "drelu":
             parts = ffn.projections
@@ -179,7 +179,7 @@ def test_a_folder_keeps_the_host_names_and_shapes(family: str, kind: str, tmp_pa
 def test_a_swapped_model_converts_like_any_other(family: str, kind: str, tmp_path: Path) -> None:
     model = swapped(build(family), kind)
     dense = logits(model)
-    for ffn in find_ffns(model):
+    for ffn in unfused_ffns(model):
         permute_neurons(ffn, torch.arange(NEURONS).flip(0))
     assert (logits(model) - dense).abs().max() <= 2e-6 * max(1.0, float(dense.abs().max()))
     reordered = logits(model)
@@ -232,13 +232,13 @@ def test_one_swap_after_another(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "opt", "bert", "t5-gated", "qwen2_moe"])
 def test_every_ffn_can_have_its_own(family: str, tmp_path: Path) -> None:
     donor = build(family)
-    names = [ffn.name for ffn in find_ffns(donor)]
+    names = [ffn.name for ffn in unfused_ffns(donor)]
     thetas = {name: 0.1 * index for index, name in enumerate(names)}
     own = {name: {"kind": "fatrelu", "theta": theta} for name, theta in thetas.items()}
     swap_activations(donor, Conversion("donor", activation={"kind": "fatrelu"}, activation_of=own))
     save(donor, tmp_path / "out")
     for model in (donor, load(tmp_path / "out")):
-        found = {ffn.name: ffn.act.theta for ffn in find_ffns(model)}
+        found = {ffn.name: ffn.act.theta for ffn in unfused_ffns(model)}
         assert found == thetas
     assert torch.equal(logits(aligned(load(tmp_path / "out"))), logits(donor))
 
@@ -247,7 +247,7 @@ def test_every_ffn_can_have_its_own(family: str, tmp_path: Path) -> None:
 def test_the_activation_of_an_ffn_that_is_not_there_is_an_error(family: str) -> None:
     model = build(family)
     before = logits(model)
-    name = find_ffns(model)[1].name
+    name = unfused_ffns(model)[1].name
     own = {f"{name}s": {"kind": "relu2"}}
     made = Conversion("donor", activation={"kind": "relu"}, activation_of=own)
     with pytest.raises(ValueError, match=rf"^unknown FFN in activation_of '{name}s'; did you mean"):
@@ -320,7 +320,7 @@ def test_a_block_without_its_stock_name_is_refused(tmp_path: Path) -> None:
 def test_a_swapped_language_model_becomes_a_swapped_classifier(tmp_path: Path) -> None:
     save(swapped(build("llama"), "drelu"), tmp_path / "out")
     model = load_classifier(str(tmp_path / "out"), ["no", "yes"], dtype=torch.float32)
-    assert {type(ffn.act).__name__ for ffn in find_ffns(model)} == {"DReLU"}
+    assert {type(ffn.act).__name__ for ffn in unfused_ffns(model)} == {"DReLU"}
     model.config.pad_token_id = 0
     assert logits(model).shape == (2, 2)
 
