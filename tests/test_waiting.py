@@ -16,7 +16,7 @@ from tests.families import build
 
 ROOT = Path(__file__).parents[1]
 SAID = {"OMP_DISPLAY_ENV": "VERBOSE"}
-SLEEPS = "GOMP_SPINCOUNT = '0'"
+SLEEPS = "GOMP_SPINCOUNT = '10000'"
 """What libgomp then says on standard error when it is loaded."""
 HELLO = """
 import os, sys
@@ -85,5 +85,7 @@ def test_doctor_says_what_openmp_does(tmp_path: Path) -> None:
     save(build("llama"), tmp_path / "model")
     doctor = ("-m", "moe_tools.cli.main", "doctor", tmp_path / "model")
     done = run_python(*doctor, "--json", "-", **SAID)
-    assert json.loads(done.stdout)["machine"]["waiting"] == "OMP_WAIT_POLICY=PASSIVE"
+    assert json.loads(done.stdout)["machine"]["waiting"] == (
+        "OMP_WAIT_POLICY=PASSIVE, GOMP_SPINCOUNT=10000"
+    )
     assert SLEEPS in done.stderr
