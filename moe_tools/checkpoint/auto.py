@@ -53,6 +53,8 @@ SUPPORTED = ">=5.23.0,<6"
 """Versions of transformers in moe-tools' requirements."""
 LOAD, SAVE, BUILT = "_load_pretrained_model", "save_pretrained", "post_init"
 """The methods of `PreTrainedModel` that are patched."""
+MARK = "__moe_tools_patch__"
+"""Where the patched module says whose patch it has."""
 FILLED = ("model", "state_dict", "checkpoint_files", "load_config")
 """The arguments of `LOAD` that moe-tools needs."""
 
@@ -145,6 +147,11 @@ class Patch:
         with self._lock:
             if model in self._models or not (self._asked or self._users):
                 return
+            # Imported again, as notebooks and coverage do, moe-tools meets its former self.
+            former = vars(module).get(MARK)
+            if former is not None and former is not self:
+                former.switch(False)
+            setattr(module, MARK, self)
             self._models.append(model)
             self.refused = _unsupported(model)
             if hasattr(model, BUILT):

@@ -44,6 +44,7 @@ from tests.families import (
     build,
     load_stock,
     logits,
+    routed,
     stored_shapes,
 )
 
@@ -496,3 +497,30 @@ SCRIPTS = {"in-order": IN_ORDER, "late": LATE, "found": LOOKED_FOR, "interrupted
 def test_the_order_of_imports_does_not_matter(code: str, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+AGAIN = """
+import sys
+import moe_tools, transformers
+for name in [name for name in sys.modules if name.split(".")[0] == "moe_tools"]:
+    del sys.modules[name]
+import moe_tools
+from moe_tools.experts.experts import expert_ffns
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert len(expert_ffns(model)) == 2
+model.save_pretrained(sys.argv[2])
+assert len(expert_ffns(moe_tools.load(sys.argv[2]))) == 2
+moe_tools.unpatch_transformers()
+assert not expert_ffns(AutoModelForCausalLM.from_pretrained(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_moe_tools_may_be_imported_again(tmp_path: Path) -> None:
+    """As notebooks and coverage do: two patches would rebuild a model twice."""
+    model, _ = routed(build("llama"))
+    save(model, tmp_path / "model")
+    command = [sys.executable, "-c", AGAIN, str(tmp_path / "model"), str(tmp_path / "copy")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
