@@ -196,7 +196,8 @@ def sparsity_bars(sparsity_L: np.ndarray, captured_L: np.ndarray, names: Sequenc
             legend_label="output mass captured",
         )  # fmt: skip
     made.yaxis.formatter = NumeralTickFormatter(format="0 %")
-    made.legend.orientation = "horizontal"
+    # One label a row: on a telephone, and in a wide font, both do not fit beside each other.
+    made.legend.orientation = "vertical"
     made.legend.location = "top_left"
     made.add_layout(made.legend[0], "above")
     made.add_tools(
