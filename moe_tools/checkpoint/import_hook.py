@@ -27,7 +27,13 @@ class AfterImport(MetaPathFinder):
         self._asking = local()
 
     def start(self) -> None:
-        """Begins to wait; a second call changes nothing."""
+        """Begins to wait, in the place of a hook that this package left before it was reloaded.
+
+        A second call changes nothing.
+        """
+        for finder in list(sys.meta_path):
+            if _is_former(finder) and finder.name == self.name:
+                finder.stop()
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
@@ -78,6 +84,13 @@ class AfterImport(MetaPathFinder):
             if places and places[0] > 0:  # stopped, but asked by somebody who remembers it
                 sys.meta_path.insert(0, self)
                 del sys.meta_path[places[0] + 1]
+
+
+def _is_former(finder: Any) -> bool:
+    """Whether the class of a finder is `AfterImport` as it was imported before."""
+    kind = type(finder)
+    names = (kind.__module__, kind.__qualname__)
+    return kind is not AfterImport and names == (__name__, AfterImport.__qualname__)
 
 
 class _LoaderThen(Loader):
