@@ -31,7 +31,8 @@ class AfterImport(MetaPathFinder):
 
         A second call changes nothing.
         """
-        for finder in list(sys.meta_path):
+        finders: list[Any] = list(sys.meta_path)
+        for finder in finders:
             if _is_former(finder) and finder.name == self.name:
                 finder.stop()
         if self not in sys.meta_path:
