@@ -119,13 +119,12 @@ def candidates(tokens: int) -> list[Config]:
     """Lists the pinned default first, then what `tune` tries beside it."""
     if tokens == 1:
         tried = [
-            Config(
-                tile=128,
+            replace(
+                ONE_TOKEN,
                 gate_tile=gate_tile,
                 rows=rows,
                 columns=columns,
                 down_rows=down_rows,
-                down_columns=128,
                 splits=splits,
                 warps=warps,
             )
@@ -135,15 +134,13 @@ def candidates(tokens: int) -> list[Config]:
         ]
     else:
         tried = [
-            Config(
-                tile=128,
+            replace(
+                FEW_TOKENS,
                 gate_tile=rows,
                 rows=rows,
                 columns=columns,
-                down_rows=32,
                 down_columns=down_columns,
                 splits=splits,
-                warps=4,
             )
             for rows, columns in ((16, 128), (32, 64))
             for down_columns in (64, 128)

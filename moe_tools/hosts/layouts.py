@@ -56,6 +56,15 @@ _BERT = Layout(
     slot="intermediate",
     bypass=("output.dense",),
 )
+_T5 = Layout(
+    up="wi",
+    act="act",
+    down="wo",
+    hidden_dropout="dropout",
+    casts_down=True,
+    act_key="dense_act_fn",
+    act_source=("feed_forward_proj", "{}"),
+)
 
 LAYOUTS: dict[str, Layout] = {
     "LlamaMLP": _GATED,
@@ -87,24 +96,9 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,
-    "T5DenseActDense": Layout(
-        up="wi",
-        act="act",
-        down="wo",
-        hidden_dropout="dropout",
-        casts_down=True,
-        act_key="dense_act_fn",
-        act_source=("feed_forward_proj", "{}"),
-    ),
-    "T5DenseGatedActDense": Layout(
-        gate="wi_0",
-        up="wi_1",
-        act="act",
-        down="wo",
-        hidden_dropout="dropout",
-        casts_down=True,
-        act_key="dense_act_fn",
-        act_source=("feed_forward_proj", "gated-{}"),
+    "T5DenseActDense": _T5,
+    "T5DenseGatedActDense": replace(
+        _T5, gate="wi_0", up="wi_1", act_source=("feed_forward_proj", "gated-{}")
     ),
 }
 """Class of the host module that holds an FFN -> where its parts are."""
