@@ -53,7 +53,7 @@ from transformers import (
 )
 
 from moe_tools.checkpoint.auto import transformers_patched
-from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.hosts.ffn import host_state_dict
 
@@ -200,6 +200,13 @@ def load_stock(model: type[PreTrainedModel], folder: Path, **options: Any) -> Pr
     """`from_pretrained` as it is without moe-tools."""
     with transformers_patched(False):
         return model.from_pretrained(folder, **options)
+
+
+def said(model: PreTrainedModel) -> Conversion:
+    """What a model's config says was asked for: all but where its FFNs were found."""
+    conversion = read_conversion(model)
+    assert conversion is not None and conversion.layouts is not None
+    return replace(conversion, layouts=None)
 
 
 def per_neuron(value_TE: Tensor, size: int = EXPERT_SIZE) -> Tensor:

@@ -166,7 +166,13 @@ def _renamed(conversion: Conversion, shift: _Shift) -> Conversion:
         conversion,
         selector_of={shift(name): each for name, each in conversion.selector_of.items()},
         activation_of={shift(name): each for name, each in conversion.activation_of.items()},
+        layouts=None if conversion.layouts is None else _shifted(conversion.layouts, shift),
     )
+
+
+def _shifted(layouts: dict[str, Any], shift: _Shift) -> dict[str, Any]:
+    """Layouts with the paths of their holders in the model; a class has no dot in its name."""
+    return {shift(key) if "." in key else key: row for key, row in layouts.items()}
 
 
 def _added(model: nn.Module) -> set[str]:

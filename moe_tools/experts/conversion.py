@@ -15,9 +15,13 @@ from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import build_router
 from moe_tools.experts.selectors import Selector, build_selector, describe_selector
 from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
+from moe_tools.hosts.proof import settle
+from moe_tools.hosts.rows import rows_of, write_rows
 from moe_tools.registry import unknown
 
-FORMAT = 1
+FORMAT = 2
+READ = (1, 2)
+"""Formats that this version reads. Blocks of format 1 have no `layouts`."""
 
 Off = Literal["zero", "mean"]
 """What an expert that is off contributes to the hidden activations."""
@@ -49,6 +53,10 @@ class Conversion:
     """Name of an FFN -> its activation, where it is not `activation`."""
     stock_activation: str | None = None
     """Where no stock class knows the activation: the one to build the host with, by its name."""
+    layouts: dict[str, dict[str, Any]] | None = None
+    """Where the host keeps its FFNs: class or path of a holder -> its layout, as it was proven
+    before the conversion (`moe_tools.hosts.rows`). None: as moe-tools knew it when it wrote format
+    1."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -74,10 +82,10 @@ class Conversion:
         """
         if not isinstance(block, dict):
             raise ValueError(f"the moe_tools block of config.json is no mapping: {block!r}")
-        if block.get("format") != FORMAT:  # first: a newer format may have new keys
+        if block.get("format") not in READ:  # first: a newer format may have new keys
             raise ValueError(
                 f"config.json has moe_tools format {block.get('format')!r}; this version reads "
-                f"{FORMAT}: install the moe-tools that wrote it"
+                f"{' and '.join(map(str, READ))}: install the moe-tools that wrote it"
             )
         known = {entry.name for entry in fields(cls)}
         for key in block:
@@ -85,7 +93,7 @@ class Conversion:
                 raise unknown("key in the moe_tools block of config.json", key, known)
         if "donor" not in block:
             raise ValueError("the moe_tools block of config.json lacks donor")
-        return cls(**block)
+        return cls(**{**block, "format": FORMAT})
 
     def unrouted(self) -> Conversion:
         """The conversion without its routers: activations and split stay, every expert runs."""
@@ -144,7 +152,7 @@ def read_block(config: Any) -> Conversion | None:
 
 def conversion_so_far(model: nn.Module, donor: str) -> Conversion:
     """The model's block, now with this donor; an empty one where moe-tools changed nothing yet."""
-    return replace(read_conversion(model) or Conversion(donor), donor=donor)
+    return with_layouts(model, replace(read_conversion(model) or Conversion(donor), donor=donor))
 
 
 def update_config(model: nn.Module) -> None:
@@ -159,8 +167,30 @@ def update_config(model: nn.Module) -> None:
 
 
 def write_conversion(model: nn.Module, conversion: Conversion) -> None:
-    """Puts the block into the model's config."""
+    """Puts the block into the model's config, with the layouts of its FFNs."""
+    if conversion.layouts is None:
+        conversion = replace(conversion, layouts=_layouts(model))
     model.config.moe_tools = conversion.to_dict()  # type: ignore[union-attr]
+
+
+def with_layouts(model: nn.Module, conversion: Conversion) -> Conversion:
+    """The conversion with the layouts of a model's FFNs, each proven before anything is changed.
+
+    Raises:
+        ValueError: an FFN that moe-tools does not compute as its host does.
+    """
+    if conversion.layouts is not None:
+        return conversion
+    settle(model)
+    return replace(conversion, layouts=_layouts(model))
+
+
+def _layouts(model: nn.Module) -> dict[str, Any]:
+    """What the block in a model's config says, or a new one would."""
+    block = read_block(model.config)
+    if block is not None and block.layouts is not None:
+        return block.layouts
+    return write_rows(model, rows_of(model))
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
@@ -203,6 +233,7 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     """
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")
+    conversion = with_layouts(model, conversion)
     found = unfused_ffns(model)
     conversion.check_names(found)
     made = [_expert_ffn(ffn, conversion) for ffn in found]

@@ -117,9 +117,13 @@ class ExpertFFN(PackableFFN):
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD.
 
+        Where only the host computes h (`Layout.masked`), it is h_TF that comes in.
+
         Raises:
             ValueError: an optimised FFN in training, or in mode soft.
         """
+        if self.layout.masked:
+            return self.down(self.switch(x_TD, self.route(self.entered())))
         routing = self.route(x_TD)
         if self.packed is None:
             projections = self.projections

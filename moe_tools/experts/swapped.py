@@ -8,16 +8,24 @@ instead, and the loading swaps again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
+from moe_tools.experts.conversion import (
+    Conversion,
+    read_conversion,
+    with_layouts,
+    write_conversion,
+)
+from moe_tools.hosts.activation_key import activation_keys, read_key, write_key
 from moe_tools.hosts.activations import Activation, build_activation
 from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation, unfused_ffns
-from moe_tools.hosts.layouts import ALSO_ACTIVATED
+from moe_tools.hosts.layouts import join
+from moe_tools.hosts.moe_host import HostExpert
 from moe_tools.names import OURS
 
 FOREIGN = OURS + "{}: load this folder with moe_tools.load"
@@ -32,9 +40,11 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
 
     Raises:
         ValueError: no or an unknown activation, one that an FFN cannot have, the activation of an
-            FFN that is not there, or a routed model.
+            FFN that is not there, one that the host's config does not name, or a routed model.
     """
+    conversion = with_layouts(model, conversion)
     acts = check_swap(model, conversion)
+    keys = _keys(model, find_ffns(model))
     found = unfused_ffns(model)
     for ffn, act in zip(found, acts, strict=True):
         set_activation(model, ffn, act)
@@ -42,11 +52,43 @@ def swap_activations(model: nn.Module, conversion: Conversion) -> None:
     kind = conversion.activation["kind"]
     in_stock = acts[0].in_stock and not conversion.activation_of
     if in_stock:
-        _set_elsewhere(model, conversion.activation)
-    name = kind if in_stock else FOREIGN.format(kind)
-    before = found[0].layout.name_activation(model.config, name)
-    stock = None if in_stock else _stock_name(model, before)
+        _set_elsewhere(model, set().union(*keys.values()), found, conversion.activation)
+    before = {read_key(model.config, key) for key in keys}
+    for key in keys:
+        write_key(model.config, key, kind if in_stock else FOREIGN.format(kind))
+    stock = None if in_stock else _stock_name(model, before.pop())
     write_conversion(model, replace(conversion, stock_activation=stock))
+
+
+def _keys(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, set[str]]:
+    """The keys of the config that name the FFNs' activations -> what else they name as well.
+
+    Raises:
+        ValueError: there is none, or they name several activations: no config could say the swap.
+    """
+    acts = {_act_path(ffn) for ffn in ffns}
+    keys = {
+        key: named
+        for key, named in activation_keys(model).items()
+        if any(path.startswith(act) for act in acts for path in named)
+    }
+    named = set().union(*keys.values()) if keys else set()
+    config = type(model.config).__name__
+    for act in acts:
+        if not any(path.startswith(act) for path in named):
+            raise ValueError(f"{act} cannot be swapped: no key of {config} names its activation")
+    names = {read_key(model.config, key) for key in keys}
+    if len(names) > 1:
+        raise ValueError(f"{config} names several activations: {', '.join(sorted(names))}: no swap")
+    return keys
+
+
+def _act_path(ffn: FFN) -> str:
+    """Where the activation is in the stock model; of an expert, below what holds them all."""
+    if isinstance(ffn.layer, HostExpert):
+        return ffn.name.rpartition(".")[0] + "."
+    holder = ffn.name.removesuffix(ffn.layout.slot).removesuffix(".")
+    return join(holder, ffn.layout.act or "")
 
 
 def check_swap(model: nn.Module, conversion: Conversion) -> list[Activation]:
@@ -106,8 +148,12 @@ def _activation(ffn: FFN, conversion: Conversion) -> Activation:
     return build_activation(conversion.activation_of.get(ffn.name, conversion.activation or {}))
 
 
-def _set_elsewhere(model: nn.Module, spec: dict[str, Any]) -> None:
-    for module in list(model.modules()):
-        path = ALSO_ACTIVATED.get(type(module).__name__)
-        if path is not None:
-            module.set_submodule(path, build_activation(spec))
+def _set_elsewhere(
+    model: nn.Module, named: set[str], ffns: Sequence[FFN], spec: dict[str, Any]
+) -> None:
+    """Activates what else the key names, as the stock class will."""
+    acts = tuple(_act_path(ffn) for ffn in ffns)
+    there = {path for path, _ in model.named_modules()}
+    for path in named & there:
+        if not path.startswith(acts):
+            model.set_submodule(path, build_activation(spec))

@@ -96,6 +96,21 @@ class DReLU(JointActivation):
         return self(gate_TF) * nn.functional.relu(up_TF)
 
 
+class HostOnly(nn.Module):
+    """Stands for what only the forward pass of a host knows, see `Layout.masked`."""
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        """Never what the host computes.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "this FFN's hidden activations are known to its host alone: it can be split, routed "
+            "and trained, but not be given another activation, nor a router that computes neurons"
+        )
+
+
 def _checked(name: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 <= value < math.inf:

@@ -1,4 +1,4 @@
-"""The FFNs of a host: found by `LAYOUTS`, reordered, given another activation, replaced by ours.
+"""The FFNs of a host: found, reordered, given another activation, replaced by ours.
 
 `graft` puts our module in place of the host's, `host_state_dict` gives every tensor its host name
 back.
@@ -10,23 +10,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from moe_tools.hosts.activations import Activation, JointActivation
-from moe_tools.hosts.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, inside, join
+from moe_tools.hosts.layouts import Layout, child_name, host_names, inside, join
 from moe_tools.hosts.moe_host import (
+    HOST_EXPERT,
+    HostExpert,
     HostExperts,
     check_fused,
     expert_views,
     fused_experts,
     unfuse_experts,
 )
-from moe_tools.hosts.projections import Projections
+from moe_tools.hosts.projections import Projections, activation_of
+from moe_tools.hosts.rows import rows_of
+from moe_tools.hosts.shapes import part_of
 from moe_tools.kernels.weights import FFNWeights
 
 
@@ -39,15 +42,19 @@ class FFN:
     layer: nn.Module
     """The module that holds every part: the host's, or ours where the activation is a joint one."""
     layout: Layout
+    also: tuple[str, ...] = ()
+    """Paths of other slots whose parts share these weights: our module replaces them as well."""
 
     def part(self, path: str) -> nn.Module:
         """One part, by its path in the layout."""
-        return self.layer.get_submodule(path)
+        if isinstance(self.layer, GraftedFFN):
+            return self.layer.part(path)
+        return part_of(self.layer, path)
 
     @property
     def act(self) -> nn.Module:
         """The activation."""
-        return self.part(self.layout.act)
+        return activation_of(self.layout, self.part)
 
     @property
     def down(self) -> nn.Module:
@@ -79,17 +86,39 @@ class GraftedFFN(nn.Module, ABC):
         self.name = ffn.name
         """Its path in the model."""
         self.layout = ffn.layout
-        self._names = {path: child_name(ffn.layout, path) for path in ffn.layout.parts()}
+        self.holder = type(ffn.layer).__name__
+        """Class of the host module that held it."""
+        self._names = {path: child_name(ffn.layout, path) for path in ffn.layout.moved()}
         for path, name in self._names.items():
             self.add_module(name, ffn.part(path))
+        outside = [path for path in ffn.layout.parts() if path not in self._names]
+        self._outside = {child_name(ffn.layout, path): ffn.part(path) for path in outside}
+        """Parts that stay in the host: a dictionary, as they are no children of this module."""
+        self._entering: list[Tensor] = []
 
     @abstractmethod
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD."""
 
     def hidden(self, x_TD: Tensor) -> Tensor:
-        """h_TF of every neuron, as the host computes it."""
+        """h_TF of every neuron, as the host computes it.
+
+        Raises:
+            ValueError: only the host knows (`Layout.masked`).
+        """
         return self.projections.hidden_TF(x_TD)
+
+    def listen(self) -> None:
+        """Where the host computes h, lets this module see the x that the host gives to `up`."""
+        if self.layout.masked:
+            self._part(self.layout.up).register_forward_pre_hook(self._hear)
+
+    def entered(self) -> Tensor:
+        """x_TD of the pass that is on its way, once `listen` was called."""
+        return self._entering.pop()
+
+    def _hear(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._entering[:] = args[:1]
 
     def weights(self) -> FFNWeights:
         """Neuron-major views of the weights."""
@@ -115,8 +144,13 @@ class GraftedFFN(nn.Module, ABC):
         """Prefixes of our tensors -> the host's, where they differ."""
         return host_names(self.name, self.layout)
 
+    def part(self, name: str) -> nn.Module:
+        """A part, by its name inside this module."""
+        return self._outside[name] if name in self._outside else self.get_submodule(name)
+
     def _part(self, path: str) -> nn.Module:
-        module = self._modules[self._names[path]]
+        name = child_name(self.layout, path)
+        module = self._outside.get(name, self._modules.get(name))
         assert module is not None
         return module
 
@@ -152,19 +186,31 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     fused = fused_experts(model)
     for path, module in fused.items():
         check_fused(path, module)
+    rows = rows_of(model)
     found = []
     for path, module in model.named_modules():
         if path in fused:
             views = enumerate(expert_views(module))
-            found += [FFN(f"{path}.{i}", view, LAYOUTS["HostExpert"]) for i, view in views]
+            found += [FFN(f"{path}.{i}", view, HOST_EXPERT) for i, view in views]
+        elif isinstance(module, HostExpert):
+            found.append(FFN(path, module, HOST_EXPERT))
         elif isinstance(module, SwappedFFN):
             found.append(FFN(path, module, module.layout))
-        elif (layout := LAYOUTS.get(type(module).__name__)) is not None:
-            _check_parts(path, module, layout)
-            found.append(FFN(join(path, layout.slot), module, layout))
+        elif path in rows:
+            found.append(FFN(join(path, rows[path].slot), module, rows[path]))
     if not found:
         raise _unknown_host(model)
-    return found
+    return _joined(found)
+
+
+def _joined(found: list[FFN]) -> list[FFN]:
+    """One FFN for all modules that share their weights: it is grouped once, and has one router."""
+    by_weight: dict[int, FFN] = {}
+    for ffn in found:
+        key = id(ffn.part(ffn.layout.up).get_parameter("weight"))
+        first = by_weight.get(key)
+        by_weight[key] = ffn if first is None else replace(first, also=(*first.also, ffn.name))
+    return list(by_weight.values())
 
 
 def unfused_ffns(model: nn.Module) -> list[FFN]:
@@ -185,26 +231,11 @@ def _check_dense(model: nn.Module) -> None:
             raise ValueError(f"{name} is {module.done} already: start from the dense model")
 
 
-def _check_parts(path: str, module: nn.Module, layout: Layout) -> None:
-    known = {name for name, _ in module.named_modules()}
-    lacking = [part for part in layout.parts() if part not in known]
-    if lacking:
-        raise ValueError(
-            f"{path}: {type(module).__name__} of transformers {transformers.__version__} has no "
-            f"{' and no '.join(lacking)}: it was renamed since the versions that moe-tools knows; "
-            "install one of these"
-        )
-
-
 def _unknown_host(model: nn.Module) -> ValueError:
-    said = f"{type(model).__name__} has no FFN that moe-tools knows; supported: {FAMILIES}"
-    families = FAMILIES.replace(" (text)", "_text").split(", ")
-    if getattr(getattr(model, "config", None), "model_type", None) in families:
-        said += (
-            f". It is of one of these families, but transformers {transformers.__version__} names "
-            "its FFNs otherwise: install a version of the range that moe-tools supports"
-        )
-    return ValueError(said)
+    return ValueError(
+        f"{type(model).__name__} has no FFN that moe-tools can find: two linears with an "
+        "activation between them, or three with a gate; docs/families.md has the families"
+    )
 
 
 @torch.no_grad()
@@ -239,9 +270,10 @@ def set_activation(model: nn.Module, ffn: FFN, act: Activation) -> None:
     """Gives an FFN another activation, in place; its own forward pass stays, if it can.
 
     Raises:
-        ValueError: an activation that joins gate and up rows, and an FFN without a gate.
+        ValueError: as `check_activation`.
     """
     check_activation(ffn, act)
+    assert ffn.layout.act is not None
     ffn.layer.set_submodule(ffn.layout.act, act.train(ffn.layer.training))
     if isinstance(act, JointActivation) and not isinstance(ffn.layer, SwappedFFN):
         graft(model, ffn, SwappedFFN(ffn))
@@ -251,8 +283,14 @@ def check_activation(ffn: FFN, act: Activation) -> None:
     """Whether an FFN can have an activation; changes nothing.
 
     Raises:
-        ValueError: as `set_activation`.
+        ValueError: an activation that joins gate and up rows, and an FFN without a gate; one whose
+            activation is no module.
     """
+    if ffn.layout.act is None:
+        raise ValueError(
+            f"{ffn.name} has no module for its activation, which its host's code calls itself: it "
+            "cannot be swapped"
+        )
     if isinstance(act, JointActivation) and ffn.layout.gate is None:
         raise ValueError(
             f"{ffn.name} has no gate, which {type(act).__name__} needs: use relu or fatrelu"
@@ -262,8 +300,19 @@ def check_activation(ffn: FFN, act: Activation) -> None:
 def graft(model: nn.Module, ffn: FFN, module: nn.Module) -> None:
     """Puts `module` in the FFN's slot; parts that the host calls elsewhere become Identity."""
     for path in ffn.layout.bypass:
-        ffn.layer.set_submodule(path, nn.Identity())
-    model.set_submodule(ffn.name, module.train(ffn.layer.training))
+        _bypass(ffn.layer, path)
+    for name in (ffn.name, *ffn.also):
+        model.set_submodule(name, module.train(ffn.layer.training))
+    if isinstance(module, GraftedFFN):
+        module.listen()
+
+
+def _bypass(holder: nn.Module, path: str) -> None:
+    """Lets a holder hand on what it gets in place of calling a part, or of F.dropout."""
+    parent, _, name = path.rpartition(".")
+    owner = holder.get_submodule(parent)
+    is_module = isinstance(getattr(owner, name), nn.Module)
+    setattr(owner, name, nn.Identity() if is_module else 0.0)
 
 
 def grafted_ffns(model: nn.Module) -> list[GraftedFFN]:
@@ -273,10 +322,11 @@ def grafted_ffns(model: nn.Module) -> list[GraftedFFN]:
 
 def stock_ffn_tensors(model: nn.Module) -> set[str]:
     """Names of the tensors of every FFN of a stock model, as its own state dict has them."""
+    rows = rows_of(model)
     prefixes = tuple(f"{path}." for path in fused_experts(model))
-    for path, module in model.named_modules():
-        if (layout := LAYOUTS.get(type(module).__name__)) is not None:
-            prefixes += tuple(f"{join(path, part)}." for part in layout.parts())
+    for path, _ in model.named_modules():
+        if path in rows:
+            prefixes += tuple(f"{join(path, part)}." for part in rows[path].parts())
     return {key for key in model.state_dict() if key.startswith(prefixes)}
 
 

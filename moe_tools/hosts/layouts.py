@@ -1,20 +1,33 @@
-"""Where each family keeps its FFNs: the only file that knows a host's names. A family is a row."""
+"""How a host module holds an FFN: which of its parts is what.
+
+`Layout` is the one form of it. `moe_tools.hosts.shapes` knows the layouts that hosts have.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of an FFN, as paths below the host module that holds them all."""
+    """The parts of an FFN, as paths below the host module that holds them all: the holder.
+
+    A dropout may also be an attribute of the holder with a probability, for holders that call
+    F.dropout.
+    """
 
     up: str
     down: str
-    act: str
+    act: str | None = None
+    """The activation; None where it is a `function`, or where the row is `masked`."""
     gate: str | None = None
     """The GLU projection; the same path as `up` when one linear holds gate rows, then up rows."""
+    interleaved: bool = False
+    """Gate and up rows alternate in the fused linear."""
+    function: str | None = None
+    """Name in transformers' ACT2FN of an activation that is no module of the holder."""
     hidden_dropout: str | None = None
     """Dropout between the activation and the down projection."""
     output_dropout: str | None = None
@@ -23,119 +36,70 @@ class Layout:
     """The host casts h to the dtype of the down projection: T5 keeps that one in fp32 when it is
     loaded in fp16."""
     slot: str = ""
-    """What our module replaces; empty: the holder itself."""
+    """What our module replaces; empty: the holder, which maps x to y and does nothing else."""
     bypass: tuple[str, ...] = ()
-    """Parts the host calls outside the slot: they become Identity."""
-    act_key: str = "hidden_act"
-    """Key of the host's config that names the activation."""
-    act_source: tuple[str, str] | None = None
-    """The key that this one is computed from when a config is read, and the form of its value."""
+    """Parts the host calls outside the slot: modules become Identity, probabilities 0."""
+    masked: bool = False
+    """Only the host knows what stands between up and down (limits, multipliers, statistics over
+    the neurons). Our module replaces `down` and switches its input; the router reads the input of
+    `up`. Exact, but every neuron is computed, and no kernel runs it."""
 
     def parts(self) -> tuple[str, ...]:
         """Every path, each once, in the order of the forward pass."""
         paths = (self.gate, self.up, self.act, self.hidden_dropout, self.down, self.output_dropout)
         return tuple(dict.fromkeys(path for path in paths if path is not None))
 
-    def name_activation(self, config: Any, name: str) -> str:
-        """Writes the name of an activation into a host's config; returns the one that was there."""
-        before: str = getattr(config, self.act_key)
-        setattr(config, self.act_key, name)
-        if self.act_source is not None:
-            key, form = self.act_source
-            setattr(config, key, form.format(name))
-        return before
+    def moved(self) -> tuple[str, ...]:
+        """The parts that our module takes in; the others stay where they are."""
+        return (self.down,) if self.masked else self.parts()
 
+    def as_masked(self) -> Layout:
+        """The same FFN, with what stands between up and down left to the host."""
+        return Layout(self.up, self.down, gate=self.gate, slot=self.down, masked=True)
 
-_GATED = Layout(gate="gate_proj", up="up_proj", act="act_fn", down="down_proj")
-_GEMMA2 = replace(_GATED, act_key="hidden_activation")
-_FUSED = Layout(gate="gate_up_proj", up="gate_up_proj", act="activation_fn", down="down_proj")
-_BERT = Layout(
-    up="intermediate.dense",
-    act="intermediate.intermediate_act_fn",
-    down="output.dense",
-    slot="intermediate",
-    bypass=("output.dense",),
-)
-_T5 = Layout(
-    up="wi",
-    act="act",
-    down="wo",
-    hidden_dropout="dropout",
-    casts_down=True,
-    act_key="dense_act_fn",
-    act_source=("feed_forward_proj", "{}"),
-)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: what differs from the defaults."""
+        plain = asdict(self)
+        return {
+            entry.name: plain[entry.name]
+            for entry in fields(self)
+            if plain[entry.name] != entry.default
+        }
 
-LAYOUTS: dict[str, Layout] = {
-    "LlamaMLP": _GATED,
-    "MistralMLP": _GATED,
-    "Qwen2MLP": _GATED,
-    "Qwen3MLP": _GATED,
-    "GemmaMLP": _GATED,
-    "Qwen2MoeMLP": _GATED,
-    "Qwen3MoeMLP": _GATED,
-    "Gemma2MLP": _GEMMA2,
-    "Gemma3MLP": _GEMMA2,
-    "Phi3MLP": _FUSED,
-    "HostExpert": _FUSED,
-    "GPT2MLP": Layout(
-        up="c_fc",
-        act="act",
-        down="c_proj",
-        output_dropout="dropout",
-        act_key="activation_function",
-    ),
-    "GPTNeoXMLP": Layout(up="dense_h_to_4h", act="act", down="dense_4h_to_h"),
-    "OPTDecoderLayer": Layout(
-        up="fc1",
-        act="activation_fn",
-        down="fc2",
-        slot="fc1",
-        bypass=("activation_fn", "fc2"),
-        act_key="activation_function",
-    ),
-    "BertLayer": _BERT,
-    "RobertaLayer": _BERT,
-    "T5DenseActDense": _T5,
-    "T5DenseGatedActDense": replace(
-        _T5, gate="wi_0", up="wi_1", act_source=("feed_forward_proj", "gated-{}")
-    ),
-}
-"""Class of the host module that holds an FFN -> where its parts are."""
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Layout:
+        """Reads `to_dict`.
 
-ALSO_ACTIVATED = {"BertPredictionHeadTransform": "transform_act_fn"}
-"""Class of a host module outside the FFNs -> its activation, which the same key names."""
-
-FAMILIES = (
-    "llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3, gpt2, gpt_neox, opt, "
-    "bert, roberta, t5, mixtral, qwen2_moe, qwen3_moe, olmoe"
-)
+        Raises:
+            ValueError: no mapping, a key that is no field, or a required one that is missing.
+        """
+        known = {entry.name for entry in fields(cls)}
+        if not isinstance(row, Mapping) or not {"up", "down"} <= set(row) <= known:
+            raise ValueError(f"no layout of an FFN: {row!r}; its keys are {', '.join(known)}")
+        return cls(**{**row, "bypass": tuple(row.get("bypass", ()))})
 
 
 def child_name(layout: Layout, path: str) -> str:
     """What a part is called inside our module: its host name wherever it already lived there."""
     inside = f"{layout.slot}." if layout.slot else ""
-    return path.removeprefix(inside) if path.startswith(inside) else path.replace(".", "_")
+    return path.removeprefix(inside).replace(".", "_")
 
 
 def inside(layout: Layout) -> Layout:
     """The layout of our module: the parts of `layout`, as paths below it."""
-    return replace(
-        layout,
-        up=child_name(layout, layout.up),
-        down=child_name(layout, layout.down),
-        act=child_name(layout, layout.act),
-        gate=None if layout.gate is None else child_name(layout, layout.gate),
-        slot="",
-        bypass=(),
-    )
+    names: dict[str, Any] = {
+        entry: None if path is None else child_name(layout, path)
+        for entry in ("gate", "up", "act", "hidden_dropout", "down", "output_dropout")
+        for path in (getattr(layout, entry),)
+    }
+    return replace(layout, slot="", bypass=(), **names)
 
 
 def host_names(name: str, layout: Layout) -> dict[str, str]:
     """Prefixes of our module's tensors -> the host's own, where the two differ."""
     holder = name.removesuffix(layout.slot).removesuffix(".")
     pairs = {
-        f"{name}.{child_name(layout, path)}.": f"{join(holder, path)}." for path in layout.parts()
+        f"{name}.{child_name(layout, path)}.": f"{join(holder, path)}." for path in layout.moved()
     }
     return {ours: host for ours, host in pairs.items() if ours != host}
 

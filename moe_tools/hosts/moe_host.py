@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.moe_kernels import (
     IMPLEMENTATION,
     as_one,
@@ -25,6 +26,7 @@ from moe_tools.hosts.moe_kernels import (
 )
 from moe_tools.kernels.weights import FFNWeights
 
+HOST_EXPERT = Layout("gate_up_proj", "down_proj", "activation_fn", gate="gate_up_proj")
 FUSED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
 """Host classes with gate_up_proj (X, 2F, D), down_proj (X, D, F) and act_fn."""
 DENSE = ("HostExpert", "SwappedFFN")

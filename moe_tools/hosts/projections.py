@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from moe_tools.hosts.activations import JointActivation, kernel_act, kernel_up_act
+from moe_tools.hosts.activations import HostOnly, JointActivation, kernel_act, kernel_up_act
 from moe_tools.hosts.layouts import Layout
 from moe_tools.kernels.weights import FFNWeights
 
@@ -48,8 +49,8 @@ class Projections(NamedTuple):
         """The modules of an FFN: `part` gives each by its path in the layout."""
         paths = (layout.gate, layout.hidden_dropout, layout.output_dropout)
         gate, hidden, output = (None if path is None else part(path) for path in paths)
-        up, act, down = (part(path) for path in (layout.up, layout.act, layout.down))
-        return cls(gate, up, act, down, hidden, output, layout.casts_down)
+        act = activation_of(layout, part)
+        return cls(gate, part(layout.up), act, part(layout.down), hidden, output, layout.casts_down)
 
     def hidden_TF(self, x_TD: Tensor) -> Tensor:
         """h of every neuron, as the host computes it."""
@@ -121,6 +122,16 @@ class Projections(NamedTuple):
         """What holds the weights, each module once."""
         found = [self.gate, self.up, self.down]
         return list(dict.fromkeys(module for module in found if module is not None))
+
+
+def activation_of(layout: Layout, part: Callable[[str], nn.Module]) -> nn.Module:
+    """The activation of an FFN, a module of the host or not."""
+    if layout.act is not None:
+        return part(layout.act)
+    if layout.masked:
+        return HostOnly()
+    assert layout.function is not None
+    return ACT2FN[layout.function]
 
 
 def _as_weight(h_TF: Tensor, linear: nn.Module) -> Tensor:

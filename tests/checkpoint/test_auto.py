@@ -45,6 +45,7 @@ from tests.families import (
     load_stock,
     logits,
     routed,
+    said,
     stored_shapes,
 )
 
@@ -68,7 +69,7 @@ def test_the_stock_class_gives_the_routed_model_and_saves_it_again(
         tmp_path / "out", output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert read_conversion(loaded) == THRESHOLD
+    assert said(loaded) == THRESHOLD
     assert torch.equal(logits(aligned(loaded)), logits(model))
 
     loaded.save_pretrained(tmp_path / "again")

@@ -23,7 +23,7 @@ from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import Conversion, read_conversion, set_mode, write_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.names import INDEX, SINGLE
-from tests.families import THRESHOLD, aligned, build, logits, randomize, routed, stored_shapes
+from tests.families import THRESHOLD, aligned, build, logits, randomize, routed, said, stored_shapes
 
 ROUTER = "model.layers.1.mlp.router.bias"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -123,7 +123,7 @@ def test_a_reordered_model_loads_dense_with_its_block(tmp_path: Path) -> None:
     save(model, tmp_path / "out")
     loaded = load(tmp_path / "out")
     assert not expert_ffns(loaded)
-    assert read_conversion(loaded) == Conversion("donor", 8)
+    assert said(loaded) == Conversion("donor", 8)
 
 
 def test_the_head_of_the_saved_class_comes_back(tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_a_source_without_a_tokenizer(folder: Path, source: Callable[[Path], Pat
 
 def test_the_routers_can_be_left_out(folder: Path, tmp_path: Path) -> None:
     dense, model = load(folder, routed=False), load(folder)
-    assert expert_ffns(dense) == [] and read_conversion(dense) == THRESHOLD.unrouted()
+    assert expert_ffns(dense) == [] and said(dense) == THRESHOLD.unrouted()
     with every_expert_on(model):
         torch.testing.assert_close(logits(dense), logits(model), atol=2e-5, rtol=1e-5)
     save(dense, tmp_path / "dense")
@@ -461,7 +461,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_converted_model_loads_from_the_hub(folder: Path, hub: Path) -> None:
     shutil.copytree(folder, hub, dirs_exist_ok=True)
     loaded = load("someone/tiny")
-    assert read_conversion(loaded) == THRESHOLD
+    assert said(loaded) == THRESHOLD
     assert torch.equal(logits(loaded), logits(load(folder)))
 
 

@@ -22,7 +22,7 @@ from moe_tools.experts.conversion import (
 )
 from moe_tools.experts.experts import Mode, expert_ffns
 from moe_tools.experts.selectors import Everything, Threshold, TopK
-from tests.families import THRESHOLD, build, logits, randomize, routed
+from tests.families import THRESHOLD, build, logits, randomize, routed, said
 
 BLOCK = THRESHOLD.to_dict()
 
@@ -96,7 +96,7 @@ def test_a_model_nobody_converted_has_no_block() -> None:
 
 def test_attaching_writes_the_block() -> None:
     model, _ = routed(build("llama"))
-    assert read_conversion(model) == THRESHOLD
+    assert said(model) == THRESHOLD
 
 
 @pytest.mark.parametrize("mode", ["soft", "straight", "hard"])
@@ -104,7 +104,7 @@ def test_setting_the_mode_reaches_every_ffn_and_the_block(mode: str) -> None:
     model, ffns = routed(build("llama"))
     set_mode(model, mode)
     assert {ffn.mode for ffn in ffns} == {mode}
-    assert read_conversion(model) == replace(THRESHOLD, mode=mode)
+    assert said(model) == replace(THRESHOLD, mode=mode)
 
 
 def test_an_unknown_mode_changes_nothing() -> None:
@@ -112,7 +112,7 @@ def test_an_unknown_mode_changes_nothing() -> None:
     with pytest.raises(ValueError, match="unknown mode 'sft'; did you mean 'soft'"):
         set_mode(model, "sft")
     assert {ffn.mode for ffn in ffns} == {"hard"}
-    assert read_conversion(model) == THRESHOLD
+    assert said(model) == THRESHOLD
 
 
 def test_a_dense_model_has_no_mode() -> None:
@@ -175,7 +175,7 @@ def test_a_split_model_keeps_its_block_until_experts_are_attached() -> None:
     model = build("llama")
     write_conversion(model, Conversion("donor", 8))
     attach_experts(model, THRESHOLD)
-    assert read_conversion(model) == THRESHOLD
+    assert said(model) == THRESHOLD
 
 
 def test_every_ffn_gets_its_own_selector_and_the_block_says_so() -> None:
@@ -186,7 +186,7 @@ def test_every_ffn_gets_its_own_selector_and_the_block_says_so() -> None:
     assert conversion is not None and conversion.selector == THRESHOLD.selector
     again, made = routed(build("llama"), Conversion.from_dict(conversion.to_dict()))
     assert [ffn.selector for ffn in made] == [Threshold(0.25), Threshold(0.75)]
-    assert read_conversion(again) == conversion
+    assert said(again) == conversion
 
 
 def test_an_ffn_that_is_not_named_keeps_the_selector_of_all() -> None:
@@ -209,7 +209,7 @@ def test_as_many_selectors_as_ffns() -> None:
     with pytest.raises(ValueError, match="zip"):
         set_selectors(model, [Threshold(0.25)])
     assert {ffn.selector for ffn in ffns} == {Threshold(0.5)}
-    assert read_conversion(model) == THRESHOLD
+    assert said(model) == THRESHOLD
 
 
 def test_a_dense_model_has_no_selector() -> None:

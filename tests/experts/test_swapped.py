@@ -37,6 +37,7 @@ from tests.families import (
     logits,
     model_inputs,
     randomize,
+    said,
     stock,
     stored_shapes,
 )
@@ -196,7 +197,7 @@ def test_a_swapped_model_converts_like_any_other(family: str, kind: str, tmp_pat
     save(model, tmp_path / "out")
     loaded = aligned(load(tmp_path / "out"))
     assert torch.equal(logits(loaded), logits(model))
-    assert read_conversion(loaded) == both
+    assert said(loaded) == both
     host = {k: v for k, v in model.state_dict().items() if is_router(k)}
     assert host and all(torch.equal(loaded.state_dict()[k], v) for k, v in host.items())
 

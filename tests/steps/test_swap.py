@@ -17,7 +17,7 @@ from moe_tools.recipe import Split, Swap
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.split import split
 from moe_tools.steps.swap import ROUNDS, calibrate_thetas, swap
-from tests.families import build, logits
+from tests.families import build, logits, said
 
 DONOR = Conversion("donor")
 RELU = Swap({"kind": "relu"})
@@ -57,7 +57,7 @@ def test_a_swap_adds_to_what_was_done_before() -> None:
     model = build("llama")
     assert swap(model, RELU, replace(DONOR, expert_size=8, shared_experts=1), text()) == {}
     expected = Conversion("donor", 8, shared_experts=1, activation={"kind": "relu"})
-    assert read_conversion(model) == expected
+    assert said(model) == expected
     assert model.config.hidden_act == "relu"
 
 
@@ -93,7 +93,7 @@ def test_calibration_changes_nothing_before_the_swap() -> None:
     before = logits(model)
     calibrate_thetas(model, BOUND, text())
     assert torch.equal(logits(model), before)
-    assert read_conversion(model) == replace(DONOR, activation={"kind": "relu"})
+    assert said(model) == replace(DONOR, activation={"kind": "relu"})
 
 
 def test_a_calibrated_swap_is_recorded_ffn_by_ffn() -> None:

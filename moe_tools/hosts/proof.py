@@ -1,0 +1,287 @@
+"""Proves that moe-tools computes an FFN as its host does, before anything is changed.
+
+While the host runs, the outputs of gate and up are replaced by random numbers, and what then enters
+the down projection is compared with our formula of the same numbers. Their standard deviation is
+5: limits at 7 or 10 would not show on one text, and be a wrong model on another. A holder that is
+replaced whole has to hand its x to gate and up, and to return what comes out of the down
+projection, as they are.
+
+An FFN that its host computes in another way, but neuron by neuron, is masked (`Layout.masked`):
+shuffled neurons have to give shuffled activations.
+
+Letters: T tokens, D model width, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_tools.data.generate import evaluating
+from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.projections import COMPUTED, activation_of, hidden_TF
+from moe_tools.hosts.rows import rows_of, settle_rows, settled
+from moe_tools.hosts.shapes import part_of, widths
+
+TOKENS = 8
+PROBE = 5.0
+"""Standard deviation of what replaces the outputs of gate and up."""
+NEAR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""How far two ways of one computation may differ, relative to the largest number."""
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> None:
+    """Proves the FFNs of a dense model and keeps their layouts; nothing else changes.
+
+    A model that is all shapes, on the meta device, stays unproven.
+
+    Raises:
+        ValueError: an FFN that is neither computed as its layout says nor neuron by neuron, or one
+            that plain text does not reach.
+    """
+    if settled(model) or all(tensor.is_meta for tensor in model.parameters()):
+        return
+    holders = [
+        Holder(path, model.get_submodule(path), layout, seed)
+        for seed, (path, layout) in enumerate(rows_of(model).items())
+    ]
+    settle_rows(model, dict(_prove(model, holders)))
+
+
+def _prove(model: nn.Module, holders: Sequence[Holder]) -> Iterator[tuple[str, Layout]]:
+    observe(model, holders)
+    doubtful = {holder.path: why for holder in holders if (why := holder.difference())}
+    others = [replace(holder, layout=holder.layout.as_masked()) for holder in holders]
+    masked = [holder for holder in others if holder.path in doubtful]
+    shuffled = [replace(holder, shuffled=True) for holder in masked]
+    observe(model, masked)
+    observe(model, shuffled)
+    for before, after in zip(masked, shuffled, strict=True):
+        if why := before.coupling(after):
+            raise ValueError(
+                f"{before.path} ({type(before.module).__name__}) cannot be converted: "
+                f"{doubtful[before.path]}, and {why}"
+            )
+    for holder in holders:
+        is_masked = holder.path in doubtful
+        yield holder.path, holder.layout.as_masked() if is_masked else holder.layout
+
+
+@dataclass
+class Holder:
+    """A host module with its layout, and what one pass of the host shows of it."""
+
+    path: str
+    module: nn.Module
+    layout: Layout
+    seed: int
+    """Of the numbers that replace the outputs of gate and up."""
+    shuffled: bool = False
+    """The neurons of these numbers are in another order, `order_F`."""
+
+    def __post_init__(self) -> None:
+        self.x_TD: Tensor | None = None
+        """What the holder was given, where it was called alone."""
+        self.y_TD: Any = None
+        """What it returned then."""
+        self.entering: dict[str, Tensor] = {}
+        """What entered gate and up."""
+        self.rows: dict[str, Tensor] = {}
+        """Numbers that replaced gate and up rows, (..., F)."""
+        self.h_TF: Tensor | None = None
+        self.out_TD: Tensor | None = None
+        """What came out of the down projection."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the holder itself is what would be replaced."""
+        return not self.layout.slot
+
+    def part(self, path: str) -> nn.Module:
+        """One part, by its path in the layout."""
+        return part_of(self.module, path)
+
+    def difference(self) -> str:
+        """What the host does otherwise than our formula; empty: nothing."""
+        if self.layout.masked:
+            return "what stands between its linears is no activation that moe-tools knows"
+        if self.h_TF is None:
+            return "plain text does not reach it"
+        expected_TF = hidden_TF(
+            activation_of(self.layout, self.part), self.rows["up"], self.rows.get("gate")
+        )
+        if error := relative_error(self.h_TF, expected_TF):
+            return f"its hidden activations differ from our formula by {error:.2g} of the largest"
+        if self.is_whole:
+            for name, x_TD in self.entering.items():
+                if not _same(x_TD, self.x_TD):
+                    return f"its {name} projection does not get the x that it is given"
+            if not _same(self.y_TD, self.out_TD):
+                return "it does more with what comes out of the down projection"
+        return ""
+
+    def coupling(self, shuffled: Holder) -> str:
+        """Why not even a mask is exact: neurons that need one another; empty: it is."""
+        if self.h_TF is None or shuffled.h_TF is None:
+            return "it cannot be looked at"
+        x_TD = self.entering["up"]
+        if x_TD.shape[:-1] != self.h_TF.shape[:-1]:
+            return "what enters its linears is not token by token"
+        order_F = _order_F(self.h_TF.shape[-1])
+        error = relative_error(shuffled.h_TF, self.h_TF[..., order_F])
+        return f"its neurons are coupled: shuffled, they differ by {error:.2g}" if error else ""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While it lasts, gate and up give random numbers, and what the host makes of them is kept.
+
+        The holder is in training mode, its modules are not: dropout that it calls as a function
+        shows as a difference, unless the layout knows its probability.
+        """
+        down = self.part(self.layout.down)
+        training = self.module.training
+        with ExitStack() as stack:
+            for name, path in (("up", self.layout.up), ("gate", self.layout.gate)):
+                if path is not None and (name == "up" or path != self.layout.up):
+                    linear = self.part(path)
+                    _enter(stack, linear.register_forward_pre_hook(self._see(name)))
+                    _enter(stack, linear.register_forward_hook(self._replace(name)))
+            _enter(stack, down.register_forward_pre_hook(self._see_h))
+            _enter(stack, down.register_forward_hook(self._see_out))
+            stack.callback(setattr, self.module, "training", training)
+            self.module.training = True
+            for path in (self.layout.hidden_dropout, self.layout.output_dropout):
+                if path is not None and isinstance(getattr(self.module, path, None), float):
+                    stack.callback(setattr, self.module, path, getattr(self.module, path))
+                    setattr(self.module, path, 0.0)
+            yield
+
+    def call(self) -> None:
+        """Gives the holder a random x, as nothing but its own parts is needed."""
+        weight = self.part(self.layout.up).get_parameter("weight")
+        dtype = weight.dtype if weight.dtype in COMPUTED else torch.float32
+        width = _width(self.part(self.layout.up))
+        x_TD = self._random("x", (1, TOKENS, width)).to(weight.device, dtype)
+        self.x_TD = x_TD
+        self.y_TD = self.module(x_TD.clone())
+
+    def _see(self, name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.entering[name] = args[0].clone()
+
+        return see
+
+    def _replace(self, name: str) -> Callable[..., Tensor]:
+        def put(_: nn.Module, __: Any, out_TF: Tensor) -> Tensor:
+            fused = self.layout.gate == self.layout.up
+            neurons = out_TF.shape[-1] // (2 if fused else 1)
+            for row in ("gate", "up") if fused else (name,):
+                rows_TF = self._random(row, (*out_TF.shape[:-1], neurons)).to(out_TF)
+                order_F = _order_F(neurons)
+                self.rows[row] = rows_TF[..., order_F] if self.shuffled else rows_TF
+            if not fused:
+                return self.rows[name].clone()
+            pair = self.rows["gate"], self.rows["up"]
+            if self.layout.interleaved:
+                return torch.stack(pair, dim=-1).flatten(-2)
+            return torch.cat(pair, dim=-1)
+
+        return put
+
+    def _see_h(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.h_TF = args[0].clone()
+
+    def _see_out(self, _: nn.Module, __: Any, out_TD: Tensor) -> None:
+        self.out_TD = out_TD.clone()
+
+    def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The same numbers for the same shape, whenever they are asked for."""
+        generator = torch.Generator().manual_seed(3 * self.seed + ("x", "gate", "up").index(name))
+        return torch.randn(shape, generator=generator) * (1.0 if name == "x" else PROBE)
+
+
+def observe(model: nn.Module, holders: Sequence[Holder]) -> None:
+    """Calls each holder that can be called alone, and runs the model once for the others."""
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        rest = [holder for holder in holders if not _called_alone(holder)]
+        if rest:
+            _run(model, rest)
+
+
+def _called_alone(holder: Holder) -> bool:
+    if not holder.is_whole:
+        return False
+    try:
+        with holder.watched():
+            holder.call()
+    except Exception:  # whatever it lacks: the model will give it that
+        holder.x_TD = holder.y_TD = None
+        return False
+    return True
+
+
+def _run(model: nn.Module, holders: Sequence[Holder]) -> None:
+    """Runs the model on a few tokens.
+
+    Raises:
+        ValueError: it needs more than tokens.
+    """
+    try:
+        with ExitStack() as stack:
+            for holder in holders:
+                stack.enter_context(holder.watched())
+            model(**sample_inputs(model))
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{type(model).__name__} does not run on plain tokens, so its FFNs cannot be checked: "
+            f"{first}"
+        ) from error
+
+
+def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """A few tokens for a model, from the middle of its vocabulary: special ones are at its ends."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = int(embeddings.weight.shape[0])
+    ids = torch.arange(TOKENS) * max(1, vocabulary // (3 * TOKENS)) + vocabulary // 4
+    return model_inputs(model, (ids % vocabulary)[None].to(embeddings.weight.device))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest number, 0 where it is rounding; inf: other shapes."""
+    if found.shape != expected.shape:
+        return float("inf")
+    near = max(NEAR.get(tensor.dtype, 1e-5) for tensor in (found, expected))
+    largest = expected.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    error = float((found.float() - expected.float()).abs().max() / largest)
+    return 0.0 if error <= near else error
+
+
+def _same(found: Any, expected: Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers, in whatever shape."""
+    if not isinstance(found, Tensor) or expected is None or found.numel() != expected.numel():
+        return False
+    return torch.equal(found.flatten(), expected.flatten().to(found.dtype))
+
+
+def _order_F(neurons: int) -> Tensor:
+    """An order of the neurons that is not their own."""
+    return torch.randperm(neurons, generator=torch.Generator().manual_seed(neurons))
+
+
+def _width(linear: nn.Module) -> int:
+    found = widths(linear)
+    assert found is not None
+    return found[0]
+
+
+def _enter(stack: ExitStack, handle: RemovableHandle) -> None:
+    stack.callback(handle.remove)
