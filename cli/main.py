@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from moe_tools import processes
+from moe_tools.checkpoint.remote_code import trusted
 from moe_tools.registry import unknown
 from moe_tools.waiting import passive_waiting
 
@@ -36,6 +37,8 @@ VERBS = (
 imports torch only in run."""
 RESUMING = ("convert", "train", "compare", "grid", "demo")
 """Verbs that go on where they were interrupted."""
+MODELLESS = ("recipes", "bench", "demo")
+"""Verbs that load no model of the user's choice."""
 DEBUG = "MOE_TOOLS_DEBUG"
 GRACE = 20
 """Seconds that other processes wait before they fail: the launcher usually ends them first."""
@@ -87,7 +90,15 @@ def _run(words: list[str]) -> int:
     verb = import_module(f"moe_tools.cli.{words[0]}")
     parser = _Parser(prog=f"moe-tools {words[0]}", description=_sentence(verb.SUMMARY))
     verb.add_arguments(parser)
-    return int(verb.run(parser.parse_args(words[1:])))
+    if words[0] not in MODELLESS:
+        parser.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="let Python code that comes with a model run; never asked for otherwise",
+        )
+    args = parser.parse_args(words[1:])
+    with trusted(getattr(args, "trust_remote_code", False)):
+        return int(verb.run(args))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""Loads a model from a folder, a hub id or a GGUF file, without pickle or remote code.
+"""Loads a model from a folder, a hub id or a GGUF file, without pickle.
 
 A converted folder is a dense Hugging Face folder (the stock class loads it) with `router.*`
 tensors beside the host's and a `moe_tools` block in `config.json`.
@@ -28,6 +28,7 @@ from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.parts import Part
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
+from moe_tools.checkpoint.remote_code import is_trusted, trusted
 from moe_tools.checkpoint.stored import some, stored_tensors
 from moe_tools.experts.conversion import read_block
 from moe_tools.inference.optimized import optimize as optimize_model
@@ -45,7 +46,7 @@ def is_classifier_source(source: str) -> bool:
     if Path(source).suffix == ".gguf":
         return False
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
     except (OSError, ValueError):
         return False
     return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
@@ -78,6 +79,7 @@ def load_classifier(
             label2id={name: index for index, name in names.items()},
             use_safetensors=True,
             output_loading_info=True,
+            trust_remote_code=is_trusted(),
         )
     prefix = f"{model.base_model_prefix}."  # a pooler stands before the head, and is new with it
     missing = {key for key in report["missing_keys"] if key.startswith(prefix)}
@@ -96,6 +98,7 @@ def load(
     routed: bool = True,
     optimize: bool = False,
     part: Part | None = None,
+    trust_remote_code: bool = False,
 ) -> transformers.PreTrainedModel:
     """Loads a dense or converted model: a folder, a hub id or a GGUF file.
 
@@ -106,6 +109,7 @@ def load(
         routed: False leaves the routers out: the dense model of the same weights.
         optimize: for the sparse kernels, see `moe_tools.optimize`.
         part: the only part to read, of a folder or hub id; one without FFNs stays dense.
+        trust_remote_code: lets Python code that comes with the model run.
 
     Raises:
         ValueError: nothing there, nothing to optimise, a missing or truncated shard, a tensor that
@@ -113,7 +117,7 @@ def load(
             than `config.json` says, or an unknown format.
     """
     path = Path(source)
-    with quiet_transformers(), transformers_patched(True):
+    with quiet_transformers(), transformers_patched(True), trusted(trust_remote_code):
         if path.suffix == ".gguf":
             model = _load_gguf(path, dtype)
         else:
@@ -138,7 +142,7 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
         with quiet_transformers():
             if path.suffix == ".gguf":
                 return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            return AutoTokenizer.from_pretrained(str(source))
+            return AutoTokenizer.from_pretrained(str(source), trust_remote_code=is_trusted())
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{source} has no tokenizer: {_first_line(error)}") from error
 
@@ -163,7 +167,7 @@ def _load_folder(
         stored_tensors(Path(source))  # names what is truncated, which transformers would not
         place = ""
     with named_errors(f"cannot load {source}: {place}"):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
     conversion = read_block(config)
     if conversion is not None:
         wanted = conversion if routed else conversion.unrouted()
@@ -179,6 +183,7 @@ def _load_folder(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
+            **({"trust_remote_code": is_trusted()} if host is AutoModelForCausalLM else {}),
         )
     if report["mismatched_keys"]:
         key, shape, expected = min(report["mismatched_keys"])
@@ -200,6 +205,11 @@ def named_errors(prefix: str) -> Iterator[None]:
     except BrokenFolder:  # it has its name already
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{prefix}its Python code comes with it: if you trust that, say "
+                "--trust-remote-code, or trust_remote_code=True in Python"
+            ) from error
         raise ValueError(f"{prefix}{_first_line(error)}") from error
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,6 +57,16 @@ class OneLayer(nn.Module):
         """The layer's output for the blocks whose numbers are `input_ids` (B, 1)."""
         assert self.run_layer is not None
         return self.run_layer(self.get_submodule(self.layer_path), input_ids)
+
+    def sample_inputs(self) -> dict[str, Tensor]:
+        """The first block of the text.
+
+        Raises:
+            ValueError: there is no text.
+        """
+        if self.run_layer is None:
+            raise ValueError("one layer in memory runs on calibration text alone")
+        return {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialises as the host does, except where a child was removed that T5 looks for."""

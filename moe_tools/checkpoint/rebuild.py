@@ -6,6 +6,7 @@ of them must be there, with its shape: nothing here is ever left at random.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -143,21 +144,37 @@ def _stored(tensors: Tensors) -> dict[str, Path | Tensor]:
 
 
 class _Shift:
-    """Maps tensor names of a folder to names of a model, where only one of the two has a head."""
+    """Maps tensor names of a folder to names of a model that is a part of the folder's, or more."""
 
     def __init__(self, cut: str = "", put: str = "") -> None:
         self.cut, self.put = cut, put
 
     def __call__(self, name: str) -> str:
-        return self.put + name.removeprefix(self.cut)
+        return self.put + name.removeprefix(self.cut) if name.startswith(self.cut) else name
 
 
 def _shift(model: PreTrainedModel, stored: Mapping[str, Any]) -> _Shift:
+    """The shift under which most of a model's tensors are in the folder.
+
+    Only one of the two may have a head, or what sees pictures beside the language model. The first
+    tensor of the model that is in a list of layers shows what stands before the list in both.
+    """
     names, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
-    for shift in (_Shift(), _Shift(cut=prefix), _Shift(put=prefix)):
-        if names & {shift(key) for key in stored}:
-            return shift
-    return _Shift()
+    shifts = [_Shift(), _Shift(cut=prefix), _Shift(put=prefix)]
+    in_layers = next((name for name in sorted(names) if re.search(r"\.\d+\.", name)), None)
+    if in_layers is not None:
+        put, layers = _before_layers(in_layers)
+        ends = (key for key in stored if key.endswith(f".{layers}"))
+        shifts += [_Shift(key.removesuffix(layers), put) for key in ends]
+    return max(shifts, key=lambda shift: len(names & {shift(key) for key in stored}))
+
+
+def _before_layers(name: str) -> tuple[str, str]:
+    """A tensor's name, divided before the list of layers that it is in."""
+    parts = name.split(".")
+    first = next(place for place, part in enumerate(parts) if part.isdigit()) - 1
+    above = ".".join(parts[:first])
+    return f"{above}." if above else "", ".".join(parts[first:])
 
 
 def _renamed(conversion: Conversion, shift: _Shift) -> Conversion:

@@ -12,6 +12,7 @@ from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.loading import host_class, is_classifier, named_errors
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.rebuild import add_modules
+from moe_tools.checkpoint.remote_code import is_trusted
 from moe_tools.experts.conversion import read_block
 
 
@@ -46,12 +47,14 @@ def _config(source: str) -> Any:
     path = Path(source)
     if path.suffix == ".gguf":
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    return AutoConfig.from_pretrained(source)
+    return AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
 
 
 def _build(config: Any, classify: bool) -> PreTrainedModel:
     host: Any = host_class(config)
-    made: PreTrainedModel = host.from_config(config) if _is_auto(host) else host(config)
+    made: PreTrainedModel = (
+        host.from_config(config, trust_remote_code=is_trusted()) if _is_auto(host) else host(config)
+    )
     if classify and not is_classifier(made):
         return AutoModelForSequenceClassification.from_config(config)
     return made

@@ -170,7 +170,10 @@ def write_conversion(model: nn.Module, conversion: Conversion) -> None:
     """Puts the block into the model's config, with the layouts of its FFNs."""
     if conversion.layouts is None:
         conversion = replace(conversion, layouts=_layouts(model))
-    model.config.moe_tools = conversion.to_dict()  # type: ignore[union-attr]
+    config: Any = model.config
+    # A folder with pictures and text is also loaded as its language model, by that part's config.
+    for part in (config, config.get_text_config()):
+        part.moe_tools = conversion.to_dict()
 
 
 def with_layouts(model: nn.Module, conversion: Conversion) -> Conversion:

@@ -25,7 +25,7 @@ from moe_tools.hosts.activation_key import activation_keys, read_key, write_key
 from moe_tools.hosts.activations import Activation, build_activation
 from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation, unfused_ffns
 from moe_tools.hosts.layouts import join
-from moe_tools.hosts.moe_host import HostExpert
+from moe_tools.hosts.moe_host import HostExpert, HostExperts
 from moe_tools.names import OURS
 
 FOREIGN = OURS + "{}: load this folder with moe_tools.load"
@@ -66,7 +66,7 @@ def _keys(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, set[str]]:
     Raises:
         ValueError: there is none, or they name several activations: no config could say the swap.
     """
-    acts = {_act_path(ffn) for ffn in ffns}
+    acts = {_act_path(model, ffn) for ffn in ffns}
     keys = {
         key: named
         for key, named in activation_keys(model).items()
@@ -83,10 +83,11 @@ def _keys(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, set[str]]:
     return keys
 
 
-def _act_path(ffn: FFN) -> str:
+def _act_path(model: nn.Module, ffn: FFN) -> str:
     """Where the activation is in the stock model; of an expert, below what holds them all."""
-    if isinstance(ffn.layer, HostExpert):
-        return ffn.name.rpartition(".")[0] + "."
+    above = ffn.name.rpartition(".")[0]
+    if isinstance(ffn.layer, HostExpert) or isinstance(model.get_submodule(above), HostExperts):
+        return f"{above}."
     holder = ffn.name.removesuffix(ffn.layout.slot).removesuffix(".")
     return join(holder, ffn.layout.act or "")
 
@@ -152,7 +153,7 @@ def _set_elsewhere(
     model: nn.Module, named: set[str], ffns: Sequence[FFN], spec: dict[str, Any]
 ) -> None:
     """Activates what else the key names, as the stock class will."""
-    acts = tuple(_act_path(ffn) for ffn in ffns)
+    acts = tuple(_act_path(model, ffn) for ffn in ffns)
     there = {path for path, _ in model.named_modules()}
     for path in named & there:
         if not path.startswith(acts):

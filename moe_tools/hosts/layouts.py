@@ -59,11 +59,11 @@ class Layout:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: what differs from the defaults."""
-        plain = asdict(self)
+        plain = asdict(self) | {"bypass": list(self.bypass)}
         return {
             entry.name: plain[entry.name]
             for entry in fields(self)
-            if plain[entry.name] != entry.default
+            if getattr(self, entry.name) != entry.default
         }
 
     @classmethod

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ class Holder:
         """While it lasts, gate and up give random numbers, and what the host makes of them is kept.
 
         The holder is in training mode, its modules are not: dropout that it calls as a function
-        shows as a difference, unless the layout knows its probability.
+        shows as a difference, unless the layout knows its probability. Under a mask it may be.
         """
         down = self.part(self.layout.down)
         training = self.module.training
@@ -157,7 +157,7 @@ class Holder:
             _enter(stack, down.register_forward_pre_hook(self._see_h))
             _enter(stack, down.register_forward_hook(self._see_out))
             stack.callback(setattr, self.module, "training", training)
-            self.module.training = True
+            self.module.training = not self.layout.masked
             for path in (self.layout.hidden_dropout, self.layout.output_dropout):
                 if path is not None and isinstance(getattr(self.module, path, None), float):
                     stack.callback(setattr, self.module, path, getattr(self.module, path))
@@ -208,6 +208,15 @@ class Holder:
         return torch.randn(shape, generator=generator) * (1.0 if name == "x" else PROBE)
 
 
+@runtime_checkable
+class HasSample(Protocol):
+    """A part of a model, which says itself what it can be run on."""
+
+    def sample_inputs(self) -> dict[str, Tensor]:
+        """The arguments of its forward pass."""
+        ...
+
+
 def observe(model: nn.Module, holders: Sequence[Holder]) -> None:
     """Calls each holder that can be called alone, and runs the model once for the others."""
     with evaluating(model), torch.random.fork_rng(devices=[]):
@@ -249,6 +258,8 @@ def _run(model: nn.Module, holders: Sequence[Holder]) -> None:
 
 def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
     """A few tokens for a model, from the middle of its vocabulary: special ones are at its ends."""
+    if isinstance(model, HasSample):
+        return model.sample_inputs()
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = int(embeddings.weight.shape[0])
     ids = torch.arange(TOKENS) * max(1, vocabulary // (3 * TOKENS)) + vocabulary // 4

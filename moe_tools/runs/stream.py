@@ -29,6 +29,7 @@ from moe_tools.checkpoint.shards import write_index
 from moe_tools.data.progress import progress
 from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.hosts.ffn import host_state_dict
+from moe_tools.hosts.rows import Rows, read_rows, write_rows
 from moe_tools.names import SINGLE
 from moe_tools.recipe import Recipe
 from moe_tools.runs.folder import link
@@ -176,16 +177,28 @@ class Streamed:
 
     def _config(self) -> Any:
         """What the step makes of the whole model's, with what it found for each FFN."""
+        blocks = [self._report(index)["conversion"] for index in range(len(self.layers))]
+        found = [Conversion.from_dict(block) for block in blocks]
         empty = self._empty
+        layouts = self._layouts(found)
         with torch.device("meta"):
             self.step.rehearse(empty, self.donor)
         conversion = read_conversion(empty)
         assert conversion is not None
-        blocks = [self._report(index)["conversion"] for index in range(len(self.layers))]
-        found = [Conversion.from_dict(block) for block in blocks]
         own = {ffn: act for one in found for ffn, act in one.activation_of.items()}
-        write_conversion(empty, replace(conversion, activation_of=own))
+        write_conversion(empty, replace(conversion, activation_of=own, layouts=layouts))
         return empty.config
+
+    def _layouts(self, found: list[Conversion]) -> dict[str, Any]:
+        """The layouts of the whole model, as every layer was proven, now or before the last step."""
+        before = read_conversion(self._empty)
+        if before is not None and before.layouts is not None:
+            return before.layouts
+        rows: Rows = {}
+        for layer, conversion in zip(self.layers, found, strict=True):
+            own = read_rows(self._empty, conversion.layouts or {})
+            rows |= {path: row for path, row in own.items() if path.startswith(f"{layer}.")}
+        return write_rows(self._empty, rows)
 
     @cached_property
     def _empty(self) -> PreTrainedModel:

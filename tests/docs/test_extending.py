@@ -22,7 +22,7 @@ from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.routing import record_routing
 from moe_tools.export import FORMATS, export
 from moe_tools.hosts.ffn import find_ffns
-from moe_tools.hosts.layouts import LAYOUTS
+from moe_tools.hosts.shapes import LAYOUTS
 from moe_tools.recipe import STEPS, read_recipe
 from moe_tools.runs.run import run
 from moe_tools.training.losses import LOSSES, Observed

@@ -60,9 +60,9 @@ def test_the_block_gives_the_conversion_back(conversion: Conversion) -> None:
     [
         (BLOCK | {"modee": "hard"}, "unknown key in the moe_tools block of config.json 'modee'; "
          "did you mean 'mode'"),
-        (BLOCK | {"format": FORMAT + 1}, "moe_tools format 2; this version reads 1: install"),
-        (BLOCK | {"format": 2, "new": 0}, "moe_tools format 2; this version reads 1: install"),
-        ({"donor": "donor", "expert_size": 8}, "moe_tools format None; this version reads 1"),
+        (BLOCK | {"format": FORMAT + 1}, "moe_tools format 3; this version reads 1 and 2: install"),
+        (BLOCK | {"format": 3, "new": 0}, "moe_tools format 3; this version reads 1 and 2: install"),
+        ({"donor": "donor", "expert_size": 8}, "moe_tools format None; this version reads 1 and 2"),
         ({"format": FORMAT}, "the moe_tools block of config.json lacks donor"),
         ("yes", "the moe_tools block of config.json is no mapping: 'yes'"),
         (BLOCK | {"mode": "sotf"}, "unknown mode 'sotf'; did you mean 'soft'"),
@@ -186,7 +186,7 @@ def test_every_ffn_gets_its_own_selector_and_the_block_says_so() -> None:
     assert conversion is not None and conversion.selector == THRESHOLD.selector
     again, made = routed(build("llama"), Conversion.from_dict(conversion.to_dict()))
     assert [ffn.selector for ffn in made] == [Threshold(0.25), Threshold(0.75)]
-    assert said(again) == conversion
+    assert read_conversion(again) == conversion
 
 
 def test_an_ffn_that_is_not_named_keeps_the_selector_of_all() -> None:
