@@ -190,7 +190,7 @@ class Streamed:
         return empty.config
 
     def _layouts(self, found: list[Conversion]) -> dict[str, Any]:
-        """The layouts of the whole model, as every layer was proven, now or before the last step."""
+        """The layouts of the whole model, as every layer was proven, now or in a step before."""
         before = read_conversion(self._empty)
         if before is not None and before.layouts is not None:
             return before.layouts
