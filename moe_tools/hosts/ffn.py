@@ -18,14 +18,11 @@ import transformers
 from torch import Tensor, nn
 
 from moe_tools.hosts.activations import Activation, JointActivation
+from moe_tools.hosts.fused import check_fused, fused_experts
+from moe_tools.hosts.host_expert import expert_views
 from moe_tools.hosts.layouts import FAMILIES, LAYOUTS, Layout, child_name, host_names, inside, join
-from moe_tools.hosts.moe_host import (
-    HostExperts,
-    check_fused,
-    expert_views,
-    fused_experts,
-    unfuse_experts,
-)
+from moe_tools.hosts.moe_host import HostExperts, unfuse_experts
+from moe_tools.hosts.own_gate import OwnGate
 from moe_tools.hosts.projections import Projections
 from moe_tools.kernels.weights import FFNWeights
 
@@ -150,13 +147,12 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """
     _check_dense(model)
     fused = fused_experts(model)
-    for path, module in fused.items():
-        check_fused(path, module)
+    stored = {path: check_fused(path, module) for path, module in fused.items()}
     found = []
     for path, module in model.named_modules():
         if path in fused:
-            views = enumerate(expert_views(module))
-            found += [FFN(f"{path}.{i}", view, LAYOUTS["HostExpert"]) for i, view in views]
+            for i, view in enumerate(expert_views(module, stored[path])):
+                found.append(FFN(f"{path}.{i}", view, LAYOUTS[type(view).__name__]))
         elif isinstance(module, SwappedFFN):
             found.append(FFN(path, module, module.layout))
         elif (layout := LAYOUTS.get(type(module).__name__)) is not None:
@@ -253,6 +249,11 @@ def check_activation(ffn: FFN, act: Activation) -> None:
     Raises:
         ValueError: as `set_activation`.
     """
+    if isinstance(ffn.act, OwnGate):
+        raise ValueError(
+            f"{ffn.name} has a gate that its host computes in its own way ({ffn.act}), whatever "
+            "activation the config names: the host would load the folder with it again"
+        )
     if isinstance(act, JointActivation) and ffn.layout.gate is None:
         raise ValueError(
             f"{ffn.name} has no gate, which {type(act).__name__} needs: use relu or fatrelu"
@@ -293,7 +294,7 @@ def host_state_dict(
     given = model.state_dict() if state is None else state
     renamed = {_rename(key, renames): tensor for key, tensor in given.items()}
     for path, module in model.named_modules():
-        if isinstance(module, HostExperts) and f"{path}.gate_up_proj" not in renamed:
+        if isinstance(module, HostExperts):
             module.fuse_into(renamed, path)
     return renamed
 

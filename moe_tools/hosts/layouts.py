@@ -15,6 +15,8 @@ class Layout:
     act: str
     gate: str | None = None
     """The GLU projection; the same path as `up` when one linear holds gate rows, then up rows."""
+    interleaved: bool = False
+    """Gate and up rows alternate in the fused linear."""
     hidden_dropout: str | None = None
     """Dropout between the activation and the down projection."""
     output_dropout: str | None = None
@@ -78,6 +80,9 @@ LAYOUTS: dict[str, Layout] = {
     "Gemma3MLP": _GEMMA2,
     "Phi3MLP": _FUSED,
     "HostExpert": _FUSED,
+    "InterleavedExpert": replace(_FUSED, interleaved=True),
+    "SeparateExpert": replace(_GATED, act="activation_fn"),
+    "UngatedExpert": Layout(up="up_proj", act="activation_fn", down="down_proj"),
     "GPT2MLP": Layout(
         up="c_fc",
         act="act",
