@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
+    BeamConfig,
+    BeamForCausalLM,
     BertConfig,
     BertForMaskedLM,
     Gemma2Config,
@@ -24,12 +26,22 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    InklingForCausalLM,
+    InklingTextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
     OPTConfig,
@@ -95,6 +107,26 @@ _GEMMA = _GROUPED | {"head_dim": 8}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2}
 _QWEN_MOE = _GROUPED | _MOE | {"moe_intermediate_size": NEURONS, "mlp_only_layers": [0]}
 _EAGER = {"experts_implementation": "eager"}
+_ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": NEURONS}
+_BEAM = _GEMMA | _ROUTED | {"num_experts": 4, "n_group": 1, "topk_group": 1}
+_NEMOTRON_H = _GEMMA | _ROUTED | {"n_routed_experts": 4}
+_NEMOTRON_H |= {"moe_shared_expert_intermediate_size": NEURONS}
+_INKLING = _GEMMA | _ROUTED | {"n_routed_experts": 4, "d_rel": 4, "rel_extent": 16}
+_INKLING |= {"swa_head_dim": 8, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 1}
+_LLAMA4 = _GEMMA | {"intermediate_size_mlp": NEURONS, "interleave_moe_layer_step": 1}
+_LONGCAT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "ffn_hidden_size": NEURONS,
+    "expert_ffn_hidden_size": NEURONS,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "n_routed_experts": 4,
+    "zero_expert_num": 2,
+    "moe_topk": 3,
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "head_dim"), 8),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), 8),
+}
 _GPT2 = {"vocab_size": 64, "n_embd": 16, "n_inner": NEURONS, "n_layer": 2, "n_head": 2}
 _OPT = {
     "vocab_size": 64,
@@ -151,10 +183,48 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(
         OlmoeForCausalLM, OlmoeConfig, _GROUPED | _MOE | {"eos_token_id": 2}, stock=_EAGER
     ),
+    # transposed, gate and up rows alternate, biases, limits and an offset
+    "gpt_oss": Family(
+        GptOssForCausalLM,
+        GptOssConfig,
+        _GEMMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "eos_token_id": None},
+        stock=_EAGER,
+    ),
+    # no gate
+    "nemotron_h": Family(
+        NemotronHForCausalLM,
+        NemotronHConfig,
+        _NEMOTRON_H | {"layer_types": ["full_attention", "moe", "moe"]},
+        stock=_EAGER,
+    ),
+    # a gate of its own, concatenated
+    "beam": Family(
+        BeamForCausalLM, BeamConfig, _BEAM | {"mlp_layer_types": ["sparse"] * 2}, stock=_EAGER
+    ),
+    # shared experts fused as well
+    "inkling": Family(InklingForCausalLM, InklingTextConfig, _INKLING, stock=_EAGER),
+    # every expert is called with every token
+    "llama4": Family(
+        Llama4ForCausalLM,
+        Llama4TextConfig,
+        _LLAMA4 | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        stock=_EAGER,
+    ),
+    # experts that hand their tokens through
+    "longcat": Family(LongcatFlashForCausalLM, LongcatFlashConfig, _LONGCAT, stock=_EAGER),
 }
 MOE = [name for name, family in FAMILIES.items() if family.stock]
 """Families with experts of their own, the stock class running them one by one."""
-UNGATED = ("gpt2", "opt", "gpt_neox", "bert", "roberta", "t5-relu")
+PLAIN_MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+"""Those whose experts our MoE kernels compute, and can be given another activation."""
+UNFLAGGED = ("llama4", "longcat")
+"""Families whose experts transformers can run in one way alone."""
+ROUNDED = ("gpt_oss", "inkling")
+"""Families that add biases, or sum the experts' outputs, in an operation of their own: what we
+compute in one is rounded once instead of twice."""
+OWN_GATE = ("gpt_oss", "beam")
+"""Families whose experts join gate and up rows in a way of their own."""
+UNGATED = ("gpt2", "opt", "gpt_neox", "bert", "roberta", "t5-relu", "nemotron_h")
 """Families whose FFNs have no gate."""
 
 
@@ -182,6 +252,13 @@ def model_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     return model(**model_inputs(model)).logits
+
+
+def same(family: str, one: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal to the last bit; where the host rounds otherwise, to 1e-6."""
+    if family in ROUNDED:
+        return bool((one - other).abs().max() <= 1e-6 * max(1.0, float(other.abs().max())))
+    return torch.equal(one, other)
 
 
 def aligned(model: PreTrainedModel) -> PreTrainedModel:

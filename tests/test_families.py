@@ -17,6 +17,7 @@ from moe_tools.experts.conversion import attach_experts, read_conversion, set_mo
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import find_ffns, permute_neurons
+from moe_tools.hosts.projections import hidden_TF
 from moe_tools.kernels.sparse_ffn import sparse_ffn
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.recipe import Attach, Budget, Fit, Split
@@ -30,10 +31,12 @@ from tests.families import (
     FAMILIES,
     MOE,
     NEURONS,
+    ROUNDED,
     SIZES,
     SPLIT,
     THRESHOLD,
     UNEVEN,
+    UNFLAGGED,
     aligned,
     build,
     every_size,
@@ -47,13 +50,14 @@ from tests.families import (
     per_neuron,
     randomize,
     routed,
+    same,
     stock,
     stored_shapes,
 )
 
 SOFT = replace(THRESHOLD, mode="soft")
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_moe = pytest.mark.parametrize("family", MOE)
+WITHOUT_BIASES = [name for name in MOE if name != "gpt_oss"]
 
 
 def backward(model: PreTrainedModel) -> None:
@@ -92,10 +96,10 @@ def test_all_experts_on_gives_the_dense_logits(family: str, size: int) -> None:
     assert all(p.count_nonzero() == p.numel() for p in donor.parameters())  # biases too
     model, ffns = routed(donor, of_size(size))
     assert {ffn.division.sizes for ffn in ffns} == {SIZES[size]}
-    assert torch.equal(logits(model), logits(donor))
+    assert same(family, logits(model), logits(donor))
 
 
-@every_moe
+@pytest.mark.parametrize("family", [name for name in MOE if name not in UNFLAGGED])
 def test_an_moe_host_stays_close_to_the_default_implementation(family: str) -> None:
     donor = build(family)
     model, _ = routed(donor)
@@ -108,7 +112,7 @@ def test_a_fresh_router_turns_nothing_off(family: str) -> None:
     donor = build(family)
     model = copy.deepcopy(donor)
     attach_experts(model, THRESHOLD)
-    assert torch.equal(logits(model), logits(donor))
+    assert same(family, logits(model), logits(donor))
 
 
 @every_family
@@ -133,7 +137,7 @@ def test_soft_scores_of_one_give_the_dense_gradients(family: str, size: int) -> 
     expected, actual = host_gradients(donor), host_gradients(model)
     assert actual.keys() == expected.keys()
     # The shared expert reads what the others read: their gradients add up in another order.
-    atol = 1e-7 if family == "qwen2_moe" else 1e-8
+    atol = 1e-7 if family in ("qwen2_moe", *ROUNDED) else 1e-8
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=1e-6, atol=atol, msg=name)
     for ffn in ffns:
@@ -248,7 +252,7 @@ def test_the_stock_class_loads_the_folder_as_the_dense_model(family: str, tmp_pa
     force_on(model)
     dense = stock(family, tmp_path / "out")
     assert not expert_ffns(dense)
-    assert torch.equal(logits(dense), logits(model))
+    assert same(family, logits(dense), logits(model))
 
 
 @every_family
@@ -259,8 +263,10 @@ def test_the_folder_keeps_the_host_names_and_shapes(family: str, tmp_path: Path)
     donor.save_pretrained(tmp_path / "donor", save_original_format=False)
     save(model, tmp_path / "out")
     stored = stored_shapes(tmp_path / "out")
-    host = {key: shape for key, shape in stored.items() if not is_router(key)}
-    assert host == stored_shapes(tmp_path / "donor")
+    expected = stored_shapes(tmp_path / "donor")
+    # "in": a host may call its own router so, too
+    host = {key: stored[key] for key in stored if key in expected or not is_router(key)}
+    assert host == expected
     added = {f"{ffn.name}.router.{part}" for ffn in ffns for part in ("weight", "bias")}
     assert stored.keys() - host.keys() == added
 
@@ -285,9 +291,9 @@ def test_dropout_stays_where_the_host_has_it(family: str) -> None:
     for either in (donor.train(), model.train()):
         torch.manual_seed(7)
         outputs.append(logits(either))
-    assert torch.equal(outputs[0], outputs[1])
+    assert same(family, outputs[0], outputs[1])
     assert not torch.equal(logits(model), logits(model))
-    assert torch.equal(logits(model.eval()), logits(donor.eval()))
+    assert same(family, logits(model.eval()), logits(donor.eval()))
 
 
 @every_family
@@ -300,7 +306,7 @@ def test_experts_off_equal_neurons_removed_by_hand(family: str, size: int) -> No
     for ffn, on_F in zip(find_ffns(donor), masks, strict=True):
         with torch.no_grad():
             ffn.weights().down_FD[~on_F] = 0.0
-    assert torch.equal(logits(model), logits(donor))
+    assert same(family, logits(model), logits(donor))
     assert not torch.equal(before, logits(donor))
 
 
@@ -318,17 +324,16 @@ def test_each_token_gets_its_own_experts(family: str, size: int) -> None:
             assert 0 < mask_TF.float().mean() < 1
             weights = ffn.weights()
             up_TF = nn.functional.linear(x_TD, weights.up_FD, weights.up_F)
-            if weights.gate_FD is None:
-                h_TF = act[ffn.name](up_TF)
-            else:
+            gate_TF = None
+            if weights.gate_FD is not None:
                 gate_TF = nn.functional.linear(x_TD, weights.gate_FD, weights.gate_F)
-                h_TF = act[ffn.name](gate_TF) * up_TF
+            h_TF = hidden_TF(act[ffn.name], up_TF, gate_TF)
             h_TF[~mask_TF] = 0.0
             expected = nn.functional.linear(h_TF, weights.down_FD.T, weights.down_D)
             torch.testing.assert_close(ffn(x_TD), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma", "phi3", *MOE])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma", "phi3", *WITHOUT_BIASES])
 @pytest.mark.parametrize("mode", ["hard", "soft"])
 @every_size
 def test_an_ffn_without_biases_is_sparse_ffn(family: str, mode: str, size: int) -> None:
@@ -370,11 +375,16 @@ def test_a_copy_is_independent(family: str) -> None:
 def test_bfloat16_is_as_exact_and_keeps_routers_in_float32(family: str, tmp_path: Path) -> None:
     save(build(family), tmp_path / "donor")
     donor = load(tmp_path / "donor", dtype=torch.bfloat16)
-    if FAMILIES[family].stock:
+    if FAMILIES[family].stock and family not in UNFLAGGED:
         donor.set_experts_implementation("eager")
     model, _ = routed(donor)
-    assert {tensor.dtype for tensor in host_tensors(model).values()} == {torch.bfloat16}
-    assert torch.equal(logits(model), logits(aligned(donor)))
+    expected = {key: tensor.dtype for key, tensor in host_tensors(donor).items()}
+    assert torch.bfloat16 in expected.values()  # beside numbers that the host keeps in fp32
+    assert {key: tensor.dtype for key, tensor in host_tensors(model).items()} == expected
+    error = (logits(model) - logits(aligned(donor))).abs().max()
+    # nemotron_h adds the experts of a token up in fp32, we in bf16
+    rounded = family in (*ROUNDED, "nemotron_h")
+    assert error <= (2**-6 * float(logits(donor).abs().max()) if rounded else 0)
     randomize(model)
     save(model, tmp_path / "out")
     loaded = load(tmp_path / "out")

@@ -29,7 +29,8 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.swapped import Unswapped, replace_stand_ins, swap_activations
 from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
-from moe_tools.hosts.moe_host import HostExperts, fused_experts
+from moe_tools.hosts.fused import fused_experts
+from moe_tools.hosts.moe_host import HostExperts
 
 Tensors = Sequence[str | Path] | Mapping[str, Tensor]
 """Weight files, or the tensors themselves."""

@@ -24,8 +24,9 @@ from moe_tools.experts.conversion import (
 from moe_tools.hosts.activation_key import activation_keys, read_key, write_key
 from moe_tools.hosts.activations import Activation, build_activation
 from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation, unfused_ffns
+from moe_tools.hosts.host_expert import OneExpert
 from moe_tools.hosts.layouts import join
-from moe_tools.hosts.moe_host import HostExpert, HostExperts
+from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.names import OURS
 
 FOREIGN = OURS + "{}: load this folder with moe_tools.load"
@@ -86,7 +87,7 @@ def _keys(model: nn.Module, ffns: Sequence[FFN]) -> dict[str, set[str]]:
 def _act_path(model: nn.Module, ffn: FFN) -> str:
     """Where the activation is in the stock model; of an expert, below what holds them all."""
     above = ffn.name.rpartition(".")[0]
-    if isinstance(ffn.layer, HostExpert) or isinstance(model.get_submodule(above), HostExperts):
+    if isinstance(ffn.layer, OneExpert) or isinstance(model.get_submodule(above), HostExperts):
         return f"{above}."
     holder = ffn.name.removesuffix(ffn.layout.slot).removesuffix(".")
     return join(holder, ffn.layout.act or "")

@@ -126,7 +126,8 @@ class ValidTokens:
 
     def _choose(self, host: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._passes:
-            self._chosen[host] = args[1]
+            assert isinstance(host, HostExperts)
+            self._chosen[host] = host.chosen_TK(args)
 
 
 @dataclass

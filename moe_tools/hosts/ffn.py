@@ -17,16 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.hosts.activations import Activation, JointActivation
+from moe_tools.hosts.fused import check_fused, fused_experts
+from moe_tools.hosts.host_expert import OneExpert, expert_views
 from moe_tools.hosts.layouts import Layout, child_name, host_names, inside, join
-from moe_tools.hosts.moe_host import (
-    HOST_EXPERT,
-    HostExpert,
-    HostExperts,
-    check_fused,
-    expert_views,
-    fused_experts,
-    unfuse_experts,
-)
+from moe_tools.hosts.moe_host import HostExperts, unfuse_experts
+from moe_tools.hosts.own_gate import OwnGate
 from moe_tools.hosts.projections import Projections, activation_of
 from moe_tools.hosts.rows import rows_of
 from moe_tools.hosts.shapes import part_of
@@ -184,17 +179,14 @@ def find_ffns(model: nn.Module) -> list[FFN]:
     """
     _check_dense(model)
     fused = fused_experts(model)
-    for path, module in fused.items():
-        check_fused(path, module)
+    stored = {path: check_fused(path, module) for path, module in fused.items()}
     rows = rows_of(model)
     found = []
     for path, module in model.named_modules():
         if path in fused:
-            views = enumerate(expert_views(module))
-            found += [FFN(f"{path}.{i}", view, HOST_EXPERT) for i, view in views]
-        elif isinstance(module, HostExpert):
-            found.append(FFN(path, module, HOST_EXPERT))
-        elif isinstance(module, SwappedFFN):
+            views = enumerate(expert_views(module, stored[path]))
+            found += [FFN(f"{path}.{i}", view, view.layout) for i, view in views]
+        elif isinstance(module, OneExpert | SwappedFFN):
             found.append(FFN(path, module, module.layout))
         elif path in rows:
             found.append(FFN(join(path, rows[path].slot), module, rows[path]))
@@ -291,6 +283,11 @@ def check_activation(ffn: FFN, act: Activation) -> None:
             f"{ffn.name} has no module for its activation, which its host's code calls itself: it "
             "cannot be swapped"
         )
+    if isinstance(ffn.act, OwnGate):
+        raise ValueError(
+            f"{ffn.name} has a gate that its host computes in its own way ({ffn.act}), whatever "
+            "activation the config names: the host would load the folder with it again"
+        )
     if isinstance(act, JointActivation) and ffn.layout.gate is None:
         raise ValueError(
             f"{ffn.name} has no gate, which {type(act).__name__} needs: use relu or fatrelu"
@@ -343,7 +340,7 @@ def host_state_dict(
     given = model.state_dict() if state is None else state
     renamed = {_rename(key, renames): tensor for key, tensor in given.items()}
     for path, module in model.named_modules():
-        if isinstance(module, HostExperts) and f"{path}.gate_up_proj" not in renamed:
+        if isinstance(module, HostExperts):
             module.fuse_into(renamed, path)
     return renamed
 

@@ -1,6 +1,6 @@
 """MoE hosts, like Mixtral: their fused experts taken apart, so that each is an ordinary FFN.
 
-transformers 5 keeps all experts of a layer in two 3-D parameters. `unfuse_experts` replaces that
+transformers 5 keeps all experts of a layer in 3-D parameters. `unfuse_experts` replaces that
 module by `HostExperts`, whose children are views of the same storage; `fuse_into` is its inverse.
 `fill_experts` makes all experts of a layer one and the same FFN.
 
@@ -11,12 +11,14 @@ the host chooses for a token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.fused import Storage, check_fused, fused_experts, is_fused
+from moe_tools.hosts.host_expert import expert_views
 from moe_tools.hosts.moe_kernels import (
     IMPLEMENTATION,
     as_one,
@@ -26,43 +28,68 @@ from moe_tools.hosts.moe_kernels import (
 )
 from moe_tools.kernels.weights import FFNWeights
 
-HOST_EXPERT = Layout("gate_up_proj", "down_proj", "activation_fn", gate="gate_up_proj")
-FUSED_EXPERTS = ("MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "OlmoeExperts")
-"""Host classes with gate_up_proj (X, 2F, D), down_proj (X, D, F) and act_fn."""
 DENSE = ("HostExpert", "SwappedFFN")
-"""Classes of an expert that is one FFN as it stands: no router inside, nothing packed."""
-
-
-class HostExpert(nn.Module):
-    """One expert of the host: a gated FFN with a fused gate and up projection."""
-
-    def __init__(self, gate_up_proj: nn.Linear, down_proj: nn.Linear, act: nn.Module) -> None:
-        super().__init__()
-        self.gate_up_proj = gate_up_proj
-        self.activation_fn = act
-        self.down_proj = down_proj
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Returns y_TD of this expert."""
-        gate_TF, up_TF = self.gate_up_proj(x_TD).chunk(2, dim=-1)
-        return self.down_proj(self.activation_fn(gate_TF) * up_TF)
+"""Classes of an expert that is one FFN as the kernels know it: no router inside, nothing packed."""
+CHOSEN_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_k",
+    "moe_top_k",
+    "top_k",
+)
+"""Keys of a host's config for the number of experts that it chooses for a token."""
 
 
 class HostExperts(nn.ModuleList):
-    """The experts of one layer; the host's own router still chooses among them."""
+    """The experts of one layer; the host's own router still chooses among them.
 
-    def __init__(self, experts: Iterable[nn.Module], config: Any) -> None:
+    Where the host can choose an expert that hands its tokens through as they are (LongCat), these
+    follow the others: they have a number and no module.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[nn.Module],
+        config: Any,
+        storage: Storage,
+        idle_up: Tensor | None = None,
+    ) -> None:
         super().__init__(experts)
         self.config = config
-        """The host's, which names the implementation of its experts."""
+        """The host's, which names the implementation of its experts; None: it names none."""
+        self.storage = storage
+        idle = None if idle_up is None else nn.Parameter(idle_up.detach(), requires_grad=False)
+        self.register_parameter("idle_up", idle)
+        """Up rows that the host keeps for experts that only hand tokens through: never read."""
 
-    def forward(self, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    @property
+    def choices(self) -> int:
+        """How many experts the host's router knows."""
+        idle = self._parameters["idle_up"]
+        return len(self) + (0 if idle is None else len(idle))
+
+    def forward(self, x_TD: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
         """Returns the sum of the chosen experts' outputs, weighted by the host's router.
 
         With `experts_implementation="moe_tools"` all together, where all are dense, of one
         activation, and nothing watches or adapts a part of them; otherwise one by one.
+
+        Args:
+            x_TD: the tokens; of a host that calls every expert, X T rows (`fused.Calls`).
+            routing: chosen_TK and weight_TK, as far as the host gives them.
+            named: the same.
         """
-        asked = self.config._experts_implementation == IMPLEMENTATION
+        chosen_TK = self.chosen_TK((x_TD, *routing))
+        if self.storage.calls == "every":
+            return self._every(x_TD, chosen_TK)
+        if self.storage.calls == "weighed":
+            (gamma_TX,) = (*routing, *named.values())
+            flat_TD, weight_TK = x_TD.flatten(0, -2), gamma_TX.reshape(chosen_TK.shape)
+            return self._one_by_one(flat_TD, chosen_TK, weight_TK).view_as(x_TD)
+        _, weight_TK = routing
+        asked = self.config is not None and self.config._experts_implementation == IMPLEMENTATION
         act = one_activation(self._parts("activation_fn")) if asked and self._plain() else None
         if act is not None:
             gate_up_XFD = as_one(self._weights("gate_up_proj"))
@@ -70,8 +97,29 @@ class HostExperts(nn.ModuleList):
             return run_experts(gate_up_XFD, down_XDF, act, x_TD, chosen_TK, weight_TK)
         return self._one_by_one(x_TD, chosen_TK, weight_TK)
 
+    def chosen_TK(self, args: Sequence[Tensor]) -> Tensor:
+        """Which experts each token goes through, from the arguments of a call; -1: none."""
+        if self.storage.calls == "chosen":
+            return args[1]
+        every_X = torch.arange(len(self), device=args[0].device)
+        if self.storage.calls == "weighed":
+            return every_X.expand(args[0].shape[:-1].numel(), -1)
+        given_TX = args[0].unflatten(0, (len(self), -1)).ne(0).any(-1).T
+        return torch.where(given_TX, every_X, -1)
+
+    def _every(self, x_RD: Tensor, chosen_TX: Tensor) -> Tensor:
+        """Returns y of X T rows, an expert after the other; rows of zeros stay zeros."""
+        token_T = torch.arange(len(chosen_TX), device=x_RD.device)
+        rows_XT = torch.arange(len(x_RD), device=x_RD.device).view(len(self), -1)
+        y_RD = torch.zeros_like(x_RD)
+        for index, expert in enumerate(self):
+            rows = rows_XT[index][token_T[chosen_TX[:, index] == index]]
+            if len(rows) or torch.is_grad_enabled():
+                y_RD = y_RD.index_add(0, rows, expert(x_RD[rows]).to(y_RD.dtype))
+        return y_RD
+
     def _plain(self) -> bool:
-        dense = all(type(expert).__name__ in DENSE for expert in self)
+        dense = self.storage.for_kernels and all(type(expert).__name__ in DENSE for expert in self)
         parts = [module for expert in self for module in expert.modules()]
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         linears = [*self._parts("gate_up_proj"), *self._parts("down_proj")] if dense else []
@@ -91,10 +139,11 @@ class HostExperts(nn.ModuleList):
         weights of the modules that run, in the order in which they run.
         """
         y_TD = torch.zeros_like(x_TD)
-        for expert, rows in zip(self, self._rows_of_experts(chosen_TK), strict=True):
-            if len(rows) or torch.is_grad_enabled():
+        for expert, rows in zip_longest(self, self._rows_of_experts(chosen_TK)):
+            if len(rows) or (torch.is_grad_enabled() and expert is not None):
                 place, token = rows // len(chosen_TK), rows % len(chosen_TK)
-                out_TD = expert(x_TD[token]) * weight_TK[token, place, None]
+                out_TD = x_TD[token] if expert is None else expert(x_TD[token])
+                out_TD = out_TD * weight_TK[token, place, None]
                 y_TD = y_TD.index_add(0, token, out_TD.to(y_TD.dtype))
         return y_TD
 
@@ -102,34 +151,49 @@ class HostExperts(nn.ModuleList):
         """Returns where each expert stands in `chosen_TK.T`, in the order of the host's own loop.
 
         The host waits for the device once, for the counts: asking each expert for its tokens would
-        be one wait an expert.
+        be one wait an expert. Numbers of no expert, before the first or after the last, are left
+        out, as the host's loop leaves them out.
         """
         ranked = chosen_TK.T.flatten().sort(stable=True)
-        borders = torch.arange(1, len(self), device=chosen_TK.device)
+        borders = torch.arange(self.choices + 1, device=chosen_TK.device)
         ends = torch.searchsorted(ranked.values, borders)
-        return ranked.indices.tensor_split(ends.cpu())
+        return ranked.indices.tensor_split(ends.cpu())[1:-1]
 
     def fuse_into(self, state: dict[str, Tensor], path: str) -> None:
-        """Replaces the per-expert tensors of `state` by the host's fused ones."""
-        for name in ("gate_up_proj", "down_proj"):
-            rows = [state.pop(f"{path}.{index}.{name}.weight") for index in range(len(self))]
-            state[f"{path}.{name}"] = torch.stack(rows)
+        """Replaces the tensors of each expert in `state`, if any, by the host's fused ones."""
+        for ours, host in self.storage.tensors.items():
+            names = [f"{path}.{index}.{ours}" for index in range(len(self))]
+            if names[0] in state:
+                rows = [self._turned(state.pop(name)) for name in names]
+                if host == self.storage.up and f"{path}.idle_up" in state:
+                    rows += state.pop(f"{path}.idle_up")
+                state[f"{path}.{host}"] = torch.stack(rows)
+
+    def split_from(self, state: dict[str, Tensor], path: str) -> None:
+        """Replaces the host's fused tensors of `state` by those of each expert."""
+        for ours, host in self.storage.tensors.items():
+            whole = state.pop(f"{path}.{host}", None)
+            if whole is None:
+                continue
+            for index in range(len(self)):
+                state[f"{path}.{index}.{ours}"] = self._turned(whole[index])
+            if len(whole) > len(self):
+                state[f"{path}.idle_up"] = whole[len(self) :]
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        """A tensor of one expert as the host keeps it, from ours, and the other way round."""
+        return tensor.T if self.storage.transposed and tensor.ndim == 2 else tensor
 
     @torch.no_grad()
     def lay_out(self) -> None:
         """Moves each matrix of all experts into one tensor, laid out as the kernels read it."""
+        if not self.storage.for_kernels:
+            return
         gate_up_XFD = torch.stack(self._weights("gate_up_proj"))
         down_XDF = lay_out(torch.stack(self._weights("down_proj")))
         for name, fused in (("gate_up_proj", gate_up_XFD), ("down_proj", down_XDF)):
             for weight, part in zip(self._weights(name), fused, strict=True):
                 weight.data = part
-
-    def split_from(self, state: dict[str, Tensor], path: str) -> None:
-        """Replaces the host's fused tensors of `state` by those of each expert."""
-        for name in ("gate_up_proj", "down_proj"):
-            rows = state.pop(f"{path}.{name}", None)
-            if rows is not None:
-                state |= {f"{path}.{index}.{name}.weight": row for index, row in enumerate(rows)}
 
 
 def unfuse_experts(model: nn.Module) -> None:
@@ -139,15 +203,22 @@ def unfuse_experts(model: nn.Module) -> None:
     `experts_implementation="moe_tools"`, and expert by expert.
 
     Raises:
-        ValueError: fused experts of an unknown class, or spread over devices: both would go on
-            computing what they did, whatever is done to the other FFNs.
+        ValueError: experts that cannot be taken apart: they would go on computing what they did,
+            whatever is done to the other FFNs.
     """
     fused = fused_experts(model)
-    for path, module in fused.items():  # first all checks, then the first change
-        check_fused(path, module)
+    stored = {path: check_fused(path, module) for path, module in fused.items()}  # changes nothing
     for path, module in fused.items():
-        opened = HostExperts(expert_views(module), module.config)
+        opened = take_apart(module, stored[path])
         model.set_submodule(path, opened.train(module.training))
+
+
+def take_apart(fused: nn.Module, storage: Storage) -> HostExperts:
+    """Our module around views of the weights of a fused one, which stays as it is."""
+    experts = expert_views(fused, storage)
+    up = fused.get_parameter(storage.up)
+    idle_up = up[len(experts) :] if len(up) > len(experts) else None
+    return HostExperts(experts, getattr(fused, "config", None), storage, idle_up)
 
 
 def chosen_share(model: nn.Module, name: str) -> float:
@@ -155,20 +226,34 @@ def chosen_share(model: nn.Module, name: str) -> float:
 
     The host's router is taken to spread them evenly.
     """
-    host = model.get_submodule(name.rpartition(".")[0])
+    path = name.rpartition(".")[0]
+    host = model.get_submodule(path)
     if isinstance(host, HostExperts):
-        experts = len(host)
-    elif _is_fused(host):
-        experts = len(host.get_parameter("gate_up_proj"))
+        storage, experts = host.storage, host.choices
+    elif is_fused(host):
+        storage = check_fused(path, host)
+        experts = len(host.get_parameter(storage.up))
     else:
         return 1.0
+    return 1.0 if storage.calls == "weighed" else chosen_experts(model, path) / experts
+
+
+def chosen_experts(model: nn.Module, path: str) -> int:
+    """Returns K, how many experts the host chooses for a token.
+
+    Raises:
+        ValueError: its config does not say it, or has another number for each layer.
+    """
     config: Any = model.config
-    return float(config.num_experts_per_tok / experts)
-
-
-def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Finds the fused experts of every layer that has them, by path, in the host's order."""
-    return {path: module for path, module in model.named_modules() if _is_fused(module)}
+    config = config.get_text_config()
+    found = [getattr(config, key, None) for key in CHOSEN_KEYS]
+    chosen = next((number for number in found if isinstance(number, int)), None)
+    if chosen is None:
+        raise ValueError(
+            f"{path}: {type(config).__name__} does not say how many experts are chosen for a "
+            f"token: none of {', '.join(CHOSEN_KEYS)} is a number, so the work per token is unknown"
+        )
+    return chosen
 
 
 @torch.no_grad()
@@ -178,46 +263,3 @@ def fill_experts(fused: nn.Module, weights: FFNWeights) -> None:
     gate_up_FD = torch.cat([weights.gate_FD, weights.up_FD])
     fused.get_parameter("gate_up_proj").copy_(gate_up_FD)  # one for all X
     fused.get_parameter("down_proj").copy_(weights.down_FD.T)
-
-
-def _is_fused(module: nn.Module) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    return "gate_up_proj" in own and own["gate_up_proj"].ndim == 3
-
-
-def check_fused(path: str, fused: nn.Module) -> None:
-    """Checks that we know what a fused module computes.
-
-    Raises:
-        ValueError: it is of an unknown class, or its experts are spread over devices.
-    """
-    name = type(fused).__name__
-    if name not in FUSED_EXPERTS:
-        raise ValueError(
-            f"{path}: moe-tools does not know experts of class {name}; known: "
-            f"{', '.join(FUSED_EXPERTS)}"
-        )
-    if fused._is_expert_parallel:
-        raise ValueError(
-            f"{path}: its experts are spread over devices: load the model without expert "
-            "parallelism"
-        )
-
-
-def expert_views(fused: nn.Module) -> list[HostExpert]:
-    """Every expert of a fused module as a module of its own, around views of the fused weights."""
-    gate_up_XFD = fused.get_parameter("gate_up_proj")
-    down_XDF = fused.get_parameter("down_proj")
-    act = fused.get_submodule("act_fn")
-    return [
-        HostExpert(_linear(gate_up), _linear(down), act)
-        for gate_up, down in zip(gate_up_XFD, down_XDF, strict=True)
-    ]
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    """Makes a linear around an existing weight."""
-    outputs, inputs = weight.shape
-    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-    return linear

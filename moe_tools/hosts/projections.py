@@ -43,14 +43,16 @@ class Projections(NamedTuple):
     output_dropout: nn.Module | None = None
     casts_down: bool = False
     """See `Layout.casts_down`."""
+    interleaved: bool = False
+    """See `Layout.interleaved`."""
 
     @classmethod
     def of(cls, layout: Layout, part: Callable[[str], nn.Module]) -> Projections:
         """The modules of an FFN: `part` gives each by its path in the layout."""
         paths = (layout.gate, layout.hidden_dropout, layout.output_dropout)
         gate, hidden, output = (None if path is None else part(path) for path in paths)
-        act = activation_of(layout, part)
-        return cls(gate, part(layout.up), act, part(layout.down), hidden, output, layout.casts_down)
+        act, flags = activation_of(layout, part), (layout.casts_down, layout.interleaved)
+        return cls(gate, part(layout.up), act, part(layout.down), hidden, output, *flags)
 
     def hidden_TF(self, x_TD: Tensor) -> Tensor:
         """h of every neuron, as the host computes it."""
@@ -68,9 +70,17 @@ class Projections(NamedTuple):
     def rows_TF(self, x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         """What enters the activation: up rows and, where there is a gate, gate rows."""
         if self.gate is self.up:
-            gate_TF, up_TF = self.up(x_TD).chunk(2, dim=-1)
+            gate_TF, up_TF = self.halves(self.up(x_TD), dim=-1)
             return up_TF, gate_TF
         return self.up(x_TD), None if self.gate is None else self.gate(x_TD)
+
+    def halves(self, fused: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+        """Views of the gate's and the up part of what one linear holds or computes for both."""
+        if self.interleaved:
+            gate, up = fused.unflatten(dim, (-1, 2)).unbind(dim + 1 if dim >= 0 else dim)
+        else:
+            gate, up = fused.chunk(2, dim)
+        return gate, up
 
     def hidden_TK(self, x_TD: Tensor, neurons_K: Tensor) -> Tensor:
         """h of some neurons, whose rows alone are read; with adapters, all rows are."""
@@ -91,8 +101,8 @@ class Projections(NamedTuple):
             (None, None) if self.gate is None else (_rows(self.gate), _bias(self.gate))
         )
         if self.gate is self.up:
-            gate_FD, up_FD = up_FD.chunk(2)
-            gate_F, up_F = (None, None) if up_F is None else up_F.chunk(2)
+            gate_FD, up_FD = self.halves(up_FD)
+            gate_F, up_F = (None, None) if up_F is None else self.halves(up_F)
         return FFNWeights(
             up_FD,
             _rows(self.down).T,
@@ -112,7 +122,7 @@ class Projections(NamedTuple):
         made = self.weights()
         if not is_plain(self.up):
             rows = _computed_rows(self.up)
-            gate_up = rows.chunk(2) if self.gate is self.up else (made.gate_FD, rows)
+            gate_up = self.halves(rows) if self.gate is self.up else (made.gate_FD, rows)
             made = replace(made, gate_FD=gate_up[0], up_FD=gate_up[1])
         if self.gate is not None and self.gate is not self.up and not is_plain(self.gate):
             made = replace(made, gate_FD=_computed_rows(self.gate))

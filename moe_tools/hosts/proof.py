@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_tools.data.generate import evaluating
+from moe_tools.hosts.expert_proof import prove_experts
+from moe_tools.hosts.fused import fused_experts
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.projections import COMPUTED, activation_of, hidden_TF
@@ -49,6 +51,8 @@ def settle(model: nn.Module) -> None:
     """
     if settled(model) or all(tensor.is_meta for tensor in model.parameters()):
         return
+    for path, fused in fused_experts(model).items():
+        prove_experts(path, fused)
     holders = [
         Holder(path, model.get_submodule(path), layout, seed)
         for seed, (path, layout) in enumerate(rows_of(model).items())

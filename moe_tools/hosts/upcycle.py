@@ -24,7 +24,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from moe_tools.hosts.ffn import FFN, find_ffns
-from moe_tools.hosts.moe_host import fill_experts, fused_experts
+from moe_tools.hosts.fused import fused_experts
+from moe_tools.hosts.moe_host import fill_experts
 
 DONORS = (LlamaForCausalLM, MistralForCausalLM)
 """Classes that compute what Mixtral does, but for its experts."""

@@ -9,10 +9,13 @@ Letters: D model width, F neurons of one expert, X experts of the host.
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_tools.hosts.moe_host import HostExperts, check_fused, fused_experts
+from moe_tools.hosts.fused import check_fused, fused_experts
+from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.moe_kernels import IMPLEMENTATION, lay_out, run_experts
 
 
@@ -33,17 +36,22 @@ def lay_out_experts(model: nn.Module) -> None:
     before an optimizer or a wrapper takes its parameters into tensors of its own.
 
     Raises:
-        ValueError: experts that moe-tools does not know.
+        ValueError: experts that moe-tools cannot read.
     """
     fused = fused_experts(model)
-    for path, module in fused.items():  # first all checks, then the first change
-        check_fused(path, module)
-    for module in fused.values():
-        down_XDF = module.get_parameter("down_proj")
-        down_XDF.data = lay_out(down_XDF)
+    stored = {path: check_fused(path, module) for path, module in fused.items()}  # changes nothing
+    for path, module in fused.items():
+        if stored[path].for_kernels:
+            _lay_out(module, stored[path].transposed)
     for module in model.modules():
         if isinstance(module, HostExperts):
             module.lay_out()
+
+
+def _lay_out(fused: nn.Module, transposed: bool) -> None:
+    """Copies the matrix whose neurons are columns: gate and up where transposed, else W_down."""
+    matrix = fused.get_parameter("gate_up_proj" if transposed else "down_proj")
+    matrix.data = lay_out(matrix)
 
 
 def _run_fused(
@@ -51,10 +59,20 @@ def _run_fused(
 ) -> Tensor:
     """Computes y_TD, with the signature that transformers calls.
 
+    Experts with biases, without a gate or with a gate of the host's own run as the host runs them
+    by itself, one by one: no kernel of ours knows them.
+
     Raises:
-        ValueError: experts of an unknown class, or spread over devices.
+        ValueError: experts that moe-tools cannot read, or spread over devices.
     """
-    check_fused(f'experts_implementation="{IMPLEMENTATION}"', module)
-    weights = (module.get_parameter("gate_up_proj"), module.get_parameter("down_proj"))
-    act = module.get_submodule("act_fn")
-    return run_experts(*weights, act, hidden_states, top_k_index, top_k_weights)
+    storage = check_fused(f'experts_implementation="{IMPLEMENTATION}"', module)
+    routing = (top_k_index, top_k_weights)
+    if not storage.for_kernels:
+        eager = inspect.unwrap(type(module).forward)
+        y_TD: Tensor = eager(module, hidden_states, *routing)
+        return y_TD
+    gate_up: Tensor = module.get_parameter("gate_up_proj")
+    down: Tensor = module.get_parameter("down_proj")
+    if storage.transposed:
+        gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+    return run_experts(gate_up, down, module.get_submodule("act_fn"), hidden_states, *routing)

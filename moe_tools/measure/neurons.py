@@ -176,7 +176,8 @@ def _count_elsewhere(
 
 def _elsewhere(experts: list[NeuronCount], tokens: ValidTokens) -> Hook:
     def see(host: nn.Module, args: tuple[Tensor, ...]) -> None:
-        chosen_TK = args[1]
+        assert isinstance(host, HostExperts)
+        chosen_TK = host.chosen_TK(args)
         valid_T = tokens.of_ffn(host, chosen_TK)
         if valid_T is not None:
             chosen_TK = chosen_TK[valid_T]

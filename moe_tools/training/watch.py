@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
+from moe_tools.hosts.projections import Projections
 
 Kind = Literal["outputs", "hidden", "pre"]
 
@@ -44,7 +45,7 @@ def watch_ffns(model: nn.Module, kinds: set[Kind]) -> Iterator[FFNTensors]:
             handles.append(parts.down.register_forward_pre_hook(_input(seen.hidden)))
         if "pre" in kinds:  # not at the activation: experts share one, and routers call it
             source = parts.up if parts.gate is None else parts.gate
-            handles.append(source.register_forward_hook(_output(seen.pre, parts.gate is parts.up)))
+            handles.append(source.register_forward_hook(_gate_rows(seen.pre, parts)))
     try:
         yield seen
     finally:
@@ -76,8 +77,10 @@ def _input(tensors: list[Tensor]) -> Callable[..., None]:
     return keep
 
 
-def _output(tensors: list[Tensor], first_half: bool = False) -> Callable[..., None]:
+def _gate_rows(tensors: list[Tensor], parts: Projections) -> Callable[..., None]:
+    fused = parts.gate is parts.up
+
     def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        tensors.append(output.chunk(2, dim=-1)[0] if first_half else output)
+        tensors.append(parts.halves(output, dim=-1)[0] if fused else output)
 
     return keep
