@@ -97,6 +97,7 @@ _NAMES: tuple[tuple[str, _Rule], ...] = (
     (r"attention_hidden_size", lambda value, s: s.width * (1 if value == s.old_width else 2)),
     (r"hidden_size_global|adapter_out_dim|out_hidden_size", lambda _, s: s.width),
     (r"block_multiple_of", 4),
+    (r"codebook_size", 32),
     (r"image_size", 32),
     (r"patch_size", 8),
     (r".*(hidden_size.*|d_model|n_embd|dim|width|_size|out_channel|conv_channels)", _width),
@@ -237,7 +238,7 @@ def _shrunk(config: PreTrainedConfig, width: int, neurons: int) -> dict[str, Any
         else:
             values[key] = _resize(key, value, sizes)
     values |= {"use_cache": False, "dtype": "float32"}
-    filled = {"head_dim": sizes.head, "num_key_value_heads": HEADS}
+    filled = {"head_dim": sizes.head, "num_key_value_heads": HEADS, "n_inner": neurons}
     values |= {key: small for key, small in filled.items() if values.get(key, 0) is None}
     values.pop("quantization_config", None)
     own = _FAMILIES.get(config.model_type, {})
