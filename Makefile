@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test coverage fast test-lowest test-newest sanitize cross demo bench docs wheel clean
+.PHONY: help env check format test coverage fast test-lowest test-newest sanitize cross demo bench families docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: $(STAMP) ## time an FFN, its kernels, a model that generates, a training 
 	$(BIN)/moe-tools bench train --dtype bf16
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b
+
+families: $(STAMP) ## check every family of transformers, and write docs/families.md
+	$(BIN)/python -m tools.families
 
 sanitize: build/check-address build/check-thread ## the native kernels under ASan, UBSan and TSan
 	./build/check-address
