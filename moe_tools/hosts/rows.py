@@ -77,8 +77,11 @@ def _walk(path: str, module: nn.Module, classes: Collection[str], rows: Rows, *,
 
 def _reads_text(module: nn.Module) -> bool:
     """False for a model inside another that takes pictures or sound: its FFNs stay dense."""
-    kind = getattr(module, "main_input_name", "input_ids")
-    return not isinstance(module, PreTrainedModel) or "input_ids" in kind or "embeds" in kind
+    if not isinstance(module, PreTrainedModel) or module.main_input_name == "input_ids":
+        return True
+    tokens = getattr(module.config, "vocab_size", 0)
+    tables = (each for each in module.modules() if isinstance(each, nn.Embedding))
+    return any(table.num_embeddings == tokens for table in tables)
 
 
 def _is_no_ffn(module: nn.Module) -> bool:
