@@ -12,9 +12,14 @@ class Layout:
 
     up: str
     down: str
-    act: str
+    act: str | None
+    """Path of the activation module; None: `function`, or `masked`."""
     gate: str | None = None
     """The GLU projection; the same path as `up` when one linear holds gate rows, then up rows."""
+    function: str | None = None
+    """Name in transformers' ACT2FN of an activation that is no module."""
+    interleaved: bool = False
+    """Gate and up rows alternate in the fused linear."""
     hidden_dropout: str | None = None
     """Dropout between the activation and the down projection."""
     output_dropout: str | None = None
@@ -26,6 +31,8 @@ class Layout:
     """What our module replaces; empty: the holder itself."""
     bypass: tuple[str, ...] = ()
     """Parts the host calls outside the slot: they become Identity."""
+    masked: bool = False
+    """What stands between up and down is left to the host: our module replaces `down`."""
     act_key: str = "hidden_act"
     """Key of the host's config that names the activation."""
     act_source: tuple[str, str] | None = None
@@ -124,7 +131,7 @@ def inside(layout: Layout) -> Layout:
         layout,
         up=child_name(layout, layout.up),
         down=child_name(layout, layout.down),
-        act=child_name(layout, layout.act),
+        act=None if layout.act is None else child_name(layout, layout.act),
         gate=None if layout.gate is None else child_name(layout, layout.gate),
         slot="",
         bypass=(),

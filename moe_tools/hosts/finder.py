@@ -1,0 +1,365 @@
+"""Finds the FFNs of a model without their names, and says each as a row of `LAYOUTS`.
+
+The model is a small one: a twin of the real one, in fp32, with noise on every parameter. A passage
+(`tracing`) is an FFN if
+
+- it leads from the width of the model to the width of the model,
+- its sources read the same tensor, and
+- another order of its neurons changes no result. A norm with a weight over the neurons fails here.
+
+An activation alone does not tell an FFN from a bottleneck (an adapter, a gate of low rank): a
+passage with fewer neurons than the model is wide is dropped where its layer has a larger one.
+
+Letters: N tokens of one call, D model width, F neurons, W width of a source (F or 2F).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from moe_tools.hosts.dropouts import with_dropouts
+from moe_tools.hosts.layouts import Layout, join
+from moe_tools.hosts.tracing import (
+    Call,
+    Cut,
+    Inputs,
+    Passage,
+    Pointwise,
+    affine_calls,
+    agree,
+    cut,
+    passages,
+)
+from moe_tools.hosts.trials import casts_down, is_whole, with_proven_slots
+
+NO_ACTIVATION = "linear"
+"""The name in ACT2FN of no activation at all: only a gated FFN can do without."""
+LEARNED = ("xielu",)
+"""Names in ACT2FN of activations with parameters: no host calls one as a function."""
+TRIES = 3
+"""Passes with other random numbers, for experts that got no token in the first."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known about the FFNs of a model."""
+
+    rows: dict[str, Layout] = field(default_factory=dict)
+    """Path of the holder -> where its parts are."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Path of the holder of what looks like an FFN -> why it cannot be a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Formula:
+    """h = act(up) or act(gate) * up."""
+
+    gate: Call | None
+    up: Call
+    act: str | None
+    """Path of the activation module in the model."""
+    function: str | None
+
+
+def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
+    """Finds the FFNs that run in one forward pass, proves them, and changes nothing.
+
+    Args:
+        model: a small one in eval mode and fp32, with noise on every parameter: a bias that is
+            zero, or two equal rows, would prove nothing.
+        inputs: keyword arguments of its forward pass, with two tokens or more.
+
+    Raises:
+        ValueError: the model is in train mode, where dropout hides the formula.
+    """
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in train mode: call model.eval() first")
+    calls = affine_calls(model, inputs)
+    found = _without_bottlenecks(_as_wide_as_the_model(passages(calls), _widths(model, calls)))
+    cuts, pointwise = _cut_all(model, inputs, found)
+    functions = _functions()
+    rows: dict[str, Layout] = {}
+    refused: dict[str, str] = {}
+    for passage in found:
+        made = cuts.get(passage.down.path)
+        reason = _refusal(passage, made)
+        if made is None or reason is not None:
+            refused[_holder(passage)] = reason or "fewer than two tokens reached it"
+            continue
+        formula = _formula(passage, made, pointwise, functions)
+        if formula is not None and not _stands_alone(passage, formula, found):
+            formula = None
+        holder = _holder(passage, formula)
+        if holder in rows:
+            refused[join(holder, passage.down.path)] = "its holder has another FFN"
+        else:
+            rows[holder] = _row(model, holder, passage, formula)
+    rows = with_proven_slots(model, inputs, rows)
+    return Found(with_dropouts(model, inputs, rows), refused)
+
+
+def _widths(model: nn.Module, calls: list[Call]) -> set[int]:
+    """The hidden sizes of the config and of those within; else the width most linears return."""
+    config = getattr(model, "config", None)
+    sizes = {getattr(each, "hidden_size", None) for each in _configs(config)}
+    known = {size for size in sizes if isinstance(size, int)}
+    counts = Counter(call.out.shape[-1] for call in calls)
+    return known or {width for width, _ in counts.most_common(1)}
+
+
+def _configs(config: Any) -> list[PreTrainedConfig]:
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    return [config, *(sub for value in vars(config).values() for sub in _configs(value))]
+
+
+def _as_wide_as_the_model(found: list[Passage], widths: set[int]) -> list[Passage]:
+    """From the width of the model to the width of the model."""
+    return [
+        passage
+        for passage in found
+        if (width := passage.down.out.shape[-1]) in widths
+        and any(source.width == width for source in passage.sources)
+    ]
+
+
+def _without_bottlenecks(found: list[Passage]) -> list[Passage]:
+    """Without what has fewer neurons than the model is wide, next to a larger one in its layer.
+
+    The experts of a list are no bottlenecks, however small.
+    """
+    return [
+        passage
+        for passage in found
+        if passage.down.width >= passage.down.out.shape[-1]
+        or re.search(r"\.\d+\.", passage.down.path.removeprefix(_layer(passage)))
+        or not any(
+            _layer(other) == _layer(passage) and other.down.width > passage.down.width
+            for other in found
+        )
+    ]
+
+
+def _layer(passage: Passage) -> str:
+    """The path as far as the first number."""
+    match = re.match(r".*?\.\d+(?=\.)", passage.down.path)
+    return match.group() if match else ""
+
+
+def _cut_all(
+    model: nn.Module, inputs: Inputs, found: list[Passage]
+) -> tuple[dict[str, Cut], list[Pointwise]]:
+    cuts: dict[str, Cut] = {}
+    pointwise: list[Pointwise] = []
+    for seed in range(TRIES):
+        missing = [passage for passage in found if passage.down.path not in cuts]
+        if missing:
+            made, seen = cut(model, inputs, missing, 1000 * seed)
+            cuts |= made
+            pointwise += seen
+    return cuts, pointwise
+
+
+def _refusal(passage: Passage, made: Cut | None) -> str | None:
+    """Why neither a row nor a mask is right; None: one is."""
+    sources, neurons = passage.sources, passage.down.width
+    if len(sources) > 2:
+        return f"it reads {len(sources)} linears: {', '.join(source.path for source in sources)}"
+    if len(sources) == 2 and not _equal(sources[0].x, sources[1].x):
+        return f"{sources[0].path} and {sources[1].path} read different tensors"
+    widths = [source.out.shape[-1] for source in sources]
+    if widths not in ([neurons], [2 * neurons], [neurons, neurons]):
+        return f"its {neurons} neurons are made of {widths} numbers"
+    if made is None:
+        return "fewer than two tokens reached it"
+    if made.symmetric:
+        return None
+    if passage.coupled:
+        return "its neurons are coupled, and not all alike: a norm over the neurons?"
+    return "its neurons are not alike: each has a parameter between up and down"
+
+
+def _formula(
+    passage: Passage, made: Cut, pointwise: list[Pointwise], functions: dict[str, nn.Module]
+) -> _Formula | None:
+    """What h is, from numbers; None: nothing that we compute."""
+    if passage.coupled:
+        return None
+    for gate, up, gate_NF, up_NF in _readings(passage, made):
+        entry_NF = up_NF if gate_NF is None else gate_NF
+        factor_NF = torch.ones_like(up_NF) if gate_NF is None else up_NF
+        acts = [
+            each.path
+            for each in pointwise
+            if _equal(each.x, entry_NF) and agree(made.h_NF, each.out * factor_NF)
+        ]
+        if acts:  # the outermost: a module of the host may hold one of torch's
+            return _Formula(gate, up, min(acts, key=len), None)
+        function = _closest(entry_NF, factor_NF, made.h_NF, functions)
+        if function is not None and (gate is not None or function != NO_ACTIVATION):
+            return _Formula(gate, up, None, function)
+    return None
+
+
+def _readings(passage: Passage, made: Cut) -> list[tuple[Call | None, Call, Tensor | None, Tensor]]:
+    """(gate, up, gate_NF, up_NF) in each way that a row can say."""
+    if len(passage.sources) == 2:
+        (one, other), (one_NF, other_NF) = passage.sources, made.sources
+        return [(one, other, one_NF, other_NF), (other, one, other_NF, one_NF)]
+    (source,), (rows_NW,) = passage.sources, made.sources
+    if passage.order == "apart":
+        return [(None, source, None, rows_NW)]
+    if passage.order == "concatenated":
+        return [(source, source, *rows_NW.chunk(2, dim=-1))]
+    return [(source, source, rows_NW[:, ::2], rows_NW[:, 1::2])]
+
+
+def _functions() -> dict[str, nn.Module]:
+    """The activations of transformers that have nothing to learn."""
+    built = {name: ACT2FN[name] for name in ACT2FN if name not in LEARNED}
+    return {name: act for name, act in built.items() if isinstance(act, nn.Module)}
+
+
+def _closest(
+    entry_NF: Tensor, factor_NF: Tensor, h_NF: Tensor, functions: dict[str, nn.Module]
+) -> str | None:
+    """The activation that gives h: gelu has several forms that differ in the fourth digit only."""
+    errors = {}
+    for name, act in functions.items():
+        ours_NF = act(entry_NF) * factor_NF
+        if agree(ours_NF, h_NF):
+            errors[name] = float((ours_NF - h_NF).abs().max())
+    return min(errors, key=lambda name: errors[name]) if errors else None
+
+
+def _holder(passage: Passage, formula: _Formula | None = None) -> str:
+    """The smallest module that contains all parts."""
+    paths = [call.path for call in (*passage.sources, passage.down)]
+    if formula is not None and formula.act is not None:
+        paths.append(formula.act)
+    parts = [path.split(".") for path in paths]
+    same = 0
+    while all(len(each) > same + 1 and each[same] == parts[0][same] for each in parts):
+        same += 1
+    return ".".join(parts[0][:same])
+
+
+def _stands_alone(passage: Passage, formula: _Formula, found: list[Passage]) -> bool:
+    """Whether the activation belongs to this FFN: its holder has no other."""
+    holder = _holder(passage, formula)
+    prefix = f"{holder}." if holder else ""
+    return not any(other is not passage and other.down.path.startswith(prefix) for other in found)
+
+
+def _row(model: nn.Module, holder: str, passage: Passage, formula: _Formula | None) -> Layout:
+    """The row of a proven FFN: whole, in the layer, or masked."""
+    masked = _masked(holder, passage)
+    if formula is None:
+        return masked
+    layout = replace(
+        masked,
+        gate=None if formula.gate is None else _below(holder, formula.gate.path),
+        up=_below(holder, formula.up.path),
+        act=None if formula.act is None else _below(holder, formula.act),
+        function=formula.function,
+        slot="",
+        masked=False,
+    )
+    module = model.get_submodule(holder)
+    if is_whole(module, layout, formula.up.x):
+        return replace(layout, casts_down=casts_down(module, layout, formula.up.x))
+    if layout.gate is None and layout.act is not None:
+        return replace(layout, slot=layout.up, bypass=(layout.act, layout.down))
+    return masked
+
+
+def _masked(holder: str, passage: Passage) -> Layout:
+    """The row of an FFN whose hidden activations the host computes."""
+    sources = list(passage.sources)
+    if len(sources) == 2 and _is_linear_in(passage, sources[0]):
+        sources.reverse()  # the gate first
+    gated = len(sources) == 2 or passage.order != "apart"
+    down = _below(holder, passage.down.path)
+    return Layout(
+        up=_below(holder, sources[-1].path),
+        down=down,
+        act=None,
+        gate=_below(holder, sources[0].path) if gated else None,
+        interleaved=passage.order == "interleaved",
+        slot=down,
+        masked=True,
+    )
+
+
+def _is_linear_in(passage: Passage, source: Call) -> bool:
+    """Whether h is linear in a source, piece by piece: up rows are not bent, gate rows are."""
+    h = passage.down.x
+    (slope,) = torch.autograd.grad(h.sum(), source.out, retain_graph=True, create_graph=True)
+    if not slope.requires_grad:
+        return True
+    (bend,) = torch.autograd.grad(slope.sum(), source.out, retain_graph=True, allow_unused=True)
+    return bend is None or not bend.any()
+
+
+def _below(holder: str, path: str) -> str:
+    return path.removeprefix(f"{holder}.") if holder else path
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def activation_keys(model_class: type[Any], config: PreTrainedConfig) -> dict[str, list[str]]:
+    """The keys of a config that name an activation, found by changing each.
+
+    Args:
+        model_class: is built on the meta device, once and again for every such string.
+        config: is left as it is.
+
+    Returns:
+        Dotted key -> paths of the modules whose class changes with it.
+    """
+    before = _module_types(model_class, config)
+    found = {}
+    for key in _activation_strings(config):
+        after = _module_types(model_class, _with_another_activation(config, key))
+        changed = [path for path, kind in after.items() if before.get(path) is not kind]
+        if changed:
+            found[key] = changed
+    return found
+
+
+def _activation_strings(config: PreTrainedConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in vars(config).items():
+        if isinstance(value, str) and value in ACT2FN:
+            keys.append(prefix + key)
+        elif isinstance(value, PreTrainedConfig):
+            keys += _activation_strings(value, f"{prefix}{key}.")
+    return keys
+
+
+def _with_another_activation(config: PreTrainedConfig, key: str) -> PreTrainedConfig:
+    """A copy with an activation of another class than any host's."""
+    changed = copy.deepcopy(config)
+    *parents, name = key.split(".")
+    owner: Any = changed
+    for parent in parents:
+        owner = getattr(owner, parent)
+    setattr(owner, name, "tanh" if getattr(owner, name) != "tanh" else "relu6")
+    return changed
+
+
+def _module_types(model_class: type[Any], config: PreTrainedConfig) -> dict[str, type[nn.Module]]:
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    return {path: type(module) for path, module in model.named_modules()}
