@@ -38,14 +38,32 @@ def with_dropouts(model: nn.Module, inputs: Inputs, rows: dict[str, Layout]) -> 
     for place, holders in tried.items():
         chosen = {holder: ours[holder] for holder in holders}
         name = place[0] or place[1]
-        hidden = _zero_shares(model, inputs, chosen, place, ALL, of_output=False)
-        output = _zero_shares(model, inputs, chosen, place, HALF, of_output=True)
-        for holder, layout in chosen.items():
-            if hidden.get(holder) == 1:
-                found[holder] = replace(found[holder], hidden_dropout=name)
-            if not layout.slot and output.get(holder, 0) > DROPPED:
-                found[holder] = replace(found[holder], output_dropout=name)
+        for holder in _dropped(model, inputs, chosen, place, ALL, of_output=False):
+            found[holder] = replace(found[holder], hidden_dropout=name)
+        whole = {holder: layout for holder, layout in chosen.items() if not layout.slot}
+        for holder in _dropped(model, inputs, whole, place, HALF, of_output=True):
+            found[holder] = replace(found[holder], output_dropout=name)
     return found
+
+
+def _dropped(
+    model: nn.Module,
+    inputs: Inputs,
+    rows: dict[str, Layout],
+    place: tuple[str, str],
+    probability: float,
+    *,
+    of_output: bool,
+) -> list[str]:
+    """The holders where a number makes zeros in h, or in y, and only in train mode."""
+    least = DROPPED if of_output else ALL
+    left = rows
+    for training in (True, False):
+        if left:
+            shares = _zero_shares(model, inputs, left, place, (probability, training), of_output)
+            zeros = {holder for holder, share in shares.items() if share >= least}
+            left = {holder: row for holder, row in left.items() if (holder in zeros) is training}
+    return list(left)
 
 
 def _places(holder: nn.Module) -> list[tuple[str, str]]:
@@ -65,11 +83,10 @@ def _zero_shares(
     inputs: Inputs,
     rows: dict[str, Layout],
     place: tuple[str, str],
-    probability: float,
-    *,
+    state: tuple[float, bool],
     of_output: bool,
 ) -> dict[str, float]:
-    """Holder -> share of zeros in h, or in y, with a number in the place of a probability."""
+    """Holder -> share of zeros in h, or in y, with a number in a place, in train mode or not."""
     path, name = place
     shares: dict[str, float] = {}
     watched = []
@@ -77,7 +94,7 @@ def _zero_shares(
         module = holder if of_output else join(holder, layout.down)
         watched.append((model.get_submodule(module), _watcher(holder, shares, of_output)))
     changed = [model.get_submodule(join(holder, path)) for holder in rows]
-    with torch.random.fork_rng(devices=[]), _training(changed, name, probability), hooked(watched):
+    with torch.random.fork_rng(devices=[]), _changed(changed, name, *state), hooked(watched):
         torch.manual_seed(0)
         try:
             model(**inputs)
@@ -96,12 +113,12 @@ def _watcher(holder: str, shares: dict[str, float], of_output: bool) -> Hook:
 
 
 @contextmanager
-def _training(modules: list[nn.Module], name: str, value: float) -> Iterator[None]:
-    """These modules alone in train mode, not those below, with another number."""
+def _changed(modules: list[nn.Module], name: str, value: float, training: bool) -> Iterator[None]:
+    """These modules alone with another number and mode, not those below."""
     before = [(module, getattr(module, name)) for module in modules]
     try:
         for module in modules:
-            module.training = True
+            module.training = training
             setattr(module, name, value)
         yield
     finally:

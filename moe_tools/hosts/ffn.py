@@ -47,6 +47,7 @@ class FFN:
     @property
     def act(self) -> nn.Module:
         """The activation."""
+        assert self.layout.act is not None
         return self.part(self.layout.act)
 
     @property
@@ -242,6 +243,7 @@ def set_activation(model: nn.Module, ffn: FFN, act: Activation) -> None:
         ValueError: an activation that joins gate and up rows, and an FFN without a gate.
     """
     check_activation(ffn, act)
+    assert ffn.layout.act is not None
     ffn.layer.set_submodule(ffn.layout.act, act.train(ffn.layer.training))
     if isinstance(act, JointActivation) and not isinstance(ffn.layer, SwappedFFN):
         graft(model, ffn, SwappedFFN(ffn))

@@ -172,10 +172,11 @@ def _cut_all(
 def _refusal(passage: Passage, made: Cut | None) -> str | None:
     """Why neither a row nor a mask is right; None: one is."""
     sources, neurons = passage.sources, passage.down.width
+    names = [_below(_holder(passage), source.path) for source in sources]
     if len(sources) > 2:
-        return f"it reads {len(sources)} linears: {', '.join(source.path for source in sources)}"
+        return f"it reads {len(sources)} linears: {', '.join(names)}"
     if len(sources) == 2 and not _equal(sources[0].x, sources[1].x):
-        return f"{sources[0].path} and {sources[1].path} read different tensors"
+        return f"{' and '.join(names)} read different tensors"
     widths = [source.out.shape[-1] for source in sources]
     if widths not in ([neurons], [2 * neurons], [neurons, neurons]):
         return f"its {neurons} neurons are made of {widths} numbers"
@@ -219,7 +220,8 @@ def _readings(passage: Passage, made: Cut) -> list[tuple[Call | None, Call, Tens
     if passage.order == "apart":
         return [(None, source, None, rows_NW)]
     if passage.order == "concatenated":
-        return [(source, source, *rows_NW.chunk(2, dim=-1))]
+        gate_NF, up_NF = rows_NW.chunk(2, dim=-1)
+        return [(source, source, gate_NF, up_NF)]
     return [(source, source, rows_NW[:, ::2], rows_NW[:, 1::2])]
 
 

@@ -48,6 +48,7 @@ class Projections(NamedTuple):
         """The modules of an FFN: `part` gives each by its path in the layout."""
         paths = (layout.gate, layout.hidden_dropout, layout.output_dropout)
         gate, hidden, output = (None if path is None else part(path) for path in paths)
+        assert layout.act is not None
         up, act, down = (part(path) for path in (layout.up, layout.act, layout.down))
         return cls(gate, up, act, down, hidden, output, layout.casts_down)
 

@@ -62,8 +62,8 @@ def with_proven_slots(
     proven = dict(rows)
     for holder, layout in spread.items():
         if not _same_with_slots(model, inputs, {holder: layout}, before):
-            masked = {"act": None, "function": None, "bypass": ()}
-            proven[holder] = replace(layout, slot=layout.down, masked=True, **masked)
+            masked = replace(layout, act=None, function=None, bypass=(), masked=True)
+            proven[holder] = replace(masked, slot=layout.down)
     return proven
 
 
@@ -152,7 +152,7 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return nn.functional.linear(x, weight, bias)
     if isinstance(module, Conv1D):
-        return x @ weight + bias
+        return x @ weight + module.get_parameter("bias")
     return module(x)
 
 
