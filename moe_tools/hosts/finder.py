@@ -8,7 +8,8 @@ The model is a small one: a twin of the real one, in fp32, with noise on every p
 - another order of its neurons changes no result. A norm with a weight over the neurons fails here.
 
 An activation alone does not tell an FFN from a bottleneck (an adapter, a gate of low rank): a
-passage with fewer neurons than the model is wide is dropped where its layer has a larger one.
+passage with fewer neurons than the model is wide is dropped where its layer has a larger one. What
+stands in one module with the output embeddings is a head.
 
 Letters: N tokens of one call, D model width, F neurons, W width of a source (F or 2F).
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from moe_tools.hosts.dropouts import with_dropouts
@@ -45,6 +46,10 @@ NO_ACTIVATION = "linear"
 """The name in ACT2FN of no activation at all: only a gated FFN can do without."""
 LEARNED = ("xielu",)
 """Names in ACT2FN of activations with parameters: no host calls one as a function."""
+OTHERS = ("tanh", "relu", "silu")
+"""Names that a config is given in place of its own: of the hosts' tables, some have few."""
+WIDTHS = ("hidden_size", "true_hidden_size")
+"""Keys of the model's width; transformers maps other names to the first. MobileBERT has both."""
 TRIES = 3
 """Passes with other random numbers, for experts that got no token in the first."""
 
@@ -84,7 +89,8 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
     if model.training:
         raise ValueError(f"{type(model).__name__} is in train mode: call model.eval() first")
     calls = affine_calls(model, inputs)
-    found = _without_bottlenecks(_as_wide_as_the_model(passages(calls), _widths(model, calls)))
+    found = _as_wide_as_the_model(passages(calls), _widths(model, calls))
+    found = _without_heads(model, _without_bottlenecks(found))
     cuts, pointwise = _cut_all(model, inputs, found)
     functions = _functions()
     rows: dict[str, Layout] = {}
@@ -95,14 +101,18 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
         if made is None or reason is not None:
             refused[_holder(passage)] = reason or "fewer than two tokens reached it"
             continue
-        formula = _formula(passage, made, pointwise, functions)
-        if formula is not None and not _stands_alone(passage, formula, found):
-            formula = None
-        holder = _holder(passage, formula)
+        own = [each for each in pointwise if _is_own(passage, each.path, found)]
+        formula = _formula(passage, made, own, functions)
+        holder = _holder(passage, None if formula is None else formula.act)
         if holder in rows:
             refused[join(holder, passage.down.path)] = "its holder has another FFN"
         else:
             rows[holder] = _row(model, holder, passage, formula)
+    refused = {  # an FFN's parts stand together: what has others in between is none
+        holder: reason
+        for holder, reason in refused.items()
+        if not any(_contains(holder, row) for row in rows if row != holder)
+    }
     rows = with_proven_slots(model, inputs, rows)
     return Found(with_dropouts(model, inputs, rows), refused)
 
@@ -110,7 +120,7 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
 def _widths(model: nn.Module, calls: list[Call]) -> set[int]:
     """The hidden sizes of the config and of those within; else the width most linears return."""
     config = getattr(model, "config", None)
-    sizes = {getattr(each, "hidden_size", None) for each in _configs(config)}
+    sizes = {getattr(each, name, None) for each in _configs(config) for name in WIDTHS}
     known = {size for size in sizes if isinstance(size, int)}
     counts = Counter(call.out.shape[-1] for call in calls)
     return known or {width for width, _ in counts.most_common(1)}
@@ -146,6 +156,19 @@ def _without_bottlenecks(found: list[Passage]) -> list[Passage]:
             _layer(other) == _layer(passage) and other.down.width > passage.down.width
             for other in found
         )
+    ]
+
+
+def _without_heads(model: nn.Module, found: list[Passage]) -> list[Passage]:
+    """Without what stands in one module with the output embeddings."""
+    if not isinstance(model, PreTrainedModel):
+        return found
+    last = model.get_output_embeddings()
+    paths = [path for path, module in model.named_modules() if module is last]
+    return [
+        passage
+        for passage in found
+        if not (holder := _holder(passage)) or not any(_contains(holder, path) for path in paths)
     ]
 
 
@@ -243,23 +266,25 @@ def _closest(
     return min(errors, key=lambda name: errors[name]) if errors else None
 
 
-def _holder(passage: Passage, formula: _Formula | None = None) -> str:
+def _holder(passage: Passage, act: str | None = None) -> str:
     """The smallest module that contains all parts."""
     paths = [call.path for call in (*passage.sources, passage.down)]
-    if formula is not None and formula.act is not None:
-        paths.append(formula.act)
-    parts = [path.split(".") for path in paths]
+    parts = [path.split(".") for path in (paths if act is None else [*paths, act])]
     same = 0
     while all(len(each) > same + 1 and each[same] == parts[0][same] for each in parts):
         same += 1
     return ".".join(parts[0][:same])
 
 
-def _stands_alone(passage: Passage, formula: _Formula, found: list[Passage]) -> bool:
-    """Whether the activation belongs to this FFN: its holder has no other."""
-    holder = _holder(passage, formula)
-    prefix = f"{holder}." if holder else ""
-    return not any(other is not passage and other.down.path.startswith(prefix) for other in found)
+def _is_own(passage: Passage, act: str, found: list[Passage]) -> bool:
+    """Whether an activation may be of this FFN alone: in its holder, or in one without others."""
+    holder = _holder(passage, act)
+    others = (other.down.path for other in found if other is not passage)
+    return holder == _holder(passage) or not any(_contains(holder, other) for other in others)
+
+
+def _contains(holder: str, path: str) -> bool:
+    return path.startswith(f"{holder}.") if holder else True
 
 
 def _row(model: nn.Module, holder: str, passage: Passage, formula: _Formula | None) -> Layout:
@@ -333,10 +358,15 @@ def activation_keys(model_class: type[Any], config: PreTrainedConfig) -> dict[st
     before = _module_types(model_class, config)
     found = {}
     for key in _activation_strings(config):
-        after = _module_types(model_class, _with_another_activation(config, key))
-        changed = [path for path, kind in after.items() if before.get(path) is not kind]
-        if changed:
-            found[key] = changed
+        for name in OTHERS:
+            try:
+                after = _module_types(model_class, _with_activation(config, key, name))
+            except Exception:  # a host with a table of its own, or another word for this string
+                continue
+            changed = [path for path, kind in after.items() if before.get(path) is not kind]
+            if changed:
+                found[key] = changed
+                break
     return found
 
 
@@ -350,18 +380,17 @@ def _activation_strings(config: PreTrainedConfig, prefix: str = "") -> list[str]
     return keys
 
 
-def _with_another_activation(config: PreTrainedConfig, key: str) -> PreTrainedConfig:
-    """A copy with an activation of another class than any host's."""
+def _with_activation(config: PreTrainedConfig, key: str, name: str) -> PreTrainedConfig:
     changed = copy.deepcopy(config)
-    *parents, name = key.split(".")
+    *parents, last = key.split(".")
     owner: Any = changed
     for parent in parents:
         owner = getattr(owner, parent)
-    setattr(owner, name, "tanh" if getattr(owner, name) != "tanh" else "relu6")
+    setattr(owner, last, name)
     return changed
 
 
 def _module_types(model_class: type[Any], config: PreTrainedConfig) -> dict[str, type[nn.Module]]:
     with torch.device("meta"):
         model = model_class(copy.deepcopy(config))
-    return {path: type(module) for path, module in model.named_modules()}
+    return {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}

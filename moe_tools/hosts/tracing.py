@@ -22,6 +22,8 @@ Order = Literal["apart", "concatenated", "interleaved"]
 
 MOST_SOURCES = 4
 """More linears than any FFN reads: the walk through the graph gives up."""
+PROBES = 6
+"""Neurons whose slopes are looked at one by one."""
 SPREAD = 5.0
 """S.d. of the numbers that replace sources: clamps at 7 or 10 do not show below."""
 
@@ -129,12 +131,16 @@ def _passage(down: Call, made: dict[Any, Call]) -> Passage | None:
 
 
 def _probed(down: Call, sources: tuple[Call, ...]) -> Passage | None:
-    """How neurons depend on the sources, from the slopes of four of them."""
+    """How neurons depend on the sources, from their slopes; None where these never change.
+
+    ReLU neurons may be on, or off, for every token: so the sum of all is looked at, too.
+    """
     neurons = down.width
-    probes = sorted({0, neurons // 3, neurons // 2, neurons - 1})
+    probes = sorted({i * (neurons - 1) // (PROBES - 1) for i in range(PROBES)})
     h_NF = _flat(down.x)
     jacobians = [_gradients(h_NF[:, i].sum(), sources) for i in probes]
-    if not any(_varies(each_NW) for gradients in jacobians for each_NW in gradients):
+    slopes = [*jacobians, _gradients(h_NF.sum(), sources)]
+    if not any(_varies(each_NW) for gradients in slopes for each_NW in gradients):
         return None
     order = _order(probes, jacobians, neurons)
     if order is not None:
@@ -251,7 +257,7 @@ def cut(
         hooks.append((source.module, _replacer(path, passage, outs, _generator(seed + len(hooks)))))
     for passage in found:
         hooks.append((passage.down.module, _keeper(passage.down.path, inside)))
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):  # layers may share one
         if path and not any(_has_matrix(each) for each in module.modules()):
             hooks.append((module, _watcher(path, pointwise)))
     with hooked(hooks):
