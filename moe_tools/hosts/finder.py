@@ -30,6 +30,7 @@ from transformers.activations import ACT2FN
 from moe_tools.hosts.dropouts import with_dropouts
 from moe_tools.hosts.layouts import Layout, join
 from moe_tools.hosts.tracing import (
+    LEAST_TOKENS,
     Call,
     Cut,
     Inputs,
@@ -44,6 +45,8 @@ from moe_tools.hosts.trials import casts_down, is_whole, with_proven_slots
 
 NO_ACTIVATION = "linear"
 """The name in ACT2FN of no activation at all: only a gated FFN can do without."""
+FEW = f"fewer than {LEAST_TOKENS} tokens reached it"
+"""A reason."""
 LEARNED = ("xielu",)
 """Names in ACT2FN of activations with parameters: no host calls one as a function."""
 OTHERS = ("tanh", "relu", "silu")
@@ -81,7 +84,8 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
     Args:
         model: a small one in eval mode and fp32, with noise on every parameter: a bias that is
             zero, or two equal rows, would prove nothing.
-        inputs: keyword arguments of its forward pass, with two tokens or more.
+        inputs: keyword arguments of its forward pass, with a dozen tokens or more: a part of them
+            reaches an expert.
 
     Raises:
         ValueError: the model is in train mode, where dropout hides the formula.
@@ -97,9 +101,11 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
     refused: dict[str, str] = {}
     for passage in found:
         made = cuts.get(passage.down.path)
+        if made is not None and passage.coupled and made.odd:
+            continue  # a norm and no activation: queries of low rank
         reason = _refusal(passage, made)
         if made is None or reason is not None:
-            refused[_holder(passage)] = reason or "fewer than two tokens reached it"
+            refused[_holder(passage)] = reason or FEW
             continue
         own = [each for each in pointwise if _is_own(passage, each.path, found)]
         formula = _formula(passage, made, own, functions)
@@ -118,11 +124,11 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
 
 
 def _widths(model: nn.Module, calls: list[Call]) -> set[int]:
-    """The hidden sizes of the config and of those within; else the width most linears return."""
+    """The hidden sizes of the config and of those within; else what most linears take or return."""
     config = getattr(model, "config", None)
     sizes = {getattr(each, name, None) for each in _configs(config) for name in WIDTHS}
     known = {size for size in sizes if isinstance(size, int)}
-    counts = Counter(call.out.shape[-1] for call in calls)
+    counts = Counter(width for call in calls for width in (call.width, call.out.shape[-1]))
     return known or {width for width, _ in counts.most_common(1)}
 
 
@@ -204,7 +210,7 @@ def _refusal(passage: Passage, made: Cut | None) -> str | None:
     if widths not in ([neurons], [2 * neurons], [neurons, neurons]):
         return f"its {neurons} neurons are made of {widths} numbers"
     if made is None:
-        return "fewer than two tokens reached it"
+        return FEW
     if made.symmetric:
         return None
     if passage.coupled:

@@ -22,6 +22,8 @@ Order = Literal["apart", "concatenated", "interleaved"]
 
 MOST_SOURCES = 4
 """More linears than any FFN reads: the walk through the graph gives up."""
+LEAST_TOKENS = 6
+"""Of one call, for a proof."""
 PROBES = 6
 """Neurons whose slopes are looked at one by one."""
 SPREAD = 5.0
@@ -65,6 +67,8 @@ class Cut:
     h_NF: Tensor
     symmetric: bool
     """Another order of the neurons in the sources is the same order in h."""
+    odd: bool
+    """The negative of the sources gives the negative of h, up to a constant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +249,7 @@ def cut(
     """Runs the model with random numbers in place of every source's output.
 
     Returns:
-        For the path of each down that got two tokens or more, what became of them, and every call
+        For the path of each down that got enough tokens, what became of them, and every call
         of a module that keeps the shape.
     """
     outs: dict[tuple[str, int], Tensor] = {}
@@ -273,8 +277,9 @@ def _replacer(
 
     def replace(_: nn.Module, __: tuple[Any, ...], out: Tensor) -> Tensor:
         rows_NW = SPREAD * torch.randn(_flat(out).shape, generator=generator)
-        half = len(rows_NW) // 2
-        rows_NW[half : 2 * half] = _permuted(rows_NW[:half], passage)
+        first, second, third = _thirds(rows_NW)
+        second.copy_(_permuted(first, passage))
+        third.copy_(-first)
         key = (path, next(calls))
         outs[key] = rows_NW.to(out)
         return outs[key].view(out.shape).clone()
@@ -308,12 +313,20 @@ def _as_cut(
     h_NF = inside.get((passage.down.path, passage.down.index))
     sources = [outs.get((source.path, source.index)) for source in passage.sources]
     made = tuple(source for source in sources if source is not None)
-    if h_NF is None or len(made) < len(sources) or len(h_NF) < 2:
+    if h_NF is None or len(made) < len(sources) or len(h_NF) < LEAST_TOKENS:
         return None
-    half = len(h_NF) // 2
-    expected_NF = h_NF[:half, _neuron_order(h_NF.shape[-1])]
-    symmetric = torch.allclose(h_NF[half : 2 * half], expected_NF, rtol=1e-3, atol=1e-3)
-    return Cut(made, h_NF, symmetric)
+    first, second, third = _thirds(h_NF)
+    ordered = first[:, _neuron_order(h_NF.shape[-1])]
+    symmetric = torch.allclose(second, ordered, rtol=1e-3, atol=1e-3)
+    sums_NF = first + third
+    odd = torch.allclose(sums_NF, sums_NF[:1].expand_as(sums_NF), rtol=1e-3, atol=1e-3)
+    return Cut(made, h_NF, symmetric, odd)
+
+
+def _thirds(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three views of as many tokens: one, the same in another order of the neurons, and negated."""
+    third = len(rows) // 3
+    return rows[:third], rows[third : 2 * third], rows[2 * third : 3 * third]
 
 
 def _permuted(rows_NW: Tensor, passage: Passage) -> Tensor:
