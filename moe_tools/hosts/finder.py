@@ -16,41 +16,24 @@ Letters: N tokens of one call, D model width, F neurons, W width of a source (F 
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 
+from moe_tools.hosts.cutting import LEAST_TOKENS, Cut, Pointwise, cut
 from moe_tools.hosts.dropouts import with_dropouts
+from moe_tools.hosts.formulas import Formula, equal, formula_of, functions
 from moe_tools.hosts.layouts import Layout, join
-from moe_tools.hosts.tracing import (
-    LEAST_TOKENS,
-    Call,
-    Cut,
-    Inputs,
-    Passage,
-    Pointwise,
-    affine_calls,
-    agree,
-    cut,
-    passages,
-)
+from moe_tools.hosts.tracing import Call, Inputs, Passage, affine_calls, passages
 from moe_tools.hosts.trials import casts_down, is_whole, with_proven_slots
 
-NO_ACTIVATION = "linear"
-"""The name in ACT2FN of no activation at all: only a gated FFN can do without."""
 FEW = f"fewer than {LEAST_TOKENS} tokens reached it"
 """A reason."""
-LEARNED = ("xielu",)
-"""Names in ACT2FN of activations with parameters: no host calls one as a function."""
-OTHERS = ("tanh", "relu", "silu")
-"""Names that a config is given in place of its own: of the hosts' tables, some have few."""
 WIDTHS = ("hidden_size", "true_hidden_size")
 """Keys of the model's width; transformers maps other names to the first. MobileBERT has both."""
 TRIES = 3
@@ -65,17 +48,6 @@ class Found:
     """Path of the holder -> where its parts are."""
     refused: dict[str, str] = field(default_factory=dict)
     """Path of the holder of what looks like an FFN -> why it cannot be a row."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Formula:
-    """h = act(up) or act(gate) * up."""
-
-    gate: Call | None
-    up: Call
-    act: str | None
-    """Path of the activation module in the model."""
-    function: str | None
 
 
 def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
@@ -96,7 +68,7 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
     found = _as_wide_as_the_model(passages(calls), _widths(model, calls))
     found = _without_heads(model, _without_bottlenecks(found))
     cuts, pointwise = _cut_all(model, inputs, found)
-    functions = _functions()
+    known = functions()
     rows: dict[str, Layout] = {}
     refused: dict[str, str] = {}
     for passage in found:
@@ -108,7 +80,7 @@ def find_layouts(model: nn.Module, inputs: Inputs) -> Found:
             refused[_holder(passage)] = reason or FEW
             continue
         own = [each for each in pointwise if _is_own(passage, each.path, found)]
-        formula = _formula(passage, made, own, functions)
+        formula = formula_of(passage, made, own, known)
         holder = _holder(passage, None if formula is None else formula.act)
         if holder in rows:
             refused[join(holder, passage.down.path)] = "its holder has another FFN"
@@ -204,7 +176,7 @@ def _refusal(passage: Passage, made: Cut | None) -> str | None:
     names = [_below(_holder(passage), source.path) for source in sources]
     if len(sources) > 2:
         return f"it reads {len(sources)} linears: {', '.join(names)}"
-    if len(sources) == 2 and not _equal(sources[0].x, sources[1].x):
+    if len(sources) == 2 and not equal(sources[0].x, sources[1].x):
         return f"{' and '.join(names)} read different tensors"
     widths = [source.out.shape[-1] for source in sources]
     if widths not in ([neurons], [2 * neurons], [neurons, neurons]):
@@ -216,60 +188,6 @@ def _refusal(passage: Passage, made: Cut | None) -> str | None:
     if passage.coupled:
         return "its neurons are coupled, and not all alike: a norm over the neurons?"
     return "its neurons are not alike: each has a parameter between up and down"
-
-
-def _formula(
-    passage: Passage, made: Cut, pointwise: list[Pointwise], functions: dict[str, nn.Module]
-) -> _Formula | None:
-    """What h is, from numbers; None: nothing that we compute."""
-    if passage.coupled:
-        return None
-    for gate, up, gate_NF, up_NF in _readings(passage, made):
-        entry_NF = up_NF if gate_NF is None else gate_NF
-        factor_NF = torch.ones_like(up_NF) if gate_NF is None else up_NF
-        acts = [
-            each.path
-            for each in pointwise
-            if _equal(each.x, entry_NF) and agree(made.h_NF, each.out * factor_NF)
-        ]
-        if acts:  # the outermost: a module of the host may hold one of torch's
-            return _Formula(gate, up, min(acts, key=len), None)
-        function = _closest(entry_NF, factor_NF, made.h_NF, functions)
-        if function is not None and (gate is not None or function != NO_ACTIVATION):
-            return _Formula(gate, up, None, function)
-    return None
-
-
-def _readings(passage: Passage, made: Cut) -> list[tuple[Call | None, Call, Tensor | None, Tensor]]:
-    """(gate, up, gate_NF, up_NF) in each way that a row can say."""
-    if len(passage.sources) == 2:
-        (one, other), (one_NF, other_NF) = passage.sources, made.sources
-        return [(one, other, one_NF, other_NF), (other, one, other_NF, one_NF)]
-    (source,), (rows_NW,) = passage.sources, made.sources
-    if passage.order == "apart":
-        return [(None, source, None, rows_NW)]
-    if passage.order == "concatenated":
-        gate_NF, up_NF = rows_NW.chunk(2, dim=-1)
-        return [(source, source, gate_NF, up_NF)]
-    return [(source, source, rows_NW[:, ::2], rows_NW[:, 1::2])]
-
-
-def _functions() -> dict[str, nn.Module]:
-    """The activations of transformers that have nothing to learn."""
-    built = {name: ACT2FN[name] for name in ACT2FN if name not in LEARNED}
-    return {name: act for name, act in built.items() if isinstance(act, nn.Module)}
-
-
-def _closest(
-    entry_NF: Tensor, factor_NF: Tensor, h_NF: Tensor, functions: dict[str, nn.Module]
-) -> str | None:
-    """The activation that gives h: gelu has several forms that differ in the fourth digit only."""
-    errors = {}
-    for name, act in functions.items():
-        ours_NF = act(entry_NF) * factor_NF
-        if agree(ours_NF, h_NF):
-            errors[name] = float((ours_NF - h_NF).abs().max())
-    return min(errors, key=lambda name: errors[name]) if errors else None
 
 
 def _holder(passage: Passage, act: str | None = None) -> str:
@@ -293,7 +211,7 @@ def _contains(holder: str, path: str) -> bool:
     return path.startswith(f"{holder}.") if holder else True
 
 
-def _row(model: nn.Module, holder: str, passage: Passage, formula: _Formula | None) -> Layout:
+def _row(model: nn.Module, holder: str, passage: Passage, formula: Formula | None) -> Layout:
     """The row of a proven FFN: whole, in the layer, or masked."""
     masked = _masked(holder, passage)
     if formula is None:
@@ -345,58 +263,3 @@ def _is_linear_in(passage: Passage, source: Call) -> bool:
 
 def _below(holder: str, path: str) -> str:
     return path.removeprefix(f"{holder}.") if holder else path
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def activation_keys(model_class: type[Any], config: PreTrainedConfig) -> dict[str, list[str]]:
-    """The keys of a config that name an activation, found by changing each.
-
-    Args:
-        model_class: is built on the meta device, once and again for every such string.
-        config: is left as it is.
-
-    Returns:
-        Dotted key -> paths of the modules whose class changes with it.
-    """
-    before = _module_types(model_class, config)
-    found = {}
-    for key in _activation_strings(config):
-        for name in OTHERS:
-            try:
-                after = _module_types(model_class, _with_activation(config, key, name))
-            except Exception:  # a host with a table of its own, or another word for this string
-                continue
-            changed = [path for path, kind in after.items() if before.get(path) is not kind]
-            if changed:
-                found[key] = changed
-                break
-    return found
-
-
-def _activation_strings(config: PreTrainedConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for key, value in vars(config).items():
-        if isinstance(value, str) and value in ACT2FN:
-            keys.append(prefix + key)
-        elif isinstance(value, PreTrainedConfig):
-            keys += _activation_strings(value, f"{prefix}{key}.")
-    return keys
-
-
-def _with_activation(config: PreTrainedConfig, key: str, name: str) -> PreTrainedConfig:
-    changed = copy.deepcopy(config)
-    *parents, last = key.split(".")
-    owner: Any = changed
-    for parent in parents:
-        owner = getattr(owner, parent)
-    setattr(owner, last, name)
-    return changed
-
-
-def _module_types(model_class: type[Any], config: PreTrainedConfig) -> dict[str, type[nn.Module]]:
-    with torch.device("meta"):
-        model = model_class(copy.deepcopy(config))
-    return {path: type(module) for path, module in model.named_modules(remove_duplicate=False)}

@@ -22,12 +22,8 @@ Order = Literal["apart", "concatenated", "interleaved"]
 
 MOST_SOURCES = 4
 """More linears than any FFN reads: the walk through the graph gives up."""
-LEAST_TOKENS = 6
-"""Of one call, for a proof."""
 PROBES = 6
 """Neurons whose slopes are looked at one by one."""
-SPREAD = 5.0
-"""S.d. of the numbers that replace sources: clamps at 7 or 10 do not show below."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,28 +54,6 @@ class Passage:
     """A neuron's value depends on other neurons: there is no formula for one."""
 
 
-@dataclass(frozen=True, eq=False)
-class Cut:
-    """What a passage makes of random numbers in place of its sources' outputs."""
-
-    sources: tuple[Tensor, ...]
-    """(N, W) each."""
-    h_NF: Tensor
-    symmetric: bool
-    """Another order of the neurons in the sources is the same order in h."""
-    odd: bool
-    """The negative of the sources gives the negative of h, up to a constant."""
-
-
-@dataclass(frozen=True, eq=False)
-class Pointwise:
-    """One call of a module that keeps the shape: an activation, maybe."""
-
-    path: str
-    x: Tensor
-    out: Tensor
-
-
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
@@ -107,7 +81,7 @@ def affine_calls(model: nn.Module, inputs: Inputs) -> list[Call]:
 
         return record
 
-    weighted = [(path, module) for path, module in model.named_modules() if _has_matrix(module)]
+    weighted = [(path, module) for path, module in model.named_modules() if has_matrix(module)]
     with torch.enable_grad(), hooked([(module, recorder(path)) for path, module in weighted]):
         model(**inputs)
     first = {call.path: call for call in reversed(calls)}
@@ -141,7 +115,7 @@ def _probed(down: Call, sources: tuple[Call, ...]) -> Passage | None:
     """
     neurons = down.width
     probes = sorted({i * (neurons - 1) // (PROBES - 1) for i in range(PROBES)})
-    h_NF = _flat(down.x)
+    h_NF = flat(down.x)
     jacobians = [_gradients(h_NF[:, i].sum(), sources) for i in probes]
     slopes = [*jacobians, _gradients(h_NF.sum(), sources)]
     if not any(_varies(each_NW) for gradients in slopes for each_NW in gradients):
@@ -183,12 +157,12 @@ def _token_wise(down: Call, sources: tuple[Call, ...]) -> bool:
 
     The last one is asked, too: to the first, a causal mixer of tokens looks like an FFN.
     """
-    h_NF = _flat(down.x)
+    h_NF = flat(down.x)
     tokens = len(h_NF)
-    if tokens < 2 or any(len(_flat(source.out)) != tokens for source in sources):
+    if tokens < 2 or any(len(flat(source.out)) != tokens for source in sources):
         return False
     for token in {tokens - 1, tokens // 2}:
-        weights_F = torch.rand(h_NF.shape[-1], generator=_generator(token)).to(h_NF) + 0.5
+        weights_F = torch.rand(h_NF.shape[-1], generator=generator_of(token)).to(h_NF) + 0.5
         for each_NW in _gradients(h_NF[token] @ weights_F, sources):
             elsewhere_NW = torch.cat([each_NW[:token], each_NW[token + 1 :]])
             if not torch.isfinite(each_NW).all() or elsewhere_NW.any():
@@ -239,120 +213,12 @@ def _gradients(value: Tensor, sources: tuple[Call, ...]) -> list[Tensor]:
     outs = [source.out for source in sources]
     gradients = torch.autograd.grad(value, outs, retain_graph=True, allow_unused=True)
     pairs = zip(gradients, outs, strict=True)
-    return [_flat(torch.zeros_like(out) if each is None else each) for each, out in pairs]
-
-
-@torch.no_grad()
-def cut(
-    model: nn.Module, inputs: Inputs, found: list[Passage], seed: int
-) -> tuple[dict[str, Cut], list[Pointwise]]:
-    """Runs the model with random numbers in place of every source's output.
-
-    Returns:
-        For the path of each down that got enough tokens, what became of them, and every call
-        of a module that keeps the shape.
-    """
-    outs: dict[tuple[str, int], Tensor] = {}
-    inside: dict[tuple[str, int], Tensor] = {}
-    pointwise: list[Pointwise] = []
-    hooks: list[tuple[nn.Module, Hook]] = []
-    sources = {source.path: (source, passage) for passage in found for source in passage.sources}
-    for path, (source, passage) in sources.items():
-        hooks.append((source.module, _replacer(path, passage, outs, _generator(seed + len(hooks)))))
-    for passage in found:
-        hooks.append((passage.down.module, _keeper(passage.down.path, inside)))
-    for path, module in model.named_modules(remove_duplicate=False):  # layers may share one
-        if path and not any(_has_matrix(each) for each in module.modules()):
-            hooks.append((module, _watcher(path, pointwise)))
-    with hooked(hooks):
-        model(**inputs)
-    made = {p.down.path: _as_cut(p, outs, inside) for p in found}
-    return {path: each for path, each in made.items() if each is not None}, pointwise
-
-
-def _replacer(
-    path: str, passage: Passage, outs: dict[tuple[str, int], Tensor], generator: torch.Generator
-) -> Hook:
-    calls = iter(range(10**9))
-
-    def replace(_: nn.Module, __: tuple[Any, ...], out: Tensor) -> Tensor:
-        rows_NW = SPREAD * torch.randn(_flat(out).shape, generator=generator)
-        first, second, third = _thirds(rows_NW)
-        second.copy_(_permuted(first, passage))
-        third.copy_(-first)
-        key = (path, next(calls))
-        outs[key] = rows_NW.to(out)
-        return outs[key].view(out.shape).clone()
-
-    return replace
-
-
-def _keeper(path: str, inside: dict[tuple[str, int], Tensor]) -> Hook:
-    calls = iter(range(10**9))
-
-    def keep(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-        inside[path, next(calls)] = _flat(args[0]).clone()
-
-    return keep
-
-
-def _watcher(path: str, seen: list[Pointwise]) -> Hook:
-    def watch(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        x = args[0] if args else None
-        if isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape == out.shape:
-            seen.append(Pointwise(path, _flat(x).clone(), _flat(out).clone()))
-
-    return watch
-
-
-def _as_cut(
-    passage: Passage,
-    outs: dict[tuple[str, int], Tensor],
-    inside: dict[tuple[str, int], Tensor],
-) -> Cut | None:
-    h_NF = inside.get((passage.down.path, passage.down.index))
-    sources = [outs.get((source.path, source.index)) for source in passage.sources]
-    made = tuple(source for source in sources if source is not None)
-    if h_NF is None or len(made) < len(sources) or len(h_NF) < LEAST_TOKENS:
-        return None
-    first, second, third = _thirds(h_NF)
-    ordered = first[:, _neuron_order(h_NF.shape[-1])]
-    symmetric = torch.allclose(second, ordered, rtol=1e-3, atol=1e-3)
-    sums_NF = first + third
-    odd = torch.allclose(sums_NF, sums_NF[:1].expand_as(sums_NF), rtol=1e-3, atol=1e-3)
-    return Cut(made, h_NF, symmetric, odd)
-
-
-def _thirds(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three views of as many tokens: one, the same in another order of the neurons, and negated."""
-    third = len(rows) // 3
-    return rows[:third], rows[third : 2 * third], rows[2 * third : 3 * third]
-
-
-def _permuted(rows_NW: Tensor, passage: Passage) -> Tensor:
-    """The same tokens, with the neurons in another order."""
-    neurons = passage.down.width
-    order_F = _neuron_order(neurons)
-    width = rows_NW.shape[-1]
-    if width % neurons:
-        return rows_NW
-    if passage.order == "interleaved":
-        return rows_NW.unflatten(-1, (neurons, -1))[:, order_F].flatten(1)
-    return rows_NW.unflatten(-1, (-1, neurons))[:, :, order_F].flatten(1)
-
-
-def _neuron_order(neurons: int) -> Tensor:
-    return torch.randperm(neurons, generator=_generator(neurons))
-
-
-def agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results are one up to rounding in fp32."""
-    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    return [flat(torch.zeros_like(out) if each is None else each) for each, out in pairs]
 
 
 def _is_affine(call: Call) -> bool:
     """By its numbers: a subclass of a linear is one, if it computes as one."""
-    generator = _generator(0)
+    generator = generator_of(0)
     a, b = (torch.randn(call.x.shape, generator=generator).to(call.x) for _ in range(2))
     forward = call.module.forward  # without hooks
     try:
@@ -366,7 +232,8 @@ def _is_affine(call: Call) -> bool:
     return bool((both - of_a - of_b + none).abs().max() <= 1e-5 * both.abs().max())
 
 
-def _has_matrix(module: nn.Module) -> bool:
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module may be a linear."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
 
@@ -375,9 +242,11 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
 
 
-def _flat(value: Tensor) -> Tensor:
+def flat(value: Tensor) -> Tensor:
+    """Tokens in one dimension."""
     return value.reshape(-1, value.shape[-1])
 
 
-def _generator(seed: int) -> torch.Generator:
+def generator_of(seed: int) -> torch.Generator:
+    """One of our own: the global one stays as it is."""
     return torch.Generator().manual_seed(seed)

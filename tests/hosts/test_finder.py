@@ -15,16 +15,10 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertForMaskedLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
     PreTrainedModel,
 )
 
-from moe_tools.hosts.finder import Found, activation_keys, find_layouts
+from moe_tools.hosts.finder import Found, find_layouts
 from moe_tools.hosts.layouts import LAYOUTS, Layout
 from tests.families import FAMILIES, build, model_inputs
 
@@ -504,39 +498,3 @@ def test_a_model_in_train_mode_is_refused() -> None:
     model, inputs = other_host("ctrl")
     with pytest.raises(ValueError, match=r"CTRLLMHeadModel is in train mode: call model\.eval"):
         find_layouts(model.train(), inputs)
-
-
-# The activation's name in a config.
-
-
-def test_the_key_of_the_activation() -> None:
-    config = BertConfig(**OTHERS["rwkv"][0], num_attention_heads=2)
-    before = config.to_dict()
-    found = activation_keys(BertForMaskedLM, config)
-    assert found == {
-        "hidden_act": [
-            "bert.encoder.layer.0.intermediate.intermediate_act_fn",
-            "bert.encoder.layer.1.intermediate.intermediate_act_fn",
-            "cls.predictions.transform.transform_act_fn",
-        ]
-    }
-    assert config.to_dict() == before
-
-
-def test_a_key_of_a_part_of_the_config() -> None:
-    body = {key: value for key, value in _BODY.items() if "token" not in key}
-    config = Gemma3Config(
-        text_config=body | {"model_type": "gemma3_text"},
-        vision_config={"hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 2},
-    )
-    found = activation_keys(Gemma3ForConditionalGeneration, config)
-    assert list(found) == ["text_config.hidden_activation", "vision_config.hidden_act"]
-    assert found["text_config.hidden_activation"] == [
-        f"model.language_model.layers.{i}.mlp.act_fn" for i in range(2)
-    ]
-
-
-def test_a_host_with_a_table_of_few_names() -> None:
-    config = OpenAIGPTConfig(**OTHERS["openai-gpt"][0])
-    paths = [f"transformer.h.{i}.mlp.act" for i in range(2)]
-    assert activation_keys(OpenAIGPTLMHeadModel, config) == {"afn": paths}
