@@ -226,6 +226,34 @@ def test_hosts_of_another_build(name: str) -> None:
     assert bool(found.refused) == (name == "bitnet")  # its norm has a weight for each neuron
 
 
+@pytest.mark.parametrize("name", [name for name, (_, rows) in OTHERS.items() if rows])
+def test_another_order_of_the_neurons_changes_no_logit(name: str) -> None:
+    model, inputs = other_host(name)
+    before = model(**inputs).logits
+    for path, row in find_layouts(model, inputs).rows.items():
+        permute(model.get_submodule(path), row)
+    after = model(**inputs).logits
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()
+
+
+@torch.no_grad()
+def permute(holder: nn.Module, row: Layout) -> None:
+    """Gives the neurons of a row another order, by what it says of gate, up and down."""
+    down = holder.get_submodule(row.down)
+    columns = down.weight if isinstance(down, nn.Linear) else down.weight.T
+    order_F = torch.randperm(columns.shape[1])
+    columns.copy_(columns[:, order_F])
+    for path in {row.up, row.gate} - {None}:
+        linear = holder.get_submodule(path)
+        rows = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+        for tensor in (rows, linear.bias):
+            if tensor is not None and row.gate == row.up:
+                halves = tensor.unflatten(0, (-1, 2) if row.interleaved else (2, -1))
+                halves.copy_(halves[order_F] if row.interleaved else halves[:, order_F])
+            elif tensor is not None:
+                tensor.copy_(tensor[order_F])
+
+
 # Modules made for it.
 
 
