@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_tools.hosts.fused import fused_experts
+from moe_tools.hosts.graph_rows import graph_rows, may_have_more
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.shapes import FORMAT_1, NO_FFN, fit
@@ -34,7 +36,19 @@ def rows_of(model: nn.Module) -> Rows:
     if isinstance(block, dict):
         written = block.get("layouts")
         return rows_by_shape(model, FORMAT_1) if written is None else read_rows(model, written)
-    return _SETTLED.get(model) or rows_by_shape(model)
+    return _SETTLED[model] if model in _SETTLED else found_rows(model)
+
+
+def found_rows(model: nn.Module) -> Rows:
+    """The holders of a dense model by shape, and where that may miss some, by graph as well.
+
+    Raises:
+        ValueError: as `fit`.
+    """
+    by_shape = rows_by_shape(model)
+    if not may_have_more(model, {*by_shape, *fused_experts(model)}):
+        return by_shape
+    return by_shape | graph_rows(model)
 
 
 def settled(model: nn.Module) -> bool:
