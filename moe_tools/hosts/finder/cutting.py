@@ -21,8 +21,8 @@ from moe_tools.hosts.finder.tracing import (
     hooked,
 )
 
-LEAST_TOKENS = 6
-"""Of one call, for a proof."""
+LEAST_TOKENS = 3
+"""Of one call, for a proof: any, the same in another order of the neurons, and its negative."""
 SPREAD = 5.0
 """S.d. of the numbers that replace sources: clamps at 7 or 10 do not show below."""
 
@@ -37,7 +37,7 @@ class Cut:
     symmetric: bool
     """Another order of the neurons in the sources is the same order in h."""
     odd: bool
-    """The negative of the sources gives the negative of h, up to a constant."""
+    """The negative of the sources gives the negative of h, up to a constant over two tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +128,8 @@ def _as_cut(
     ordered = first[:, _neuron_order(h_NF.shape[-1])]
     symmetric = torch.allclose(second, ordered, rtol=1e-3, atol=1e-3)
     sums_NF = first + third
-    odd = torch.allclose(sums_NF, sums_NF[:1].expand_as(sums_NF), rtol=1e-3, atol=1e-3)
-    return Cut(made, h_NF, symmetric, odd)
+    constant = torch.allclose(sums_NF, sums_NF[:1].expand_as(sums_NF), rtol=1e-3, atol=1e-3)
+    return Cut(made, h_NF, symmetric, odd=constant and len(sums_NF) > 1)
 
 
 def _thirds(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
