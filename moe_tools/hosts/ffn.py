@@ -130,6 +130,17 @@ class GraftedFFN(nn.Module, ABC):
         return self._part(self.layout.down)
 
     @property
+    def weight(self) -> Tensor:
+        """The weight of the linear whose place this module has: some hosts look at its dtype.
+
+        Raises:
+            AttributeError: it has the place of a whole FFN.
+        """
+        if self.layout.slot not in self._names:
+            raise AttributeError(f"{self.name} is no linear: it has no weight")
+        return self._part(self.layout.slot).get_parameter("weight")
+
+    @property
     def found(self) -> FFN:
         """This module as an FFN; its parts are looked up when they are used, adapters included."""
         return FFN(self.name, self, inside(self.layout))

@@ -84,7 +84,8 @@ def _find(twin: nn.Module) -> Found:
     vocabulary = int(config.get_text_config(decoder=True).vocab_size)
     ids_BT = torch.arange(2 * 12).view(2, 12) * 7 % (vocabulary - 4) + 3
     try:
-        return find_layouts(twin, model_inputs(twin, ids_BT))
+        with torch.enable_grad():
+            return find_layouts(twin, model_inputs(twin, ids_BT))
     except Exception as error:  # a foreign model fails in its own ways
         _log.info("%s: no graph to look at: %s", type(twin).__name__, error)
         return Found()
