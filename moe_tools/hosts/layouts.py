@@ -82,7 +82,9 @@ LAYOUTS: dict[str, Layout] = {
     "HostExpert": _FUSED,
     "InterleavedExpert": replace(_FUSED, interleaved=True),
     "SeparateExpert": replace(_GATED, act="activation_fn"),
-    "UngatedExpert": Layout(up="up_proj", act="activation_fn", down="down_proj"),
+    "UngatedExpert": Layout(
+        up="up_proj", act="activation_fn", down="down_proj", act_key="mlp_hidden_act"
+    ),
     "GPT2MLP": Layout(
         up="c_fc",
         act="act",
@@ -113,7 +115,8 @@ ALSO_ACTIVATED = {"BertPredictionHeadTransform": "transform_act_fn"}
 
 FAMILIES = (
     "llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3 (text), phi3, gpt2, gpt_neox, opt, "
-    "bert, roberta, t5, mixtral, qwen2_moe, qwen3_moe, olmoe"
+    "bert, roberta, t5, gpt_oss, nemotron_h, beam, inkling (text), llama4 (text), longcat_flash, "
+    "mixtral, qwen2_moe, qwen3_moe, olmoe"
 )
 
 

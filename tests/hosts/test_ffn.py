@@ -23,7 +23,7 @@ from moe_tools.hosts.layouts import host_names
 from moe_tools.measure.flops import forward_flops
 from moe_tools.recipe import Train
 from moe_tools.training.checks import check_train
-from tests.families import FAMILIES, MOE, NEURONS, build, logits
+from tests.families import FAMILIES, FUSED, MOE, NEURONS, build, logits
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 REVERSED = torch.arange(NEURONS).flip(0)
@@ -194,7 +194,7 @@ def test_a_renamed_part_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         find_ffns(model)
 
 
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("family", [*MOE, *FUSED])
 def test_finding_takes_nothing_apart(family: str) -> None:
     """The experts that are found are views of what the host keeps fused; so are their gradients'
     flags. A check that changed the model would be no check."""
