@@ -183,6 +183,8 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(
         OlmoeForCausalLM, OlmoeConfig, _GROUPED | _MOE | {"eos_token_id": 2}, stock=_EAGER
     ),
+}
+FUSED: dict[str, Family] = {
     # transposed, gate and up rows alternate, biases, limits and an offset
     "gpt_oss": Family(
         GptOssForCausalLM,
@@ -213,24 +215,24 @@ FAMILIES: dict[str, Family] = {
     # experts that hand their tokens through
     "longcat": Family(LongcatFlashForCausalLM, LongcatFlashConfig, _LONGCAT, stock=_EAGER),
 }
+"""Families with other experts than the rest, each in its own way; their hosts are unusual, too."""
+TABLE = FAMILIES | FUSED
+"""What the exactness table runs over."""
 MOE = [name for name, family in FAMILIES.items() if family.stock]
-"""Families with experts of their own, the stock class running them one by one."""
-PLAIN_MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
-"""Those whose experts our MoE kernels compute, and can be given another activation."""
+"""Families with experts of their own, the stock class running them one by one. Our MoE kernels
+compute these, and they can be given another activation."""
 UNFLAGGED = ("llama4", "longcat")
 """Families whose experts transformers can run in one way alone."""
 ROUNDED = ("gpt_oss", "inkling")
 """Families that add biases, or sum the experts' outputs, in an operation of their own: what we
 compute in one is rounded once instead of twice."""
-OWN_GATE = ("gpt_oss", "beam")
-"""Families whose experts join gate and up rows in a way of their own."""
-UNGATED = ("gpt2", "opt", "gpt_neox", "bert", "roberta", "t5-relu", "nemotron_h")
+UNGATED = ("gpt2", "opt", "gpt_neox", "bert", "roberta", "t5-relu")
 """Families whose FFNs have no gate."""
 
 
 def build(name: str, *, dropout: float = 0.0, **config: Any) -> PreTrainedModel:
     """A dense model in eval mode with noise on every parameter: no bias stays zero."""
-    family = FAMILIES[name]
+    family = TABLE[name]
     settings = family.config(**family.sizes | config)
     for key, value in settings.to_dict().items():
         if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
@@ -269,7 +271,7 @@ def aligned(model: PreTrainedModel) -> PreTrainedModel:
 
 def stock(name: str, folder: Path) -> PreTrainedModel:
     """The folder, loaded by the stock class, as without moe-tools."""
-    family = FAMILIES[name]
+    family = TABLE[name]
     return aligned(load_stock(family.model, folder, **family.stock))
 
 

@@ -28,12 +28,13 @@ from moe_tools.steps.partition import random_partition
 from moe_tools.steps.split import split
 from tests.families import (
     EXPERTS,
-    FAMILIES,
+    FUSED,
     MOE,
     NEURONS,
     ROUNDED,
     SIZES,
     SPLIT,
+    TABLE,
     THRESHOLD,
     UNEVEN,
     UNFLAGGED,
@@ -56,8 +57,8 @@ from tests.families import (
 )
 
 SOFT = replace(THRESHOLD, mode="soft")
-every_family = pytest.mark.parametrize("family", FAMILIES)
-WITHOUT_BIASES = [name for name in MOE if name != "gpt_oss"]
+every_family = pytest.mark.parametrize("family", TABLE)
+WITHOUT_BIASES = [name for name in (*MOE, *FUSED) if name != "gpt_oss"]
 
 
 def backward(model: PreTrainedModel) -> None:
@@ -99,7 +100,7 @@ def test_all_experts_on_gives_the_dense_logits(family: str, size: int) -> None:
     assert same(family, logits(model), logits(donor))
 
 
-@pytest.mark.parametrize("family", [name for name in MOE if name not in UNFLAGGED])
+@pytest.mark.parametrize("family", [name for name in (*MOE, *FUSED) if name not in UNFLAGGED])
 def test_an_moe_host_stays_close_to_the_default_implementation(family: str) -> None:
     donor = build(family)
     model, _ = routed(donor)
@@ -375,7 +376,7 @@ def test_a_copy_is_independent(family: str) -> None:
 def test_bfloat16_is_as_exact_and_keeps_routers_in_float32(family: str, tmp_path: Path) -> None:
     save(build(family), tmp_path / "donor")
     donor = load(tmp_path / "donor", dtype=torch.bfloat16)
-    if FAMILIES[family].stock and family not in UNFLAGGED:
+    if TABLE[family].stock and family not in UNFLAGGED:
         donor.set_experts_implementation("eager")
     model, _ = routed(donor)
     expected = {key: tensor.dtype for key, tensor in host_tensors(donor).items()}

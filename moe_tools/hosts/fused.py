@@ -64,11 +64,12 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
             whatever is done to the other FFNs, and nobody would see it.
     """
     found = {}
+    counts = _expert_counts(model)
     for path, module in model.named_modules():
         if is_fused(module):
             found[path] = module
         else:
-            _check_no_experts(path, module)
+            _check_no_experts(path, module, counts)
     return found
 
 
@@ -170,14 +171,27 @@ def _matrices(module: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _check_no_experts(path: str, module: nn.Module) -> None:
+def _expert_counts(model: nn.Module) -> set[int]:
+    """Numbers of experts that a host's config names, whatever it calls them."""
+    config: Any = getattr(model, "config", None)
+    named = {} if config is None else config.get_text_config().to_dict()
+    numbers = {key: value for key, value in named.items() if isinstance(value, int) and value > 1}
+    return {value for key, value in numbers.items() if "expert" in key and "per_tok" not in key}
+
+
+def _check_no_experts(path: str, module: nn.Module, counts: set[int]) -> None:
+    """Refuses parameters that look like experts: by their module's name, or by their number.
+
+    Three dimensions alone say nothing: a host may keep a matrix for each head of its attention.
+    """
     if isinstance(module, NOT_EXPERTS) or type(module).__module__.startswith("moe_tools."):
         return
-    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    three = [name for name, shape in own.items() if len(shape) == 3 and min(shape) > 1]
-    two = [name for name, shape in own.items() if len(shape) == 2]
+    own = [tuple(p.shape) for p in module.parameters(recurse=False)]
+    three = [shape for shape in own if len(shape) == 3 and min(shape) > 1]
+    two = [shape for shape in own if len(shape) == 2]
+    counted = [shape for shape in three if shape[0] in counts]
     named = "expert" in f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
-    if len(three) > 1 or (named and (three or len(two) > 2)):
+    if len(counted) > 1 or (named and (three or len(two) > 2)):
         raise _refusal(path, module, "moe-tools does not know how they are used")
 
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.own_gate import OwnGate
 
 Baseline = Literal["teal", "cats"]
 SAMPLE = 65536
@@ -55,7 +56,8 @@ def thresholded(
         calibration_BT: token blocks for the thresholds.
 
     Raises:
-        ValueError: a routed model, an unknown family, or a sparsity outside [0, 1).
+        ValueError: a routed model, an unknown family, a sparsity outside [0, 1), or a gate of the
+            host's own, which cats does not know.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity is {sparsity}, but must be in [0, 1)")
@@ -84,6 +86,10 @@ def _sites(ffns: list[FFN], kind: Baseline) -> list[Site]:
                 if matrix is not None:
                     size = matrix.get_parameter("weight").numel()
                     found[id(matrix)] = Site(matrix, True, size, [])
+        elif isinstance(parts.act, OwnGate) or ffn.layout.act is None:
+            raise ValueError(
+                f"{ffn.name}: cats needs |act(gate)|, which is no module of its host: take teal"
+            )
         else:
             read = weights.down_FD.numel() * (1 if weights.gate_FD is None else 2)
             found[id(parts.act)] = Site(parts.act, False, read, [])

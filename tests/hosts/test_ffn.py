@@ -22,7 +22,7 @@ from moe_tools.hosts.shapes import LAYOUTS
 from moe_tools.measure.flops import forward_flops
 from moe_tools.recipe import Train
 from moe_tools.training.checks import check_train
-from tests.families import FAMILIES, MOE, NEURONS, build, logits
+from tests.families import FAMILIES, FUSED, MOE, NEURONS, build, logits
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 REVERSED = torch.arange(NEURONS).flip(0)
@@ -182,7 +182,7 @@ def test_a_renamed_part_of_a_row_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         find_ffns(build("llama"))
 
 
-@pytest.mark.parametrize("family", MOE)
+@pytest.mark.parametrize("family", [*MOE, *FUSED])
 def test_finding_takes_nothing_apart(family: str) -> None:
     """The experts that are found are views of what the host keeps fused; so are their gradients'
     flags. A check that changed the model would be no check."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import DbrxConfig, DbrxForCausalLM, JetMoeConfig, JetMoeForCausalLM, MixtralConfig
 
 from moe_tools.hosts.ffn import find_ffns, host_state_dict, permute_neurons
 from moe_tools.hosts.moe_host import HostExperts, unfuse_experts
@@ -210,7 +212,7 @@ class OddExperts(nn.Module):
 
 
 class Mixed(nn.Module):
-    """No word of experts, two tensors of three dimensions."""
+    """No word of experts, two tensors of as many parts as the config has experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,13 +223,45 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("kind", [OddExperts, Mixed])
 def test_experts_that_nobody_knows_are_an_error(kind: type[nn.Module]) -> None:
     model = nn.ModuleDict({"layer": kind()})
+    model.config = MixtralConfig(num_local_experts=EXPERTS)
     with pytest.raises(ValueError, match=rf"^layer: experts of class {kind.__name__} cannot"):
         find_ffns(model)
 
 
-def test_a_convolution_is_no_expert() -> None:
+JETMOE = JetMoeConfig(
+    vocab_size=8, hidden_size=8, num_hidden_layers=1, num_key_value_heads=1, kv_channels=8
+)
+DBRX = DbrxConfig(
+    d_model=16,
+    n_heads=2,
+    n_layers=1,
+    vocab_size=8,
+    ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4},
+    attn_config={"kv_n_heads": 1, "rope_theta": 10000.0},
+)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda: JetMoeForCausalLM(JETMOE), id="JetMoeParallelExperts"),
+        pytest.param(lambda: DbrxForCausalLM(DBRX), id="DbrxExpertGLU"),
+    ],
+)
+def test_experts_that_cannot_be_taken_apart_are_named(
+    build: Callable[[], nn.Module], request: pytest.FixtureRequest
+) -> None:
+    name = request.node.callspec.id
+    with pytest.raises(ValueError, match=rf"experts of class {name} cannot be taken apart: moe-to"):
+        find_ffns(build())
+
+
+@pytest.mark.parametrize("kind", [Mixed, lambda: nn.Conv1d(EXPERTS, 4, 3)])
+def test_a_matrix_for_each_head_is_no_expert(kind: Callable[[], nn.Module]) -> None:
+    model = nn.ModuleDict({"layer": kind()})
+    model.config = MixtralConfig(num_local_experts=EXPERTS + 1)
     with pytest.raises(ValueError, match="has no FFN that moe-tools knows"):
-        find_ffns(nn.Sequential(nn.Conv1d(4, 4, 3)))
+        find_ffns(model)
 
 
 class WrongLimits(nn.Module):
