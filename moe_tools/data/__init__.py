@@ -7,7 +7,7 @@
     labelled_blocks(batches, length)      blocks_BT: the rows of such batches end to end
     fingerprint(blocks_BT)                shows that two runs saw the same tokens
 
-A source is "docs" (docstrings of installed packages: no download), a .txt, .md, .jsonl or .parquet
+A source is "docs" (docstrings of pinned wheels, fetched once), a .txt, .md, .jsonl or .parquet
 file, a folder of them, "hub:NAME[:CONFIG]" or "owner/name". The same source, split, seed, length
 and tokenizer give the same tensor on every run, and a larger budget of tokens only appends rows.
 """

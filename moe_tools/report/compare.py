@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.loading import is_classifier, is_classifier_source, load, load_tokenizer
-from moe_tools.data import token_count
+from moe_tools.data import fingerprint, token_count
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
@@ -126,14 +126,15 @@ class Bench:
         """Returns donors first, then each model that was asked for, after its control."""
         known = {entry.name: entry for entry in reversed(self.entries)}
         donors = self._donors(known, donor)
-        made = {one.name: row(one, "donor", self.setup) for one in donors.values() if one}
+        same = (self.setup, fingerprint(self.text))
+        made = {one.name: row(one, "donor", *same) for one in donors.values() if one}
         for entry in self.entries:
             own, control = donors.get(donor or entry.donor), None
             if entry.control is not None:
                 control = self._known(known, entry.control)
-                beside = row(control, "control", self.setup, donor=own)
+                beside = row(control, "control", *same, donor=own)
                 made.setdefault(control.name, beside)
-            line = row(entry, "model", self.setup, donor=own, control=control)
+            line = row(entry, "model", *same, donor=own, control=control)
             made.setdefault(entry.name, line)
         return list(made.values())
 

@@ -50,12 +50,13 @@ def row(
     entry: Entry,
     role: Role,
     setup: Setup,
+    text: str,
     *,
     donor: Entry | None = None,
     control: Entry | None = None,
 ) -> Row:
-    """Makes a line of the table, relative to a donor and a control."""
-    seen = entry.evaluation
+    """Makes a line of the table, relative to a donor and a control; `text` is a fingerprint."""
+    seen, run = entry.evaluation, _run(entry.folder)
     return Row(
         model=entry.title,
         role=role,
@@ -72,8 +73,10 @@ def row(
         router_flops=seen.flops.router,
         total_flops=seen.flops.total,
         total_dense_flops=seen.flops.total_dense,
-        train_tokens=_train_tokens(entry.folder),
+        train_tokens=run.get("train_tokens"),
         tokens=seen.tokens,
+        text=text,
+        run_text=run.get("text", ""),
         seconds=seen.seconds,
         data=setup.data,
         block_length=setup.block_length,
@@ -103,11 +106,12 @@ def _prediction(seen: Evaluation) -> dict[str, Any]:
     return {"recall": overall.recall, "precision": overall.precision, "layer_prediction": each}
 
 
-def _train_tokens(folder: str) -> int | None:
-    """Returns how many tokens the run that wrote a folder trained on, if it says so."""
+def _run(folder: str) -> dict[str, Any]:
+    """Returns what the run that wrote a folder says of its training; nothing if none did."""
     try:
         metrics = json.loads((Path(folder) / METRICS).read_text())
     except (OSError, ValueError):
-        return None
-    tokens = metrics.get("train_tokens") if isinstance(metrics, dict) else None
-    return tokens if isinstance(tokens, int) else None
+        return {}
+    kinds = {"train_tokens": int, "text": str}
+    known = metrics if isinstance(metrics, dict) else {}
+    return {key: known[key] for key, kind in kinds.items() if isinstance(known.get(key), kind)}

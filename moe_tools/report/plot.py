@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from moe_tools.report.report import Row
+from moe_tools.report.report import Row, check_one_text
 
 
 def plot(rows: Sequence[Row], file: str | Path) -> None:
@@ -18,8 +18,9 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
     The better points lie to the left, those of a low perplexity or a high accuracy.
 
     Raises:
-        ValueError: no row to draw.
+        ValueError: no row to draw, or rows of two texts.
     """
+    check_one_text(rows)
     points: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row.role == "model":

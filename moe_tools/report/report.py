@@ -64,6 +64,10 @@ class Row:
     """FFN name -> its recall, precision and predicted sparsity, and the counts behind them."""
     tasks: dict[str, float] = field(default_factory=dict)
     """"task metric" of lm-evaluation-harness -> figure."""
+    text: str = ""
+    """Fingerprint of the tokens of this evaluation: rows of two do not compare. "": not known."""
+    run_text: str = ""
+    """Fingerprint of the training text of the run that made the model; "": of none, or unknown."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
@@ -96,12 +100,28 @@ SHARES: dict[str, Share] = {
 """Heading -> a figure with a column of its own where any row has it."""
 
 
+def check_one_text(rows: Iterable[Row]) -> None:
+    """Checks that all rows were measured on the same tokens.
+
+    Raises:
+        ValueError: two were not, or of one it is not known.
+    """
+    first, *others = rows
+    for row in others:
+        if row.text != first.text:
+            raise ValueError(
+                f"{first.model} was measured on the text {first.text or '(unknown)'}, {row.model} "
+                f"on {row.text or '(unknown)'}: they do not compare, measure both in one call"
+            )
+
+
 def to_json(rows: Sequence[Row]) -> str:
     """Writes a JSON list with one object for each row.
 
     Raises:
-        ValueError: a number that JSON does not have (NaN, infinity).
+        ValueError: rows of two texts, or a number that JSON does not have (NaN, infinity).
     """
+    check_one_text(rows)
     return json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
 
 
@@ -109,7 +129,7 @@ def read_json(file: Path) -> list[Row]:
     """Reads the rows that `to_json` wrote to a file.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, or rows of two texts.
     """
     known = {entry.name for entry in fields(Row)}
     try:
@@ -119,14 +139,19 @@ def read_json(file: Path) -> list[Row]:
         raise ValueError(f"{file} holds no rows of `evaluate --json`: {error}") from error
     if not rows:
         raise ValueError(f"{file} holds no row: write it with `evaluate --sweep --json`")
+    check_one_text(rows)
     return rows
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Makes a table of the rows; its caption names the text, the dtype and the device.
+    """Makes a table of the rows; its caption names the texts, the dtype and the device.
 
     What few models have (`SHARES`, tasks) has a column only where one of them has it.
+
+    Raises:
+        ValueError: rows of two texts.
     """
+    check_one_text(rows)
     first = rows[0]
     tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
     shares = {
@@ -139,7 +164,7 @@ def table(rows: Sequence[Row]) -> Table:
         collapse_padding=True,
         caption_justify="left",
         caption=f"{_text(first)}, {first.dtype} on {first.device}; FFN includes the router; "
-        "x: share of dense",
+        f"x: share of dense{_run_texts(rows)}",
     )
     made.add_column("model", overflow="fold")
     for heading in (
@@ -206,7 +231,8 @@ def _short(mega: float) -> str:
 
 def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
     """Writes the figures of a grid (`moe_tools.runs.grid.Cell`), a line each."""
-    made = Table(box=box.SIMPLE)
+    caption = "held-out text {text}; fitted to text {run_text}".format(**cells[0])
+    made = Table(box=box.SIMPLE, caption=caption, caption_justify="left")
     for heading in ("split", "router"):
         made.add_column(heading)
     for heading in ("target", "sparsity", "perplexity", "FFN FLOPs", "recall", "captured"):
@@ -226,6 +252,13 @@ def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
 
 
 def _text(row: Row) -> str:
+    which = f" (text {row.text})" if row.text else ""
     if row.accuracy is None:
-        return f"{row.tokens} tokens of held-out {row.data}, blocks of {row.block_length}"
-    return f"{row.tokens} held-out texts of {row.data}, cut at {row.block_length} tokens"
+        return f"{row.tokens} tokens of held-out {row.data}{which}, blocks of {row.block_length}"
+    return f"{row.tokens} held-out texts of {row.data}{which}, cut at {row.block_length} tokens"
+
+
+def _run_texts(rows: Iterable[Row]) -> str:
+    """The training texts behind the models; runs of unequal length have different ones."""
+    texts = dict.fromkeys(row.run_text for row in rows if row.run_text)
+    return f"; made on training text {', '.join(texts)}" if texts else ""

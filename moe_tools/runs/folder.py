@@ -1,7 +1,7 @@
 """The folder of a run: what is in it, whose it is, and how nothing in it is ever half written.
 
 OUTPUT/                 the converted model: a plain Hugging Face folder
-    recipe.yaml         what was run, every default spelled out
+    recipe.yaml         what was run, every default spelled out, and a fingerprint of the text
     metrics.json        what came of it; written last, so its presence means "complete"
     control/            the dense control, a run folder of its own (on request)
     logs/               what TensorBoard shows (on request)
@@ -27,6 +27,9 @@ from moe_tools.checkpoint.card import write_card
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
 from moe_tools.recipe import Recipe, read_recipe
 
+TEXT = "# text: "
+"""Begins the first line of `recipe.yaml`; behind it stands the fingerprint."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -39,7 +42,7 @@ class RunFolder:
 
     @property
     def identity(self) -> str:
-        """What `recipe.yaml` holds: two runs of one identity write the same weights."""
+        """What `recipe.yaml` holds: two runs of it on one text write the same weights."""
         return f"# donor: {self.source}\n# dtype: {self.dtype}\n{self.recipe.to_yaml()}"
 
     @property
@@ -55,33 +58,47 @@ class RunFolder:
         """Where TensorBoard finds a train step: it outlives the step's folder."""
         return self.output / LOGS / self.step(index).name
 
-    def claim(self, check: Callable[[], None]) -> bool:
+    def claim(self, check: Callable[[], None], fingerprint: Callable[[], str]) -> bool:
         """Takes the folder for this run; False when the run is complete already.
 
-        `check` runs before the first file of a new run is written, and may raise.
+        `check` runs before the first file of a new run is written, and may raise. `fingerprint`
+        names the text as it is now.
 
         Raises:
-            ValueError: the folder holds something else.
+            ValueError: the folder holds something else, or was begun on another text.
         """
         marker = self.output / RECIPE
         if marker.is_file():
-            if marker.read_text() != self.identity:
+            began, identity = self.read_marker()
+            if identity != self.identity:
                 raise ValueError(
                     f"{self.output} holds another run (see {marker}): choose another --output, or "
                     "repeat that run's options to resume it"
+                )
+            now = fingerprint()
+            if began != now:
+                raise ValueError(
+                    f"{self.output} was begun on the text {began or '(unknown)'}, and the same "
+                    f"source is {now} now: one run has one text, choose another --output"
                 )
             return not (self.output / METRICS).is_file()
         if self.output.exists() and not _is_free(self.output):
             raise ValueError(f"{self.output} exists and is not empty: choose another --output")
         check()
         with new_file(marker) as partial:
-            partial.write_text(self.identity)
+            partial.write_text(f"{TEXT}{fingerprint()}\n{self.identity}")
         return True
+
+    def read_marker(self) -> tuple[str, str]:
+        """The fingerprint of the text that the run began on, and its identity."""
+        whole = (self.output / RECIPE).read_text()
+        first, _, rest = whole.partition("\n")
+        return (first.removeprefix(TEXT), rest) if first.startswith(TEXT) else ("", whole)
 
     def adopt(self, output: Path) -> None:
         """Links the steps that another run did already: same donor and text, same steps so far."""
         other = RunFolder(output, read_recipe(output / RECIPE), self.source, self.dtype)
-        if (output / RECIPE).read_text() != other.identity or not _same_text(self, other):
+        if other.read_marker()[1] != other.identity or not _same_text(self, other):
             return
         pairs = zip(self.recipe.steps, other.recipe.steps, strict=False)
         for index, (mine, theirs) in enumerate(pairs):
@@ -103,6 +120,7 @@ class RunFolder:
             "recipe": self.recipe.name,
             "donor": self.source,
             "train_tokens": sum(step.get("trained_tokens", 0) for step in steps),
+            "text": self.read_marker()[0],
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "steps": steps,
         }

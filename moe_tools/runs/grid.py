@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import load, load_tokenizer
-from moe_tools.data import blocks
+from moe_tools.data import blocks, fingerprint
+from moe_tools.data.packing import blocks_for
 from moe_tools.experts.conversion import conversion_so_far
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.measure.baselines import Baseline, thresholded
@@ -103,13 +104,17 @@ class Cell:
     """At half of the experts, mean over the FFNs; see `moe_tools.steps.fit.judge`."""
     captured: float | None = None
     """Share of all output norms that the chosen half has; as recall, on calibration text."""
+    text: str = ""
+    """Fingerprint of the held-out tokens."""
+    run_text: str = ""
+    """Fingerprint of the tokens that routers were fitted to."""
 
 
 def explore(grid: Grid, output: Path) -> list[Cell]:
     """Measures every combination that the file `output` does not have yet; returns all of them.
 
     Raises:
-        ValueError: an unknown word, or a file that holds another grid.
+        ValueError: an unknown word, or a file that holds another grid or figures of another text.
     """
     steps = {word: split_step(word, grid) for word in grid.splits}
     for router in grid.routers:
@@ -119,10 +124,13 @@ def explore(grid: Grid, output: Path) -> list[Cell]:
             raise ValueError(f"target sparsity is {target}, but must be strictly between 0 and 1")
     wanted: list[Key] = [DENSE, *itertools.product(("-",), grid.baselines, grid.sparsities)]
     wanted += itertools.product(grid.splits, grid.routers, grid.sparsities)
-    done = _read(output, grid)
     bench = _Bench(grid)
-    for key, cell in bench.cells(steps, [key for key in wanted if key not in done]):
-        done[key] = cell
+    texts = bench.texts
+    done = _read(output, grid)
+    for kept in done.values():
+        _check_texts(kept, texts, output)
+    for key, measured in bench.cells(steps, [key for key in wanted if key not in done]):
+        done[key] = cell = replace(measured, text=texts["text"], run_text=texts["run_text"])
         with output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(cell)) + "\n")
         logger.info("%s, %s at %g: perplexity %.2f", *key, cell.perplexity)
@@ -154,6 +162,18 @@ def _read(output: Path, grid: Grid) -> dict[Key, Cell]:
         raise ValueError(f"{output} holds another grid: choose another --output, or its options")
     cells = [Cell(**json.loads(line)) for line in lines if line.endswith("}")]  # not a cut one
     return {(cell.split, cell.router, cell.target): cell for cell in cells}
+
+
+def _check_texts(kept: Cell, texts: dict[str, str], output: Path) -> None:
+    """Refuses a figure of another text."""
+    for name, now in texts.items():
+        was = asdict(kept)[name]
+        if was != now:
+            part = {"text": "held-out", "run_text": "training"}[name]
+            raise ValueError(
+                f"{output} holds figures of the {part} text {was or '(unknown)'}, and the same "
+                f"source is {now} now: they do not compare, choose another --output"
+            )
 
 
 class _Bench:
@@ -228,19 +248,29 @@ class _Bench:
         return load(self.grid.model, dtype=self.grid.dtype, device=self.grid.device)
 
     @cached_property
+    def texts(self) -> dict[str, str]:
+        """What all cells were measured on and fitted to."""
+        return {"text": fingerprint(self.held_BT), "run_text": fingerprint(self.longest_BT)}
+
+    @cached_property
     def held_BT(self) -> Tensor:
         """What is measured on."""
         return self._blocks("heldout", self.grid.tokens)
 
-    @cached_property
+    @property
     def train_BT(self) -> Tensor:
         """What routers are fitted to."""
-        return self._blocks("train", self.grid.fit.tokens)
+        return self.longest_BT[: blocks_for(self.grid.fit.tokens, self.grid.block_length)]
 
-    @cached_property
+    @property
     def calibration_BT(self) -> Tensor:
         """What splits see and budgets are set on."""
-        return self._blocks("train", self.grid.calibration)
+        return self.longest_BT[: blocks_for(self.grid.calibration, self.grid.block_length)]
+
+    @cached_property
+    def longest_BT(self) -> Tensor:
+        """Both begin alike, and this is the longer one."""
+        return self._blocks("train", max(self.grid.fit.tokens, self.grid.calibration))
 
     def _blocks(self, part: Literal["train", "heldout"], tokens: int) -> Tensor:
         grid = self.grid

@@ -76,7 +76,7 @@ def run(
     dense = control_recipe(recipe) if control else None  # one that there is not is said first
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
     work = _Run(folder, launch or Launch(device), stream)
-    unfinished = processes.on_first(lambda: folder.claim(work.check))
+    unfinished = processes.on_first(lambda: folder.claim(work.check, work.fingerprint))
     if unfinished:
         if like is not None:
             processes.on_first(lambda: folder.adopt(like))
@@ -146,6 +146,10 @@ class _Run:
         _ = self.streamed
         self._rehearse()
         self.text.check()
+
+    def fingerprint(self) -> str:
+        """Names the text as it is now."""
+        return self.text.fingerprint
 
     def _rehearse(self) -> None:
         """Every step's own checks; without the donor's weights, where it can be built without."""

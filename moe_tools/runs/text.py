@@ -14,7 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.atomic import new_file
-from moe_tools.data import Batch, Text, blocks, generate_blocks, labelled_batches, labelled_blocks
+from moe_tools.data import (
+    Batch,
+    Text,
+    blocks,
+    fingerprint,
+    generate_blocks,
+    labelled_batches,
+    labelled_blocks,
+)
 from moe_tools.recipe import Recipe, Train
 
 SAMPLES = "samples.safetensors"
@@ -49,6 +57,16 @@ class RunText:
         """Makes what is kept in a file, so that several processes then read the same."""
         if self.recipe.data == "self":
             _ = self.train_blocks
+
+    @property
+    def fingerprint(self) -> str:
+        """Shows that a resumed run goes on with the text it began with.
+
+        `self` for the donor's own samples: they are kept in the run's folder, and made there late.
+        """
+        if self.recipe.data == "self":
+            return "self"
+        return fingerprint(self.labelled if self.recipe.task == "classify" else self.train_blocks)
 
     @cached_property
     def train_blocks(self) -> Tensor:

@@ -119,6 +119,9 @@ def test_figures_and_recipe_come_into_the_card(folder: Path) -> None:
     assert "| dense control, trained on the same tokens |" in text
     assert text.count("| converted |") == 1
     assert "1,000 held-out tokens of `docs`, blocks of 32, float32 on cpu" in text
+    assert "on cpu." in text
+    write_figures(folder, [row("model", text="aa11")])
+    assert "float32 on cpu; text aa11." in read(folder).text
     assert "Trained on 4,096 tokens" in text and "name: mine" in text and "secret" not in text
     assert "moe-tools convert --recipe recipe.yaml --model someone/tiny --output DIR" in text
     assert load(folder).config.moe_tools["donor"] == "someone/tiny"

@@ -12,7 +12,7 @@ from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
 from moe_tools.experts.conversion import Conversion
 from tests.families import EXPERT_SIZE, build, randomize, routed
-from tests.tiny import Run, build_tokenizer, write_passages
+from tests.tiny import Run, build_tokenizer, passages, write_passages
 
 SELECTOR = {"kind": "threshold", "tau": 0.5}
 
@@ -33,6 +33,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place, tokens in (("out", 1000), ("out/control", 1200)):
         (folder / place / "metrics.json").write_text(json.dumps({"train_tokens": tokens}))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source `docs` of few words, for verbs that are told no other: no wheel is fetched."""
+    text = {"train": passages(2000), "heldout": passages(3000)[2000:]}
+    monkeypatch.setattr("moe_tools.data.sources.docs", text.__getitem__)
 
 
 @pytest.fixture

@@ -95,6 +95,24 @@ def test_another_text_adopts_nothing(run: Run, work: Path, recipes: list[str]) -
     assert code == 2 and "holds another run" in err
 
 
+def test_runs_of_a_text_that_moved_are_not_mixed_in(
+    run: Run, work: Path, recipes: list[str]
+) -> None:
+    (work / "moving.txt").write_text((work / "text.txt").read_text())
+    words = ("compare", recipes[0], *COMPARE, "--data", "moving.txt", "--output", "moved")
+    code, out, _ = run(*words, "--target-sparsity", "0.2")
+    assert code == 0
+    kept = json.loads((work / "moved" / "trained-0.2" / "metrics.json").read_text())["text"]
+    rows = json.loads((work / "moved" / "table.json").read_text())
+    assert (rows[0]["run_text"], rows[2]["run_text"]) == ("", kept) and kept in out
+    assert len({row["text"] for row in rows}) == 1 and rows[0]["text"] in out
+    (work / "moving.txt").write_text("w1 w2 w3. " + (work / "text.txt").read_text())
+    code, _, err = run(*words, "--target-sparsity", "0.2", "0.4")
+    assert code == 2
+    assert f"trained-0.2 was begun on the text {kept}, and the same source is" in err
+    assert not (work / "moved" / "trained-0.4").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

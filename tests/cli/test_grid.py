@@ -66,6 +66,21 @@ def test_mistakes(run: Run, work: Path, words: list[str], message: str) -> None:
     assert not (work / "wrong.jsonl").exists()
 
 
+@pytest.mark.parametrize("part", ["text", "run_text"])
+def test_figures_of_another_text_are_not_mixed_in(run: Run, work: Path, part: str) -> None:
+    words = ("--output", f"{part}.jsonl", "--splits", "random", "--routers", "oracle")
+    cells = grid(run, *words, "--target-sparsity", "0.5")
+    assert len({(cell["text"], cell["run_text"]) for cell in cells}) == 1
+    file = work / f"{part}.jsonl"
+    file.write_text(file.read_text().replace(cells[0][part], "0" * 16))
+    before = file.read_text()
+    code, _, err = run("grid", *GRID, *words, "--target-sparsity", "0.5", "0.75")
+    name = {"text": "held-out", "run_text": "training"}[part]
+    said = err.splitlines()[-1]  # the line before says that the text is short
+    assert code == 2 and f"{part}.jsonl holds figures of the {name} text {'0' * 16}, and" in said
+    assert file.read_text() == before
+
+
 def test_another_grid_is_not_mixed_in(run: Run, work: Path) -> None:
     words = ("--output", "mine.jsonl", "--splits", "random", "--routers", "oracle")
     grid(run, *words, "--target-sparsity", "0.5")

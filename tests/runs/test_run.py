@@ -554,6 +554,25 @@ def test_another_run_is_not_mixed_in(
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("began", ["# text: 0000000000000000\n", ""])
+def test_a_run_on_a_text_that_moved_is_not_resumed(
+    complete: bool, began: str, done: Path, recipe: Recipe, work: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    first, rest = (out / "recipe.yaml").read_text().split("\n", 1)
+    assert first == f"# text: {metrics(done)['text']}"
+    (out / "recipe.yaml").write_text(began + rest)
+    if not complete:
+        (out / "metrics.json").unlink()
+    before = snapshot(out)
+    was = "0000000000000000" if began else r"\(unknown\)"
+    with pytest.raises(ValueError, match=rf"was begun on the text {was}, and the same source is"):
+        run(recipe, str(work / "donor"), out, **FP32)
+    assert snapshot(out) == before
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "config.json", "sub/deep.txt"])
 def test_a_folder_that_holds_something_else_is_left_alone(
     name: str, recipe: Recipe, work: Path, tmp_path: Path
