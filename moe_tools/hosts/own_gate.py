@@ -45,10 +45,12 @@ class OwnGate(JointActivation):
 
 
 def _without_weights(fused: nn.Module) -> Any:
-    """A module of the same class and attributes, its children, and no parameter of its own."""
+    """A module of the same class, attributes and children, without parameters and hooks."""
     bare = type(fused).__new__(type(fused))
-    state = fused.__dict__ | {"_parameters": {}, "_modules": dict(fused._modules)}
-    bare.__dict__.update({name: value for name, value in state.items() if name not in HOOKED})
+    nn.Module.__init__(bare)
+    empty = {*bare.__dict__, *HOOKED}
+    bare.__dict__.update({name: of for name, of in fused.__dict__.items() if name not in empty})
+    bare._modules = dict(fused._modules)
     return bare
 
 
