@@ -21,7 +21,7 @@ from moe_tools.experts.conversion import (
     with_layouts,
     write_conversion,
 )
-from moe_tools.hosts.activation_key import activation_keys, read_key, write_key
+from moe_tools.hosts.activation_keys import activation_keys, read_key, write_key
 from moe_tools.hosts.activations import Activation, build_activation
 from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation, unfused_ffns
 from moe_tools.hosts.host_expert import OneExpert

@@ -14,9 +14,12 @@ Letters: T tokens, D model width, F neurons.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -31,6 +34,8 @@ from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.projections import COMPUTED, activation_of, hidden_TF
 from moe_tools.hosts.rows import rows_of, settle_rows, settled
 from moe_tools.hosts.shapes import part_of, widths
+
+_log = logging.getLogger(__name__)
 
 TOKENS = 8
 PROBE = 5.0
@@ -57,7 +62,42 @@ def settle(model: nn.Module) -> None:
         Holder(path, model.get_submodule(path), layout, seed)
         for seed, (path, layout) in enumerate(rows_of(model).items())
     ]
-    settle_rows(model, dict(_prove(model, holders)))
+    settle_rows(model, dict(_prove(model, _reached(model, holders))))
+
+
+def _reached(model: nn.Module, holders: Sequence[Holder]) -> list[Holder]:
+    """The holders that plain text reaches: what sees pictures beside a language model stays dense.
+
+    A few tokens do not reach every expert: of holders in the same place of their lists, one will
+    do. Where the model does not run on tokens alone, all that can be called alone stay.
+    """
+    called: set[str] = set()
+    with ExitStack() as stack:
+        for holder in holders:
+            linear = holder.part(holder.layout.up)
+            note = partial(_note, called, _place(holder.path))
+            _enter(stack, linear.register_forward_pre_hook(note))
+        try:
+            with evaluating(model):
+                model(**sample_inputs(model))
+        except Exception:  # it needs more than tokens
+            called |= {_place(holder.path) for holder in holders if holder.is_whole}
+    found = [holder for holder in holders if _place(holder.path) in called]
+    for holder in holders:
+        if holder not in found:
+            _log.info("%s stays dense: plain text does not reach it", holder.path)
+    if holders and not found:
+        raise ValueError(f"plain text reaches no FFN of {type(model).__name__}")
+    return found
+
+
+def _note(called: set[str], place: str, *_: Any) -> None:
+    called.add(place)
+
+
+def _place(path: str) -> str:
+    """A path without the numbers in it."""
+    return re.sub(r"\d+", "*", path)
 
 
 def _prove(model: nn.Module, holders: Sequence[Holder]) -> Iterator[tuple[str, Layout]]:
@@ -118,7 +158,7 @@ class Holder:
         if self.layout.masked:
             return "what stands between its linears is no activation that moe-tools knows"
         if self.h_TF is None:
-            return "plain text does not reach it"
+            return "it computes without calling its linears"
         expected_TF = hidden_TF(
             activation_of(self.layout, self.part), self.rows["up"], self.rows.get("gate")
         )
@@ -264,10 +304,12 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
     """A few tokens for a model, from the middle of its vocabulary: special ones are at its ends."""
     if isinstance(model, HasSample):
         return model.sample_inputs()
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary = int(embeddings.weight.shape[0])
+    config: Any = model.config
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
     ids = torch.arange(TOKENS) * max(1, vocabulary // (3 * TOKENS)) + vocabulary // 4
-    return model_inputs(model, (ids % vocabulary)[None].to(embeddings.weight.device))
+    rows = getattr(config.get_text_config(decoder=True), "num_codebooks", 1)  # sound: a row each
+    device = next(model.parameters()).device
+    return model_inputs(model, (ids % vocabulary).expand(rows, -1).to(device))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
+from moe_tools.hosts.fused import fused_experts
+from moe_tools.hosts.graph_rows import graph_rows, may_have_more
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.shapes import FORMAT_1, NO_FFN, fit
@@ -34,7 +36,19 @@ def rows_of(model: nn.Module) -> Rows:
     if isinstance(block, dict):
         written = block.get("layouts")
         return rows_by_shape(model, FORMAT_1) if written is None else read_rows(model, written)
-    return _SETTLED.get(model) or rows_by_shape(model)
+    return _SETTLED[model] if model in _SETTLED else found_rows(model)
+
+
+def found_rows(model: nn.Module) -> Rows:
+    """The holders of a dense model by shape, and where that may miss some, by graph as well.
+
+    Raises:
+        ValueError: as `fit`.
+    """
+    by_shape = rows_by_shape(model)
+    if not may_have_more(model, {*by_shape, *fused_experts(model)}):
+        return by_shape
+    return by_shape | graph_rows(model)
 
 
 def settled(model: nn.Module) -> bool:
@@ -77,8 +91,11 @@ def _walk(path: str, module: nn.Module, classes: Collection[str], rows: Rows, *,
 
 def _reads_text(module: nn.Module) -> bool:
     """False for a model inside another that takes pictures or sound: its FFNs stay dense."""
-    kind = getattr(module, "main_input_name", "input_ids")
-    return not isinstance(module, PreTrainedModel) or "input_ids" in kind or "embeds" in kind
+    if not isinstance(module, PreTrainedModel) or module.main_input_name == "input_ids":
+        return True
+    tokens = getattr(module.config, "vocab_size", 0)
+    tables = (each for each in module.modules() if isinstance(each, nn.Embedding))
+    return any(table.num_embeddings == tokens for table in tables)
 
 
 def _is_no_ffn(module: nn.Module) -> bool:

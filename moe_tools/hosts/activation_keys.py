@@ -18,8 +18,8 @@ from transformers.activations import ACT2FN
 
 from moe_tools.names import OURS
 
-TRIED = ("relu6", "tanh")
-"""Two names, as a config may have one of them already."""
+TRIED = ("relu6", "tanh", "relu", "silu")
+"""Names that a config is given in place of its own: some hosts have a table of few."""
 SOURCES = {"dense_act_fn": "feed_forward_proj"}
 """A key of T5's that reading a config computes anew -> what it is computed from: "relu" or
 "gated-gelu"."""
@@ -29,15 +29,24 @@ def activation_keys(model: nn.Module) -> dict[str, set[str]]:
     """Key of the config, dotted where it is in a part of it -> paths of the modules it names."""
     config: Any = model.config
     before = _classes(model, config)
-    found = {}
-    for key in _candidates(config):
-        tried = copy.deepcopy(config)
-        _write(tried, key, next(name for name in TRIED if name != read_key(config, key)))
-        after = _classes(model, tried)
-        changed = {path for path, name in before.items() if after.get(path) != name}
-        if changed:
-            found[key] = changed
-    return found
+    named = {key: _changed(model, config, key, before) for key in _candidates(config)}
+    return {key: changed for key, changed in named.items() if changed}
+
+
+def _changed(model: nn.Module, config: Any, key: str, before: dict[str, type]) -> set[str]:
+    """The modules whose class is another when a key names another activation."""
+    for name in TRIED:
+        if name != read_key(config, key):
+            tried = copy.deepcopy(config)
+            _write(tried, key, name)
+            try:
+                after = _classes(model, tried)
+            except Exception:  # a table of its own that lacks it, or a key of something else
+                continue
+            changed = {path for path, kind in before.items() if after.get(path) is not kind}
+            if changed:
+                return changed
+    return set()
 
 
 def read_key(config: Any, key: str) -> str:
@@ -79,12 +88,9 @@ def _write(config: Any, key: str, name: str) -> None:
 
 
 def _classes(model: nn.Module, config: Any) -> dict[str, type]:
-    """Path -> class of every module of a model like this one; none where it cannot be built."""
+    """Path -> class of every module of a model like this one."""
     plain = copy.deepcopy(config)
     plain.moe_tools = None
-    try:
-        with torch.device("meta"):
-            built = type(model)(plain)
-    except Exception:  # a key that takes other names than ACT2FN's
-        return {}
-    return {path: type(module) for path, module in built.named_modules()}
+    with torch.device("meta"):
+        built = type(model)(plain)
+    return {path: type(module) for path, module in built.named_modules(remove_duplicate=False)}

@@ -1,0 +1,1 @@
+"""Finds FFNs without names, from the autograd graph of a small model."""

@@ -1,0 +1,139 @@
+"""The FFNs that no shape fits, found in a shrunk twin of the model by its autograd graph.
+
+Letters: B blocks, T tokens of a block.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_tools.hosts.finder.find import Found, find_layouts
+from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.shapes import widths
+from moe_tools.hosts.twin import build_twin, shrink
+
+SMALL = 2_000_000
+"""Parameters up to which a model is its own twin."""
+NOISE = 0.1
+FFN_NAMES = re.compile("mlp|ffn|feed_?forward|expert", re.IGNORECASE)
+
+_log = logging.getLogger(__name__)
+_FOUND: WeakKeyDictionary[nn.Module, Found] = WeakKeyDictionary()
+
+
+def may_have_more(model: nn.Module, known: set[str]) -> bool:
+    """Whether a model may have FFNs beside the known holders.
+
+    It may where a layer has none although others of its list do, where there is none at all, and
+    where a module is called like one and has linears of its own.
+    """
+    if not known:
+        return True
+    covered = known | {above for path in known for above in _above(path)}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            layers = [f"{path}.{index}" for index in range(len(module))]
+            if any(layer in covered for layer in layers) and not covered.issuperset(layers):
+                return True
+        elif (
+            _is_called_ffn(path, module)
+            and path not in covered
+            and covered.isdisjoint(_above(path))
+        ):
+            return True
+    return False
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules that a module is in."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _is_called_ffn(path: str, module: nn.Module) -> bool:
+    named = FFN_NAMES.search(f"{path.rpartition('.')[2]} {type(module).__name__}")
+    return bool(named) and sum(widths(child) is not None for child in module.children()) > 1
+
+
+def graph_rows(model: nn.Module) -> dict[str, Layout]:
+    """Path of a holder -> its layout, for what the graph of a twin shows; empty without a twin.
+
+    A holder of the twin stands for every holder of its class in the same place of another layer.
+    """
+    found = _FOUND.get(model)
+    if found is None:
+        twin = _twin(model)
+        found = Found() if twin is None else _find(twin)
+        _FOUND[model] = _everywhere(model, twin, found) if twin is not None else found
+    return dict(_FOUND[model].rows)
+
+
+def _find(twin: nn.Module) -> Found:
+    config: Any = twin.config
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    ids_BT = torch.arange(2 * 12).view(2, 12) * 7 % (vocabulary - 4) + 3
+    try:
+        return find_layouts(twin, model_inputs(twin, ids_BT))
+    except Exception as error:  # a foreign model fails in its own ways
+        _log.info("%s: no graph to look at: %s", type(twin).__name__, error)
+        return Found()
+
+
+def _twin(model: nn.Module) -> nn.Module | None:
+    """The model itself where it is small, with noise; else a shrunk one of its class."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    parameters = list(model.parameters())
+    size = sum(parameter.numel() for parameter in parameters)
+    if size <= SMALL and not any(parameter.is_meta for parameter in parameters):
+        return _noisy(model)
+    # A part of a model (`moe_tools.checkpoint.parts`) has the stock class among its own.
+    stock = next((each for each in type(model).__mro__ if _is_stock(each)), type(model))
+    try:
+        return build_twin(stock, shrink(model.config))
+    except ValueError as error:
+        _log.info("%s", error)
+        return None
+
+
+def _is_stock(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.models.")
+
+
+def _noisy(model: PreTrainedModel) -> nn.Module:
+    twin = copy.deepcopy(model).float().eval().requires_grad_()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(NOISE * torch.randn(parameter.shape, generator=draw))
+    twin.config.use_cache = False
+    return twin
+
+
+def _everywhere(model: nn.Module, twin: nn.Module, found: Found) -> Found:
+    by_place = {
+        (_place(path), type(twin.get_submodule(path)).__name__): layout
+        for path, layout in found.rows.items()
+    }
+    rows = {}
+    for path, module in model.named_modules():
+        layout = by_place.get((_place(path), type(module).__name__))
+        if layout is not None:
+            rows[path] = layout
+    return Found(rows, found.refused)
+
+
+def _place(path: str) -> str:
+    """A path without the numbers in it."""
+    return re.sub(r"\d+", "*", path)
