@@ -32,7 +32,7 @@ CONVERSION = Conversion("donor", 8, "sigmoid", {"kind": "threshold", "tau": 0.5}
 NEAR = 1e-5
 """Largest difference of logits, relative to the largest logit, that is rounding in fp32."""
 NEW_TOKENS = 4
-ODD_WIDTHS = (20, 36, 24, 40)
+ODD_WIDTHS = (20, 36, 24, 40, 32)
 """Tried in this order: rotations and groups do not fit every one."""
 ODD_NEURONS = (45, 46)
 SWITCHES = ("mlp_bias", "use_bias", "attention_bias", "tie_word_embeddings")

@@ -179,7 +179,7 @@ def build_twin(
 ) -> PreTrainedModel:
     """Builds a random model: in eval mode, fp32, attention and experts in plain PyTorch, no cache.
 
-    Every parameter gets noise of 0.1 s.d. from `seed`: no bias is 0, no norm weight 1.
+    Every parameter that is saved gets noise of 0.1 s.d.: no bias is 0, no norm weight 1.
 
     Args:
         model_class: one of transformers, for language modelling or without a head.
@@ -198,11 +198,17 @@ def build_twin(
             model = model_class._from_config(config, dtype=torch.float32, **_plain(model_class))
         except Exception as error:
             raise _refused(model_class.__name__, error) from error
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+        _add_noise(model)
     model.config.use_cache = False
     return model.eval()
+
+
+@torch.no_grad()
+def _add_noise(model: PreTrainedModel) -> None:
+    computed = set(model._keys_to_ignore_on_save or ())  # sinusoids: a loaded model has no noise
+    for name, parameter in model.named_parameters():
+        if name not in computed:
+            parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 def _config_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
