@@ -8,13 +8,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from moe_tools.checkpoint.auto import transformers_patched
@@ -25,6 +24,7 @@ from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import every_expert_on
 from moe_tools.hosts.ffn import FFN, find_ffns, permute_neurons
 from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.proof import settle
 from moe_tools.hosts.twin import build_twin, shrink
 from tools.family_words import experts_of, layouts_of
 
@@ -138,7 +138,8 @@ class _Run:
         return Outcome("ok")
 
     def prove(self) -> Outcome:
-        prover()(copy.deepcopy(self.donor))
+        settle(self.donor)
+        self.ffns = find_ffns(self.donor)
         return Outcome("ok")
 
     def permute(self) -> Outcome:
@@ -233,18 +234,6 @@ def _outcome(step: Callable[[], Outcome]) -> Outcome:
         said = " ".join(str(error).split()) or type(error).__name__
         named = said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
         return Outcome("failed", why=named[:300])
-
-
-def prover() -> Callable[[nn.Module], None]:
-    """Finds what proves the FFNs of a model.
-
-    Raises:
-        ValueError: this moe-tools has none yet.
-    """
-    try:
-        return import_module("moe_tools.hosts.proof").settle
-    except ImportError as error:
-        raise ValueError("no prove yet") from error
 
 
 def twin_of(family: Family, seed: int = 0, odd: bool = False) -> PreTrainedModel:
