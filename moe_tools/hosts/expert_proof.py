@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_tools.hosts.fused import Storage, check_fused
-from moe_tools.hosts.moe_host import take_apart
+from moe_tools.hosts.fused import Storage
 
 TOKENS = 3
 SPREAD = 5.0
@@ -20,15 +19,25 @@ HALF_ERROR = 0.05
 
 
 @torch.no_grad()
-def prove_experts(path: str, theirs: nn.Module) -> None:
-    """Runs a fused module and ours of the same weights on the same tokens.
+def prove_experts(
+    path: str, theirs: nn.Module, ours: nn.Module, storage: Storage, choices: int
+) -> None:
+    """Runs both on the same tokens; weights that are not there yet (meta) prove nothing.
+
+    Args:
+        path: of the module.
+        theirs: the host's fused experts.
+        ours: of the same weights.
+        storage: how the host keeps them.
+        choices: how many experts its router knows.
 
     Raises:
-        ValueError: they differ, or ours cannot be made.
+        ValueError: they differ.
     """
-    storage = check_fused(path, theirs)
-    ours, up = take_apart(theirs, storage), theirs.get_parameter(storage.up)
-    inputs = _inputs(up, storage, ours.choices)
+    up = theirs.get_parameter(storage.up)
+    if up.is_meta:
+        return
+    inputs = _inputs(up, storage, choices)
     expected, found = theirs(*inputs).float(), ours(*inputs).float()
     error = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
     if not error <= LARGEST_ERROR.get(up.dtype, HALF_ERROR):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_tools.hosts.expert_proof import prove_experts
 from moe_tools.hosts.fused import Storage, check_fused, fused_experts, is_fused
 from moe_tools.hosts.host_expert import expert_views
 from moe_tools.hosts.moe_kernels import (
@@ -206,19 +207,30 @@ def unfuse_experts(model: nn.Module) -> None:
         ValueError: experts that cannot be taken apart: they would go on computing what they did,
             whatever is done to the other FFNs.
     """
-    fused = fused_experts(model)
-    stored = {path: check_fused(path, module) for path, module in fused.items()}  # changes nothing
-    for path, module in fused.items():
-        opened = take_apart(module, stored[path])
-        model.set_submodule(path, opened.train(module.training))
+    opened = {path: take_apart(path, module) for path, module in fused_experts(model).items()}
+    for path, module in opened.items():  # until here nothing was changed
+        model.set_submodule(path, module)
 
 
-def take_apart(fused: nn.Module, storage: Storage) -> HostExperts:
-    """Our module around views of the weights of a fused one, which stays as it is."""
+def take_apart(path: str, fused: nn.Module, *, prove: bool = False) -> HostExperts:
+    """Makes our module around views of the weights of a fused one, which stays as it is.
+
+    Args:
+        path: of the module.
+        fused: the host's.
+        prove: compare the two even where transformers itself says how the host keeps its experts.
+
+    Raises:
+        ValueError: as `unfuse_experts`.
+    """
+    storage = check_fused(path, fused)
     experts = expert_views(fused, storage)
     up = fused.get_parameter(storage.up)
     idle_up = up[len(experts) :] if len(up) > len(experts) else None
-    return HostExperts(experts, getattr(fused, "config", None), storage, idle_up)
+    made = HostExperts(experts, getattr(fused, "config", None), storage, idle_up)
+    if prove or not storage.proven:
+        prove_experts(path, fused, made, storage, made.choices)
+    return made.train(fused.training)
 
 
 def chosen_share(model: nn.Module, name: str) -> float:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_tools.data.generate import evaluating
-from moe_tools.hosts.expert_proof import prove_experts
 from moe_tools.hosts.fused import fused_experts
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.moe_host import take_apart
 from moe_tools.hosts.projections import COMPUTED, activation_of, hidden_TF
 from moe_tools.hosts.rows import rows_of, settle_rows, settled
 from moe_tools.hosts.shapes import part_of, widths
@@ -57,7 +57,7 @@ def settle(model: nn.Module) -> None:
     if settled(model) or all(tensor.is_meta for tensor in model.parameters()):
         return
     for path, fused in fused_experts(model).items():
-        prove_experts(path, fused)
+        take_apart(path, fused, prove=True)
     holders = [
         Holder(path, model.get_submodule(path), layout, seed)
         for seed, (path, layout) in enumerate(rows_of(model).items())

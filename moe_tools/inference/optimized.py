@@ -19,6 +19,7 @@ from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
 from moe_tools.hosts.kernel_refusal import refusal
+from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.quantized_linear import Kind, quantize_linears
 from moe_tools.inference.state import free_matrices, widen_router
@@ -98,6 +99,8 @@ def optimize(
             nothing is changed then.
     """
     _check(model, dtype)
+    if not expert_ffns(model):
+        settle(model)
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
     packing = _Packing(dtype, backend, screen)
     packable = _packable(model, ffns)

@@ -260,7 +260,7 @@ def test_experts_that_cannot_be_taken_apart_are_named(
 def test_a_matrix_for_each_head_is_no_expert(kind: Callable[[], nn.Module]) -> None:
     model = nn.ModuleDict({"layer": kind()})
     model.config = MixtralConfig(num_local_experts=EXPERTS + 1)
-    with pytest.raises(ValueError, match="has no FFN that moe-tools knows"):
+    with pytest.raises(ValueError, match="has no FFN that moe-tools can find"):
         find_ffns(model)
 
 
