@@ -9,6 +9,9 @@ SANITIZE_thread := -fsanitize=thread
 # Another kind of CPU, for which the kernels are compiled but not run.
 CROSS ?= aarch64-linux-gnu-g++
 
+# The transformers whose families docs/families.md lists.
+NEWEST ?= 5.24.0
+
 # A worker a core; a worker of the whole suite takes 3 GB.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
@@ -77,8 +80,12 @@ bench: $(STAMP) ## time an FFN, its kernels, a model that generates, a training 
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b
 
-families: $(STAMP) ## check every family of transformers, and write docs/families.md
-	$(BIN)/python -m tools.families
+families: $(STAMP) build/transformers-$(NEWEST) ## check every family of the newest transformers, and write docs/families.md
+	PYTHONPATH=build/transformers-$(NEWEST) $(BIN)/python -m tools.families
+
+# Beside the environment, whose transformers may be older, and without touching it.
+build/transformers-$(NEWEST): $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --target $@ transformers==$(NEWEST)
 
 sanitize: build/check-address build/check-thread ## the native kernels under ASan, UBSan and TSan
 	./build/check-address

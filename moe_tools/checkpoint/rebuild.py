@@ -115,12 +115,13 @@ def check_rebuilt(model: nn.Module, source: str) -> None:
         )
 
 
-def _check_host(model: nn.Module, source: str, report: Any) -> None:
+def _check_host(model: PreTrainedModel, source: str, report: Any) -> None:
     ffns = stock_ffn_tensors(model)
     for key, shape, expected in sorted(report.mismatched_keys):
         if key in ffns:
             raise BrokenFolder(f"{source}: {key} is {tuple(shape)}, expected {tuple(expected)}")
-    if missing := ffns & set(report.missing_keys):
+    tied = set(model.all_tied_weights_keys)  # another name of what is stored once
+    if missing := ffns & set(report.missing_keys) - tied:
         raise BrokenFolder(f"{source} lacks the tensors {some(missing)}")
 
 
@@ -195,12 +196,7 @@ def _shifted(layouts: dict[str, Any], shift: _Shift) -> dict[str, Any]:
 
 def _added(model: nn.Module) -> set[str]:
     """Names of the tensors that a routed model has beside its host's."""
-    return {
-        f"{ffn.name}.{key}"
-        for ffn in expert_ffns(model)
-        for key in ffn.state_dict(keep_vars=True)
-        if key.startswith("router.") or key == "off_F"
-    }
+    return {f"{ffn.name}.{key}" for ffn in expert_ffns(model) for key in ffn.added()}
 
 
 def _fill(

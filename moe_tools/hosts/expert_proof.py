@@ -38,7 +38,7 @@ def prove_experts(
     if up.is_meta:
         return
     inputs = _inputs(up, storage, choices)
-    expected, found = theirs(*inputs).float(), ours(*inputs).float()
+    expected, found = (made(*inputs).float().flatten(0, -2) for made in (theirs, ours))
     error = float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-30))
     if not error <= LARGEST_ERROR.get(up.dtype, HALF_ERROR):
         raise ValueError(
@@ -48,7 +48,7 @@ def prove_experts(
 
 
 def _inputs(up: Tensor, storage: Storage, choices: int) -> tuple[Tensor, ...]:
-    width = up.shape[1 if storage.transposed else 2]
+    width = up.shape[1 if storage.transposed else -1]
     draw = torch.Generator().manual_seed(0)
     rows = TOKENS * choices if storage.calls == "every" else TOKENS
     x_TD = SPREAD * torch.randn(rows, width, generator=draw)

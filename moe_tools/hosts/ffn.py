@@ -80,9 +80,9 @@ class GraftedFFN(nn.Module, ABC):
         super().__init__()
         self.name = ffn.name
         """Its path in the model."""
+        self.also = ffn.also
+        """Its other paths in the model, where modules of the host share their weights."""
         self.layout = ffn.layout
-        self.holder = type(ffn.layer).__name__
-        """Class of the host module that held it."""
         self._names = {path: child_name(ffn.layout, path) for path in ffn.layout.moved()}
         for path, name in self._names.items():
             self.add_module(name, ffn.part(path))
@@ -148,7 +148,14 @@ class GraftedFFN(nn.Module, ABC):
     @property
     def renames(self) -> dict[str, str]:
         """Prefixes of our tensors -> the host's, where they differ."""
-        return host_names(self.name, self.layout)
+        names = [host_names(path, self.layout) for path in (self.name, *self.also)]
+        return {ours: host for pairs in names for ours, host in pairs.items()}
+
+    def added(self) -> list[str]:
+        """Names of the tensors that it has beside those of the host: its router's, `off_F`."""
+        theirs = set(self._names.values())
+        names = self.state_dict(keep_vars=True)
+        return [name for name in names if name.partition(".")[0] not in theirs]
 
     def part(self, name: str) -> nn.Module:
         """A part, by its name inside this module."""
@@ -203,17 +210,25 @@ def find_ffns(model: nn.Module) -> list[FFN]:
             found.append(FFN(join(path, rows[path].slot), module, rows[path]))
     if not found:
         raise _unknown_host(model)
-    return _joined(found)
+    return _joined(model, found)
 
 
-def _joined(found: list[FFN]) -> list[FFN]:
+def _joined(model: nn.Module, found: list[FFN]) -> list[FFN]:
     """One FFN for all modules that share their weights: it is grouped once, and has one router."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # while it loads, not tied yet
     by_weight: dict[int, FFN] = {}
     for ffn in found:
-        key = id(ffn.part(ffn.layout.up).get_parameter("weight"))
+        name = f"{join(_holder(ffn), ffn.layout.up)}.weight"
+        owner = model if name in tied else ffn.part(ffn.layout.up)
+        key = id(owner.get_parameter(tied.get(name, "weight")))
         first = by_weight.get(key)
         by_weight[key] = ffn if first is None else replace(first, also=(*first.also, ffn.name))
     return list(by_weight.values())
+
+
+def _holder(ffn: FFN) -> str:
+    """The path of the module that holds the parts."""
+    return ffn.name.removesuffix(ffn.layout.slot).removesuffix(".")
 
 
 def unfused_ffns(model: nn.Module) -> list[FFN]:
@@ -343,13 +358,18 @@ def host_state_dict(
 ) -> dict[str, Tensor]:
     """The state dict under the host's own names and shapes, our `router.*` tensors beside.
 
+    Tensors of ours have one name, also where modules of the host share their weights.
+
     Args:
         model: whose names they are.
         state: its tensors under our names, or the host's; by default its own state dict.
     """
     renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
+    again = {
+        f"{path}.{key}" for ffn in grafted_ffns(model) for path in ffn.also for key in ffn.added()
+    }
     given = model.state_dict() if state is None else state
-    renamed = {_rename(key, renames): tensor for key, tensor in given.items()}
+    renamed = {_rename(key, renames): given[key] for key in given if key not in again}
     for path, module in model.named_modules():
         if isinstance(module, HostExperts):
             module.fuse_into(renamed, path)

@@ -13,7 +13,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 Calls = Literal["chosen", "every", "weighed"]
 """How the host calls its experts. chosen: with tokens, and the experts and weights of each.
@@ -21,6 +21,8 @@ every: with T tokens for each expert, in one tensor of X T rows; a row of zeros 
 weighed: every expert runs on every token; only the weights are given."""
 CALLS: dict[int, Calls] = {1: "every", 2: "weighed", 3: "chosen"}
 """Number of arguments -> how experts without flags are called."""
+FLAT = {"gate_proj.weight": "w1", "up_proj.weight": "v1", "down_proj.weight": "w2"}
+"""Tensor of one expert -> how Megablocks and DBRX call that of all experts."""
 WAY_OUT = "leave this model dense, or ask for its layout at moe-tools"
 NOT_EXPERTS = (nn.modules.conv._ConvNd, nn.MultiheadAttention)
 """Modules of torch whose own parameters may have three dimensions."""
@@ -38,6 +40,10 @@ class Storage:
     """Gate and up rows alternate."""
     own_gate: bool = False
     """The host joins gate and up rows in its own way."""
+    flat: int = 0
+    """X where each matrix has a row for every neuron of all X experts, one after the other."""
+    act: str = "act_fn"
+    """Path of the activation below the host's module."""
     calls: Calls = "chosen"
     proven: bool = True
     """transformers says all this; False: it was concluded from shapes and has to be proven."""
@@ -48,11 +54,19 @@ class Storage:
         name = "gate_up_proj.weight"
         return self.tensors.get(name) or self.tensors["up_proj.weight"]
 
+    def is_turned(self, ours: str) -> bool:
+        """Whether the host keeps a matrix of an expert transposed."""
+        return self.transposed or (self.flat > 0 and ours == "down_proj.weight")
+
+    def each(self, whole: Tensor) -> Tensor:
+        """A parameter of the host with the expert as its first dimension."""
+        return whole.unflatten(0, (self.flat, -1)) if self.flat else whole
+
     @property
     def for_kernels(self) -> bool:
         """Whether the MoE kernels can read it: gated, concatenated, without biases."""
         plain = set(self.tensors) == {"gate_up_proj.weight", "down_proj.weight"}
-        joined = not self.interleaved and not self.own_gate
+        joined = not self.interleaved and not self.own_gate and not self.flat
         return plain and joined and self.calls == "chosen" and self.proven
 
 
@@ -68,7 +82,7 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         if is_fused(module):
             found[path] = module
-        else:
+        elif path.rpartition(".")[0] not in found:
             _check_no_experts(path, module, counts)
     return found
 
@@ -76,7 +90,8 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds up and down projections of many experts as its own parameters."""
     own = _matrices(module)
-    return "down_proj" in own and ("gate_up_proj" in own or "up_proj" in own)
+    stacked = "down_proj" in own and ("gate_up_proj" in own or "up_proj" in own)
+    return stacked or _flat_child(module) is not None
 
 
 def check_fused(path: str, fused: nn.Module) -> Storage:
@@ -114,6 +129,11 @@ def _by_flags(fused: Any) -> Storage:
 
 def _by_shapes(path: str, fused: nn.Module) -> Storage:
     """What the shapes say of experts without flags, which are taken to have no biases."""
+    flat = _flat_child(fused)
+    if flat is not None:
+        names = {ours: f"{flat}.{host}" for ours, host in FLAT.items()}
+        act = f"{flat}.activation_fn"
+        return Storage(names, flat=_number(fused), act=act, proven=False)
     own = _matrices(fused)
     tensors = _names([name for name in ("gate_up_proj", "gate_proj", "up_proj") if name in own])
     tensors |= _names(["down_proj"])
@@ -129,6 +149,22 @@ def _by_shapes(path: str, fused: nn.Module) -> Storage:
     own_gate = "gate_up_proj" in own and _has_own_gate(fused)
     calls = CALLS[arguments]
     return Storage(tensors, not straight, own_gate=own_gate, calls=calls, proven=False)
+
+
+def _flat_child(module: nn.Module) -> str | None:
+    """The child that keeps the neurons of all experts as rows of three matrices (Megablocks)."""
+    for name, child in module.named_children():
+        own = {key: tuple(p.shape) for key, p in child.named_parameters(recurse=False)}
+        alike = set(own) == set(FLAT.values()) and len(set(own.values())) == 1
+        if alike and _number(module) and own["w1"][0] % _number(module) == 0:
+            return name
+    return None
+
+
+def _number(module: nn.Module) -> int:
+    """How many experts a module says that it has; 0: it does not."""
+    number = getattr(module, "num_experts", 0)
+    return number if isinstance(number, int) else 0
 
 
 def _names(hosts: list[str]) -> dict[str, str]:
@@ -158,8 +194,8 @@ def _check_parameters(path: str, fused: nn.Module, storage: Storage) -> None:
     sizes = {name: len(fused.get_parameter(name)) for name in known}
     if storage.proven and len(set(sizes.values())) > 1:
         raise _refusal(path, fused, f"they are of different numbers of experts: {sizes}")
-    if not storage.own_gate and not _has_activation(fused):
-        raise _refusal(path, fused, "it has no activation act_fn")
+    if not storage.own_gate and storage.act not in dict(fused.named_modules()):
+        raise _refusal(path, fused, f"it has no activation {storage.act}")
 
 
 def _matrices(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -70,7 +70,7 @@ def expert_views(fused: nn.Module, storage: Storage) -> list[OneExpert]:
     All have one activation: the host's, or its own gate.
     """
     interleaved = storage.interleaved
-    act = OwnGate(fused, interleaved) if storage.own_gate else fused.get_submodule("act_fn")
+    act = OwnGate(fused, interleaved) if storage.own_gate else fused.get_submodule(storage.act)
     kind = _kind(storage)
     views = _Views(fused, storage)
     return [kind(views.of(index), act) for index in range(views.experts)]
@@ -92,7 +92,7 @@ class _Views:
     @cached_property
     def experts(self) -> int:
         """The number of experts that compute something: those with a down projection."""
-        return len(self.fused["down_proj.weight"])
+        return len(self.storage.each(self.fused["down_proj.weight"]))
 
     def of(self, index: int) -> dict[str, nn.Linear]:
         """Name -> linear of one expert."""
@@ -101,8 +101,8 @@ class _Views:
 
     def _linear(self, name: str, index: int) -> nn.Linear:
         whole = self.fused[f"{name}.weight"]
-        weight = whole.detach()[index]
-        weight = weight.T if self.storage.transposed else weight
+        weight = self.storage.each(whole.detach())[index]
+        weight = weight.T if self.storage.is_turned(f"{name}.weight") else weight
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=whole.requires_grad)
         biases = self.fused.get(f"{name}.bias")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from moe_tools.hosts.expert_proof import prove_experts
 from moe_tools.hosts.fused import Storage, check_fused, fused_experts, is_fused
@@ -96,7 +97,7 @@ class HostExperts(nn.ModuleList):
             gate_up_XFD = as_one(self._weights("gate_up_proj"))
             down_XDF = as_one(self._weights("down_proj"))
             return run_experts(gate_up_XFD, down_XDF, act, x_TD, chosen_TK, weight_TK)
-        return self._one_by_one(x_TD, chosen_TK, weight_TK)
+        return self._one_by_one(x_TD.flatten(0, -2), chosen_TK, weight_TK).view_as(x_TD)
 
     def chosen_TK(self, args: Sequence[Tensor]) -> Tensor:
         """Which experts each token goes through, from the arguments of a call; -1: none."""
@@ -165,10 +166,10 @@ class HostExperts(nn.ModuleList):
         for ours, host in self.storage.tensors.items():
             names = [f"{path}.{index}.{ours}" for index in range(len(self))]
             if names[0] in state:
-                rows = [self._turned(state.pop(name)) for name in names]
+                rows = [self._turned(ours, state.pop(name)) for name in names]
                 if host == self.storage.up and f"{path}.idle_up" in state:
                     rows += state.pop(f"{path}.idle_up")
-                state[f"{path}.{host}"] = torch.stack(rows)
+                state[f"{path}.{host}"] = (torch.cat if self.storage.flat else torch.stack)(rows)
 
     def split_from(self, state: dict[str, Tensor], path: str) -> None:
         """Replaces the host's fused tensors of `state` by those of each expert."""
@@ -176,14 +177,15 @@ class HostExperts(nn.ModuleList):
             whole = state.pop(f"{path}.{host}", None)
             if whole is None:
                 continue
+            whole = self.storage.each(whole)
             for index in range(len(self)):
-                state[f"{path}.{index}.{ours}"] = self._turned(whole[index])
+                state[f"{path}.{index}.{ours}"] = self._turned(ours, whole[index])
             if len(whole) > len(self):
                 state[f"{path}.idle_up"] = whole[len(self) :]
 
-    def _turned(self, tensor: Tensor) -> Tensor:
+    def _turned(self, ours: str, tensor: Tensor) -> Tensor:
         """A tensor of one expert as the host keeps it, from ours, and the other way round."""
-        return tensor.T if self.storage.transposed and tensor.ndim == 2 else tensor
+        return tensor.T if self.storage.is_turned(ours) and tensor.ndim == 2 else tensor
 
     @torch.no_grad()
     def lay_out(self) -> None:
@@ -225,7 +227,7 @@ def take_apart(path: str, fused: nn.Module, *, prove: bool = False) -> HostExper
     """
     storage = check_fused(path, fused)
     experts = expert_views(fused, storage)
-    up = fused.get_parameter(storage.up)
+    up = storage.each(fused.get_parameter(storage.up))
     idle_up = up[len(experts) :] if len(up) > len(experts) else None
     made = HostExperts(experts, getattr(fused, "config", None), storage, idle_up)
     if prove or not storage.proven:
@@ -244,7 +246,7 @@ def chosen_share(model: nn.Module, name: str) -> float:
         storage, experts = host.storage, host.choices
     elif is_fused(host):
         storage = check_fused(path, host)
-        experts = len(host.get_parameter(storage.up))
+        experts = len(storage.each(host.get_parameter(storage.up)))
     else:
         return 1.0
     return 1.0 if storage.calls == "weighed" else chosen_experts(model, path) / experts
@@ -258,7 +260,8 @@ def chosen_experts(model: nn.Module, path: str) -> int:
     """
     config: Any = model.config
     config = config.get_text_config()
-    found = [getattr(config, key, None) for key in CHOSEN_KEYS]
+    parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    found = [getattr(part, key, None) for part in (config, *parts) for key in CHOSEN_KEYS]
     chosen = next((number for number in found if isinstance(number, int)), None)
     if chosen is None:
         raise ValueError(
