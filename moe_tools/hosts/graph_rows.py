@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from moe_tools.hosts.finder.find import Found, find_layouts
+from moe_tools.hosts.finder.find import find_layouts
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.shapes import widths
@@ -28,7 +29,7 @@ NOISE = 0.1
 FFN_NAMES = re.compile("mlp|ffn|feed_?forward|expert", re.IGNORECASE)
 
 _log = logging.getLogger(__name__)
-_FOUND: WeakKeyDictionary[nn.Module, Found] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, dict[str, Layout]] = WeakKeyDictionary()
 
 
 def may_have_more(model: nn.Module, known: set[str]) -> bool:
@@ -67,72 +68,70 @@ def _is_called_ffn(path: str, module: nn.Module) -> bool:
 
 
 def graph_rows(model: nn.Module) -> dict[str, Layout]:
-    """Path of a holder -> its layout, for what the graph of a twin shows; empty without a twin.
-
-    A holder of the twin stands for every holder of its class in the same place of another layer.
-    """
-    found = _FOUND.get(model)
-    if found is None:
-        twin = _twin(model)
-        found = Found() if twin is None else _find(twin)
-        _FOUND[model] = _everywhere(model, twin, found) if twin is not None else found
-    return dict(_FOUND[model].rows)
+    """Path of a holder -> its layout, for what the graph of a twin shows; empty without a twin."""
+    if model not in _FOUND:
+        twin = _noisy(model) if _is_small(model) else stock_twin(model)
+        _FOUND[model] = {} if twin is None else everywhere(model, twin, _find(twin))
+    return dict(_FOUND[model])
 
 
-def _find(twin: nn.Module) -> Found:
+def everywhere(model: nn.Module, twin: nn.Module, rows: Mapping[str, Layout]) -> dict[str, Layout]:
+    """The rows of a twin, each for every holder of its class in the same place of any layer."""
+    by_place = {
+        (_place(path), type(twin.get_submodule(path)).__name__): layout
+        for path, layout in rows.items()
+    }
+    places = ((path, (_place(path), type(each).__name__)) for path, each in model.named_modules())
+    return {path: by_place[place] for path, place in places if place in by_place}
+
+
+def _find(twin: nn.Module) -> dict[str, Layout]:
     config: Any = twin.config
     vocabulary = int(config.get_text_config(decoder=True).vocab_size)
     ids_BT = torch.arange(2 * 12).view(2, 12) * 7 % (vocabulary - 4) + 3
     try:
         with torch.enable_grad():
-            return find_layouts(twin, model_inputs(twin, ids_BT))
+            return find_layouts(twin, model_inputs(twin, ids_BT)).rows
     except Exception as error:  # a foreign model fails in its own ways
         _log.info("%s: no graph to look at: %s", type(twin).__name__, error)
-        return Found()
+        return {}
 
 
-def _twin(model: nn.Module) -> nn.Module | None:
-    """The model itself where it is small, with noise; else a shrunk one of its class."""
-    if not isinstance(model, PreTrainedModel):
-        return None
+def _is_small(model: nn.Module) -> bool:
+    """Whether a model can be its own twin."""
     parameters = list(model.parameters())
     size = sum(parameter.numel() for parameter in parameters)
-    if size <= SMALL and not any(parameter.is_meta for parameter in parameters):
-        return _noisy(model)
-    # A part of a model (`moe_tools.checkpoint.parts`) has the stock class among its own.
-    stock = next((each for each in type(model).__mro__ if _is_stock(each)), type(model))
+    whole = isinstance(model, PreTrainedModel) and _is_stock(type(model))
+    return whole and size <= SMALL and not any(parameter.is_meta for parameter in parameters)
+
+
+def stock_twin(model: nn.Module) -> nn.Module | None:
+    """A small model of the same class, whole where this one is a part of a model; None: no way."""
+    stock = next((each for each in type(model).__mro__ if _is_stock(each)), None)
+    if stock is None or not issubclass(stock, PreTrainedModel):
+        return None
+    config: Any = model.config
     try:
-        return build_twin(stock, shrink(model.config))
+        return build_twin(stock, shrink(config))
     except ValueError as error:
         _log.info("%s", error)
         return None
 
 
 def _is_stock(kind: type) -> bool:
-    return kind.__module__.startswith("transformers.models.")
+    """Whether a class is one that its module defines: a part of a model has one made for it."""
+    return vars(sys.modules[kind.__module__]).get(kind.__name__) is kind
 
 
-def _noisy(model: PreTrainedModel) -> nn.Module:
+def _noisy(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model).float().eval().requires_grad_()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.add_(NOISE * torch.randn(parameter.shape, generator=draw))
-    twin.config.use_cache = False
+    config: Any = twin.config
+    config.use_cache = False
     return twin
-
-
-def _everywhere(model: nn.Module, twin: nn.Module, found: Found) -> Found:
-    by_place = {
-        (_place(path), type(twin.get_submodule(path)).__name__): layout
-        for path, layout in found.rows.items()
-    }
-    rows = {}
-    for path, module in model.named_modules():
-        layout = by_place.get((_place(path), type(module).__name__))
-        if layout is not None:
-            rows[path] = layout
-    return Found(rows, found.refused)
 
 
 def _place(path: str) -> str:

@@ -28,11 +28,12 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_tools.data.generate import evaluating
 from moe_tools.hosts.fused import fused_experts
+from moe_tools.hosts.graph_rows import everywhere, stock_twin
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.moe_host import take_apart
 from moe_tools.hosts.projections import COMPUTED, activation_of, hidden_TF
-from moe_tools.hosts.rows import rows_of, settle_rows, settled
+from moe_tools.hosts.rows import Rows, rows_of, settle_rows, settled
 from moe_tools.hosts.shapes import part_of, widths
 
 _log = logging.getLogger(__name__)
@@ -62,14 +63,34 @@ def settle(model: nn.Module) -> None:
         Holder(path, model.get_submodule(path), layout, seed)
         for seed, (path, layout) in enumerate(rows_of(model).items())
     ]
-    settle_rows(model, dict(_prove(model, _reached(model, holders))))
+    try:
+        proven = dict(_prove(model, _reached(model, holders)))
+    except CannotRun as error:
+        proven = _as_in_twin(model, holders, error)
+    settle_rows(model, proven)
+
+
+class CannotRun(ValueError):
+    """A model that needs more than tokens, or a layer of one without its text."""
+
+
+def _as_in_twin(model: nn.Module, holders: Sequence[Holder], error: CannotRun) -> Rows:
+    """The rows that a shrunk twin was proven to have, where the model itself cannot be run."""
+    twin = stock_twin(model)
+    if twin is None:
+        raise error
+    settle(twin)
+    proven = everywhere(model, twin, rows_of(twin))
+    if any(holder.path not in proven for holder in holders):
+        raise error
+    return {holder.path: proven[holder.path] for holder in holders}
 
 
 def _reached(model: nn.Module, holders: Sequence[Holder]) -> list[Holder]:
     """The holders that plain text reaches: what sees pictures beside a language model stays dense.
 
     A few tokens do not reach every expert: of holders in the same place of their lists, one will
-    do. Where the model does not run on tokens alone, all that can be called alone stay.
+    do. Where the model does not run on tokens alone, nobody can tell, and all stay.
     """
     called: set[str] = set()
     with ExitStack() as stack:
@@ -81,7 +102,7 @@ def _reached(model: nn.Module, holders: Sequence[Holder]) -> list[Holder]:
             with evaluating(model):
                 model(**sample_inputs(model))
         except Exception:  # it needs more than tokens
-            called |= {_place(holder.path) for holder in holders if holder.is_whole}
+            return list(holders)
     found = [holder for holder in holders if _place(holder.path) in called]
     for holder in holders:
         if holder not in found:
@@ -285,7 +306,7 @@ def _run(model: nn.Module, holders: Sequence[Holder]) -> None:
     """Runs the model on a few tokens.
 
     Raises:
-        ValueError: it needs more than tokens.
+        CannotRun: it needs more than tokens.
     """
     try:
         with ExitStack() as stack:
@@ -294,7 +315,7 @@ def _run(model: nn.Module, holders: Sequence[Holder]) -> None:
             model(**sample_inputs(model))
     except Exception as error:
         first = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise CannotRun(
             f"{type(model).__name__} does not run on plain tokens, so its FFNs cannot be checked: "
             f"{first}"
         ) from error
