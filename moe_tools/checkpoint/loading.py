@@ -30,6 +30,7 @@ from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
 from moe_tools.checkpoint.stored import some, stored_tensors
 from moe_tools.experts.conversion import read_block
+from moe_tools.extras import needed
 from moe_tools.inference.optimized import optimize as optimize_model
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -146,13 +147,21 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a GGUF file, a model folder or a hub id")
+    needed("gguf", "gguf", str(path))
     with redirect_stderr(io.StringIO()):  # transformers draws a bar that nothing turns off
         return AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             dtype=dtype or torch.float32,
-            quantization_config=transformers.GgufConfig(dequantize=True),
+            **_dequantized(),
         )
+
+
+def _dequantized() -> dict[str, Any]:
+    """The argument that gives plain weights; before `GgufConfig`, transformers knew no others."""
+    if not hasattr(transformers, "GgufConfig"):  # it began with 5.17
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def _load_folder(
