@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from moe_tools.extras import needed
 
@@ -71,6 +72,25 @@ def test_every_extra_that_an_error_names_exists() -> None:
         if "pip install" in line and "moe-tools[" in line
     }
     assert {"eval", "gpu", "peft"} <= named - {"{extra}"} <= set(EXTRAS)
+
+
+def test_the_base_install_is_light() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {Requirement(each).name for each in project["dependencies"]}
+    with_torch = {"torch", "transformers", "accelerate", "safetensors", "numpy", "pyyaml", "tqdm"}
+    assert names == with_torch | {"psutil", "rich"}
+
+
+def test_a_split_names_what_is_missing_before_it_calibrates() -> None:
+    code = """
+from moe_tools.steps.split import Split, split
+from tests.families import build
+try:
+    split(build("llama"), Split(expert_size=8), None, 0)
+except ValueError as error:
+    print(error)
+"""
+    assert "a split by kmeans needs faiss" in run_without("faiss", code=code)
 
 
 def test_without_extras_a_model_is_converted_and_read(tmp_path: Path) -> None:
