@@ -33,6 +33,8 @@ from moe_tools.experts.conversion import read_block
 from moe_tools.extras import needed
 from moe_tools.inference.optimized import optimize as optimize_model
 
+MAGIC = b"GGUF"
+"""How such a file begins."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -147,6 +149,9 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a GGUF file, a model folder or a hub id")
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:  # what transformers says differs by version
+            raise ValueError(f"{path} is not a GGUF file")
     needed("gguf", "gguf", str(path))
     with redirect_stderr(io.StringIO()):  # transformers draws a bar that nothing turns off
         return AutoModelForCausalLM.from_pretrained(
