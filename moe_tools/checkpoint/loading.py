@@ -48,7 +48,7 @@ def is_classifier_source(source: str) -> bool:
     if Path(source).suffix == ".gguf":
         return False
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = _read_config(source)
     except (OSError, ValueError):
         return False
     return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
@@ -162,6 +162,13 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
         )
 
 
+def _read_config(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except TypeError as error:  # a config.json that is a list, before transformers named it
+        raise ValueError(f"its config.json cannot be read: {error}") from error
+
+
 def _dequantized() -> dict[str, Any]:
     """The argument that gives plain weights; before `GgufConfig`, transformers knew no others."""
     if not hasattr(transformers, "GgufConfig"):  # it began with 5.17
@@ -177,7 +184,7 @@ def _load_folder(
         stored_tensors(Path(source))  # names what is truncated, which transformers would not
         place = ""
     with named_errors(f"cannot load {source}: {place}"):
-        config = AutoConfig.from_pretrained(source)
+        config = _read_config(source)
     conversion = read_block(config)
     if conversion is not None:
         wanted = conversion if routed else conversion.unrouted()
