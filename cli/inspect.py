@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to look at")
     from moe_tools.cli.common import quiet_transformers, table_file
+    from moe_tools.extras import needed
 
+    if args.html:
+        needed("bokeh", "inspect", "--html")
     sweep = _sweep(args)
     with quiet_transformers():
         inspection = _inspect(args)

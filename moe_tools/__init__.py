@@ -2,13 +2,15 @@
 
 These are all public names; each is imported on first use. `import moe_tools` does one thing: from
 then on transformers loads a converted folder as the routed model it is (`moe_tools.checkpoint.auto`
-says how and why; `unpatch_transformers` takes it back).
+says how and why; `unpatch_transformers` takes it back). A torch or transformers that is too old is
+refused here, in one line.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moe_tools.checkpoint.auto import patch_transformers, unpatch_transformers
+from moe_tools.versions import check_versions
 
 if TYPE_CHECKING:
     from moe_tools.checkpoint.loading import load
@@ -59,4 +61,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME[name]), name)
 
 
+check_versions()
 patch_transformers()

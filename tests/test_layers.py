@@ -13,8 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ARROWS = (
-    "registry names processes waiting kernels < data < hosts < experts < inference measure "
-    "< checkpoint < steps report < training inspection < recipe < runs bench export < cli patched"
+    "registry names processes waiting extras versions kernels < data < hosts < experts "
+    "< inference measure < checkpoint < steps report < training inspection < recipe "
+    "< runs bench export < cli patched"
 )
 """A folder imports from those left of its `<`, and not from its neighbours."""
 RANKS = {layer: rank for rank, group in enumerate(ARROWS.split("<")) for layer in group.split()}

@@ -28,11 +28,13 @@ from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing
 from tests.checkpoint.test_loading import convert, make_tokenizer
+from tests.combinations import adapters_inside_a_model
 from tests.families import EXPERT_SIZE, aligned, build, logits, model_inputs
 
 TOPK = {"kind": "topk", "k": 2}
 ORACLE = Conversion("donor", EXPERT_SIZE, "oracle", TOPK)
 REPRESENTATIVE = Conversion("donor", EXPERT_SIZE, "representative", TOPK)
+NO_ADAPTERS = adapters_inside_a_model()
 
 
 @pytest.fixture
@@ -153,6 +155,7 @@ def test_predictors_from_few_bits_see_adapters(kind: str) -> None:
     assert ((merged.route(x_TD).scores_TE - scores_TE).abs() <= 1e-4).float().mean() >= 0.99
 
 
+@pytest.mark.skipif(NO_ADAPTERS != "", reason=NO_ADAPTERS)
 def test_an_adapter_loads_into_the_model_itself(folder: Path, tmp_path: Path) -> None:
     peft = with_adapter(AutoModelForCausalLM.from_pretrained(folder), "down_proj", "q_proj")
     peft.save_pretrained(tmp_path / "adapter")

@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from moe_tools.bench.ways import BASELINE, KernelTiming
+from moe_tools.extras import needed
 
 
 def plot_kernels(timings: Sequence[KernelTiming], file: str | Path) -> None:
@@ -17,7 +16,9 @@ def plot_kernels(timings: Sequence[KernelTiming], file: str | Path) -> None:
     A line is one way to compute the FFN with weights of one dtype; F.linear is at 1.
     """
     panels = sorted({timing.tokens for timing in timings})
-    figure = Figure(figsize=(1 + 4.5 * len(panels), 4.5), layout="constrained")
+    figure = needed("matplotlib.figure", "plot", "a plot").Figure(
+        figsize=(1 + 4.5 * len(panels), 4.5), layout="constrained"
+    )
     for axes, tokens in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         lines: dict[str, list[KernelTiming]] = defaultdict(list)
         for timing in timings:

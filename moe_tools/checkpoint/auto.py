@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 PATCHED = "transformers.modeling_utils"
 """The module that is patched, as soon as someone imports it."""
-SUPPORTED = ">=5.23.0,<6"
+SUPPORTED = ">=5.7,<6"
 """Versions of transformers in moe-tools' requirements."""
 LOAD, SAVE, BUILT = "_load_pretrained_model", "save_pretrained", "post_init"
 """The methods of `PreTrainedModel` that are patched."""

@@ -31,8 +31,11 @@ from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
 from moe_tools.checkpoint.remote_code import is_trusted, trusted
 from moe_tools.checkpoint.stored import some, stored_tensors
 from moe_tools.experts.conversion import read_block
+from moe_tools.extras import needed
 from moe_tools.inference.optimized import optimize as optimize_model
 
+MAGIC = b"GGUF"
+"""How such a file begins."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -46,7 +49,7 @@ def is_classifier_source(source: str) -> bool:
     if Path(source).suffix == ".gguf":
         return False
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
+        config = _read_config(source)
     except (OSError, ValueError):
         return False
     return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
@@ -150,13 +153,31 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give a GGUF file, a model folder or a hub id")
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:  # what transformers says differs by version
+            raise ValueError(f"{path} is not a GGUF file")
+    needed("gguf", "gguf", str(path))
     with redirect_stderr(io.StringIO()):  # transformers draws a bar that nothing turns off
         return AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
             dtype=dtype or torch.float32,
-            quantization_config=transformers.GgufConfig(dequantize=True),
+            **_dequantized(),
         )
+
+
+def _read_config(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
+    except TypeError as error:  # a config.json that is a list, before transformers named it
+        raise ValueError(f"its config.json cannot be read: {error}") from error
+
+
+def _dequantized() -> dict[str, Any]:
+    """The argument that gives plain weights; before `GgufConfig`, transformers knew no others."""
+    if not hasattr(transformers, "GgufConfig"):  # it began with 5.17
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def _load_folder(
@@ -167,7 +188,7 @@ def _load_folder(
         stored_tensors(Path(source))  # names what is truncated, which transformers would not
         place = ""
     with named_errors(f"cannot load {source}: {place}"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
+        config = _read_config(source)
     conversion = read_block(config)
     if conversion is not None:
         wanted = conversion if routed else conversion.unrouted()

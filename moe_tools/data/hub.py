@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_tools.data.holdout import TextSplit, is_held_out, normalise
+from moe_tools.extras import needed
 
 HELDOUT_NAMES = ("validation", "test")
 """Splits of a hub data set that are held out already, best first."""
@@ -22,9 +23,8 @@ def hub_texts(name: str, config: str | None, split: TextSplit) -> Iterator[str]:
     Raises:
         ValueError: the data set cannot be reached or has no split "train" or no text column.
     """
-    import datasets
-
     label = f"hub data set {name!r}"
+    datasets = needed("datasets", "data", label)
     with _one_line(label):
         parts = datasets.load_dataset(name, config, streaming=True)
     if "train" not in parts:
@@ -43,9 +43,8 @@ def parquet_texts(path: Path) -> Iterator[str]:
     Raises:
         ValueError: the file is malformed or has no text column.
     """
-    import datasets
-
     label = repr(str(path))
+    datasets = needed("datasets", "data", label)
     with _one_line(label):
         parts = datasets.load_dataset(
             "parquet", data_files=glob.escape(str(path.absolute())), streaming=True

@@ -16,13 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from bokeh.embed import components
-from bokeh.resources import Resources
-from jinja2 import Environment
 
 from moe_tools.checkpoint.atomic import new_file
 from moe_tools.experts.selectors import Threshold
-from moe_tools.inspection import figures
+from moe_tools.extras import needed
 from moe_tools.inspection.inspection import Inspection
 from moe_tools.inspection.kept import Decisions
 from moe_tools.inspection.tally import Tally
@@ -67,15 +64,21 @@ def write_page(
 
 
 def render(inspection: Inspection, *, title: str, sweep: Sequence[Row] = ()) -> str:
-    """The page's HTML. Text of the model and the prompt enters it escaped, and as data only."""
+    """The page's HTML. Text of the model and the prompt enters it escaped, and as data only.
+
+    Raises:
+        ValueError: Bokeh or Jinja is not installed.
+    """
+    bokeh, jinja2 = (needed(name, "inspect", "the page") for name in ("bokeh.embed", "jinja2"))
+    resources = needed("bokeh.resources", "inspect", "the page")
     plots, data = _plots(inspection, sweep), _data(inspection)
-    script, places = components(plots, wrap_script=False)
-    environment = Environment(autoescape=True)
+    script, places = bokeh.components(plots, wrap_script=False)
+    environment = jinja2.Environment(autoescape=True)
     return environment.from_string(_asset("page.html")).render(
         title=title,
         nonce=secrets.token_urlsafe(16),
         style=_asset("page.css"),
-        bokeh="\n".join(Resources(mode="inline", components=["bokeh"]).js_raw),
+        bokeh="\n".join(resources.Resources(mode="inline", components=["bokeh"]).js_raw),
         figures=script.replace("</", "<\\/"),
         script=_asset("page.js"),
         data=_json(data),
@@ -88,6 +91,8 @@ def render(inspection: Inspection, *, title: str, sweep: Sequence[Row] = ()) -> 
 
 
 def _plots(inspection: Inspection, sweep: Sequence[Row]) -> dict[str, Any]:
+    from moe_tools.inspection import figures  # needs Bokeh
+
     summaries = inspection.summaries
     names = list(inspection.ffns)
     shown, most = _shown(inspection), int(summaries.column("num_experts").max())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 import numpy as np
 
 from moe_tools.checkpoint.atomic import new_file
+from moe_tools.extras import needed
 
 if TYPE_CHECKING:
     import pandas
@@ -47,8 +48,7 @@ class Table(Sequence[R], Generic[R]):
 
     def to_pandas(self) -> pandas.DataFrame:
         """Makes a data frame with a column for each field."""
-        import pandas
-
+        pandas = needed("pandas", "inspect", "a data frame")
         return pandas.DataFrame(
             {
                 name: list(column) if column.dtype == object else column
@@ -64,6 +64,7 @@ class Table(Sequence[R], Generic[R]):
         """
         if Path(file).exists():
             raise ValueError(f"{file} exists: choose another name, or remove it")
+        needed("pyarrow", "inspect", "a Parquet file")
         with new_file(file) as partial:
             self.to_pandas().to_parquet(partial, index=False)
 

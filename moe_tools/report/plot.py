@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from moe_tools.extras import needed
 from moe_tools.report.report import Row, check_one_text
 
 
@@ -27,7 +26,9 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
             points[row.series or row.model].append(row)
     if not points:
         raise ValueError("there is no converted model to draw")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = needed("matplotlib.figure", "plot", "a plot").Figure(
+        figsize=(7, 4.5), layout="constrained"
+    )
     axes = figure.subplots()
     for name, series in points.items():
         ordered = sorted(series, key=lambda row: row.ffn_share)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from moe_tools.extras import needed
 
 ROUNDING = 1e-12
 """Savings below this share of the cost are rounding."""
@@ -51,12 +52,13 @@ def _best_cycles(
     cost: np.ndarray, expert: np.ndarray, slices: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Neurons to move and where to, one out of and one into each expert; None: optimal."""
+    optimize = needed("scipy.optimize", "cluster", "clustering neurons")
     members = np.argsort(expert, kind="stable")
     own = np.take_along_axis(cost, expert[:, None], axis=1)
     saving = (own - cost)[members]
     best = np.maximum.reduceat(saving, slices[:-1], axis=0)  # of expert's neurons, to each expert
     np.fill_diagonal(best, 0.0)
-    experts, targets = linear_sum_assignment(best, maximize=True)
+    experts, targets = optimize.linear_sum_assignment(best, maximize=True)
     moved = experts != targets
     if best[experts, targets].sum() <= ROUNDING * np.abs(own).sum():
         return None

@@ -6,11 +6,11 @@ Letters: F neurons, E experts.
 from __future__ import annotations
 
 import numpy as np
-import pymetis
 import torch
 from torch import Tensor
 
 from moe_tools.experts.division import Division
+from moe_tools.extras import needed
 from moe_tools.steps.balance import balanced_assignment
 from moe_tools.steps.partition import Partition, contiguous_partition
 
@@ -58,6 +58,7 @@ def _strongest(weight_FF: Tensor) -> Tensor:
 
 def _cut(edges_FF: Tensor, parts: int, seed: int) -> Tensor:
     """part_F by METIS."""
+    pymetis = needed("pymetis", "cluster", "a split by coactivation")
     rows, columns = edges_FF.nonzero(as_tuple=True)
     starts = torch.searchsorted(rows, torch.arange(len(edges_FF) + 1))
     _, part = pymetis.part_graph(

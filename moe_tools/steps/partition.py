@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
 from moe_tools.experts.division import Division
+from moe_tools.extras import needed
 from moe_tools.steps.balance import balanced_assignment
 
 LLOYD_ROUNDS = 20
@@ -90,6 +90,7 @@ def _scaled(features_FX: Tensor) -> Tensor:
 
 def _faiss_centroids(features: np.ndarray, num_experts: int, seed: int) -> Tensor:
     """Unbalanced k-means, only for where to start."""
+    faiss = needed("faiss", "cluster", "k-means")
     kmeans = faiss.Kmeans(
         features.shape[1],
         num_experts,

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import Conversion, conversion_so_far, write_conversion
 from moe_tools.experts.division import Division
 from moe_tools.experts.profiles import Sketch, contributions_TF, marks_TF
+from moe_tools.extras import needed
 from moe_tools.hosts.ffn import FFN, find_ffns, permute_neurons
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.graph import coactivation_partition
@@ -28,6 +29,8 @@ from moe_tools.steps.partition import (
 from moe_tools.steps.rules import at_least
 from moe_tools.steps.step import Option, Step, Work
 
+CLUSTERING = {"kmeans": "faiss", "coactivation": "pymetis"}
+"""Method -> the module that it needs, which not every install has."""
 GRAPH_BYTES = 4 * 2**30
 """Co-activation graphs that are summed at once; more of them take another pass over the text."""
 
@@ -84,8 +87,11 @@ def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[P
     """Reorders the neurons of every FFN in place and returns the partitions, in FFN order.
 
     Raises:
-        ValueError: an expert exceeds an FFN, or all experts are shared.
+        ValueError: an expert exceeds an FFN, all experts are shared, or what clusters the neurons
+            is not installed.
     """
+    if step.method in CLUSTERING:  # now, and not after the calibration
+        needed(CLUSTERING[step.method], "cluster", f"a split by {step.method}")
     ffns = find_ffns(model)
     divisions = [planned_division(ffn, step) for ffn in ffns]
     orders: list[Tensor] = []

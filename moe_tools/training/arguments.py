@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from moe_tools.data import Batch
 from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
+from moe_tools.training import checkpointing
 
 if TYPE_CHECKING:
     from moe_tools.training.train import Train
@@ -111,10 +112,10 @@ def training_arguments(
         # Otherwise each batch waits until the GPU has done all that it was given before.
         "dataloader_pin_memory": on_gpu,
         "accelerator_config": {"non_blocking": on_gpu},
-        "activation_checkpointing": step.checkpointing,
+        checkpointing.NAME: step.checkpointing,
         # The other kind runs the first forward pass without a graph: losses collected from modules
         # would lose their gradient, silently.
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        f"{checkpointing.NAME}_kwargs": {"use_reentrant": False},
         "ddp_find_unused_parameters": False,
     }
     if launch.deepspeed is not None:

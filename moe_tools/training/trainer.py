@@ -24,7 +24,7 @@ from moe_tools.hosts.inputs import model_inputs
 from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import warmup_cosine
-from moe_tools.training import zero
+from moe_tools.training import checkpointing, zero
 from moe_tools.training.arguments import Batches, only, training_arguments
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
@@ -259,7 +259,7 @@ class RecipeTrainer(CheckpointingTrainer):
     def finish(self) -> None:
         """Makes the model plain again, whatever trained it."""
         if self.step.checkpointing:
-            self.model.activation_checkpointing_disable()  # type: ignore[operator]
+            getattr(self.model, f"{checkpointing.NAME}_disable")()
         if self.is_deepspeed_enabled:
             zero.make_plain(self.model, self.deepspeed, self.dtypes)
 

@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 import moe_tools
 from moe_tools.checkpoint import auto
 from moe_tools.checkpoint import rebuild as rebuild_module
-from moe_tools.checkpoint.auto import Patch, transformers_patched
+from moe_tools.checkpoint.auto import SUPPORTED, Patch, transformers_patched
 from moe_tools.checkpoint.import_hook import AfterImport
 from moe_tools.checkpoint.loading import load, load_classifier
 from moe_tools.checkpoint.saving import save
@@ -394,7 +394,8 @@ def test_a_transformers_that_loads_otherwise_is_a_warning_and_refused_when_neede
     patch = other_transformers(monkeypatch, **({"_load_pretrained_model": seam} if seam else {}))
     said = (
         rf"^transformers {re.escape(transformers.__version__)} does not load models in the way "
-        rf"that moe-tools knows \(.*{why}.*\): install transformers>=5.23.0,<6, or a newer"
+        rf"that moe-tools knows \(.*{why}.*\): "
+        rf"install transformers{re.escape(SUPPORTED)}, or a newer"
     )
     patch.switch(True)
     (record,) = caplog.records

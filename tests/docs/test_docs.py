@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 from moe_tools.cli.main import _Parser, main
 from moe_tools.recipe import parse_recipe
@@ -85,18 +82,6 @@ def test_the_tutorial_runs_from_top_to_bottom(
             ran += 1
     assert ran == 10  # eight commands, two pieces of Python
     assert "## Figures" in (tmp_path / "fast" / "README.md").read_text()
-
-
-def test_the_stated_versions_are_those_that_are_installed_and_tested() -> None:
-    """The lowest that pip takes is the lowest that `make test-lowest` takes, and what we say."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needs = {each.name: each for each in map(Requirement, project["dependencies"])}
-    said = (ROOT / "docs" / "elsewhere.md").read_text()
-    for file, name in (("constraints-lowest.txt", "transformers"), ("constraints.txt", "torch")):
-        (pin,) = re.findall(rf"^{name}==(\S+)$", (ROOT / file).read_text(), re.MULTILINE)
-        (lowest,) = (each.version for each in needs[name].specifier if each.operator == ">=")
-        assert Version(lowest) == Version(pin)
-        assert f"| {name} | {lowest} | below " in said
 
 
 def test_the_recipe_of_the_reference_is_a_recipe() -> None:

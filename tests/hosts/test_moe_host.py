@@ -19,6 +19,7 @@ from moe_tools.hosts.moe_host import HostExperts, chosen_share
 from moe_tools.inference.moe_implementation import lay_out_experts, register_experts
 from moe_tools.measure.baselines import thresholded
 from moe_tools.measure.evaluate import evaluate
+from moe_tools.training.checkpointing import NAME
 from tests.families import (
     EXPERT_SIZE,
     FUSED,
@@ -166,7 +167,7 @@ def test_a_layer_that_is_computed_again_gives_its_idle_experts_their_zeros(
     model = apart(num_local_experts=8, num_experts_per_tok=1).train()
     randomize(model)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{NAME}_enable")({"use_reentrant": False})
     inputs = {name: ids[:1, :3] for name, ids in model_inputs(model).items()}
     model(**inputs).logits.sum().backward()
     assert all(param.grad is not None for param in model.parameters())

@@ -345,12 +345,13 @@ def test_the_head_multiplies_the_last_token_of_a_prompt_as_a_matrix() -> None:
     """As a batch, it would copy its weights: `aten::bmm` in place of `aten::mm`."""
     model = make("llama")
     ids = torch.randint(3, 64, (1, 7))
-    for made in (optimised(model), model.requires_grad_(False)):
-        with torch.no_grad(), torch.profiler.profile() as profile:
-            made(ids, logits_to_keep=1)
-        products = {event.key: event.count for event in profile.key_averages()}
-        heads = products.get("aten::bmm", 0)
-        assert heads == (made is model), products
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        optimised(model)(ids, logits_to_keep=1)
+    # The plain model has one in some builds of torch, none in others. A host's own small batches,
+    # as those of rotary positions in some versions, are no matter.
+    batches = [event.input_shapes for event in profile.events() if event.name == "aten::bmm"]
+    vocabulary = model.config.vocab_size
+    assert not [sizes for shapes in batches for sizes in shapes if vocabulary in sizes], batches
 
 
 def test_routers_compute_in_the_dtype_that_they_are_kept_in(tmp_path: Path) -> None:
