@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,7 +43,11 @@ def may_have_more(model: nn.Module, known: set[str]) -> bool:
     covered = known | {above for path in known for above in _above(path)}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            layers = [f"{path}.{index}" for index in range(len(module))]
+            layers = [
+                f"{path}.{i}"
+                for i, layer in enumerate(module)
+                if next(layer.parameters(), None) is not None
+            ]
             if any(layer in covered for layer in layers) and not covered.issuperset(layers):
                 return True
         elif (
@@ -101,14 +105,14 @@ def _is_small(model: nn.Module) -> bool:
     """Whether a model can be its own twin."""
     parameters = list(model.parameters())
     size = sum(parameter.numel() for parameter in parameters)
-    whole = isinstance(model, PreTrainedModel) and _is_stock(type(model))
+    whole = _is_stock(type(model))
     return whole and size <= SMALL and not any(parameter.is_meta for parameter in parameters)
 
 
 def stock_twin(model: nn.Module) -> nn.Module | None:
     """A small model of the same class, whole where this one is a part of a model; None: no way."""
     stock = next((each for each in type(model).__mro__ if _is_stock(each)), None)
-    if stock is None or not issubclass(stock, PreTrainedModel):
+    if stock is None:
         return None
     config: Any = model.config
     try:
@@ -118,8 +122,10 @@ def stock_twin(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _is_stock(kind: type) -> bool:
-    """Whether a class is one that its module defines: a part of a model has one made for it."""
+def _is_stock(kind: type) -> TypeGuard[type[PreTrainedModel]]:
+    """Whether a class of models is one that its module defines: a part's is made for it."""
+    if not issubclass(kind, PreTrainedModel):
+        return False
     return vars(sys.modules[kind.__module__]).get(kind.__name__) is kind
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.hosts.fused import fused_experts
 from moe_tools.hosts.graph_rows import graph_rows, may_have_more
-from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.layouts import Layout, join
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.shapes import FORMAT_1, NO_FFN, fit
 
@@ -46,9 +46,16 @@ def found_rows(model: nn.Module) -> Rows:
         ValueError: as `fit`.
     """
     by_shape = rows_by_shape(model)
-    if not may_have_more(model, {*by_shape, *fused_experts(model)}):
+    opened = [path for path, module in model.named_modules() if isinstance(module, HostExperts)]
+    if not may_have_more(model, {*by_shape, *fused_experts(model), *opened}):
         return by_shape
-    return by_shape | graph_rows(model)
+    known = {join(path, layout.up) for path, layout in by_shape.items()}
+    inside = tuple(f"{path}." for path in opened)  # experts that were taken apart say what they are
+    return by_shape | {
+        path: row
+        for path, row in graph_rows(model).items()
+        if join(path, row.up) not in known and not path.startswith(inside)
+    }
 
 
 def settled(model: nn.Module) -> bool:

@@ -197,7 +197,7 @@ class Streamed:
         rows: Rows = {}
         for layer, conversion in zip(self.layers, found, strict=True):
             own = read_rows(self._empty, conversion.layouts or {})
-            rows |= {path: row for path, row in own.items() if path.startswith(f"{layer}.")}
+            rows |= {path: row for path, row in own.items() if f"{path}.".startswith(f"{layer}.")}
         return write_rows(self._empty, rows)
 
     @cached_property

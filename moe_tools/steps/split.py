@@ -18,6 +18,7 @@ from moe_tools.experts.division import Division
 from moe_tools.experts.profiles import Sketch, contributions_TF, marks_TF
 from moe_tools.extras import needed
 from moe_tools.hosts.ffn import FFN, find_ffns, permute_neurons
+from moe_tools.hosts.proof import settle
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.graph import coactivation_partition
 from moe_tools.steps.partition import (
@@ -87,11 +88,12 @@ def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[P
     """Reorders the neurons of every FFN in place and returns the partitions, in FFN order.
 
     Raises:
-        ValueError: an expert exceeds an FFN, all experts are shared, or what clusters the neurons
-            is not installed.
+        ValueError: an expert exceeds an FFN, all experts are shared, an FFN that moe-tools does
+            not compute as its host does, or what clusters the neurons is not installed.
     """
     if step.method in CLUSTERING:  # now, and not after the calibration
         needed(CLUSTERING[step.method], "cluster", f"a split by {step.method}")
+    settle(model)
     ffns = find_ffns(model)
     divisions = [planned_division(ffn, step) for ffn in ffns]
     orders: list[Tensor] = []
