@@ -46,10 +46,14 @@ NEAR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.f
 
 
 @torch.no_grad()
-def settle(model: nn.Module) -> None:
+def settle(model: nn.Module, *, is_twin: bool = False) -> None:
     """Proves the FFNs of a dense model and keeps their layouts; nothing else changes.
 
     A model that is all shapes, on the meta device, stays unproven.
+
+    Args:
+        model: dense.
+        is_twin: it stands for another model, and no twin can stand for it.
 
     Raises:
         ValueError: an FFN that is neither computed as its layout says nor neuron by neuron, or one
@@ -66,6 +70,8 @@ def settle(model: nn.Module) -> None:
     try:
         proven = dict(_prove(model, _reached(model, holders)))
     except CannotRun as error:
+        if is_twin:
+            raise
         proven = _as_in_twin(model, holders, error)
     settle_rows(model, proven)
 
@@ -79,7 +85,7 @@ def _as_in_twin(model: nn.Module, holders: Sequence[Holder], error: CannotRun) -
     twin = stock_twin(model)
     if twin is None:
         raise error
-    settle(twin)
+    settle(twin, is_twin=True)
     proven = everywhere(model, twin, rows_of(twin))
     if any(holder.path not in proven for holder in holders):
         raise error
