@@ -127,10 +127,12 @@ def test_a_custom_model_is_found_proven_converted_and_loaded(folder: Path, tmp_p
         load(tmp_path / "out")
 
 
-def test_without_the_flag_it_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["evaluate", str(folder), "--tokens", "64"]
+def test_without_the_flag_a_command_says_so_in_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["upcycle", str(folder), "--output", str(tmp_path / "out")]
     assert main(command) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.endswith("say --trust-remote-code, or trust_remote_code=True in Python")
-    assert main([*command, "--trust-remote-code"]) == 2
-    assert "has no tokenizer" in capsys.readouterr().err  # so its code ran, and the model loaded
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith("say --trust-remote-code, or trust_remote_code=True in Python")
+    assert main([*command, "--trust-remote-code"]) == 2  # its code ran, and the model loaded
+    assert "OwnForCausalLM cannot be upcycled" in capsys.readouterr().err
