@@ -97,7 +97,7 @@ def _run(words: list[str]) -> int:
             help="let Python code that comes with a model run; never asked for otherwise",
         )
     args = parser.parse_args(words[1:])
-    with trusted(getattr(args, "trust_remote_code", False)):
+    with trusted(vars(args).pop("trust_remote_code", False)):
         return int(verb.run(args))
 
 

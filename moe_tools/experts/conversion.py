@@ -190,7 +190,7 @@ def with_layouts(model: nn.Module, conversion: Conversion) -> Conversion:
 
 def _layouts(model: nn.Module) -> dict[str, Any]:
     """What the block in a model's config says, or a new one would."""
-    block = read_block(model.config)
+    block = read_block(getattr(model, "config", None))
     if block is not None and block.layouts is not None:
         return block.layouts
     return write_rows(model, rows_of(model))

@@ -97,7 +97,7 @@ def _find(twin: nn.Module) -> dict[str, Layout]:
         with torch.enable_grad():
             return find_layouts(twin, model_inputs(twin, ids_BT)).rows
     except Exception as error:  # a foreign model fails in its own ways
-        _log.info("%s: no graph to look at: %s", type(twin).__name__, error)
+        _log.debug("%s: no graph to look at: %s", type(twin).__name__, error)
         return {}
 
 
@@ -118,7 +118,7 @@ def stock_twin(model: nn.Module) -> nn.Module | None:
     try:
         return build_twin(stock, shrink(config))
     except ValueError as error:
-        _log.info("%s", error)
+        _log.debug("%s", error)
         return None
 
 

@@ -110,9 +110,8 @@ def _reached(model: nn.Module, holders: Sequence[Holder]) -> list[Holder]:
         except Exception:  # it needs more than tokens
             return list(holders)
     found = [holder for holder in holders if _place(holder.path) in called]
-    for holder in holders:
-        if holder not in found:
-            _log.info("%s stays dense: plain text does not reach it", holder.path)
+    if dense := [holder.path for holder in holders if holder not in found]:
+        _log.info("%d FFNs stay dense, plain text does not reach %s", len(dense), dense[0])
     if holders and not found:
         raise ValueError(f"plain text reaches no FFN of {type(model).__name__}")
     return found

@@ -81,7 +81,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": "typo.yaml"},
         "typo.yaml: step 1 (attach): unknown key 'start_sparsty'; did you mean 'start_sparsity'?",
     ),
-    "family": ({"model": "mamba"}, "MambaForCausalLM has no FFN that moe-tools knows; supported"),
+    "family": ({"model": "mamba"}, "MambaForCausalLM has no FFN that moe-tools can find"),
     "encoder": ({"model": "bert"}, "BertForMaskedLM is neither a causal language model nor a"),
     "expert size": (
         {"expert_size": "49"},

@@ -304,7 +304,7 @@ def test_mistakes_are_named(
 
 def test_a_model_without_known_ffns_is_refused() -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1))
-    with pytest.raises(ValueError, match="no FFN that moe-tools knows"):
+    with pytest.raises(ValueError, match="no FFN that moe-tools can find"):
         evaluate(model, text())
 
 
