@@ -134,6 +134,8 @@ def _lines(
         sizes = ", ".join(map(str, shape.expert_sizes)) or "4 to 64 make experts of two sizes"
         yield "FFNs", f"{shape.count} x {kind}{shape.activation}, D={shape.width} F={shape.neurons}"
         yield "expert size", sizes
+    for layout in found.layouts:
+        yield "made of", layout
     share, flops = found.ffn_parameter_share, found.ffn_flop_share
     yield "in the FFNs", f"{share:.0%} of the parameters, {flops:.0%} of the FLOPs of a short text"
     if natural is not None:

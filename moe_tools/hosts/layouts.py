@@ -57,6 +57,14 @@ class Layout:
         """The same FFN, with what stands between up and down left to the host."""
         return Layout(self.up, self.down, gate=self.gate, slot=self.down, masked=True)
 
+    def in_words(self) -> str:
+        """Its parts, and what is particular about them, for people."""
+        parts = (self.gate, self.up, self.act or self.function, self.down)
+        said = ", ".join(dict.fromkeys(part for part in parts if part is not None))
+        if self.masked:
+            return f"{said}; masked before {self.down}, as only the host knows what is between"
+        return f"{said}, in the layer" if self.slot else said
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: what differs from the defaults."""
         plain = asdict(self) | {"bypass": list(self.bypass)}

@@ -11,6 +11,7 @@ from moe_tools.experts.conversion import Conversion, read_conversion
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.hosts.ffn import FFN, find_ffns
 from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.proof import settle
 from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons
 
@@ -43,6 +44,8 @@ class Diagnosis:
     """The model's class."""
     dtype: str
     shapes: tuple[Shape, ...]
+    layouts: tuple[str, ...]
+    """Which parts of the host its FFNs are made of; an expert's are views of what is fused."""
     parameters: int
     """Counts a shared tensor once, and includes our routers."""
     ffn_parameters: int
@@ -67,10 +70,13 @@ class Diagnosis:
 def diagnose(model: PreTrainedModel) -> Diagnosis:
     """Looks at a model and runs one short block of random tokens through it.
 
+    A dense model's FFNs are proven, as before a conversion.
+
     Raises:
-        ValueError: the model has no FFN of a known family.
+        ValueError: the model has no FFN, or one that cannot be converted.
     """
     conversion = read_conversion(model)
+    settle(model)
     with count_neurons(model) as counts, count_flops(model) as others:
         generator = torch.Generator().manual_seed(0)
         ids_BT = torch.randint(model.config.vocab_size, (1, LENGTH), generator=generator)
@@ -81,6 +87,7 @@ def diagnose(model: PreTrainedModel) -> Diagnosis:
         host=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
         shapes=tuple(Shape(shapes.count(shape), *shape) for shape in dict.fromkeys(shapes)),
+        layouts=tuple(dict.fromkeys(ffn.layout.in_words() for ffn in ffns)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         ffn_parameters=sum(count.weights for count in counts),
         flops=others.flops(model, counts, LENGTH, LENGTH),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from transformers import BitNetConfig, BitNetForCausalLM
 
 from moe_tools.bench.kernels import backends
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.experts.routing import record_routing
+from moe_tools.hosts.twin import build_twin, shrink
 from moe_tools.measure.diagnose import Shape, diagnose
 from tests.families import (
     EXPERT_SIZE,
@@ -34,6 +36,7 @@ def test_every_family_has_one_shape(family: str) -> None:
 def test_a_llama_by_hand() -> None:
     found = diagnose(build("llama", mlp_bias=False))
     assert found.shapes == (Shape(2, 16, 48, "SiLU", True, (4, 8, 16)),)
+    assert found.layouts == ("gate_proj, up_proj, act_fn, down_proj",)
     assert (found.host, found.dtype) == ("LlamaForCausalLM", "float32")
     ffn, norms = 2 * 3 * 16 * 48, 5 * 16
     assert found.ffn_parameters == ffn
@@ -52,6 +55,12 @@ def test_a_converted_model_says_how() -> None:
 def test_an_activation_is_named_by_its_class() -> None:
     names = {family: diagnose(build(family)).shapes[0].activation for family in ("bert", "t5-relu")}
     assert names == {"bert": "GELU", "t5-relu": "ReLU"}
+
+
+def test_what_cannot_be_converted_is_refused() -> None:
+    model = build_twin(BitNetForCausalLM, shrink(BitNetConfig()))
+    with pytest.raises(ValueError, match="its neurons are coupled"):
+        diagnose(model)
 
 
 def test_a_diagnosis_changes_nothing() -> None:
