@@ -254,7 +254,9 @@ class Holder:
             fused = self.layout.gate == self.layout.up
             neurons = out_TF.shape[-1] // (2 if fused else 1)
             for row in ("gate", "up") if fused else (name,):
-                rows_TF = self._random(row, (*out_TF.shape[:-1], neurons)).to(out_TF)
+                # At least fp32, whatever the weights are in: a small difference shows.
+                dtype = torch.promote_types(out_TF.dtype, torch.float32)
+                rows_TF = self._random(row, (*out_TF.shape[:-1], neurons)).to(out_TF.device, dtype)
                 order_F = _order_F(neurons)
                 self.rows[row] = rows_TF[..., order_F] if self.shuffled else rows_TF
             if not fused:
@@ -266,8 +268,11 @@ class Holder:
 
         return put
 
-    def _see_h(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.h_TF = args[0].clone()
+    def _see_h(self, down: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        h_TF, *rest = args
+        self.h_TF = h_TF.clone()
+        dtype = down.get_parameter("weight").dtype
+        return (h_TF.to(dtype if dtype in COMPUTED else self.entering["up"].dtype), *rest)
 
     def _see_out(self, _: nn.Module, __: Any, out_TD: Tensor) -> None:
         self.out_TD = out_TD.clone()

@@ -41,7 +41,8 @@ def _class_with(change: str) -> type[nn.Module]:
             gate, up = self.gate_proj(x), self.up_proj(x)
             if change == "limit":
                 gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-            h = self.act_fn(gate * (1.3 if change == "multiplier" else 1)) * up
+            factors = {"multiplier": 1.3, "a little": 1.001}
+            h = self.act_fn(gate * factors.get(change, 1.0)) * up
             if change == "statistics":  # as gemma3n's sparse layers
                 h = nn.functional.relu(h - h.mean(-1, keepdim=True) - h.std(-1, keepdim=True))
             if change == "norm":  # as bitnet
@@ -76,6 +77,13 @@ def test_what_only_the_host_knows_is_masked_and_exact(change: str) -> None:
     assert not torch.equal(logits(model), dense)
     with every_expert_on(model):
         assert torch.equal(logits(model), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_digits_hide_no_difference(dtype: torch.dtype) -> None:
+    model = _changed("a little").to(dtype)
+    settle(model)
+    assert [row.masked for row in rows_of(model).values()] == [False, True]
 
 
 def test_coupled_neurons_are_refused_with_the_reason() -> None:
