@@ -13,6 +13,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 Calls = Literal["chosen", "every", "weighed"]
@@ -21,6 +22,7 @@ every: with T tokens for each expert, in one tensor of X T rows; a row of zeros 
 weighed: every expert runs on every token; only the weights are given."""
 CALLS: dict[int, Calls] = {1: "every", 2: "weighed", 3: "chosen"}
 """Number of arguments -> how experts without flags are called."""
+TOKENS = 8
 FLAT = {"gate_proj.weight": "w1", "up_proj.weight": "v1", "down_proj.weight": "w2"}
 """Tensor of one expert -> how Megablocks and DBRX call that of all experts."""
 WAY_OUT = "leave this model dense, or ask for its layout at moe-tools"
@@ -119,12 +121,22 @@ def _by_flags(fused: Any) -> Storage:
     tensors = _names(["gate_up_proj" if gated else "up_proj", "down_proj"])
     if getattr(fused, "has_bias", False):
         tensors |= {f"{host}.bias": f"{host}_bias" for host in tensors.values()}
-    return Storage(
-        tensors,
-        transposed=fused.is_transposed,
-        interleaved=not getattr(fused, "is_concatenated", True),
-        own_gate=gated and _has_own_gate(fused),
-    )
+    own_gate = gated and _has_own_gate(fused)
+    concatenated = getattr(fused, "is_concatenated", None)  # began with transformers 5.8
+    interleaved = own_gate and _alternates(fused) if concatenated is None else not concatenated
+    return Storage(tensors, fused.is_transposed, interleaved=interleaved, own_gate=own_gate)
+
+
+@torch.no_grad()
+def _alternates(fused: Any) -> bool:
+    """Whether gate and up rows of one neuron stand side by side: by what its gate makes of them."""
+    shape = fused.gate_up_proj.shape
+    width = shape[2] if fused.is_transposed else shape[1]
+    rows_TF = torch.randn(TOKENS, width, generator=torch.Generator().manual_seed(0))
+    other_TF = rows_TF.clone()
+    other_TF[:, 1] += 1.0
+    changed_F = (fused._apply_gate(other_TF) != fused._apply_gate(rows_TF)).any(0)
+    return bool(changed_F[0])
 
 
 def _by_shapes(path: str, fused: nn.Module) -> Storage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DbrxConfig, JetMoeConfig, JetMoeForCausalLM, MixtralConfig
 
 from moe_tools.hosts.ffn import find_ffns, host_state_dict, permute_neurons
+from moe_tools.hosts.fused import check_fused
 from moe_tools.hosts.moe_host import HostExperts, unfuse_experts
 
 EXPERTS, WIDTH, NEURONS, TOKENS = 4, 16, 24, 33
@@ -65,7 +65,8 @@ READ = [pytest.param(*one, id=one[1]) for one in FLAGGED if one[1] not in NORMED
 def tiny(module: str, name: str, **sizes: Any) -> nn.Module:
     """A model that holds experts of a class, every number of them random."""
     config = SimpleNamespace(**SIZES | sizes)
-    experts = getattr(importlib.import_module(module), name)(config)
+    began_later = "this transformers has no such family yet"
+    experts = getattr(pytest.importorskip(module, reason=began_later), name)(config)
     with torch.no_grad():
         for parameter in experts.parameters():
             parameter.normal_(std=0.5)
@@ -87,8 +88,8 @@ def apart(model: nn.Module) -> HostExperts:
 
 
 def test_transformers_has_the_classes_that_we_look_for() -> None:
-    assert len(FLAGGED) >= 50
-    assert {"GptOssExperts", "NemotronHExperts", "AriaExperts"} <= {name for _, name in FLAGGED}
+    assert len(FLAGGED) >= 30  # of 5.7; 65 of 5.23
+    assert {"GptOssExperts", "NemotronHExperts", "MixtralExperts"} <= {name for _, name in FLAGGED}
 
 
 @pytest.mark.parametrize(("module", "name"), READ)
@@ -102,6 +103,16 @@ def test_experts_of_every_class_compute_what_the_host_does(module: str, name: st
     state = host_state_dict(model)
     assert state.keys() == before.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize(("module", "name"), READ)
+def test_the_order_of_gate_and_up_is_read_off_a_gate_without_its_flag(
+    module: str, name: str
+) -> None:
+    experts = tiny(module, name)["experts"]
+    said = check_fused("experts", experts)
+    experts.__dict__.pop("is_concatenated", None)
+    assert check_fused("experts", experts) == said
 
 
 INKLING = "transformers.models.inkling.modeling_inkling"
