@@ -82,10 +82,10 @@ def graph_rows(model: nn.Module) -> dict[str, Layout]:
 def everywhere(model: nn.Module, twin: nn.Module, rows: Mapping[str, Layout]) -> dict[str, Layout]:
     """The rows of a twin, each for every holder of its class in the same place of any layer."""
     by_place = {
-        (_place(path), type(twin.get_submodule(path)).__name__): layout
+        (place_of(path), type(twin.get_submodule(path)).__name__): layout
         for path, layout in rows.items()
     }
-    places = ((path, (_place(path), type(each).__name__)) for path, each in model.named_modules())
+    places = ((path, (place_of(path), type(each).__name__)) for path, each in model.named_modules())
     return {path: by_place[place] for path, place in places if place in by_place}
 
 
@@ -140,6 +140,6 @@ def _noisy(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _place(path: str) -> str:
+def place_of(path: str) -> str:
     """A path without the numbers in it."""
     return re.sub(r"\d+", "*", path)

@@ -15,7 +15,6 @@ Letters: T tokens, D model width, F neurons.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_tools.data.generate import evaluating
 from moe_tools.hosts.fused import fused_experts
-from moe_tools.hosts.graph_rows import everywhere, stock_twin
+from moe_tools.hosts.graph_rows import everywhere, place_of, stock_twin
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.moe_host import take_apart
@@ -102,14 +101,14 @@ def _reached(model: nn.Module, holders: Sequence[Holder]) -> list[Holder]:
     with ExitStack() as stack:
         for holder in holders:
             linear = holder.part(holder.layout.up)
-            note = partial(_note, called, _place(holder.path))
+            note = partial(_note, called, place_of(holder.path))
             _enter(stack, linear.register_forward_pre_hook(note))
         try:
             with evaluating(model):
                 model(**sample_inputs(model))
         except Exception:  # it needs more than tokens
             return list(holders)
-    found = [holder for holder in holders if _place(holder.path) in called]
+    found = [holder for holder in holders if place_of(holder.path) in called]
     if dense := [holder.path for holder in holders if holder not in found]:
         _log.info("%d FFNs stay dense, plain text does not reach %s", len(dense), dense[0])
     if holders and not found:
@@ -119,11 +118,6 @@ def _reached(model: nn.Module, holders: Sequence[Holder]) -> list[Holder]:
 
 def _note(called: set[str], place: str, *_: Any) -> None:
     called.add(place)
-
-
-def _place(path: str) -> str:
-    """A path without the numbers in it."""
-    return re.sub(r"\d+", "*", path)
 
 
 def _prove(model: nn.Module, holders: Sequence[Holder]) -> Iterator[tuple[str, Layout]]:
