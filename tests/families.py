@@ -205,7 +205,7 @@ _FUSED: dict[str, Family | None] = {
     "nemotron_h": Family(
         NemotronHForCausalLM,
         NemotronHConfig,
-        _NEMOTRON_H | {"layer_types": ["full_attention", "moe", "moe"]},
+        _NEMOTRON_H | {"layers_block_type": ["attention", "moe", "moe"]},
         stock=_EAGER,
     ),
     # a gate of its own, concatenated

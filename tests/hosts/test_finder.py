@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -204,6 +205,8 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Layout]]] = {
 
 def other_host(name: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     torch.manual_seed(0)
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {name} yet")
     config = AutoConfig.for_model(name, **OTHERS[name][0])
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     inputs = {"input_ids": tokens()}
