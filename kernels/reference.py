@@ -51,8 +51,8 @@ def weighed(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _hidden(weights: FFNWeights, z_TF: list[Tensor]) -> Tensor:
-    acts = [act for _, _, act in weights.inputs]  # torch 2.9 cannot compile zip(strict=True)
-    return reduce(torch.mul, [act(z_TF[index]) for index, act in enumerate(acts)])
+    acts = [act for _, _, act in weights.inputs]
+    return reduce(torch.mul, [act(part_TF) for act, part_TF in zip(acts, z_TF, strict=True)])
 
 
 def _detached_where_off(z_TF: Tensor, mask_TF: Tensor) -> Tensor:

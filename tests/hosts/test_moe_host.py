@@ -210,7 +210,8 @@ def test_a_token_chooses_as_many_experts_as_the_config_says() -> None:
     assert chosen_share(build("gpt_oss"), "model.layers.0.mlp.experts.0") == 2 / 4
     assert chosen_share(build("longcat"), "model.layers.0.mlp.experts.0") == 3 / 6
     assert chosen_share(build("llama4"), "model.layers.0.feed_forward.experts.0") == 2 / 4
-    assert chosen_share(build("inkling"), "model.layers.0.mlp.shared_experts.0") == 1
+    if "inkling" in FUSED:  # it began later than the lowest transformers
+        assert chosen_share(build("inkling"), "model.layers.0.mlp.shared_experts.0") == 1
     silent = nn.ModuleDict({"experts": experts_of(apart())})
     silent.config = PreTrainedConfig()
     with pytest.raises(ValueError, match=r"^experts: PreTrainedConfig does not say how many exper"):
