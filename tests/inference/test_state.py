@@ -119,8 +119,8 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(
 
 
 @pytest.mark.skipif(
-    Version(torch.__version__) < Version("2.11"),
-    reason="torch before 2.11 cannot trace the frozen dataclasses of the reference",
+    Version(torch.__version__) < Version("2.13"),
+    reason="torch before 2.13 cannot trace the frozen dataclasses of the reference",
 )
 @every_kind
 def test_so_it_is_on_the_reference(kind: str) -> None:
