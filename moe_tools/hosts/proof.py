@@ -122,6 +122,7 @@ def _note(called: set[str], place: str, *_: Any) -> None:
 
 def _prove(model: nn.Module, holders: Sequence[Holder]) -> Iterator[tuple[str, Layout]]:
     observe(model, holders)
+    holders = [_with_dropout(model, holder) for holder in holders]
     doubtful = {holder.path: why for holder in holders if (why := holder.difference())}
     others = [replace(holder, layout=holder.layout.as_masked()) for holder in holders]
     masked = [holder for holder in others if holder.path in doubtful]
@@ -137,6 +138,21 @@ def _prove(model: nn.Module, holders: Sequence[Holder]) -> Iterator[tuple[str, L
     for holder in holders:
         is_masked = holder.path in doubtful
         yield holder.path, holder.layout.as_masked() if is_masked else holder.layout
+
+
+def _with_dropout(model: nn.Module, holder: Holder) -> Holder:
+    """The holder with the dropout that makes its row right, where one of its own does."""
+    if holder.layout.slot or not holder.difference():
+        return holder
+    names = [name for name, child in holder.module.named_children() if type(child) is nn.Dropout]
+    for place in ("hidden_dropout", "output_dropout"):
+        for name in names:
+            row: dict[str, Any] = {place: name}
+            other = replace(holder, layout=replace(holder.layout, **row))
+            observe(model, [other])
+            if not other.difference():
+                return other
+    return holder
 
 
 @dataclass
@@ -207,8 +223,9 @@ class Holder:
     def watched(self) -> Iterator[None]:
         """While it lasts, gate and up give random numbers, and what the host makes of them is kept.
 
-        The holder is in training mode, its modules are not: dropout that it calls as a function
-        shows as a difference, unless the layout knows its probability. Under a mask it may be.
+        The holder is in training mode, and of its modules every dropout: one between gate and up
+        and the down projection shows as a difference, unless the layout knows it. Under a mask it
+        may be there.
         """
         down = self.part(self.layout.down)
         training = self.module.training
@@ -222,11 +239,23 @@ class Holder:
             _enter(stack, down.register_forward_hook(self._see_out))
             stack.callback(setattr, self.module, "training", training)
             self.module.training = not self.layout.masked
+            if not self.layout.masked:
+                self._drop(stack)
             for path in (self.layout.hidden_dropout, self.layout.output_dropout):
                 if path is not None and isinstance(getattr(self.module, path, None), float):
                     stack.callback(setattr, self.module, path, getattr(self.module, path))
                     setattr(self.module, path, 0.0)
             yield
+
+    def _drop(self, stack: ExitStack) -> None:
+        """Lets every dropout that the layout does not name drop half."""
+        paths = (self.layout.hidden_dropout, self.layout.output_dropout)
+        named = [self.part(path) for path in paths if path is not None]
+        for module in self.module.modules():
+            if type(module) is nn.Dropout and module not in named:
+                stack.callback(setattr, module, "p", module.p)
+                stack.callback(setattr, module, "training", module.training)
+                module.p, module.training = 0.5, True
 
     def call(self) -> None:
         """Gives the holder a random x, as nothing but its own parts is needed."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, T5GemmaForConditionalGeneration, XLNetLMHeadModel
 
 from moe_tools.experts.conversion import attach_experts
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.rows import rows_of
-from tests.families import FAMILIES, THRESHOLD, build, force_on, logits
+from moe_tools.hosts.twin import build_twin, shrink
+from tests.families import FAMILIES, THRESHOLD, build, force_on, logits, model_inputs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,6 +100,31 @@ def test_coupled_neurons_are_refused_with_the_reason() -> None:
     with pytest.raises(ValueError, match=message):
         attach_experts(model, THRESHOLD)
     assert {path: type(module) for path, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("t5gemma", ("dropout", None, False)), ("xlnet", (None, None, True))],
+    ids=["in the module", "in the layer, used twice"],
+)
+def test_dropout_between_the_activation_and_down_is_found(
+    name: str, expected: tuple[str | None, str | None, bool]
+) -> None:
+    kinds = {"t5gemma": T5GemmaForConditionalGeneration, "xlnet": XLNetLMHeadModel}
+    donor = build_twin(kinds[name], shrink(AutoConfig.for_model(name)))
+    model = copy.deepcopy(donor)
+    settle(model)
+    found = {
+        (row.hidden_dropout, row.output_dropout, row.masked) for row in rows_of(model).values()
+    }
+    assert found == {expected}
+    attach_experts(model, THRESHOLD)
+    force_on(model)
+    outputs = []
+    for each in (donor.train(), model.train()):
+        torch.manual_seed(1)
+        outputs.append(each(**model_inputs(donor)).logits)
+    assert torch.equal(*outputs)
 
 
 def test_a_multiplier_of_one_is_no_difference() -> None:
