@@ -25,7 +25,7 @@ from moe_tools.hosts.activation_keys import activation_keys, read_key, write_key
 from moe_tools.hosts.activations import Activation, build_activation
 from moe_tools.hosts.ffn import FFN, check_activation, find_ffns, set_activation, unfused_ffns
 from moe_tools.hosts.host_expert import OneExpert
-from moe_tools.hosts.layouts import join
+from moe_tools.hosts.layouts import holder_of, join
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.names import OURS
 
@@ -89,8 +89,7 @@ def _act_path(model: nn.Module, ffn: FFN) -> str:
     above = ffn.name.rpartition(".")[0]
     if isinstance(ffn.layer, OneExpert) or isinstance(model.get_submodule(above), HostExperts):
         return f"{above}."
-    holder = ffn.name.removesuffix(ffn.layout.slot).removesuffix(".")
-    return join(holder, ffn.layout.act or "")
+    return join(holder_of(ffn.name, ffn.layout), ffn.layout.act or "")
 
 
 def check_swap(model: nn.Module, conversion: Conversion) -> list[Activation]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moe_tools.hosts.activations import Activation, JointActivation
 from moe_tools.hosts.fused import check_fused, fused_experts
 from moe_tools.hosts.host_expert import OneExpert, expert_views
-from moe_tools.hosts.layouts import Layout, child_name, host_names, inside, join
+from moe_tools.hosts.layouts import Layout, child_name, holder_of, host_names, inside, join
 from moe_tools.hosts.moe_host import HostExperts, unfuse_experts
 from moe_tools.hosts.own_gate import OwnGate
 from moe_tools.hosts.projections import Projections, activation_of
@@ -218,17 +218,12 @@ def _joined(model: nn.Module, found: list[FFN]) -> list[FFN]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # while it loads, not tied yet
     by_weight: dict[int, FFN] = {}
     for ffn in found:
-        name = f"{join(_holder(ffn), ffn.layout.up)}.weight"
+        name = f"{join(holder_of(ffn.name, ffn.layout), ffn.layout.up)}.weight"
         owner = model if name in tied else ffn.part(ffn.layout.up)
         key = id(owner.get_parameter(tied.get(name, "weight")))
         first = by_weight.get(key)
         by_weight[key] = ffn if first is None else replace(first, also=(*first.also, ffn.name))
     return list(by_weight.values())
-
-
-def _holder(ffn: FFN) -> str:
-    """The path of the module that holds the parts."""
-    return ffn.name.removesuffix(ffn.layout.slot).removesuffix(".")
 
 
 def unfused_ffns(model: nn.Module) -> list[FFN]:

@@ -103,9 +103,14 @@ def inside(layout: Layout) -> Layout:
     return replace(layout, slot="", bypass=(), **names)
 
 
+def holder_of(name: str, layout: Layout) -> str:
+    """The path of the holder, from that of the slot."""
+    return name.removesuffix(layout.slot).removesuffix(".")
+
+
 def host_names(name: str, layout: Layout) -> dict[str, str]:
     """Prefixes of our module's tensors -> the host's own, where the two differ."""
-    holder = name.removesuffix(layout.slot).removesuffix(".")
+    holder = holder_of(name, layout)
     pairs = {
         f"{name}.{child_name(layout, path)}.": f"{join(holder, path)}." for path in layout.moved()
     }

@@ -1,7 +1,8 @@
 """Which FFNs a model has: the layout of every holder, by its path.
 
 A converted model's `config.json` says it (the `layouts` of its block), and nothing is looked for
-again. Of a dense model it is found by shape, as long as `moe_tools.hosts.proof` has not settled it.
+again. Of a dense model it is found by shape or by graph, as long as `moe_tools.hosts.proof` has not
+settled it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def rows_of(model: nn.Module) -> Rows:
     Raises:
         ValueError: a config whose layouts cannot be read.
     """
-    block = getattr(getattr(model, "config", None), "moe_tools", None)
-    if isinstance(block, dict):
+    block = _block(model)
+    if block is not None:
         written = block.get("layouts")
         return rows_by_shape(model, FORMAT_1) if written is None else read_rows(model, written)
     return _SETTLED[model] if model in _SETTLED else found_rows(model)
@@ -60,8 +61,13 @@ def found_rows(model: nn.Module) -> Rows:
 
 def settled(model: nn.Module) -> bool:
     """Whether a model's rows are proven, or were when its folder was written."""
+    return _block(model) is not None or model in _SETTLED
+
+
+def _block(model: nn.Module) -> dict[str, Any] | None:
+    """What a model's config says of its conversion; None: the model is dense."""
     block = getattr(getattr(model, "config", None), "moe_tools", None)
-    return isinstance(block, dict) or model in _SETTLED
+    return block if isinstance(block, dict) else None
 
 
 def settle_rows(model: nn.Module, rows: Rows) -> None:

@@ -26,6 +26,7 @@ NEURONS = 48
 VOCABULARY = 96
 HEADS = 2
 MOST_LAYERS = 8
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def build_twin(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = model_class._from_config(config, dtype=torch.float32, **_plain(model_class))
+            model = model_class._from_config(config, dtype=torch.float32, **PLAIN)
         except Exception as error:
             raise _refused(model_class.__name__, error) from error
         _add_noise(model)
@@ -218,10 +219,6 @@ def _config_of(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         return config
     parts = (part for part in vars(config).values() if isinstance(part, wanted))
     return next(parts, config)
-
-
-def _plain(model_class: type[PreTrainedModel]) -> dict[str, str]:
-    return {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 def _refused(name: str, error: Exception) -> ValueError:

@@ -99,8 +99,7 @@ def optimize(
             nothing is changed then.
     """
     _check(model, dtype)
-    if not expert_ffns(model):
-        settle(model)
+    settle(model)
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
     packing = _Packing(dtype, backend, screen)
     packable = _packable(model, ffns)

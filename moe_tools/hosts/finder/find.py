@@ -1,4 +1,4 @@
-"""Finds the FFNs of a model without their names, and says each as a row of `LAYOUTS`.
+"""Finds the FFNs of a model without their names, and says each as a `Layout`.
 
 The model is a small one: a twin of the real one, in fp32, with noise on every parameter. A passage
 (`tracing`) is an FFN if

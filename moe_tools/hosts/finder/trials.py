@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from moe_tools.hosts.finder.tracing import Inputs
 from moe_tools.hosts.layouts import Layout, join
+from moe_tools.hosts.projections import Projections, hidden_TF
 
 
 def is_whole(holder: nn.Module, layout: Layout, x: Tensor) -> bool:
@@ -130,20 +130,13 @@ def _output(model: nn.Module, inputs: Inputs) -> Tensor | None:
 
 def _computed(holder: nn.Module, layout: Layout, x_TD: Tensor) -> Tensor:
     """y_TD from the tensors of a row's parts."""
-    up = _linear(holder.get_submodule(layout.up), x_TD)
-    act = ACT2FN[layout.function] if layout.act is None else holder.get_submodule(layout.act)
-    if layout.gate is None:
-        h_TF = act(up)
-    else:
-        gate_TF, up_TF = up, up
-        if layout.gate != layout.up:
-            gate_TF = _linear(holder.get_submodule(layout.gate), x_TD)
-        elif layout.interleaved:
-            gate_TF, up_TF = up[..., ::2], up[..., 1::2]
-        else:
-            gate_TF, up_TF = up.chunk(2, dim=-1)
-        h_TF = act(gate_TF) * up_TF
-    return _linear(holder.get_submodule(layout.down), h_TF)
+    parts = Projections.of(layout, holder.get_submodule)
+    up_TF, gate_TF = _linear(parts.up, x_TD), None
+    if parts.gate is parts.up:
+        gate_TF, up_TF = parts.halves(up_TF, dim=-1)
+    elif parts.gate is not None:
+        gate_TF = _linear(parts.gate, x_TD)
+    return _linear(parts.down, hidden_TF(parts.act, up_TF, gate_TF))
 
 
 @torch.no_grad()
