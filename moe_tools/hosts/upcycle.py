@@ -60,7 +60,7 @@ def upcycle(
     """
     check_upcycling(num_experts, top_k, noise)
     ffns = _checked_ffns(donor)
-    config = _config(donor.config, num_local_experts=num_experts, num_experts_per_tok=top_k)
+    config = _config(donor, num_local_experts=num_experts, num_experts_per_tok=top_k)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=donor.dtype)
@@ -112,8 +112,19 @@ def _checked_ffns(donor: PreTrainedModel) -> list[FFN]:
     return ffns
 
 
-def _config(donor: Any, **experts: Any) -> MixtralConfig:
+def _config(donor: PreTrainedModel, **experts: Any) -> MixtralConfig:
     """All that the two configs have in common, and the experts."""
-    common = {one.name for one in fields(donor)} & {one.name for one in fields(MixtralConfig)}
-    shared = {name: getattr(donor, name) for name in common - {"architectures"}}
+    common = {one.name for one in fields(donor.config)} & {
+        one.name for one in fields(MixtralConfig)
+    }
+    shared = {name: getattr(donor.config, name) for name in common - {"architectures"}}
+    shared["tie_word_embeddings"] = _is_tied(donor)
     return MixtralConfig(**copy.deepcopy(shared), **experts)
+
+
+def _is_tied(donor: PreTrainedModel) -> bool:
+    """Whether the head is the embedding.
+
+    The config may say so of a checkpoint that holds two different ones; transformers keeps both.
+    """
+    return donor.get_output_embeddings().weight is donor.get_input_embeddings().weight

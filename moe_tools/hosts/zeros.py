@@ -5,6 +5,7 @@ Letters: T tokens, F neurons.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,23 @@ def gives_zeros(act: nn.Module) -> bool:
     """
     if isinstance(act, HostOnly):  # nobody can say
         return False
-    return bool((act(torch.tensor([-1.0])) == 0).all())
+    act = _with_numbers(act)
+    device = next((tensor.device for tensor in act.state_dict().values()), torch.device("cpu"))
+    return bool((act(torch.tensor([-1.0], device=device)) == 0).all())
+
+
+def _with_numbers(act: nn.Module) -> nn.Module:
+    """The activation, or where its own numbers are not loaded one in which they all are 1.
+
+    Which zeros it gives depends on its formula, but for single values of these numbers.
+    """
+    own = act.state_dict().values()
+    if not any(tensor.is_meta for tensor in own):
+        return act
+    filled = copy.deepcopy(act).to_empty(device="cpu")
+    for tensor in filled.state_dict().values():
+        tensor.fill_(1)
+    return filled
 
 
 @torch.no_grad()
