@@ -28,6 +28,7 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.hosts.inputs import text_config
 from moe_tools.inference.optimized import optimize
 from moe_tools.inference.quantized_linear import Kind
 from moe_tools.measure.neurons import count_neurons
@@ -119,13 +120,13 @@ def bench_generate(
         ValueError: more tokens than the context has.
     """
     first = next(iter(models.values()))
-    context = getattr(first.config, "max_position_embeddings", None)
+    context = getattr(text_config(first), "max_position_embeddings", None)
     if context is not None and prompt + tokens + 1 > context:
         raise ValueError(
             f"a prompt of {prompt} tokens and {tokens + 1} new ones exceed the context of {context}"
         )
     drawn = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(first.config.vocab_size, (1, prompt), generator=drawn)
+    ids_BT = torch.randint(text_config(first).vocab_size, (1, prompt), generator=drawn)
     seen = models.get("routed", first)
     with quiet_transformers():
         sparsity = _share_off(seen, ids_BT, tokens)

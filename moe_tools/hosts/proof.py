@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_tools.data.generate import evaluating
 from moe_tools.hosts.fused import fused_experts
 from moe_tools.hosts.graph_rows import everywhere, place_of, stock_twin
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import model_inputs, text_config
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.moe_host import take_apart
 from moe_tools.hosts.projections import COMPUTED, activation_of, hidden_TF
@@ -358,10 +358,10 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
     """A few tokens for a model, from the middle of its vocabulary: special ones are at its ends."""
     if isinstance(model, HasSample):
         return model.sample_inputs()
-    config: Any = model.config
-    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    config = text_config(model)
+    vocabulary = int(config.vocab_size)
     ids = torch.arange(TOKENS) * max(1, vocabulary // (3 * TOKENS)) + vocabulary // 4
-    rows = getattr(config.get_text_config(decoder=True), "num_codebooks", 1)  # sound: a row each
+    rows = getattr(config, "num_codebooks", 1)  # sound: a row each
     device = next(model.parameters()).device
     return model_inputs(model, (ids % vocabulary).expand(rows, -1).to(device))
 

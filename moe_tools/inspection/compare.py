@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.intervene import intervene
+from moe_tools.hosts.inputs import continues_text
 from moe_tools.inspection.inspection import Inspection
 from moe_tools.inspection.records import Effect, Overlap
 from moe_tools.inspection.run import encode
@@ -85,7 +86,7 @@ def effect(
     Raises:
         ValueError: as `inspect` and `intervene`; a model that is not causal; one token only.
     """
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not continues_text(model):
         raise ValueError(f"{type(model).__name__} does not predict the next token")
     ids_BT = encode(model, tokenizer, text).to(model.device)
     if ids_BT.shape[1] < 2:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import Conversion, read_conversion
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.hosts.ffn import FFN, find_ffns
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import model_inputs, text_config
 from moe_tools.hosts.proof import settle
 from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons
@@ -79,7 +79,7 @@ def diagnose(model: PreTrainedModel) -> Diagnosis:
     settle(model)
     with count_neurons(model) as counts, count_flops(model) as others:
         generator = torch.Generator().manual_seed(0)
-        ids_BT = torch.randint(model.config.vocab_size, (1, LENGTH), generator=generator)
+        ids_BT = torch.randint(text_config(model).vocab_size, (1, LENGTH), generator=generator)
         model(**model_inputs(model, ids_BT.to(model.device)))
     ffns = expert_ffns(model) or find_ffns(model)
     shapes = [_shape(ffn) for ffn in ffns]

@@ -177,17 +177,20 @@ def _check(
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-    length, context = blocks_BT.shape[1], getattr(model.config, "max_position_embeddings", None)
+    length, context = (
+        blocks_BT.shape[1],
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
     if context is not None and length > context:
         raise ValueError(
             f"a block of {length} tokens exceeds the context of {type(model).__name__}, "
             f"{context} tokens: use --block-length {context} or less"
         )
     largest = int(blocks_BT.max())
-    if largest >= model.config.vocab_size:
+    if largest >= model.config.get_text_config().vocab_size:
         raise ValueError(
             f"token {largest} is outside the vocabulary of {type(model).__name__}, "
-            f"{model.config.vocab_size} tokens: tokenise with the model's own tokenizer"
+            f"{model.config.get_text_config().vocab_size} tokens: tokenise with the model's own tokenizer"
         )
     if not model.can_generate() and mask_token is None:
         raise ValueError(

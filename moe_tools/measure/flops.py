@@ -24,6 +24,7 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.experts.tokens import valid_tokens
 from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.inputs import text_config
 from moe_tools.hosts.moe_host import chosen_share
 from moe_tools.measure.neurons import NeuronCount
 
@@ -139,15 +140,21 @@ def attention_flops(model: PreTrainedModel, length: int) -> float:
     Each costs 2 x width of q x context. A causal token sees (T + 1) / 2 tokens on average, fewer
     under a sliding window; an encoder's token sees T; a decoder beside an encoder sees both.
     """
-    config = model.config
+    config = _attending(model)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 4 * heads * head_dim * sum(_contexts(model, length))
 
 
+def _attending(model: PreTrainedModel) -> Any:
+    """The config of all layers that attend; an encoder-decoder has both kinds in its own."""
+    return model.config if model.config.is_encoder_decoder else text_config(model)
+
+
 def _contexts(model: PreTrainedModel, length: int) -> list[float]:
     """Mean number of tokens that a token attends to, an entry for every attention."""
-    config, layers = model.config, model.config.num_hidden_layers
+    config = _attending(model)
+    layers = config.num_hidden_layers
     if config.is_encoder_decoder:
         return [length] * layers + [causal_context(length) + length] * config.num_decoder_layers
     if not model.can_generate():

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from moe_tools import processes
 from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.checkpoint.companions import copy_companions
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
 from moe_tools.checkpoint.saving import save
 from moe_tools.data import Text, label_names
@@ -215,6 +216,7 @@ class _Run:
     def _write(self, folder: Path, write: Write, measured: dict[str, Any], work: Path) -> None:
         with new_folder(folder) as unfinished:
             write(unfinished, self.tokenizer)
+            copy_companions(self.source, unfinished)
             (unfinished / METRICS).write_text(json.dumps(measured, indent=1))
         shutil.rmtree(work, ignore_errors=True)
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_tools.checkpoint.loading import is_classifier
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.inputs import continues_text
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import check_sparsity
 from moe_tools.steps.launch import Launch
@@ -31,7 +31,7 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
     """
     step.check()
     name = type(model).__name__
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not is_classifier(model):
+    if not continues_text(model) and not is_classifier(model):
         raise ValueError(
             f"{name} is neither a causal language model nor a classifier: this version trains only "
             "those; `split`, `attach`, `fit` and `budget` work on every family"
