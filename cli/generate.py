@@ -110,12 +110,14 @@ def _encode(
     request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
     """Returns the prompt's tokens, if the model can continue them."""
-    if not model.can_generate():
-        raise ValueError(f"{type(model).__name__} predicts masked tokens and continues no text")
+    from moe_tools.hosts.inputs import continues_text, text_config
+
+    if not continues_text(model):
+        raise ValueError(f"{type(model).__name__} continues no text: generate with a causal model")
     text, special = _text(request, tokenizer), not request.chat
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special, verbose=False)
     length, new = encoded["input_ids"].shape[1], request.max_new_tokens
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(text_config(model), "max_position_embeddings", None)
     if length == 0:
         raise ValueError(
             f"--prompt {request.prompt!r} has no token for this tokenizer: give more text"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     With MOE_TOOLS_DEBUG=1 an error keeps its traceback, and no warning is hidden.
     """
     passive_waiting()
+    _print_anything()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):  # deepspeed says it here and in LOCAL_RANK
         words = words[1:]
@@ -72,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(GRACE)  # the first process says the same, unless the launcher ends it before
             return code
         return _fail(str(error) or repr(error), code)
+
+
+def _print_anything() -> None:
+    """Lets text through that the encoding of a pipe or terminal lacks, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(words: list[str]) -> int:

@@ -28,7 +28,7 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.hosts.inputs import text_config
+from moe_tools.hosts.inputs import continues_text, text_config
 from moe_tools.inference.optimized import optimize
 from moe_tools.inference.quantized_linear import Kind
 from moe_tools.measure.neurons import count_neurons
@@ -67,8 +67,8 @@ def folder_models(folder: str, dtype: torch.dtype) -> Models:
         ValueError: what `load` and `optimize` refuse, or a model that continues no text.
     """
     dense, plain = load(folder, dtype=dtype, routed=False), load(folder, dtype=dtype)
-    if not plain.can_generate():
-        raise ValueError(f"{type(plain).__name__} predicts masked tokens and continues no text")
+    if not continues_text(plain):
+        raise ValueError(f"{type(plain).__name__} continues no text: time a causal model")
     return _models(dense, plain if expert_ffns(plain) else None)
 
 

@@ -19,6 +19,7 @@ from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.routers.base import Start, Starter
 from moe_tools.hosts.ffn import FFN, find_ffns
+from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.rules import at_least, strictly_between_0_and_1
 from moe_tools.steps.step import Step, Work
@@ -55,7 +56,8 @@ class Attach(Step):
 
     def rehearse(self, model: PreTrainedModel, donor: str) -> None:
         """Attaches routers that know nothing."""
-        attach_experts(model, self.conversion(conversion_so_far(model, donor)))
+        for ffn in attach_experts(model, self.conversion(conversion_so_far(model, donor))):
+            _check_zeros(ffn, self.router)
 
     def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
         """Attaches and starts the routers; measures nothing."""
@@ -89,8 +91,8 @@ def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Tensor)
     Routers are started from activations where their kind can be (`Router.starter`).
 
     Raises:
-        ValueError: no split was made, an unknown router or selector, or an MoE expert that saw no
-            token.
+        ValueError: no split was made, an unknown router or selector, a predictor of zeros where
+            there are none, or an MoE expert that saw no token.
     """
     conversion = step.conversion(split)
     watchers = [_watchers(ffn, step, conversion) for ffn in find_ffns(model)]
@@ -102,8 +104,19 @@ def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Tensor)
 
         visit_activations(model, blocks_BT, visit, title="calibrate routers")
     for ffn, seen in zip(attach_experts(model, conversion), watchers, strict=True):
+        _check_zeros(ffn, step.router)
         for watcher in seen:
             watcher.apply(ffn)
+
+
+def _check_zeros(ffn: ExpertFFN, router: str) -> None:
+    if ffn.router.needs_zeros and not gives_zeros(ffn.act):
+        raise ValueError(
+            f"router {router} predicts which neurons are exactly 0, and {type(ffn.act).__name__} of "
+            f"{ffn.name} leaves none: put `swap: {{activation: {{kind: relu}}}}` and `train` before "
+            "it, or say in router_options from which share of the largest a neuron counts: "
+            "{zero_below: 0.05}"
+        )
 
 
 def _watchers(ffn: FFN, step: Attach, conversion: Conversion) -> list[_Starting | _Means]:

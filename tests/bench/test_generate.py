@@ -75,7 +75,7 @@ def test_more_tokens_than_the_context_has_are_refused() -> None:
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "bert", "bert")
-    with pytest.raises(ValueError, match="BertForMaskedLM predicts masked tokens"):
+    with pytest.raises(ValueError, match="BertForMaskedLM continues no text"):
         folder_models(str(tmp_path / "bert"), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""A donor whose config ties the head to the embedding, but whose checkpoint holds two: both stay."""
+"""A donor whose config ties head and embedding, but whose checkpoint holds two: both stay."""
 
 from __future__ import annotations
 

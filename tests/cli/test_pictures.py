@@ -100,4 +100,6 @@ def test_every_verb_takes_it(run: Run, work: Path) -> None:
         code, told, _ = run("doctor", folder, "--data", "text.txt", "--json", "-")
         assert code == 0
         assert json.loads(told)["host"] == host
-    assert run("generate", "out", "--prompt", "w1 w2", "--max-new-tokens", "3", "--optimize")[0] == 0
+    assert (
+        run("generate", "out", "--prompt", "w1 w2", "--max-new-tokens", "3", "--optimize")[0] == 0
+    )

@@ -40,6 +40,11 @@ class Router(nn.Module, ABC):
     zero_below: float = 0.0
     """What its experts are predicted to be: see `Importance.nonzero_TR`."""
 
+    @property
+    def needs_zeros(self) -> bool:
+        """Whether it predicts which neurons are exactly 0, and is of no use where none is."""
+        return False
+
     @classmethod
     @abstractmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:

@@ -61,6 +61,10 @@ class LowRankRouter(LabelRouter):
         self.first = LinearFP32(width, rank, bias=False)
         self.second = LinearFP32(rank, routed, bias=bias)
 
+    @property
+    def needs_zeros(self) -> bool:
+        return self.zero_below == 0
+
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
         """At random; the options are those of the class after `routed`."""
