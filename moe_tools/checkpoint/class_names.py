@@ -26,6 +26,12 @@ def stock_class(name: str) -> str:
     return str(name).removeprefix(PREFIX)
 
 
+def only_ours(block: Any) -> bool:
+    """Whether the block of a config has routers, or an activation in place of the donor's."""
+    wanted = ("router", "activation")
+    return isinstance(block, dict) and any(block.get(key) is not None for key in wanted)
+
+
 def put_in(in_force: Callable[[], bool], held: Any) -> Any:
     """Wraps the method of a config that writes `config.json`."""
     write = function_of(held)
@@ -58,7 +64,11 @@ def take_out(in_force: Callable[[], bool], held: Any) -> Any:
 @contextmanager
 def _prefixed(config: Any) -> Iterator[None]:
     """While it lasts, a config and that of its language model name classes that no program has."""
-    parts = [part for part in (config, config.get_text_config()) if _only_ours(part)]
+    parts = [
+        part
+        for part in (config, config.get_text_config())
+        if only_ours(getattr(part, "moe_tools", None))
+    ]
     before = [part.architectures for part in parts]
     try:
         for part, names in zip(parts, before, strict=True):
@@ -67,13 +77,6 @@ def _prefixed(config: Any) -> Iterator[None]:
     finally:
         for part, names in zip(parts, before, strict=True):
             part.architectures = names
-
-
-def _only_ours(config: Any) -> bool:
-    """Whether a model has routers, or another activation than its stock class may compute."""
-    block = getattr(config, "moe_tools", None)
-    wanted = ("router", "activation")
-    return isinstance(block, dict) and any(block.get(key) is not None for key in wanted)
 
 
 def _name_stock_classes(config: Any) -> None:
