@@ -15,10 +15,11 @@ folder as a dense model, silently. Where the seam is, and why there:
   and all the loaders (Auto classes, pipeline, PEFT, Trainer, lm-eval) pass through it. What
   follows is what `moe_tools.load` does, as that passes through it too.
 
-Three more places: `save_pretrained` writes tensors under the host's names, `ACT2FN` builds a
-stand-in for an activation that only moe-tools knows, which the loading then replaces, and a model
-that is built from the config of a converted one refuses to run until it has its routers, so that no
-way around the loading gives a dense model.
+More places: `save_pretrained` writes tensors under the host's names, `ACT2FN` builds a stand-in for
+an activation that only moe-tools knows, which the loading then replaces, a model that is built from
+the config of a converted one refuses to run until it has its routers, so that no way around the
+loading gives a dense model, and a config is written under a class name that no other program has
+(`class_names`), and read under its own.
 
 Other libraries may put their functions around ours, before or after: what they put on stays when
 ours goes, and ours then hands every call straight on.
@@ -36,13 +37,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib import import_module
 from threading import RLock
 from types import ModuleType
 from typing import Any
 
+from moe_tools.checkpoint.class_names import put_in, take_out
 from moe_tools.checkpoint.import_hook import AfterImport
-from moe_tools.checkpoint.seams import Once, Seam
+from moe_tools.checkpoint.seams import Once, Seam, function_of
 from moe_tools.names import OURS
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,8 @@ SUPPORTED = ">=5.7,<6"
 """Versions of transformers in moe-tools' requirements."""
 LOAD, SAVE, BUILT = "_load_pretrained_model", "save_pretrained", "post_init"
 """The methods of `PreTrainedModel` that are patched."""
+READ, WRITE = "get_config_dict", "to_json_file"
+"""The methods of `PreTrainedConfig` that are patched: every `config.json` passes through them."""
 MARK = "__moe_tools_patch__"
 """Where the patched module says whose patch it has."""
 FILLED = ("model", "state_dict", "checkpoint_files", "load_config")
@@ -142,7 +147,9 @@ class Patch:
         model = vars(module).get("PreTrainedModel")
         if model is None or model in self._models:
             return
-        from transformers.activations import ACT2FN  # before the lock: another thread may import
+        # before the lock: another thread may import
+        from transformers.activations import ACT2FN
+        from transformers.configuration_utils import PreTrainedConfig
 
         with self._lock:
             if model in self._models or not (self._asked or self._users):
@@ -162,13 +169,15 @@ class Patch:
             self._put(model, LOAD, self._loading)
             self._put(model, SAVE, self._saving)
             self._put(type(ACT2FN), "__missing__", self._missing)
+            self._put(PreTrainedConfig, READ, partial(take_out, lambda: self.in_force))
+            self._put(PreTrainedConfig, WRITE, partial(put_in, lambda: self.in_force))
 
     def _put(self, owner: type, name: str, around: Callable[[Any], Any]) -> None:
         self._seams.setdefault((owner, name), Seam(owner, name, around)).put()
 
     def _loading(self, held: Any) -> Any:
         """Wraps the step of `from_pretrained` that fills a model: then rebuilds a converted one."""
-        load = _function(held)
+        load = function_of(held)
 
         @functools.wraps(load)
         def load_and_rebuild(*args: Any, **kwargs: Any) -> Any:
@@ -193,7 +202,7 @@ class Patch:
 
     def _saving(self, held: Any) -> Any:
         """Wraps `save_pretrained`: writes a converted model's tensors under the host's names."""
-        save = _function(held)
+        save = function_of(held)
 
         @functools.wraps(save)
         def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -216,7 +225,7 @@ class Patch:
 
     def _building(self, held: Any) -> Any:
         """Wraps the end of a model's `__init__`: one that needs routers refuses to run without."""
-        post_init = _function(held)
+        post_init = function_of(held)
 
         @functools.wraps(post_init)
         def post_init_and_guard(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -310,14 +319,6 @@ def _bind(load: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     found = inspect.signature(load)
     named = found if set(FILLED) <= set(found.parameters) else inspect.signature(_filling)
     return named.bind(*args, **kwargs).arguments
-
-
-def _function(held: Any) -> Any:
-    """The function behind a class attribute, e.g. behind a staticmethod or a partialmethod."""
-    if isinstance(held, classmethod):
-        return held.__func__
-    bind = getattr(held, "__get__", None)
-    return held if bind is None else bind(None, object)
 
 
 def _unsupported(model: type) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from moe_tools.checkpoint.atomic import new_file
+from moe_tools.checkpoint.class_names import only_ours
 from moe_tools.experts.conversion import Conversion
 from moe_tools.names import CONFIG, FIGURES, METRICS, README, RECIPE
 
@@ -38,6 +39,11 @@ from transformers import {auto}
 
 model = {auto}.from_pretrained("{place}")
 ```"""
+
+_ELSEWHERE = (
+    "Programs other than transformers (llama.cpp, vLLM) refuse its class by name; "
+    "`moe-tools export` says what it can write for them."
+)
 
 
 def write_card(folder: Path) -> None:
@@ -111,8 +117,12 @@ def _how_to_load(conversion: Conversion, auto: str) -> str:
             "**Without `import moe_tools` the same folder is a dense model**: the routers are left "
             "out, every expert runs, and nothing is saved."
         )
+    elif conversion.activation is not None:
+        without = "It is a dense model, and transformers loads it without moe-tools just as well."
     else:
         without = "It is a dense model, and loads without moe-tools just as well."
+    if only_ours(conversion.to_dict()):
+        without += f" {_ELSEWHERE}"
     commands = 'moe-tools generate FOLDER --prompt "The sea is"\nmoe-tools evaluate FOLDER'
     return f"## How to run it\n\n{load}\n\n{without}\n\n```\n{commands}\n```"
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from moe_tools.checkpoint.auto import transformers_patched
+from moe_tools.checkpoint.class_names import stock_class
 from moe_tools.checkpoint.parts import Part
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
@@ -236,7 +237,7 @@ def named_errors(prefix: str) -> Iterator[None]:
 
 def host_class(config: Any) -> type[transformers.PreTrainedModel]:
     """The stock class that the folder was saved from."""
-    names = getattr(config, "architectures", None) or []
+    names = [stock_class(name) for name in getattr(config, "architectures", None) or []]
     if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):
         return getattr(transformers, names[0])
     return AutoModelForCausalLM  # type: ignore[return-value]

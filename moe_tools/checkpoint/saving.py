@@ -10,6 +10,7 @@ from pathlib import Path
 import transformers
 
 from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.card import write_card
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.experts.conversion import update_config
@@ -28,7 +29,7 @@ def save(
     Raises:
         ValueError: `folder` exists and is not empty, or an optimised model that has lost digits.
     """
-    with new_folder(folder) as partial, quiet_transformers():
+    with new_folder(folder) as partial, quiet_transformers(), transformers_patched(True):
         update_config(model)
         state = host_state_dict(model)
         model.save_pretrained(partial, state_dict=state, save_original_format=False)

@@ -67,3 +67,11 @@ class Once:
             yield id(thing) not in busy
         finally:
             self._busy.reset(token)
+
+
+def function_of(held: Any) -> Any:
+    """The function behind a class attribute, e.g. behind a staticmethod or a partialmethod."""
+    if isinstance(held, classmethod):
+        return held.__func__
+    bind = getattr(held, "__get__", None)
+    return held if bind is None else bind(None, object)

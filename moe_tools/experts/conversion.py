@@ -166,14 +166,16 @@ def update_config(model: nn.Module) -> None:
         write_conversion(model, conversion)
 
 
-def write_conversion(model: nn.Module, conversion: Conversion) -> None:
-    """Puts the block into the model's config, with the layouts of its FFNs."""
-    if conversion.layouts is None:
+def write_conversion(model: nn.Module, conversion: Conversion | None) -> None:
+    """Puts the block into the model's config, with the layouts of its FFNs; None takes it out."""
+    if conversion is not None and conversion.layouts is None:
         conversion = replace(conversion, layouts=_layouts(model))
     config: Any = model.config
     # A folder with pictures and text is also loaded as its language model, by that part's config.
     for part in (config, config.get_text_config()):
-        part.moe_tools = conversion.to_dict()
+        vars(part).pop("moe_tools", None)
+        if conversion is not None:
+            part.moe_tools = conversion.to_dict()
 
 
 def with_layouts(model: nn.Module, conversion: Conversion) -> Conversion:

@@ -1,7 +1,8 @@
 """The dense model of a converted folder's weights, as a folder without anything of ours.
 
-A converted folder is a dense one already, for transformers. Other programs may take our `router.*`
-tensors for their own: converters to GGUF read them as the gate of an MoE, or stop at them.
+Other programs refuse a converted folder, or take our `router.*` tensors for their own. An
+activation that was swapped stays written down, and with it the class name that they refuse: most of
+them compute the stock activation of a family, whatever the config says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from moe_tools.checkpoint.loading import load, load_tokenizer
 from moe_tools.checkpoint.saving import save
-from moe_tools.experts.conversion import read_conversion
+from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,7 @@ def export_dense(source: str, output: Path) -> None:
     model = load(source, routed=False)
     conversion = read_conversion(model)
     if conversion is not None:
-        if conversion.stock_activation is not None:
-            assert conversion.activation is not None
-            raise ValueError(
-                f"{source} has the activation {conversion.activation['kind']}, which no stock "
-                "class computes: it cannot be a plain dense folder"
-            )
-        del model.config.moe_tools
+        write_conversion(model, _dense(conversion, source))
         if conversion.donor != source:
             logger.info("%s: the dense model of the same weights; no router comes along", output)
     try:
@@ -40,3 +35,23 @@ def export_dense(source: str, output: Path) -> None:
     except ValueError:
         tokenizer = None
     save(model, output, tokenizer)
+
+
+def _dense(conversion: Conversion, source: str) -> Conversion | None:
+    """What is left to say about a model without routers and experts: its activation, if any."""
+    if conversion.activation is None:
+        return None
+    kind = conversion.activation["kind"]
+    if conversion.stock_activation is not None:
+        raise ValueError(
+            f"{source} has the activation {kind}, which no stock "
+            "class computes: it cannot be a plain dense folder"
+        )
+    logger.warning(
+        "the folder says that its activation is %s: transformers computes it; llama.cpp, vLLM and "
+        "others refuse the folder by its class name, as they may compute another one",
+        kind,
+    )
+    return Conversion(
+        conversion.donor, activation=conversion.activation, layouts=conversion.layouts
+    )

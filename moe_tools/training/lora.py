@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685), by PEFT, on the host's linears; merged at the end.
 
-Merged and not kept beside the weights: the steps that follow, the stock class, quantisers and GGUF
-converters all read the plain weights.
+Merged and not kept beside the weights: the steps that follow, the stock class, quantisers and
+`moe-tools export` all read the plain weights.
 """
 
 from __future__ import annotations

@@ -81,6 +81,18 @@ def test_a_split_folder_is_dense_and_a_swapped_one_needs_us(tmp_path: Path) -> N
     assert "Without moe-tools it does not load" in read(tmp_path / "swapped").text
 
 
+def test_the_card_says_who_refuses_the_folder(folder: Path, tmp_path: Path) -> None:
+    relu, split = build("llama"), build("llama")
+    swap_activations(relu, Conversion("donor", activation={"kind": "relu"}))
+    save(relu, tmp_path / "relu")
+    split.config.moe_tools = SPLIT.to_dict()
+    save(split, tmp_path / "split")
+    refused = "(llama.cpp, vLLM) refuse its class by name"
+    assert refused in read(folder).text and refused in read(tmp_path / "relu").text
+    assert "transformers loads it without moe-tools just as well" in read(tmp_path / "relu").text
+    assert refused not in read(tmp_path / "split").text
+
+
 def test_a_dense_folder_has_no_card(tmp_path: Path) -> None:
     save(build("llama"), tmp_path / "out")
     assert not (tmp_path / "out" / "README.md").exists()

@@ -59,6 +59,8 @@ def test_the_folder_is_the_same(work: Path, streams: Recipe, whole: Path, tmp_pa
     assert index["weight_map"].keys() == tensors(out).keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(out).values())
     assert not (out / "steps").exists()
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["MoeToolsLlamaForCausalLM"]
     before = snapshot(out)
     run(streams, str(work / "donor"), out, stream=True, **FP32)
     run(streams, str(work / "donor"), out, stream=False, **FP32)
