@@ -1,0 +1,199 @@
+"""One writer for a file or a folder: a lock that ends with its process, however that ends.
+
+The lock is the kernel's (`flock`): where a process is gone, so is its lock, and the file that was
+locked keeps nobody out. NFS takes it to the server, so that it holds between hosts, and so do
+CephFS, GPFS and Lustre, unless they are mounted for locks of one host. For those, the holder of a
+folder also gives signs of life: it touches the file of its lock every few seconds.
+
+What cannot be known, and only where locks are those of one host: whether a holder on another one
+that gives no sign is dead, or stopped, or cut off. It counts as dead.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypedDict
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+"""The file in a folder that is being written."""
+BEAT = 5.0
+"""Seconds from one sign of life to the next."""
+MISSED = 6
+"""Signs that have to be missing before a holder on another host counts as dead."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks says."""
+
+
+class Held(ValueError):
+    """Another process is writing it."""
+
+
+class Holder(TypedDict):
+    """Who holds a folder."""
+
+    host: str
+    pid: int
+    since: str
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[int]:
+    """Opens a file, which is made if need be, and locks it; it stays where it is.
+
+    Yields:
+        Its descriptor.
+
+    Raises:
+        Held: another process has it, or an earlier call in this one.
+        OSError: it cannot be opened.
+    """
+    ours = False
+    while not ours:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, file)
+            ours = _is_at(file, descriptor)  # else its holder moved or removed it just now
+            if ours:
+                yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def held(folder: Path, *, beat: float = BEAT) -> Iterator[None]:
+    """Keeps every other writer out of a folder, which is made if need be, and may be renamed.
+
+    At the end the file of the lock goes, and so does a folder that was made here and is empty.
+    Where this user cannot write, there is no lock, and no need of one.
+
+    Raises:
+        Held: another process has it: who, where, and since when.
+        ValueError: it is no folder.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} is no folder: choose another --output") from error
+    try:
+        if not os.access(folder, os.W_OK):
+            yield
+            return
+        with locked(folder / LOCK) as descriptor:
+            _take(folder, descriptor, beat)
+            try:
+                with _signs_of_life(descriptor, beat):
+                    yield
+            finally:
+                if _is_at(LOCK, descriptor, place):
+                    os.unlink(LOCK, dir_fd=place)
+    finally:
+        os.close(place)
+        for path in made:
+            with suppress(OSError):  # something is in it, or it has another name now
+                path.rmdir()
+
+
+def _lock(descriptor: int, file: Path) -> None:
+    """Takes the kernel's lock; where there is none, says so and goes on."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Held(_refusal(file, _holder(descriptor))) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning(
+            "%s is on a file system without locks: see to it that no second command writes there",
+            file.parent,
+        )
+
+
+def _take(folder: Path, descriptor: int, beat: float) -> None:
+    """Signs the file of a lock, unless one who signed it on another host still lives."""
+    before = _holder(descriptor)
+    if before is not None and before["host"] != socket.gethostname():
+        logger.info(
+            "%s was left by process %s on %s: looking %.0f s for a sign of life",
+            folder,
+            before["pid"],
+            before["host"],
+            MISSED * beat,
+        )
+        if _lives(folder / LOCK, MISSED * beat):
+            raise Held(_refusal(folder / LOCK, before))
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    mine = Holder(host=socket.gethostname(), pid=os.getpid(), since=now)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+
+
+def _refusal(file: Path, holder: Holder | None) -> str:
+    place = file.parent if file.name == LOCK else file
+    who = "another process"
+    if holder is not None:
+        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    return f"{place} is being written by {who}: wait for its end, or choose another --output"
+
+
+def _holder(descriptor: int) -> Holder | None:
+    """Who signed the file of a lock; None: nobody has yet, or it is another kind of file."""
+    try:
+        found = json.loads(os.pread(descriptor, 4096, 0))
+        return Holder(host=found["host"], pid=found["pid"], since=found["since"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_at(file: Path | str, descriptor: int, place: int | None = None) -> bool:
+    """Whether what is open still has its name, in the folder `place`."""
+    try:
+        return os.path.samestat(os.stat(file, dir_fd=place), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _lives(file: Path, seconds: float) -> bool:
+    """Whether somebody touches a file."""
+    before, end = _touched(file), time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(seconds / MISSED / 2)
+        if _touched(file) != before:
+            return True
+    return False
+
+
+def _touched(file: Path) -> int:
+    with file.open("rb") as opened:  # NFS asks the server at every opening, and seldom in between
+        return os.fstat(opened.fileno()).st_mtime_ns
+
+
+@contextmanager
+def _signs_of_life(descriptor: int, beat: float) -> Iterator[None]:
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(beat):
+            with suppress(OSError):
+                os.utime(descriptor)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
