@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from moe_tools.checkpoint.lock import LOCK, held, locked
@@ -30,22 +30,20 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     target = Path(folder)
     check_free(target)
     partial = partial_of(target)
-    try:
-        with writing(target), held(partial):
-            _clear(partial)
+    with writing(target):
+        partial.mkdir(parents=True, exist_ok=True)
+        with held(target, file=target.with_name(f".{target.name}{LOCK}")):
+            check_free(target)  # another may have been faster
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             try:
-                check_free(target)  # another may have been faster
                 yield partial
                 settle(partial)
                 check_free(target)
                 partial.rename(target)
                 settle(target.parent, deep=False)
-            except BaseException:
-                _clear(partial)
-                raise
-    finally:
-        with suppress(OSError):  # it is the target now, or another's
-            partial.rmdir()
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_free(folder: str | Path) -> None:
@@ -127,12 +125,3 @@ def settle(path: Path, *, deep: bool = True) -> None:
 def partial_of(target: Path) -> Path:
     """The temporary path of `target` while it is being written."""
     return target.with_name(f".{target.name}.partial")
-
-
-def _clear(folder: Path) -> None:
-    """Drops what a killed process left, but not the lock."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()

@@ -49,8 +49,12 @@ class Holder(TypedDict):
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[int]:
+def locked(file: Path, what: Path | None = None) -> Iterator[int]:
     """Opens a file, which is made if need be, and locks it; it stays where it is.
+
+    Args:
+        file: the one.
+        what: is called by its name where it is refused; default: the file.
 
     Yields:
         Its descriptor.
@@ -63,7 +67,7 @@ def locked(file: Path) -> Iterator[int]:
     while not ours:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(descriptor, file)
+            _lock(descriptor, what or file)
             ours = _is_at(file, descriptor)  # else its holder moved or removed it just now
             if ours:
                 yield descriptor
@@ -72,57 +76,61 @@ def locked(file: Path) -> Iterator[int]:
 
 
 @contextmanager
-def held(folder: Path, *, beat: float = BEAT) -> Iterator[None]:
-    """Keeps every other writer out of a folder, which is made if need be, and may be renamed.
+def held(folder: Path, *, file: Path | None = None, beat: float = BEAT) -> Iterator[None]:
+    """Keeps every other writer out of a folder.
 
-    At the end the file of the lock goes, and so does a folder that was made here and is empty.
+    At the end the file of the lock goes, and so does a folder that was made for it and is empty.
     Where this user cannot write, there is no lock, and no need of one.
+
+    Args:
+        folder: made if need be, unless there is a file.
+        file: of the lock; default: one in the folder.
+        beat: see `BEAT`.
 
     Raises:
         Held: another process has it: who, where, and since when.
         ValueError: it is no folder.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = file or folder / LOCK
+    made = [path for path in lock.parents if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = os.open(folder, os.O_RDONLY)
+        lock.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{folder} is no folder: choose another --output") from error
+        raise ValueError(f"{lock.parent} is no folder: choose another --output") from error
+    if not os.access(lock.parent, os.W_OK):
+        yield
+        return
     try:
-        if not os.access(folder, os.W_OK):
-            yield
-            return
-        with locked(folder / LOCK) as descriptor:
-            _take(folder, descriptor, beat)
+        with locked(lock, folder) as descriptor:
+            _sign(lock, folder, descriptor, beat)
             try:
                 with _signs_of_life(descriptor, beat):
                     yield
             finally:
-                if _is_at(LOCK, descriptor, place):
-                    os.unlink(LOCK, dir_fd=place)
+                if _is_at(lock, descriptor):
+                    lock.unlink()
     finally:
-        os.close(place)
         for path in made:
-            with suppress(OSError):  # something is in it, or it has another name now
+            with suppress(OSError):  # something is in it
                 path.rmdir()
 
 
-def _lock(descriptor: int, file: Path) -> None:
+def _lock(descriptor: int, what: Path) -> None:
     """Takes the kernel's lock; where there is none, says so and goes on."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise Held(_refusal(file, _holder(descriptor))) from error
+        raise Held(_refusal(what, _holder(descriptor))) from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         logger.warning(
             "%s is on a file system without locks: see to it that no second command writes there",
-            file.parent,
+            what,
         )
 
 
-def _take(folder: Path, descriptor: int, beat: float) -> None:
+def _sign(file: Path, folder: Path, descriptor: int, beat: float) -> None:
     """Signs the file of a lock, unless one who signed it on another host still lives."""
     before = _holder(descriptor)
     if before is not None and before["host"] != socket.gethostname():
@@ -133,20 +141,19 @@ def _take(folder: Path, descriptor: int, beat: float) -> None:
             before["host"],
             MISSED * beat,
         )
-        if _lives(folder / LOCK, MISSED * beat):
-            raise Held(_refusal(folder / LOCK, before))
+        if _lives(file, MISSED * beat):
+            raise Held(_refusal(folder, before))
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     mine = Holder(host=socket.gethostname(), pid=os.getpid(), since=now)
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(mine).encode(), 0)
 
 
-def _refusal(file: Path, holder: Holder | None) -> str:
-    place = file.parent if file.name == LOCK else file
+def _refusal(what: Path, holder: Holder | None) -> str:
     who = "another process"
     if holder is not None:
         who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-    return f"{place} is being written by {who}: wait for its end, or choose another --output"
+    return f"{what} is being written by {who}: wait for its end, or choose another --output"
 
 
 def _holder(descriptor: int) -> Holder | None:
@@ -158,10 +165,10 @@ def _holder(descriptor: int) -> Holder | None:
         return None
 
 
-def _is_at(file: Path | str, descriptor: int, place: int | None = None) -> bool:
-    """Whether what is open still has its name, in the folder `place`."""
+def _is_at(file: Path, descriptor: int) -> bool:
+    """Whether what is open still has its name."""
     try:
-        return os.path.samestat(os.stat(file, dir_fd=place), os.fstat(descriptor))
+        return os.path.samestat(file.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
