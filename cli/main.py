@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from moe_tools import processes
 from moe_tools.checkpoint.remote_code import trusted
-from moe_tools.disk import refusal
+from moe_tools.disk import cannot_write
 from moe_tools.registry import unknown
 from moe_tools.waiting import passive_waiting
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = bool(words) and words[0] in RESUMING
         return _fail("interrupted" + ("; the same command resumes" if resumes else ""), INTERRUPTED)
     except Exception as error:
-        said = refusal(error) or error
+        said = cannot_write(error) or error
         if _debugging() or not isinstance(said, ValueError | FloatingPointError | OSError):
             raise
         code = FAILURE if isinstance(said, OSError) else USAGE

@@ -13,23 +13,32 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-REFUSALS = {
-    errno.ENOSPC: ("no space is left on its disk", "make room"),
-    errno.EDQUOT: ("your quota of its disk is used up", "make room"),
-    errno.EFBIG: ("the file would be larger than is allowed here", "raise the limit (`ulimit -f`)"),
-    errno.EIO: ("its disk fails (input/output error)", "see to the disk"),
-    errno.EROFS: ("its file system is read-only", "choose a place that can be written to"),
+WAYS_OUT = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit of a file (`ulimit -f`)",
+    errno.EIO: "see to the disk",
+    errno.EROFS: "choose a place that can be written to",
 }
-"""What the system says -> the same in words, and the way out."""
-UNSAID = ("PyTorch's writer was refused", "make room")
+"""What the system says, where it refuses -> what to do about it."""
 IN_RUST = re.compile(r"\(os error (\d+)\)")
 IN_PYTORCH = re.compile(r"inline_container\.cc|PytorchStreamWriter|iostream error")
+UNSAID = "PyTorch could not write it"
 GIB = 2**30
 
 
 class CannotWrite(ValueError):
     """A disk refused a file; what was complete before is still there."""
+
+
+class Refusal(NamedTuple):
+    """Why a disk refuses."""
+
+    reason: str
+    """With the room that is left."""
+    way_out: str
 
 
 @contextmanager
@@ -42,42 +51,39 @@ def writing(place: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refused = refusal(error, Path(place))
+        refused = cannot_write(error, Path(place))
         if refused is None:
             raise
         raise refused from error
 
 
-def refusal(error: Exception, place: Path | None = None) -> CannotWrite | None:
-    """An error as a refusal of the disk on which `place` is; None: it is none, or is said already.
+def cannot_write(error: Exception, place: Path | None = None) -> CannotWrite | None:
+    """An error as a refusal of `place`, or of the file that it names; None: it is none.
 
-    Without a place, it is the file that the error names.
+    One that has a place already is none, either.
     """
-    said = None if isinstance(error, CannotWrite) else _said(error)
-    if said is None:
-        return None
     if place is None and isinstance(error, OSError) and isinstance(error.filename, str):
         place = Path(error.filename)
-    why, way_out = said
+    refused = refusal(error, place)
+    if refused is None or isinstance(error, CannotWrite):
+        return None
     return CannotWrite(
-        f"{place or 'a file'} cannot be written: {why}{_room(place)}: {way_out} and repeat the "
-        "command; what was complete is kept"
+        f"{place or 'a file'} cannot be written: {refused.reason}: {refused.way_out} and repeat "
+        "the command; what was complete is kept"
     )
 
 
-def _said(error: BaseException | None) -> tuple[str, str] | None:
-    """What is refused and the way out, by the error or by one that it was raised from."""
-    unsaid = None
-    while error is not None:
-        code = _code(error)
-        if code in REFUSALS:
-            return REFUSALS[code]
-        if code is not None and not isinstance(error, OSError):
-            return os.strerror(code), "see to it"
-        if isinstance(error, RuntimeError) and IN_PYTORCH.search(str(error)):
-            unsaid = UNSAID
-        error = error.__cause__ or error.__context__
-    return unsaid
+def refusal(error: Exception, place: Path | None) -> Refusal | None:
+    """Why the disk of `place` refuses, by an error or one that it was raised from; None: no."""
+    found: BaseException | None = error
+    unsaid = False
+    while found is not None:
+        code = _code(found)
+        if code in WAYS_OUT or (code is not None and not isinstance(found, OSError)):
+            return Refusal(os.strerror(code) + _room(place), WAYS_OUT.get(code, "see to it"))
+        unsaid |= isinstance(found, RuntimeError) and bool(IN_PYTORCH.search(str(found)))
+        found = found.__cause__ or found.__context__
+    return Refusal(UNSAID + _room(place), "make room") if unsaid else None
 
 
 def _code(error: BaseException) -> int | None:

@@ -111,8 +111,8 @@ def on_first(work: Callable[[], T]) -> T:
             said = [work()]
         except Exception as error:
             failure = error
-            told = isinstance(error, ValueError)
-            said = [error if told else ValueError(f"the first process failed: {error}")]
+            wrong = error if isinstance(error, ValueError) else None
+            said = [wrong or ValueError(f"the first process failed: {error}")]
     distributed.broadcast_object_list(said, src=0, group=_patient)
     if failure is not None:
         raise failure

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from moe_tools.checkpoint.atomic import new_file
-from moe_tools.disk import CannotWrite, refusal, writing
+from moe_tools.disk import CannotWrite, cannot_write, writing
 
 TENSORS = {"a": torch.zeros(50_000)}
 
@@ -44,9 +44,9 @@ def test_every_library_s_refusal_is_one(writer: str, small_files: None, tmp_path
         WRITERS[writer](partial)
     line = str(said.value)
     if writer == "torch":  # does not say why
-        assert line.startswith(f"{file} cannot be written: PyTorch's writer was refused (")
+        assert line.startswith(f"{file} cannot be written: PyTorch could not write it (")
     else:
-        assert line.startswith(f"{file} cannot be written: the file would be larger than is allowed")
+        assert line.startswith(f"{file} cannot be written: File too large (")
     assert " GiB are free): " in line and "\n" not in line
     assert line.endswith(" and repeat the command; what was complete is kept")
     assert not list(tmp_path.iterdir())
@@ -55,10 +55,10 @@ def test_every_library_s_refusal_is_one(writer: str, small_files: None, tmp_path
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (errno.ENOSPC, r"no space is left on its disk \([0-9.]+ GiB are free\): make room and"),
-        (errno.EDQUOT, "your quota of its disk is used up .*: make room and"),
-        (errno.EIO, "its disk fails .*: see to the disk and"),
-        (errno.EROFS, "its file system is read-only .*: choose a place"),
+        (errno.ENOSPC, r"No space left on device \([0-9.]+ GiB are free\): make room and"),
+        (errno.EDQUOT, "Disk quota exceeded .*: make room and"),
+        (errno.EIO, "Input/output error .*: see to the disk and"),
+        (errno.EROFS, "Read-only file system .*: choose a place"),
     ],
 )
 def test_the_way_out_is_said(code: int, words: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_nearest_place_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_the_error_names_is_its_place() -> None:
     error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/proc/mine")
-    assert str(refusal(error)).startswith("/proc/mine cannot be written: ")
+    assert str(cannot_write(error)).startswith("/proc/mine cannot be written: ")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def first_fails_at_work() -> str:
     """It raises what is no user's mistake, and nobody waits for what it was to say."""
 
     def work() -> str:
-        raise OSError("the disk is gone")
+        raise OSError("no disk")
 
     try:
         return processes.on_first(work)
@@ -139,7 +139,10 @@ def test_a_process_that_hangs_or_dies_is_noticed(task: Callable[[], str], waits:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("process", "said"),
-    [(0, "OSError: the disk is gone"), (1, "ValueError: the first process failed: the disk is gone")],
+    [
+        (0, "OSError: the disk is gone"),
+        (1, "ValueError: the first process failed: the disk is gone"),
+    ],
 )
 def test_what_the_first_process_fails_at_is_known_to_all(process: int, said: str) -> None:
     assert outcome(first_fails_at_work, waits=process) == said

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from moe_tools.checkpoint.stored import stored_tensors
 from moe_tools.names import CONFIG

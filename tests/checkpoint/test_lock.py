@@ -68,7 +68,11 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 
 
 def test_the_same_process_is_another_writer_too(tmp_path: Path) -> None:
-    with held(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on"), held(tmp_path):
+    with (
+        held(tmp_path),
+        pytest.raises(ValueError, match=f"process {os.getpid()} on"),
+        held(tmp_path),
+    ):
         pass
 
 
@@ -114,7 +118,10 @@ def test_what_is_made_for_nothing_goes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["file", "file/below"])
 def test_a_file_is_no_folder(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is no folder: choose another --output"), held(tmp_path / path):
+    with (
+        pytest.raises(ValueError, match="is no folder: choose another --output"),
+        held(tmp_path / path),
+    ):
         pass
 
 
