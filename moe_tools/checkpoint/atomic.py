@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from moe_tools.checkpoint.lock import LOCK, held, locked
 from moe_tools.disk import writing
+
+PARTIAL = re.compile(r"\.(.+)\.partial")
 
 
 @contextmanager
@@ -30,7 +33,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     target = Path(folder)
     check_free(target)
     partial = partial_of(target)
-    with writing(target):
+    with writing(_finished(target)):
         partial.mkdir(parents=True, exist_ok=True)
         with held(target, file=target.with_name(f".{target.name}{LOCK}")):
             check_free(target)  # another may have been faster
@@ -125,3 +128,9 @@ def settle(path: Path, *, deep: bool = True) -> None:
 def partial_of(target: Path) -> Path:
     """The temporary path of `target` while it is being written."""
     return target.with_name(f".{target.name}.partial")
+
+
+def _finished(target: Path) -> Path:
+    """What a target is called in the end, where it is a part of one that is being written."""
+    partial = PARTIAL.fullmatch(target.name)
+    return target if partial is None else target.with_name(partial[1])
