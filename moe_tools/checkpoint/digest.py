@@ -1,7 +1,7 @@
 """A name for the weights of a model as they are now: it changes with them, and takes no long look.
 
 Of every tensor the first, middle and last 4 KiB count, and all of the header, the config and Python
-code: training changes every page of a tensor, if it changes any. A file of which other bytes were
+code: training a tensor changes its pages all over. One of which single numbers in between were
 changed by hand is not told apart.
 """
 
