@@ -58,35 +58,31 @@ def writing(place: str | Path) -> Iterator[None]:
 
 
 def cannot_write(error: Exception, place: Path | None = None) -> CannotWrite | None:
-    """An error as a refusal of `place`, or of the file that it names; None: it is none.
-
-    One that has a place already is none, either.
-    """
+    """An error as a refusal of `place`, or of the file that it names; None: it is none."""
     if place is None and isinstance(error, OSError) and isinstance(error.filename, str):
         place = Path(error.filename)
     refused = refusal(error, place)
-    if refused is None or isinstance(error, CannotWrite):
-        return None
-    return CannotWrite(
+    return refused and CannotWrite(
         f"{place or 'a file'} cannot be written: {refused.reason}: {refused.way_out} and repeat "
         "the command; what was complete is kept"
     )
 
 
 def refusal(error: Exception, place: Path | None) -> Refusal | None:
-    """Why the disk of `place` refuses, by an error or one that it was raised from; None: no."""
-    found: BaseException | None = error
-    unsaid = False
-    while found is not None:
-        code = _code(found)
-        if code in WAYS_OUT or (code is not None and not isinstance(found, OSError)):
-            return Refusal(os.strerror(code) + _room(place), WAYS_OUT.get(code, "see to it"))
-        unsaid |= isinstance(found, RuntimeError) and bool(IN_PYTORCH.search(str(found)))
-        found = found.__cause__ or found.__context__
-    return Refusal(UNSAID + _room(place), "make room") if unsaid else None
+    """Why the disk of `place` refuses; None: it does not, or a ValueError says it already."""
+    if isinstance(error, ValueError):
+        return None
+    code = _code(error)
+    if isinstance(error, RuntimeError) and IN_PYTORCH.search(str(error)):
+        code = _code(error.__context__)  # where it wrote to a file that Python has opened
+        if code is None:
+            return Refusal(UNSAID + _room(place), "make room")
+    if code not in WAYS_OUT:
+        return None
+    return Refusal(os.strerror(code) + _room(place), WAYS_OUT[code])
 
 
-def _code(error: BaseException) -> int | None:
+def _code(error: BaseException | None) -> int | None:
     if isinstance(error, OSError):
         return error.errno
     found = IN_RUST.search(str(error))

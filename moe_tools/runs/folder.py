@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from moe_tools import processes
 from moe_tools.checkpoint.atomic import link, new_file, new_folder, partial_of, remove_folder
 from moe_tools.checkpoint.card import write_card
-from moe_tools.checkpoint.lock import LOCK
+from moe_tools.checkpoint.lock import LOCK, held
+from moe_tools.disk import writing
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
 from moe_tools.recipe import Recipe, read_recipe
 
@@ -90,6 +93,22 @@ class RunFolder:
     def logs(self, index: int) -> Path:
         """Where TensorBoard finds a train step: it outlives the step's folder."""
         return self.output / LOGS / self.step(index).name
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps other runs out; of several processes of this one, the first has the lock.
+
+        Raises:
+            ValueError: another run has the folder, it is inside the donor, or the disk refuses.
+        """
+        if Path(self.source).is_dir() and Path(self.source) in self.output.resolve().parents:
+            raise ValueError(
+                f"{self.output} is inside the donor {self.source}, which must stay as it is: "
+                "choose another --output"
+            )
+        with writing(self.output), ExitStack() as stack:
+            processes.on_first(lambda: stack.enter_context(held(self.output)))
+            yield
 
     def claim(self, check: Callable[[], None], pins: Callable[[], Pins]) -> bool:
         """Takes the folder, which is held, for this run; False when the run is complete already.

@@ -6,8 +6,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,10 +20,8 @@ from moe_tools import processes
 from moe_tools.checkpoint.atomic import new_folder
 from moe_tools.checkpoint.digest import digest
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
-from moe_tools.checkpoint.lock import held
 from moe_tools.checkpoint.saving import save
 from moe_tools.data import Text, label_names
-from moe_tools.disk import writing
 from moe_tools.names import CONTROL, METRICS
 from moe_tools.recipe import Recipe, control_recipe, read_recipe, recipe_path, with_options
 from moe_tools.runs.folder import Pins, RunFolder
@@ -79,9 +77,8 @@ def run(
     """
     dense = control_recipe(recipe) if control else None  # one that there is not is said first
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
-    _check_apart(folder.output, folder.source)
     work = _Run(folder, launch or Launch(device), stream)
-    with writing(folder.output), _held_by_first(folder.output):
+    with folder.hold():
         unfinished = processes.on_first(lambda: work.begin(like))
         if unfinished:
             work.execute()
@@ -301,27 +298,6 @@ class _Run:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the donor."""
         return load_tokenizer(self.source)
-
-
-@contextmanager
-def _held_by_first(folder: Path) -> Iterator[None]:
-    """Keeps other runs out; of several processes of this one, the first has the lock."""
-    with ExitStack() as stack:
-        processes.on_first(lambda: stack.enter_context(held(folder)))
-        yield
-
-
-def _check_apart(output: Path, source: str) -> None:
-    """Checks that the run does not write into its donor.
-
-    Raises:
-        ValueError: it would.
-    """
-    if Path(source).is_dir() and Path(source) in output.resolve().parents:
-        raise ValueError(
-            f"{output} is inside the donor {source}, which must stay as it is: choose another "
-            "--output"
-        )
 
 
 def _lasting(source: str) -> str:
