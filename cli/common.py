@@ -11,6 +11,7 @@ import torch
 
 from moe_tools import processes
 from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.disk import writing
 from moe_tools.inference.optimized import PACKED
 from moe_tools.report.report import Row, print_table, to_json
 
@@ -97,4 +98,5 @@ def write_text(text: str, target: str) -> None:
     if target == "-":
         sys.stdout.write(text + "\n")
     else:
-        Path(target).write_text(text + "\n", encoding="utf-8")
+        with writing(target):
+            Path(target).write_text(text + "\n", encoding="utf-8")

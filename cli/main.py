@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from moe_tools import processes
 from moe_tools.checkpoint.remote_code import trusted
+from moe_tools.disk import cannot_write
 from moe_tools.registry import unknown
 from moe_tools.waiting import passive_waiting
 
@@ -51,7 +52,7 @@ OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 2 is a user's mistake, 130 an interruption.
 
-    A loss that is not finite is a mistake, too: a learning rate's.
+    A loss that is not finite is a mistake, too: a learning rate's. So is a disk without room.
 
     With MOE_TOOLS_DEBUG=1 an error keeps its traceback, and no warning is hidden.
     """
@@ -66,14 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = bool(words) and words[0] in RESUMING
         return _fail("interrupted" + ("; the same command resumes" if resumes else ""), INTERRUPTED)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if _debugging():
+    except Exception as error:
+        said = cannot_write(error) or error
+        if _debugging() or not isinstance(said, ValueError | FloatingPointError | OSError):
             raise
-        code = FAILURE if isinstance(error, OSError) else USAGE
+        code = FAILURE if isinstance(said, OSError) else USAGE
         if processes.rank() and code == USAGE:
             time.sleep(GRACE)  # the first process says the same, unless the launcher ends it before
             return code
-        return _fail(str(error) or repr(error), code)
+        return _fail(str(said) or repr(said), code)
 
 
 def _print_anything() -> None:

@@ -97,7 +97,7 @@ def on_first(work: Callable[[], T]) -> T:
     The others wait for it as long as `PATIENCE`, but only `SILENCE` for it to begin.
 
     Raises:
-        ValueError: the first process's, in all of them.
+        ValueError: the first process's, in all of them; another error of it is one in the others.
     """
     if count() == 1:
         return work()
@@ -105,12 +105,17 @@ def on_first(work: Callable[[], T]) -> T:
 
     barrier()
     said: list[T | ValueError | None] = [None]
+    failure: Exception | None = None
     if rank() == 0:
         try:
             said = [work()]
-        except ValueError as error:
-            said = [error]
+        except Exception as error:
+            failure = error
+            wrong = error if isinstance(error, ValueError) else None
+            said = [wrong or ValueError(f"the first process failed: {error}")]
     distributed.broadcast_object_list(said, src=0, group=_patient)
+    if failure is not None:
+        raise failure
     (answer,) = said
     if isinstance(answer, ValueError):
         raise answer

@@ -58,6 +58,18 @@ def first_dies_at_work() -> str:
     return processes.on_first(lambda: os._exit(1))
 
 
+def first_fails_at_work() -> str:
+    """It raises what is no user's mistake, and nobody waits for what it was to say."""
+
+    def work() -> str:
+        raise OSError("no disk")
+
+    try:
+        return processes.on_first(work)
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def other_dies() -> str:
     """It is gone while the first works."""
     if processes.rank() == 1:
@@ -122,6 +134,18 @@ def test_the_first_process_may_work_for_long() -> None:
 )
 def test_a_process_that_hangs_or_dies_is_noticed(task: Callable[[], str], waits: int) -> None:
     assert "Error: " in outcome(task, waits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        (0, "OSError: the disk is gone"),
+        (1, "ValueError: the first process failed: the disk is gone"),
+    ],
+)
+def test_what_the_first_process_fails_at_is_known_to_all(process: int, said: str) -> None:
+    assert outcome(first_fails_at_work, waits=process) == said
 
 
 def test_training_waits_for_minutes_and_one_process_for_hours() -> None:

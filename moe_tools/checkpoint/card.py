@@ -46,8 +46,10 @@ _ELSEWHERE = (
 )
 
 
-def write_card(folder: Path) -> None:
+def write_card(folder: Path, train_tokens: int | None = None) -> None:
     """Writes `README.md`; nothing for a model that moe-tools did not convert.
+
+    `train_tokens` is for a run whose `metrics.json` is not there yet.
 
     Raises:
         ValueError: there is a card that moe-tools did not write.
@@ -56,7 +58,7 @@ def write_card(folder: Path) -> None:
     if config.get("moe_tools") is not None:
         check_card(folder)
         with new_file(folder / README) as partial:
-            partial.write_text(str(card(folder, config)), encoding="utf-8")
+            partial.write_text(str(card(folder, config, train_tokens)), encoding="utf-8")
 
 
 def check_card(folder: Path) -> None:
@@ -72,7 +74,7 @@ def check_card(folder: Path) -> None:
         raise ValueError(f"{readme} was written by someone else: move it away first")
 
 
-def card(folder: Path, config: dict[str, Any]) -> ModelCard:
+def card(folder: Path, config: dict[str, Any], train_tokens: int | None = None) -> ModelCard:
     """The card of a folder with this `config.json`, its metadata as the hub wants them."""
     conversion = Conversion.from_dict(config["moe_tools"])
     auto, task = _head(config)
@@ -88,7 +90,7 @@ def card(folder: Path, config: dict[str, Any]) -> ModelCard:
         _what(conversion),
         _how_to_load(conversion, auto),
         _figures(folder),
-        _recipe(folder, conversion),
+        _recipe(folder, conversion, train_tokens),
     ]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n")
 
@@ -149,13 +151,13 @@ def _line(row: dict[str, Any], measure: str) -> str:
     return f"| {title} | {row[measure]:.4g} | {off:.1%} | {row['ffn_share']:.2f}x |"
 
 
-def _recipe(folder: Path, conversion: Conversion) -> str:
+def _recipe(folder: Path, conversion: Conversion, train_tokens: int | None) -> str:
     file = folder / RECIPE
     if not file.is_file():
         return ""
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
     recipe, donor = "\n".join(lines), _name(conversion.donor)
-    tokens = _read(folder / METRICS).get("train_tokens")
+    tokens = _read(folder / METRICS).get("train_tokens", train_tokens)
     trained = "" if tokens is None else f"Trained on {tokens:,} tokens. "
     command = f"moe-tools convert --recipe recipe.yaml --model {donor} --output DIR"
     return (

@@ -1,34 +1,70 @@
 """The folder of a run: what is in it, whose it is, and how nothing in it is ever half written.
 
 OUTPUT/                 the converted model: a plain Hugging Face folder
-    recipe.yaml         what was run, every default spelled out, and a fingerprint of the text
+    recipe.yaml         what was run, every default spelled out, and fingerprints of text and donor
     metrics.json        what came of it; written last, so its presence means "complete"
     control/            the dense control, a run folder of its own (on request)
     logs/               what TensorBoard shows (on request)
     steps/              only while the run is not complete, or on request
         0-split/  1-attach/  2-train/    each complete or absent
         2-train.work/                    checkpoints inside a train step
+    .lock               only while a run is going on: whose it is
+
+Every file has its whole content when it gets its name, and is on the disk by then.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from moe_tools.checkpoint.atomic import new_file, new_folder, partial_of
+from moe_tools import processes
+from moe_tools.checkpoint.atomic import link, new_file, new_folder, partial_of, remove_folder
 from moe_tools.checkpoint.card import write_card
+from moe_tools.checkpoint.lock import LOCK, held
+from moe_tools.disk import writing
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
 from moe_tools.recipe import Recipe, read_recipe
 
-TEXT = "# text: "
-"""Begins the first line of `recipe.yaml`; behind it stands the fingerprint."""
+HEAD = {"text": "# text: ", "donor": "# weights: "}
+"""How the first lines of `recipe.yaml` begin; behind it stands a fingerprint."""
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What a run depends on beside its words, by fingerprints; "" in a folder of an older version.
+
+    A text or a donor may change under its name, and a run has one of each from start to end.
+    """
+
+    text: str = ""
+    """See `moe_tools.data.fingerprint`."""
+    donor: str = ""
+    """See `moe_tools.checkpoint.digest`."""
+
+    def check(self, now: Pins, what: Path, donor: str) -> None:
+        """Checks that what `what` began on is still there.
+
+        Raises:
+            ValueError: the text or the donor is another one now.
+        """
+        if self.text != now.text:
+            raise ValueError(
+                f"{what} was begun on the text {self.text or '(unknown)'}, and the same source is "
+                f"{now.text} now: one run has one text, choose another --output"
+            )
+        if self.donor and self.donor != now.donor:
+            raise ValueError(
+                f"{what} was begun on the weights {self.donor} of {donor}, and they are "
+                f"{now.donor} now: one run has one donor, choose another --output"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,14 +94,30 @@ class RunFolder:
         """Where TensorBoard finds a train step: it outlives the step's folder."""
         return self.output / LOGS / self.step(index).name
 
-    def claim(self, check: Callable[[], None], fingerprint: Callable[[], str]) -> bool:
-        """Takes the folder for this run; False when the run is complete already.
-
-        `check` runs before the first file of a new run is written, and may raise. `fingerprint`
-        names the text as it is now.
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps other runs out; of several processes of this one, the first has the lock.
 
         Raises:
-            ValueError: the folder holds something else, or was begun on another text.
+            ValueError: another run has the folder, it is inside the donor, or the disk refuses.
+        """
+        if Path(self.source).is_dir() and Path(self.source) in self.output.resolve().parents:
+            raise ValueError(
+                f"{self.output} is inside the donor {self.source}, which must stay as it is: "
+                "choose another --output"
+            )
+        with writing(self.output), ExitStack() as stack:
+            processes.on_first(lambda: stack.enter_context(held(self.output)))
+            yield
+
+    def claim(self, check: Callable[[], None], pins: Callable[[], Pins]) -> bool:
+        """Takes the folder, which is held, for this run; False when the run is complete already.
+
+        `check` runs before the first file of a new run is written, and may raise. `pins` names text
+        and donor as they are now.
+
+        Raises:
+            ValueError: the folder holds something else, or was begun on another text or donor.
         """
         marker = self.output / RECIPE
         if marker.is_file():
@@ -75,31 +127,43 @@ class RunFolder:
                     f"{self.output} holds another run (see {marker}): choose another --output, or "
                     "repeat that run's options to resume it"
                 )
-            now = fingerprint()
-            if began != now:
-                raise ValueError(
-                    f"{self.output} was begun on the text {began or '(unknown)'}, and the same "
-                    f"source is {now} now: one run has one text, choose another --output"
-                )
+            began.check(pins(), self.output, self.source)
+            shutil.rmtree(partial_of(self.steps), ignore_errors=True)  # see `remove_folder`
             return not (self.output / METRICS).is_file()
         if self.output.exists() and not _is_free(self.output):
             raise ValueError(f"{self.output} exists and is not empty: choose another --output")
         check()
         with new_file(marker) as partial:
-            partial.write_text(f"{TEXT}{fingerprint()}\n{self.identity}")
+            head = [f"{HEAD[name]}{value}\n" for name, value in asdict(pins()).items()]
+            partial.write_text("".join(head) + self.identity)
         return True
 
-    def read_marker(self) -> tuple[str, str]:
-        """The fingerprint of the text that the run began on, and its identity."""
-        whole = (self.output / RECIPE).read_text()
-        first, _, rest = whole.partition("\n")
-        return (first.removeprefix(TEXT), rest) if first.startswith(TEXT) else ("", whole)
+    def read_marker(self) -> tuple[Pins, str]:
+        """What the run began on, and its identity."""
+        rest, pins = (self.output / RECIPE).read_text(), {}
+        for name, begin in HEAD.items():
+            if rest.startswith(begin):
+                line, _, rest = rest.partition("\n")
+                pins[name] = line.removeprefix(begin)
+        return Pins(**pins), rest
 
-    def adopt(self, output: Path) -> None:
-        """Links the steps that another run did already: same donor and text, same steps so far."""
+    def like(self, output: Path, pins: Callable[[Recipe], Pins]) -> RunFolder | None:
+        """Another run on the same donor and the same blocks; None: it is not.
+
+        `pins` names donor and text of a recipe as they are now.
+
+        Raises:
+            ValueError: it was, but its text or donor has changed since: this run would see another.
+        """
         other = RunFolder(output, read_recipe(output / RECIPE), self.source, self.dtype)
-        if other.read_marker()[1] != other.identity or not _same_text(self, other):
-            return
+        began, identity = other.read_marker()
+        if identity != other.identity or not _same_text(self, other):
+            return None
+        began.check(pins(other.recipe), output, self.source)
+        return other
+
+    def adopt(self, other: RunFolder) -> None:
+        """Links the steps that another run on the same text did already: those at its start."""
         pairs = zip(self.recipe.steps, other.recipe.steps, strict=False)
         for index, (mine, theirs) in enumerate(pairs):
             if mine != theirs or not other.step(index).is_dir():
@@ -116,19 +180,20 @@ class RunFolder:
             if file.name != METRICS:
                 link(file, self.output / file.name)
         steps = [json.loads((folder / METRICS).read_text()) for folder in folders]
+        tokens = sum(step.get("trained_tokens", 0) for step in steps)
+        write_card(self.output, tokens)
         metrics = {
             "recipe": self.recipe.name,
             "donor": self.source,
-            "train_tokens": sum(step.get("trained_tokens", 0) for step in steps),
-            "text": self.read_marker()[0],
+            "train_tokens": tokens,
+            "text": self.read_marker()[0].text,
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "steps": steps,
         }
         with new_file(self.output / METRICS) as partial:
             partial.write_text(json.dumps(metrics, indent=1))
-        write_card(self.output)
         if not keep_steps:
-            shutil.rmtree(self.steps)
+            remove_folder(self.steps)
 
 
 def _same_text(one: RunFolder, other: RunFolder) -> bool:
@@ -144,13 +209,5 @@ def _same_text(one: RunFolder, other: RunFolder) -> bool:
 
 def _is_free(folder: Path) -> bool:
     """Nothing is in it, but perhaps what a run left that was killed before its first step."""
-    return folder.is_dir() and set(folder.iterdir()) <= {partial_of(folder / RECIPE)}
-
-
-def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    left = {folder / LOCK, partial_of(folder / RECIPE)}
+    return folder.is_dir() and set(folder.iterdir()) <= left

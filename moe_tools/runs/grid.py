@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import load, load_tokenizer
+from moe_tools.checkpoint.lock import locked
 from moe_tools.data import blocks, fingerprint
 from moe_tools.data.packing import blocks_for
+from moe_tools.disk import writing
 from moe_tools.experts.conversion import conversion_so_far
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.measure.baselines import Baseline, thresholded
@@ -114,7 +117,8 @@ def explore(grid: Grid, output: Path) -> list[Cell]:
     """Measures every combination that the file `output` does not have yet; returns all of them.
 
     Raises:
-        ValueError: an unknown word, or a file that holds another grid or figures of another text.
+        ValueError: an unknown word, a file that holds another grid or figures of another text or
+            that another process is writing, or a disk that refuses.
     """
     steps = {word: split_step(word, grid) for word in grid.splits}
     for router in grid.routers:
@@ -126,14 +130,15 @@ def explore(grid: Grid, output: Path) -> list[Cell]:
     wanted += itertools.product(grid.splits, grid.routers, grid.sparsities)
     bench = _Bench(grid)
     texts = bench.texts
-    done = _read(output, grid)
-    for kept in done.values():
-        _check_texts(kept, texts, output)
-    for key, measured in bench.cells(steps, [key for key in wanted if key not in done]):
-        done[key] = cell = replace(measured, text=texts["text"], run_text=texts["run_text"])
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(cell)) + "\n")
-        logger.info("%s, %s at %g: perplexity %.2f", *key, cell.perplexity)
+    with writing(output), locked(output):
+        done = _read(output, grid)
+        for kept in done.values():
+            _check_texts(kept, texts, output)
+        for key, measured in bench.cells(steps, [key for key in wanted if key not in done]):
+            done[key] = cell = replace(measured, text=texts["text"], run_text=texts["run_text"])
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(cell)) + "\n")
+            logger.info("%s, %s at %g: perplexity %.2f", *key, cell.perplexity)
     return [done[key] for key in wanted]
 
 
@@ -152,14 +157,19 @@ def split_step(word: str, grid: Grid) -> Split:
 
 
 def _read(output: Path, grid: Grid) -> dict[Key, Cell]:
-    """What the file has; a new one begins with what all its figures have in common."""
+    """What the file has; a new one begins with what all its figures have in common.
+
+    A last line that was cut, by a full disk or a kill, goes: the next would be glued to it.
+    """
     head = json.dumps({"grid": grid.describe()})
-    if not output.exists():
+    whole, end, cut = output.read_text(encoding="utf-8").rpartition("\n")
+    if not whole and head.startswith(cut):
         output.write_text(head + "\n", encoding="utf-8")
         return {}
-    first, *lines = output.read_text(encoding="utf-8").split("\n")
+    first, *lines = whole.split("\n")
     if first != head:
         raise ValueError(f"{output} holds another grid: choose another --output, or its options")
+    os.truncate(output, len((whole + end).encode()))
     cells = [Cell(**json.loads(line)) for line in lines if line.endswith("}")]  # not a cut one
     return {(cell.split, cell.router, cell.target): cell for cell in cells}
 

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from moe_tools import processes
 from moe_tools.checkpoint.atomic import new_folder
 from moe_tools.checkpoint.companions import copy_companions
+from moe_tools.checkpoint.digest import digest
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
 from moe_tools.checkpoint.saving import save
 from moe_tools.data import Text, label_names
 from moe_tools.names import CONTROL, METRICS
 from moe_tools.recipe import Recipe, control_recipe, read_recipe, recipe_path, with_options
-from moe_tools.runs.folder import RunFolder
+from moe_tools.runs.folder import Pins, RunFolder
 from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
 from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
@@ -71,33 +72,33 @@ def run(
         `output`.
 
     Raises:
-        ValueError: a user's mistake; nothing that was there before is changed.
+        ValueError: a user's mistake, or another run in `output`, or a disk that refuses; nothing
+            that was there before is changed.
         FloatingPointError: a train step's loss is not finite.
     """
     dense = control_recipe(recipe) if control else None  # one that there is not is said first
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
     work = _Run(folder, launch or Launch(device), stream)
-    unfinished = processes.on_first(lambda: folder.claim(work.check, work.fingerprint))
-    if unfinished:
-        if like is not None:
-            processes.on_first(lambda: folder.adopt(like))
-        work.execute()
-    else:
-        logger.info("%s is complete", output)
-    if dense is not None:  # before the steps go: it begins with the dense ones among them
-        run(
-            dense,
-            model,
-            Path(output) / CONTROL,
-            dtype=dtype,
-            device=device,
-            keep_steps=keep_steps,
-            like=Path(output),
-            launch=launch,
-            stream=stream,
-        )
-    if unfinished:
-        processes.on_first(lambda: folder.finish(keep_steps))
+    with folder.hold():
+        unfinished = processes.on_first(lambda: work.begin(like))
+        if unfinished:
+            work.execute()
+        else:
+            logger.info("%s is complete", output)
+        if dense is not None:  # before the steps go: it begins with the dense ones among them
+            run(
+                dense,
+                model,
+                Path(output) / CONTROL,
+                dtype=dtype,
+                device=device,
+                keep_steps=keep_steps,
+                like=Path(output),
+                launch=launch,
+                stream=stream,
+            )
+        if unfinished:
+            processes.on_first(lambda: folder.finish(keep_steps))
     return Path(output)
 
 
@@ -141,6 +142,25 @@ class _Run:
         self.device = launch.device
         self.stream = stream
 
+    def begin(self, like: Path | None) -> bool:
+        """Takes the folder, with the steps that the run `like` did; False: it is complete."""
+        other = None if like is None else self.folder.like(like, self._pins_of)
+        unfinished = self.folder.claim(self.check, lambda: self.pins)
+        if unfinished and other is not None:
+            self.folder.adopt(other)
+        return unfinished
+
+    @cached_property
+    def pins(self) -> Pins:
+        """The text, which is read once, and the donor as it was at the start."""
+        return Pins(self.text.fingerprint, digest(self.source))
+
+    def _pins_of(self, recipe: Recipe) -> Pins:
+        """What another recipe on this donor would begin on now."""
+        text = RunText(recipe, self.tokenizer, self.folder.steps, self.donor)
+        same = text.asks == self.text.asks  # mostly: then nothing is read twice
+        return replace(self.pins, text=self.text.fingerprint if same else text.fingerprint)
+
     def check(self) -> None:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
@@ -148,9 +168,10 @@ class _Run:
         self._rehearse()
         self.text.check()
 
-    def fingerprint(self) -> str:
-        """Names the text as it is now."""
-        return self.text.fingerprint
+    def _check_donor(self) -> None:
+        """A donor is read at several steps: as weights, as a teacher, layer by layer."""
+        now = replace(self.pins, donor=digest(self.source))
+        self.pins.check(now, self.folder.output, self.source)
 
     def _rehearse(self) -> None:
         """Every step's own checks; without the donor's weights, where it can be built without."""
@@ -190,6 +211,7 @@ class _Run:
             folder = self.folder.step(index)
             if not processes.on_first(folder.is_dir):
                 logger.info("step %d: %s", index, step.verb)
+                processes.on_first(self._check_donor)
                 if step.trains:
                     self._execute_one(index, step, previous, folder)
                 else:

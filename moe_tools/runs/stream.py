@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.checkpoint.atomic import link, new_file
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.parts import Part, layer_paths
 from moe_tools.checkpoint.saving import save
@@ -32,7 +32,6 @@ from moe_tools.hosts.ffn import host_state_dict
 from moe_tools.hosts.rows import Rows, read_rows, write_rows
 from moe_tools.names import SINGLE
 from moe_tools.recipe import Recipe
-from moe_tools.runs.folder import link
 from moe_tools.steps.carry import Carried
 from moe_tools.steps.step import NO_TEXT, Step, Work
 

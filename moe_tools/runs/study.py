@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moe_tools.checkpoint.lock import held
 from moe_tools.measure.baselines import Baseline
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
 from moe_tools.recipe.options import has_control
@@ -46,8 +47,14 @@ def compare_recipes(study: Study) -> list[Row]:
     the sparsity are done once. The same call resumes.
 
     Raises:
-        ValueError: a user's mistake; every recipe is read before the first one runs.
+        ValueError: a user's mistake; every recipe is read before the first one runs. Or another
+            process is comparing into the same folder.
     """
+    with held(study.output):
+        return _compare(study)
+
+
+def _compare(study: Study) -> list[Row]:
     plan = [
         (name, sparsity, _recipe(study, name, sparsity))
         for name in study.recipes

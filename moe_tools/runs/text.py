@@ -92,6 +92,13 @@ class RunText:
         length = self.recipe.block_length
         return generate_blocks(self.donor(), length=length, tokens=tokens, seed=self.recipe.seed)
 
+    @property
+    def asks(self) -> tuple[object, ...]:
+        """All that it depends on but what is in its source: two that ask alike see the same."""
+        recipe, trains = self.recipe, self.recipe.train_steps
+        rows = trains[0].batch_size if trains and recipe.task == "classify" else None
+        return recipe.task, recipe.data, recipe.block_length, recipe.seed, self._wanted(), rows
+
     def _wanted(self) -> int:
         """Tokens that the hungriest reader asks for: all train steps, or one that calibrates."""
         calibrate = [step.tokens for step in self.recipe.steps if not step.trains]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moe_tools.checkpoint.atomic import new_file, settle
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.raw_file import append_raw, map_raw
@@ -46,7 +47,9 @@ class ActivationCache:
                 append_raw(self._file(index, "target"), target_TR)
 
         visit_activations(model, blocks_BT, visit, title="cache activations")
-        (self.folder / COMPLETE).write_text(json.dumps({"tokens": blocks_BT.numel()}))
+        settle(self.folder)
+        with new_file(self.folder / COMPLETE) as partial:
+            partial.write_text(json.dumps({"tokens": blocks_BT.numel()}))
 
     def read(
         self,

@@ -114,7 +114,8 @@ def fit(
         report = work / f"{index}.json"
         if not report.is_file():
             found = _fit_one(ffn, cache, index, step, seed)
-            save_file(ffn.router.state_dict(), finished)
+            with new_file(finished) as partial:
+                save_file(ffn.router.state_dict(), partial)
             with new_file(report) as partial:  # last: with a report, the router is whole, too
                 partial.write_text(json.dumps(found))
         ffn.router.load_state_dict(load_file(finished))

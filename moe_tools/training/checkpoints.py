@@ -1,4 +1,7 @@
-"""Checkpoints inside a train step: complete or ignored, and never of a model that is spoilt."""
+"""Checkpoints inside a train step: complete or ignored, and never of a model that is spoilt.
+
+Each says what has to be the same for a run to go on from it: its processes, and its text.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_tools import processes
+from moe_tools.checkpoint.atomic import settle
+from moe_tools.disk import CannotWrite, refusal
 from moe_tools.names import SINGLE
 from moe_tools.steps.launch import Launch
 from moe_tools.training import zero
@@ -21,6 +26,8 @@ from moe_tools.training.weight_file import load_weights, save_weights
 TRAINER_STATE = "trainer_state.json"
 LAYOUT = "moe_tools_layout"
 """Where a checkpoint says which processes wrote it."""
+TEXT = "moe_tools_text"
+"""Where it has a fingerprint of the text of its step."""
 
 
 def newest_checkpoint(work: Path) -> str | None:
@@ -67,6 +74,27 @@ def check_layout(checkpoint: str | None, launch: Launch) -> None:
         )
 
 
+def check_text(checkpoint: str | None, text: str) -> None:
+    """Checks that this run goes on with the text that a checkpoint has begun on, by fingerprint.
+
+    Raises:
+        ValueError: it is another one, or not the same in every process.
+    """
+    if not processes.all_agree(processes.on_first(lambda: text) == text):
+        raise ValueError(
+            f"this process reads the text {text}, but the first one another: give every machine "
+            "the same files"
+        )
+    if checkpoint is None:
+        return
+    begun = _state(Path(checkpoint)).get("stateful_callbacks", {}).get(TEXT, text)
+    if begun != text:
+        raise ValueError(
+            f"{checkpoint} was begun on the text {begun}, but this run reads {text}: one train "
+            "step has one text, bring that back or choose another --output"
+        )
+
+
 def _in_words(layout: dict[str, int | None]) -> str:
     zero_stage = layout["zero"]
     how = "without DeepSpeed" if zero_stage is None else f"under ZeRO-{zero_stage}"
@@ -79,22 +107,26 @@ class CheckpointingTrainer(Trainer):
 
     model: nn.Module
     launch: Launch
+    text: str = ""
+    """Fingerprint of the text of the step."""
     state: Any  # `stateful_callbacks` is annotated as what it is made from
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._check_weights()
-        self.state.stateful_callbacks[LAYOUT] = layout(self.launch)
+        self.state.stateful_callbacks |= {LAYOUT: layout(self.launch), TEXT: self.text}
         work, step = Path(str(self.args.output_dir)), self.state.global_step
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own
-            if (work / f"{PREFIX_CHECKPOINT_DIR}-{step}" / TRAINER_STATE).is_file():
+            folder = work / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if (folder, step) in _checkpoints(work):
                 raise  # it is complete: something else went wrong
-            shutil.rmtree(work / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
-            raise ValueError(
-                f"the checkpoint of optimizer step {step} cannot be written to {work}: "
-                f"{str(error).splitlines()[0]}; the last good one is kept: make room, and the same "
-                "command goes on from it"
+            shutil.rmtree(folder, ignore_errors=True)
+            refused = refusal(error, work)
+            reason, way_out = refused or (str(error).splitlines()[0], "make room")
+            raise CannotWrite(
+                f"the checkpoint of optimizer step {step} cannot be written to {work}: {reason}; "
+                f"the last good one is kept: {way_out}, and the same command goes on from it"
             ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -108,8 +140,12 @@ class CheckpointingTrainer(Trainer):
         save_weights(self.model, folder / SINGLE)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Waits for all processes after their last file: only then a checkpoint may be complete."""
+        """Waits for all processes after their last file: only then a checkpoint may be complete.
+
+        By then it is on the disk: after a power cut, too, a complete one has all its weights.
+        """
         super()._save_rng_state(output_dir)
+        settle(Path(output_dir))
         processes.barrier()
 
     def _check_weights(self) -> None:

@@ -21,7 +21,7 @@ from moe_tools.steps.schedules import Weight, check_stages
 from moe_tools.steps.step import Cost, Option, Setting, Step, Work
 from moe_tools.training import zero
 from moe_tools.training.arguments import tensorboard_in
-from moe_tools.training.checkpoints import check_layout, newest_checkpoint
+from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
 from moe_tools.training.checks import check_sharded, check_train
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.lora import Lora, low_rank
@@ -175,7 +175,8 @@ def train(
 
     Raises:
         ValueError: a loss that this model cannot have, no donor for one that needs it, too little
-            text for the processes, a checkpoint that other processes wrote, or a full disk.
+            text for the processes, a checkpoint of other processes or of another text, or a full
+            disk.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
     launch = launch or Launch(str(model.device))
@@ -184,6 +185,8 @@ def train(
     batches = whole_batches(text, step)
     checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
     check_layout(checkpoint, launch)
+    pinned = fingerprint(batches)
+    check_text(checkpoint, pinned)
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     if step.mode != "dense":
@@ -193,6 +196,7 @@ def train(
         trained = trainable_parts(model, step)
         with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
             trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed, launch)
+            trainer.text = pinned
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.finish()
     if step.mode in ("soft", "straight"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.lock import held
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.recipe import read_recipe
 from tests.tiny import EVALUATE, Run, rows_of
@@ -85,6 +86,14 @@ def test_what_does_not_depend_on_the_sparsity_is_done_once(
     again = compared(run, *words)
     assert [fit.stat().st_mtime_ns for fit in fits] == stamps
     assert [row["perplexity"] for row in again] == [row["perplexity"] for row in first]
+
+
+def test_two_comparisons_do_not_write_one_folder(run: Run, work: Path, recipes: list[str]) -> None:
+    words = ("--output", "both", "--target-sparsity", "0.2")
+    with held(work / "both"):
+        code, _, err = run("compare", recipes[1], *words, *COMPARE)
+    assert code == 2 and "both is being written by process" in err
+    assert not (work / "both").exists()
 
 
 def test_another_text_adopts_nothing(run: Run, work: Path, recipes: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moe_tools.checkpoint.lock import locked
 from tests.tiny import Run
 
 GRID = (
@@ -50,6 +51,32 @@ def test_a_grid_goes_on_where_it_was_cut(run: Run, work: Path) -> None:
     assert file.read_text().splitlines()[:3] == lines[:3]
     more = grid(run, *words, "--target-sparsity", "0.25", "0.75")
     assert more[0] == cells[0] and more[1] == cells[1]
+
+
+@pytest.mark.parametrize("kept", [0, 20, "head", -20])
+def test_a_file_that_a_full_disk_cut_is_gone_on_with(run: Run, work: Path, kept: int | str) -> None:
+    """In its head or in a figure, without an end of line: nothing is glued to it."""
+    words = ("--splits", "random", "--routers", "oracle", "--target-sparsity", "0.5")
+    cells = grid(run, "--output", "whole.jsonl", *words)
+    whole = (work / "whole.jsonl").read_text()
+    end = len(whole.split("\n")[0]) if isinstance(kept, str) else kept
+    (work / "short.jsonl").write_text(whole[:end])
+    assert grid(run, "--output", "short.jsonl", *words) == cells
+    assert (work / "short.jsonl").read_text() == whole
+
+
+@pytest.mark.parametrize("text", ["my notes", "my notes\n\nand no end"])
+def test_a_file_that_is_no_grid_is_left_alone(run: Run, work: Path, text: str) -> None:
+    (work / "notes.txt").write_text(text)
+    code, _, err = run("grid", *GRID, "--output", "notes.txt", "--splits", "random")
+    assert code == 2 and "notes.txt holds another grid" in err
+    assert (work / "notes.txt").read_text() == text
+
+
+def test_two_grids_do_not_write_one_file(run: Run, work: Path) -> None:
+    with locked(work / "two.jsonl"):
+        code, _, err = run("grid", *GRID, "--output", "two.jsonl", "--splits", "random")
+    assert code == 2 and "two.jsonl is being written by another process: wait" in err
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from moe_tools.cli.main import VERBS, main
 
@@ -135,6 +136,22 @@ def test_errors_become_one_line(
     verb(fail(error))
     assert main(["probe"]) == code
     assert one_line(capsys) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "?", "/x/y"), "/x/y cannot be written: No space left on device ("),
+        (SafetensorError("? (os error 30)"), "a file cannot be written: Read-only file system: c"),
+        (RuntimeError("?/inline_container.cc:1"), "a file cannot be written: PyTorch could not"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_line_whatever_library_says_so(
+    verb: Callable[..., None], error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb(fail(error))
+    assert main(["probe"]) == 2
+    assert one_line(capsys).startswith(line)
 
 
 def test_an_interrupted_conversion_says_that_it_resumes(

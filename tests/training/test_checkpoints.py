@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,58 @@ def test_the_checkpoint_of_other_processes_is_refused(
     with pytest.raises(ValueError, match=message):
         train(converted(), STEP, text(32), tmp_path)
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_the_checkpoint_of_another_text_is_refused(tmp_path: Path) -> None:
+    killed, other = converted(), text(32)
+    kill_at(killed, 4)
+    with pytest.raises(Killed):
+        train(killed, STEP, text(32), tmp_path)
+    other[-1, -1] += 1  # one token, which the checkpoint has not even seen
+    said = (
+        rf"{tmp_path}/checkpoint-2 was begun on the text (\w{{16}}), but this run reads (\w{{16}})"
+    )
+    with pytest.raises(ValueError, match=said) as refused:
+        train(converted(), STEP, other, tmp_path)
+    assert "\n" not in str(refused.value) and "choose another --output" in str(refused.value)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    through, resumed = converted(), converted()
+    train(through, STEP, text(32), tmp_path / "through")
+    train(resumed, STEP, text(32), tmp_path)
+    assert equal(resumed, through)
+
+
+def test_the_checkpoint_of_an_older_version_names_no_text(tmp_path: Path) -> None:
+    killed = converted()
+    kill_at(killed, 4)
+    with pytest.raises(Killed):
+        train(killed, STEP, text(32), tmp_path)
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    assert len(state["stateful_callbacks"].pop(checkpoints.TEXT)) == 16
+    file.write_text(json.dumps(state))
+    train(converted(), STEP, text(32), tmp_path)
+
+
+def test_a_checkpoint_whose_last_file_is_cut_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes no room on the disk that was too small for it."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = checkpoints.CheckpointingTrainer._save_rng_state
+
+    def and_no_more(self: Any, folder: str) -> None:
+        save(self, folder)
+        if folder.endswith("-4"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (512, limit[1]))
+
+    monkeypatch.setattr(checkpoints.CheckpointingTrainer, "_save_rng_state", and_no_more)
+    try:
+        with pytest.raises(ValueError, match=r"step 4 cannot be written .*File too large"):
+            train(converted(), STEP, text(32), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 def test_tensorboard_shows_the_losses(tmp_path: Path) -> None:
