@@ -87,7 +87,14 @@ def new_file(file: str | Path) -> Iterator[Path]:
 
 
 def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none; what was there is replaced at once."""
+    """A hard link, or a copy where the file system has none; what was there is replaced at once.
+
+    Of a folder, every file in it.
+    """
+    if source.is_dir():
+        for inner in source.iterdir():
+            link(inner, target / inner.name)
+        return
     if target.exists() and target.samefile(source):
         return
     with new_file(target) as partial:

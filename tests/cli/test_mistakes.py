@@ -32,6 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PREDICT = ("convert", "--method", "predictors", "--data", "text.txt", "--output", "new")
+PREDICT += ("--block-length", "16")
 MISTAKES = {
     "a body continues no text": (
         ("generate", "body", "--prompt", "w1"),
