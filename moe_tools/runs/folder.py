@@ -25,7 +25,7 @@ import torch
 from moe_tools.checkpoint.atomic import new_file, new_folder, partial_of
 from moe_tools.checkpoint.card import write_card
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
-from moe_tools.recipe import Recipe, read_recipe
+from moe_tools.recipe import Recipe, lasting, lasting_yaml, read_recipe
 
 TEXT = "# text: "
 """Begins the first line of `recipe.yaml`; behind it stands the fingerprint."""
@@ -93,11 +93,12 @@ class RunFolder:
         """The fingerprint of the text that the run began on, and its identity."""
         whole = (self.output / RECIPE).read_text()
         first, _, rest = whole.partition("\n")
-        return (first.removeprefix(TEXT), rest) if first.startswith(TEXT) else ("", whole)
+        begun = (first.removeprefix(TEXT), rest) if first.startswith(TEXT) else ("", whole)
+        return begun[0], lasting_yaml(begun[1])
 
     def adopt(self, output: Path) -> None:
         """Links the steps that another run did already: same donor and text, same steps so far."""
-        other = RunFolder(output, read_recipe(output / RECIPE), self.source, self.dtype)
+        other = RunFolder(output, lasting(read_recipe(output / RECIPE)), self.source, self.dtype)
         if other.read_marker()[1] != other.identity or not _same_text(self, other):
             return
         pairs = zip(self.recipe.steps, other.recipe.steps, strict=False)

@@ -18,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from moe_tools import processes
 from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.checkpoint.block_length import check_given
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
 from moe_tools.checkpoint.saving import save
 from moe_tools.data import Text, label_names
 from moe_tools.names import CONTROL, METRICS
 from moe_tools.recipe import Recipe, control_recipe, read_recipe, recipe_path, with_options
 from moe_tools.runs.folder import RunFolder
+from moe_tools.runs.prepare import prepare
 from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
 from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
@@ -73,6 +75,7 @@ def run(
         ValueError: a user's mistake; nothing that was there before is changed.
         FloatingPointError: a train step's loss is not finite.
     """
+    recipe = prepare(recipe, str(model))
     dense = control_recipe(recipe) if control else None  # one that there is not is said first
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
     work = _Run(folder, launch or Launch(device), stream)
@@ -130,6 +133,8 @@ def convert(
         ValueError: no such method, or a user's mistake as in `run`.
     """
     recipe = with_options(read_recipe(recipe_path(method)), **options)
+    if options.get("block_length") is not None:
+        check_given(model, recipe.block_length)
     return run(recipe, model, output, dtype=dtype, device=device, control=control, stream=stream)
 
 
@@ -144,19 +149,22 @@ class _Run:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
         _ = self.streamed
-        self._rehearse()
-        self.text.check()
+        self.text.check(self._rehearse())
 
     def fingerprint(self) -> str:
         """Names the text as it is now."""
         return self.text.fingerprint
 
-    def _rehearse(self) -> None:
-        """Every step's own checks; without the donor's weights, where it can be built without."""
+    def _rehearse(self) -> PreTrainedModel:
+        """Every step's own checks; without the donor's weights, where it can be built without.
+
+        Returns the donor as they leave it.
+        """
         empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
         model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
         with torch.device("meta") if empty else nullcontext():
             self.recipe.rehearse(model, self.source)
+        return model
 
     @cached_property
     def streamed(self) -> list[bool]:
