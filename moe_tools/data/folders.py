@@ -18,7 +18,7 @@ from moe_tools.names import CONFIG, RECIPE
 logger = logging.getLogger(__name__)
 
 DONOR = b"# donor: "
-"""Stands in the first two lines of the recipe.yaml of a run (`moe_tools.runs.folder`)."""
+"""Begins one of the first lines of the recipe.yaml of a run (`moe_tools.runs.folder`)."""
 GRID = b'{"grid": {"model": '
 """How a file of `moe-tools grid` begins (`moe_tools.runs.grid`)."""
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
@@ -65,7 +65,9 @@ def _mark(folder: Path) -> str | None:
             return name
     if _is_config(folder / CONFIG):
         return CONFIG
-    return RECIPE if DONOR in _head(folder / RECIPE) else _weights(folder)
+    if any(line.startswith(DONOR) for line in _head(folder / RECIPE).splitlines()):
+        return RECIPE
+    return _weights(folder)
 
 
 def _weights(folder: Path) -> str | None:
@@ -86,10 +88,10 @@ def _is_config(file: Path) -> bool:
 
 
 def _head(file: Path) -> bytes:
-    """The first two lines; nothing if there is no such file."""
+    """The first bytes; nothing if there is no such file."""
     try:
-        with file.open("rb") as lines:
-            return lines.readline(4096) + lines.readline(4096)
+        with file.open("rb") as content:
+            return content.read(4096)
     except OSError:
         return b""
 

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 MARKS = {
-    "recipe.yaml": "# text: 0123\n# donor: d\n# dtype: torch.float32\nname: x\n",
+    "recipe.yaml": "# text: 0123\n# weights: 4567\n# donor: d\n# dtype: torch.float32\nname: x\n",
     "config.json": '{"model_type": "gpt2"}',
     "tokenizer.json": "{}",
     "adapter_model.safetensors": "",
