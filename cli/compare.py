@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-sparsity", type=float, nargs="+", default=[0.25, 0.5, 0.75], metavar="S"
     )
     parser.add_argument("--tokens", type=positive, help="of each recipe that trains")
-    parser.add_argument("--data", help="docs, a file or folder, a hub dataset, or self")
+    parser.add_argument(
+        "--data", help="docs, a file or folder (FILE:COLUMN), a hub dataset, or self"
+    )
     parser.add_argument("--seed", type=int)
     parser.add_argument(
         "--baselines", nargs="*", choices=("teal", "cats"), default=(), help="training-free bars"

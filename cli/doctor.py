@@ -60,11 +60,11 @@ def _natural(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, Any]
 
     from moe_tools.checkpoint.loading import load_tokenizer
     from moe_tools.data import blocks
+    from moe_tools.data.limits import context_length
     from moe_tools.measure.natural import natural_sparsity, observe
     from moe_tools.measure.truncation import sparsity_within
 
-    context = getattr(model.config, "max_position_embeddings", None) or LENGTH
-    length = min(LENGTH, args.tokens, context)
+    length = min(LENGTH, args.tokens, context_length(model) or LENGTH)
     tokenizer = load_tokenizer(args.model)
     text_BT = blocks(args.data, tokenizer, split="train", length=length, tokens=args.tokens)
     facts = {"data": args.data, "tokens": text_BT.numel()}

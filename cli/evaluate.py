@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moe_tools.cli.options import add_json_option, add_model_options, plot_target, positive
+from moe_tools.cli.options import (
+    BLOCK_LENGTH,
+    add_json_option,
+    add_model_options,
+    plot_target,
+    positive,
+)
 from moe_tools.names import RECIPE
 
 SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
@@ -16,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="+", help="converted or dense model")
     parser.add_argument("--donor", help="dense model to compare with; default: the folder's own")
     parser.add_argument(
-        "--data", help="held-out text: docs, a file or folder, a hub dataset; default: the recipe's"
+        "--data",
+        help="held-out: docs, FILE[:COLUMN], a folder, a hub dataset; default: the recipe's",
     )
     parser.add_argument("--tokens", type=positive, default=32768, help="default: 32768")
-    parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
+    parser.add_argument("--block-length", type=positive, help=BLOCK_LENGTH)
     parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
     parser.add_argument(
@@ -50,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, and prints the table; with `--json -` the table goes to standard error."""
+    from moe_tools.checkpoint.block_length import chosen_length
     from moe_tools.checkpoint.card import check_card
     from moe_tools.cli.common import pick_dtype, quiet_transformers, show_rows, use_device
     from moe_tools.extras import needed
@@ -66,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     setup = Setup(
         data=args.data or _recipe_data(args.folder[0]),
         tokens=args.tokens,
-        block_length=args.block_length,
+        block_length=chosen_length(args.folder[0], args.block_length),
         batch_size=args.batch_size,
         dtype=pick_dtype(args.dtype, device),
         device=device,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from moe_tools.cli.options import add_json_option, add_model_options, file_target, positive
+from moe_tools.cli.options import (
+    BLOCK_LENGTH,
+    add_json_option,
+    add_model_options,
+    file_target,
+    positive,
+)
 
 SUMMARY = "measure every split with every router, without training the model"
 
@@ -39,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--spend", choices=("uniform", "error"), default="uniform")
     parser.add_argument("--when-off", choices=("zero", "mean"), default="zero")
-    parser.add_argument("--data", default="docs", help="docs, a file or folder, a hub dataset")
+    parser.add_argument(
+        "--data", default="docs", help="docs, a file or folder (FILE:COLUMN), a hub dataset"
+    )
     parser.add_argument("--tokens", type=positive, default=8192, help="held-out; default: 8192")
     parser.add_argument("--fit-tokens", type=positive, default=32768, help="default: 32768")
     parser.add_argument(
@@ -48,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8192,
         help="for splits, budgets and baselines; default: 8192",
     )
-    parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
+    parser.add_argument("--block-length", type=positive, help=BLOCK_LENGTH)
     parser.add_argument("--seed", type=int, default=0)
     add_json_option(parser, "the figures")
     add_model_options(parser)
@@ -60,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
+    from moe_tools.checkpoint.block_length import chosen_length
     from moe_tools.cli.common import (
         pick_dtype,
         quiet_transformers,
@@ -86,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         data=args.data,
         tokens=args.tokens,
         calibration=args.calibration_tokens,
-        block_length=args.block_length,
+        block_length=chosen_length(args.model, args.block_length),
         seed=args.seed,
         dtype=pick_dtype(args.dtype, device),
         device=device,

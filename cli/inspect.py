@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_tools.cli.options import (
+    BLOCK_LENGTH,
     add_json_option,
     add_model_options,
     new_target,
@@ -28,9 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="converted model")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="a text to look at, token by token")
-    text.add_argument("--data", help="held-out text: docs, a file or folder, a hub dataset")
+    text.add_argument(
+        "--data", help="held-out text: docs, a file or folder (FILE:COLUMN), a hub dataset"
+    )
     parser.add_argument("--tokens", type=positive, default=32768, help="of --data; default: 32768")
-    parser.add_argument("--block-length", type=positive, default=512, help="tokens; default: 512")
+    parser.add_argument("--block-length", type=positive, help=BLOCK_LENGTH)
     parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
     parser.add_argument("--ffn", nargs="+", metavar="NAME", help="only these FFNs; default: all")
     parser.add_argument(
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> Inspection:
+    from moe_tools.checkpoint.block_length import chosen_length
     from moe_tools.checkpoint.loading import load, load_tokenizer
     from moe_tools.cli.common import pick_dtype, use_device
     from moe_tools.data import blocks
@@ -83,7 +87,7 @@ def _inspect(args: argparse.Namespace) -> Inspection:
     tokenizer = load_tokenizer(args.folder)
     text = args.prompt
     if text is None:
-        length, tokens = args.block_length, args.tokens
+        length, tokens = chosen_length(args.folder, args.block_length), args.tokens
         text = blocks(args.data, tokenizer, split="heldout", length=length, tokens=tokens)
     return inspect(
         load(args.folder, dtype=pick_dtype(args.dtype, device), device=device),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+BLOCK_LENGTH = "tokens; default: 512, or the context of the model if that is shorter"
+"""The help of --block-length."""
 PICTURES = (".png", ".svg", ".pdf")
 
 

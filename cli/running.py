@@ -73,7 +73,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
-        metavar="SOURCE[:WEIGHT]",
+        metavar="SOURCE[:COLUMN][:WEIGHT]",
         help="docs, a file or folder, a hub dataset, or self; several are mixed",
     )
     parser.add_argument("--block-length", type=positive, help="tokens of one training block")
@@ -82,9 +82,11 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def run_file(args: argparse.Namespace, file: str | Path, *, eval_tokens: int = 0) -> int:
     """Runs a recipe file under the options of `add_run_options`, or says what a run would do."""
+    from moe_tools.checkpoint.block_length import check_given
     from moe_tools.data.sources import JOIN
     from moe_tools.recipe import read_recipe, with_options
     from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
+    from moe_tools.runs.prepare import prepare
 
     recipe = with_options(
         read_recipe(file),
@@ -95,6 +97,9 @@ def run_file(args: argparse.Namespace, file: str | Path, *, eval_tokens: int = 0
         block_length=args.block_length,
         seed=args.seed,
     )
+    if args.block_length is not None:
+        check_given(args.model, args.block_length)
+    recipe = prepare(recipe, args.model)
     config = None
     if args.deepspeed is not None:
         path = deepspeed_path(args.deepspeed)
@@ -159,22 +164,21 @@ def _plan_table(job: Job, device: str) -> Setup | None:
     A model that is too large for the memory has none.
 
     Raises:
-        ValueError: the held-out text has no block: better known before the run than after.
+        ValueError: there is no held-out text, or none that the model can take: better known before
+            the run than after.
     """
-    from moe_tools.checkpoint.loading import load_tokenizer
     from moe_tools.cli.common import DTYPES
-    from moe_tools.data import blocks
+    from moe_tools.report.compare import Bench
     from moe_tools.runs.stream import is_large
     from moe_tools.runs.study import held_out_setup
 
-    dtype, length = DTYPES[job.dtype], job.recipe.block_length
+    dtype = DTYPES[job.dtype]
     if not job.eval_tokens:
         return None
     if is_large(job.model, dtype) if job.stream is None else job.stream:
         return None
     setup = held_out_setup(job.recipe, tokens=job.eval_tokens, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(job.model)
-    blocks(setup.data, tokenizer, split="heldout", length=length, tokens=length)
+    Bench(setup, job.model, job.recipe.task == "classify").check(job.model)
     return setup
 
 

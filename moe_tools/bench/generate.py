@@ -26,6 +26,7 @@ from moe_tools.bench.ffn import widths
 from moe_tools.bench.rounds import in_turn, median_ratio
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.quiet import quiet_transformers
+from moe_tools.data.limits import context_length
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.inputs import continues_text, text_config
@@ -120,7 +121,7 @@ def bench_generate(
         ValueError: more tokens than the context has.
     """
     first = next(iter(models.values()))
-    context = getattr(text_config(first), "max_position_embeddings", None)
+    context = context_length(first)
     if context is not None and prompt + tokens + 1 > context:
         raise ValueError(
             f"a prompt of {prompt} tokens and {tokens + 1} new ones exceed the context of {context}"

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from moe_tools.checkpoint.atomic import new_file
 from moe_tools.checkpoint.class_names import only_ours
+from moe_tools.data.sources import shortened
 from moe_tools.experts.conversion import Conversion
 from moe_tools.names import CONFIG, FIGURES, METRICS, README, RECIPE
 
@@ -139,7 +141,7 @@ def _figures(folder: Path) -> str:
     lines += ["|---|---|---|---|", *(_line(row, measure) for row in rows)]
     fingerprint = f"; text {first['text']}" if first.get("text") else ""
     text = (
-        f"{first['tokens']:,} held-out tokens of `{_name(first['data'])}`, blocks of "
+        f"{first['tokens']:,} held-out tokens of `{shortened(first['data'])}`, blocks of "
         f"{first['block_length']}, {first['dtype']} on {first['device']}{fingerprint}."
     )
     return "## Figures\n\n" + "\n".join(lines) + f"\n\n{text}"
@@ -155,8 +157,10 @@ def _recipe(folder: Path, conversion: Conversion, train_tokens: int | None) -> s
     file = folder / RECIPE
     if not file.is_file():
         return ""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
-    recipe, donor = "\n".join(lines), _name(conversion.donor)
+    block = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if "data" in block:
+        block["data"] = shortened(block["data"])
+    recipe, donor = yaml.safe_dump(block, sort_keys=False).strip(), _name(conversion.donor)
     tokens = _read(folder / METRICS).get("train_tokens", train_tokens)
     trained = "" if tokens is None else f"Trained on {tokens:,} tokens. "
     command = f"moe-tools convert --recipe recipe.yaml --model {donor} --output DIR"

@@ -8,7 +8,8 @@
     fingerprint(blocks_BT)                shows that two runs saw the same tokens
 
 A source is "docs" (docstrings of pinned wheels, fetched once), a .txt, .md, .jsonl or .parquet
-file, a folder of them, "hub:NAME[:CONFIG]" or "owner/name". The same source, split, seed, length
+file, a folder of them, "hub:NAME[:CONFIG]" or "owner/name"; "FILE:COLUMN" says which column of a
+table is the text. The same source, split, seed, length
 and tokenizer give the same tensor on every run, and a larger budget of tokens only appends rows.
 """
 

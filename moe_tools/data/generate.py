@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.data.holdout import digest
+from moe_tools.data.limits import check_length
 from moe_tools.data.packing import blocks_for, check_size
 from moe_tools.data.progress import progress
 
@@ -57,7 +58,7 @@ def generate_blocks(
     check_size("batch_size", batch_size)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, but must be positive: use 1.0")
-    _check_model(model, length)
+    check_samples(model, length)
     first = _first_token(model)
     rows: list[Tensor] = []
     with evaluating(model), progress("sampling", count * length, "token") as bar:
@@ -68,19 +69,19 @@ def generate_blocks(
     return torch.cat(rows)
 
 
-def _check_model(model: "PreTrainedModel", length: int) -> None:
-    """Refuse what cannot continue a text, and more tokens than it has positions for."""
+def check_samples(model: "PreTrainedModel", length: int) -> None:
+    """Refuse a model that cannot sample blocks of this length.
+
+    Raises:
+        ValueError: as `generate_blocks`; the model's weights do not matter.
+    """
     kind = type(model).__name__
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(
             f"{kind} is no causal language model and cannot sample its own data: use 'docs'"
         )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and length > context:
-        raise ValueError(
-            f"a block of {length} tokens exceeds the context of {kind}, {context} tokens: "
-            f"use --block-length {context} or less"
-        )
+    check_length(model, length)
+    _first_token(model)
 
 
 def _first_token(model: "PreTrainedModel") -> int:

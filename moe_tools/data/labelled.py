@@ -8,16 +8,15 @@ Letters: B rows of a batch, T tokens of a row.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_tools.data.batch import Batch
+from moe_tools.data.examples import Example, read_labelled
 from moe_tools.data.holdout import TextSplit, check_split, digest, normalise
 from moe_tools.data.packing import check_size
 
@@ -26,50 +25,6 @@ if TYPE_CHECKING:
 
 HELD_OUT = 5
 """One document in this many is held out: an accuracy needs more of them than a perplexity."""
-
-
-class Example(NamedTuple):
-    """One labelled document."""
-
-    text: str
-    label: str
-
-
-def read_labelled(source: str) -> list[Example]:
-    """The examples of a .jsonl file with the fields "text" and "label", in the file's order.
-
-    Raises:
-        ValueError: no such file, another kind, a line without both fields, or one label only.
-    """
-    path = Path(source).expanduser()
-    if path.suffix.lower() != ".jsonl" or not path.is_file():
-        raise ValueError(
-            f"labelled data {source!r} is not there: give a .jsonl file whose lines are "
-            '{"text": "...", "label": "..."}'
-        )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source!r} is not readable UTF-8 text: {error}") from error
-    examples = [
-        _example(line, f"{source!r} line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if len({example.label for example in examples}) < 2:
-        raise ValueError(f"{source!r} has fewer than two labels: there is nothing to tell apart")
-    return examples
-
-
-def _example(line: str, where: str) -> Example:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON ({error}): one object a line is needed") from error
-    text, label = (row.get("text"), row.get("label")) if isinstance(row, dict) else (None, None)
-    if not isinstance(text, str) or not text.strip() or not isinstance(label, str | int):
-        raise ValueError(f'{where} needs a string "text" and a "label" (a string or a number)')
-    return Example(text, str(label))
 
 
 def label_names(source: str) -> list[str]:
@@ -119,7 +74,10 @@ def labelled_batches(
     encoded = tokenizer(
         [example.text for example in examples], truncation=True, max_length=length, verbose=False
     )["input_ids"]
-    rows = [(ids, names.index(e.label)) for ids, e in zip(encoded, examples, strict=True)]
+    pairs = zip(encoded, examples, strict=True)
+    rows = [(ids, names.index(example.label)) for ids, example in pairs if ids]
+    if not rows:  # there would be no end of epochs without a token
+        raise ValueError(f"{source!r} has no {split} example of which a token is left: give more")
     batches: list[Batch] = []
     found = 0
     for epoch in _epochs(once=split == "heldout" or tokens is None):

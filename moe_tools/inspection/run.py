@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.loading import load, load_tokenizer
 from moe_tools.data.generate import evaluating
+from moe_tools.data.limits import context_length
 from moe_tools.data.progress import progress
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.intervene import FFNName, ffn_name, routed_by_name
@@ -156,7 +157,7 @@ def check_length(model: PreTrainedModel, length: int) -> None:
     Raises:
         ValueError: it has not.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and length > context:
         raise ValueError(
             f"a text of {length} tokens exceeds the context of {type(model).__name__}, {context} "

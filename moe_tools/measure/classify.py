@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.data import Batch, token_count
 from moe_tools.data.generate import evaluating
+from moe_tools.data.limits import check_text
 from moe_tools.data.progress import progress
 from moe_tools.measure.evaluate import Evaluation, tally
 
@@ -26,11 +27,12 @@ def evaluate_classifier(
         title: of the progress bar.
 
     Raises:
-        ValueError: no batch, or one without labels.
+        ValueError: no batch, one without labels, or one that the model cannot take.
         FloatingPointError: the loss is not finite.
     """
     if not batches or any(batch.labels_B is None for batch in batches):
         raise ValueError("a classifier is evaluated on labelled batches, and there are none")
+    check_text(model, batches)
     nats, hits, rows = 0.0, 0, 0
     with (
         tally(model) as seen,

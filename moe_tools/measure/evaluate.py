@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.data.generate import evaluating
+from moe_tools.data.limits import check_text
 from moe_tools.data.progress import progress
 from moe_tools.experts.prediction import Prediction
 from moe_tools.hosts.inputs import model_inputs
@@ -94,7 +95,9 @@ def evaluate(
             a known family.
         FloatingPointError: the loss is not finite.
     """
-    _check(model, blocks_BT, batch_size, mask_token)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+    check_evaluable(model, blocks_BT, mask_token)
     inputs_BT, labels_BT = _task(model, blocks_BT.cpu(), mask_token, seed)
     nats = 0.0
     with (
@@ -167,31 +170,18 @@ def tally(model: PreTrainedModel) -> Iterator[Tally]:
         yield Tally(model, counts, predictions, others)
 
 
-def _check(
-    model: PreTrainedModel, blocks_BT: Tensor, batch_size: int, mask_token: int | None
-) -> None:
+def check_evaluable(model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None) -> None:
+    """Whether `evaluate` can measure a model, whose weights may be empty, on these blocks.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
     if blocks_BT.ndim != 2 or blocks_BT.shape[0] < 1 or blocks_BT.shape[1] < 2:
         raise ValueError(
             f"blocks are {tuple(blocks_BT.shape)}; evaluation needs (blocks, tokens), at least "
             "one block of two tokens"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-    length, context = (
-        blocks_BT.shape[1],
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-    )
-    if context is not None and length > context:
-        raise ValueError(
-            f"a block of {length} tokens exceeds the context of {type(model).__name__}, "
-            f"{context} tokens: use --block-length {context} or less"
-        )
-    largest = int(blocks_BT.max())
-    if largest >= model.config.get_text_config().vocab_size:
-        raise ValueError(
-            f"token {largest} is outside the vocabulary of {type(model).__name__}, "
-            f"{model.config.get_text_config().vocab_size} tokens: tokenise with the model's own tokenizer"
-        )
+    check_text(model, blocks_BT)
     if not model.can_generate() and mask_token is None:
         raise ValueError(
             f"{type(model).__name__} predicts masked tokens: evaluation needs the mask token of "

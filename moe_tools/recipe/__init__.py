@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_tools.recipe.files import known_recipes, recipe_path
     from moe_tools.recipe.options import control_recipe, with_options
+    from moe_tools.recipe.paths import lasting, lasting_yaml
     from moe_tools.recipe.reading import parse_recipe, read_recipe
     from moe_tools.recipe.recipe import STEPS, Recipe
     from moe_tools.steps.attach import Attach
@@ -44,6 +45,8 @@ __all__ = [
     "Weight",
     "control_recipe",
     "known_recipes",
+    "lasting",
+    "lasting_yaml",
     "parse_recipe",
     "read_recipe",
     "recipe_path",
@@ -65,6 +68,8 @@ _HOME = {
     "Weight": "moe_tools.steps.schedules",
     "control_recipe": "moe_tools.recipe.options",
     "known_recipes": "moe_tools.recipe.files",
+    "lasting": "moe_tools.recipe.paths",
+    "lasting_yaml": "moe_tools.recipe.paths",
     "parse_recipe": "moe_tools.recipe.reading",
     "read_recipe": "moe_tools.recipe.reading",
     "recipe_path": "moe_tools.recipe.files",

@@ -33,12 +33,13 @@ class Recipe:
     """The donor it was tuned on; any model of a supported family can be given instead."""
     paper: str = ""
     data: str = "docs"
-    """Training text: `docs`, a file or folder, a hub dataset, or `self`; to classify, a .jsonl
-    file with the fields text and label."""
+    """Training text: `docs`, a file or folder, a hub dataset, or `self`; to classify, a .jsonl or
+    .parquet file with the columns text and label. `FILE:COLUMN` names another one."""
     task: Literal["lm", "classify"] = "lm"
     """What the loss `lm` is the cross entropy of: the next token, or the label of a whole text."""
     block_length: int = 512
-    """Tokens of a block; of a text to classify, at most."""
+    """Tokens of a block; of a text to classify, at most. A run makes it the donor's context, if
+    that is shorter."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.loading import is_classifier, is_classifier_source, load, load_tokenizer
+from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.data import fingerprint, token_count
+from moe_tools.data.limits import check_text
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
-from moe_tools.measure.evaluate import Evaluation, evaluate
+from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
 from moe_tools.measure.tasks import run_tasks
 from moe_tools.report.entries import Entry, find_control, row
 from moe_tools.report.report import Row
@@ -61,6 +63,18 @@ class Bench:
         self.text = setup.text(self.tokenizer, self.classify)
         self.entries: list[Entry] = []
         """The models that were asked for, in the order of their rows."""
+
+    def check(self, source: str) -> None:
+        """Whether a model, whose weights are not read, could be measured on the text.
+
+        Raises:
+            ValueError: it could not.
+        """
+        model = skeleton(source, classify=self.classify)
+        if isinstance(self.text, Tensor):
+            check_evaluable(model, self.text, self.tokenizer.mask_token_id)
+        else:
+            check_text(model, self.text)
 
     def measure(self, folder: str, series: str = "", control: str | None = None) -> None:
         """Loads and evaluates a model, unless that is done."""

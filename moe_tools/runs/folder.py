@@ -31,7 +31,7 @@ from moe_tools.checkpoint.card import write_card
 from moe_tools.checkpoint.lock import LOCK, held
 from moe_tools.disk import writing
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
-from moe_tools.recipe import Recipe, read_recipe
+from moe_tools.recipe import Recipe, lasting, lasting_yaml, read_recipe
 
 HEAD = {"text": "# text: ", "donor": "# weights: "}
 """How the first lines of `recipe.yaml` begin; behind it stands a fingerprint."""
@@ -145,7 +145,7 @@ class RunFolder:
             if rest.startswith(begin):
                 line, _, rest = rest.partition("\n")
                 pins[name] = line.removeprefix(begin)
-        return Pins(**pins), rest
+        return Pins(**pins), lasting_yaml(rest)
 
     def like(self, output: Path, pins: Callable[[Recipe], Pins]) -> RunFolder | None:
         """Another run on the same donor and the same blocks; None: it is not.
@@ -155,7 +155,7 @@ class RunFolder:
         Raises:
             ValueError: it was, but its text or donor has changed since: this run would see another.
         """
-        other = RunFolder(output, read_recipe(output / RECIPE), self.source, self.dtype)
+        other = RunFolder(output, lasting(read_recipe(output / RECIPE)), self.source, self.dtype)
         began, identity = other.read_marker()
         if identity != other.identity or not _same_text(self, other):
             return None

@@ -26,6 +26,7 @@ from moe_tools.checkpoint.loading import load, load_tokenizer
 from moe_tools.checkpoint.lock import locked
 from moe_tools.data import blocks, fingerprint
 from moe_tools.data.packing import blocks_for
+from moe_tools.data.sources import absolute
 from moe_tools.disk import writing
 from moe_tools.experts.conversion import conversion_so_far
 from moe_tools.experts.routers import ROUTERS
@@ -128,6 +129,7 @@ def explore(grid: Grid, output: Path) -> list[Cell]:
             raise ValueError(f"target sparsity is {target}, but must be strictly between 0 and 1")
     wanted: list[Key] = [DENSE, *itertools.product(("-",), grid.baselines, grid.sparsities)]
     wanted += itertools.product(grid.splits, grid.routers, grid.sparsities)
+    grid = replace(grid, data=absolute(grid.data))
     bench = _Bench(grid)
     texts = bench.texts
     with writing(output), locked(output):
@@ -167,11 +169,20 @@ def _read(output: Path, grid: Grid) -> dict[Key, Cell]:
         output.write_text(head + "\n", encoding="utf-8")
         return {}
     first, *lines = whole.split("\n")
-    if first != head:
+    if _lasting(first) != head:
         raise ValueError(f"{output} holds another grid: choose another --output, or its options")
     os.truncate(output, len((whole + end).encode()))
     cells = [Cell(**json.loads(line)) for line in lines if line.endswith("}")]  # not a cut one
     return {(cell.split, cell.router, cell.target): cell for cell in cells}
+
+
+def _lasting(head: str) -> str:
+    """The first line of a file, its text by absolute paths: older ones kept them as given."""
+    try:
+        grid = json.loads(head)["grid"]
+        return json.dumps({"grid": grid | {"data": absolute(grid["data"])}})
+    except (ValueError, KeyError, TypeError):
+        return head
 
 
 def _check_texts(kept: Cell, texts: dict[str, str], output: Path) -> None:

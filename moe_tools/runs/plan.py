@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.skeleton import skeleton
-from moe_tools.data.sources import is_hub, mixture
+from moe_tools.data.sources import mixture, parse_source
 from moe_tools.measure.memory import STAGES, ModelStates, size
 from moe_tools.recipe import Recipe
 from moe_tools.steps.step import Cost, Setting, Step
@@ -124,12 +124,9 @@ def _sources(recipe: Recipe) -> Iterator[Source]:
     whole = sum(weight for _, weight in mixed)
     for name, weight in mixed:
         tokens = round(wanted * weight / whole)
-        if name in ("docs", "self"):
-            yield Source(name, name, True, tokens)
-        elif is_hub(name):
-            yield Source(name, "hub", None, tokens)
-        else:
-            yield Source(name, "file", Path(name).expanduser().exists(), tokens)
+        found = parse_source(name)
+        there = {"hub": None, "file": Path(found.name).exists()}.get(found.kind, True)
+        yield Source(name, found.kind, there, tokens)
 
 
 def _memory(states: Sequence[ModelStates], processes: int) -> dict[str, dict[str, float]]:

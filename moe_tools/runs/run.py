@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from moe_tools import processes
 from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.checkpoint.block_length import check_given
 from moe_tools.checkpoint.companions import copy_companions
 from moe_tools.checkpoint.digest import digest
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
@@ -26,6 +27,7 @@ from moe_tools.data import Text, label_names
 from moe_tools.names import CONTROL, METRICS
 from moe_tools.recipe import Recipe, control_recipe, read_recipe, recipe_path, with_options
 from moe_tools.runs.folder import Pins, RunFolder
+from moe_tools.runs.prepare import prepare
 from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
 from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
@@ -76,6 +78,7 @@ def run(
             that was there before is changed.
         FloatingPointError: a train step's loss is not finite.
     """
+    recipe = prepare(recipe, str(model))
     dense = control_recipe(recipe) if control else None  # one that there is not is said first
     folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
     work = _Run(folder, launch or Launch(device), stream)
@@ -132,6 +135,8 @@ def convert(
         ValueError: no such method, or a user's mistake as in `run`.
     """
     recipe = with_options(read_recipe(recipe_path(method)), **options)
+    if options.get("block_length") is not None:
+        check_given(model, recipe.block_length)
     return run(recipe, model, output, dtype=dtype, device=device, control=control, stream=stream)
 
 
@@ -165,20 +170,23 @@ class _Run:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
         _ = self.streamed
-        self._rehearse()
-        self.text.check()
+        self.text.check(self._rehearse())
 
     def _check_donor(self) -> None:
         """A donor is read at several steps: as weights, as a teacher, layer by layer."""
         now = replace(self.pins, donor=digest(self.source))
         self.pins.check(now, self.folder.output, self.source)
 
-    def _rehearse(self) -> None:
-        """Every step's own checks; without the donor's weights, where it can be built without."""
+    def _rehearse(self) -> PreTrainedModel:
+        """Every step's own checks; without the donor's weights, where it can be built without.
+
+        Returns the donor as they leave it.
+        """
         empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
         model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
         with torch.device("meta") if empty else nullcontext():
             self.recipe.rehearse(model, self.source)
+        return model
 
     @cached_property
     def streamed(self) -> list[bool]:

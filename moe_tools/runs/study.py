@@ -15,6 +15,7 @@ from moe_tools.report.compare import Bench
 from moe_tools.report.entries import find_control
 from moe_tools.report.report import Row
 from moe_tools.report.setup import Setup, held_out
+from moe_tools.runs.prepare import prepare
 from moe_tools.runs.run import run
 
 
@@ -65,6 +66,7 @@ def _compare(study: Study) -> list[Row]:
         plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
     )
     bench = Bench(setup, study.model, task == "classify")
+    bench.check(study.model)
     first: dict[str, Path] = {}
     for name, sparsity, recipe in plan:
         folder = study.output / f"{recipe.name}-{sparsity:g}"
@@ -89,13 +91,14 @@ def _compare(study: Study) -> list[Row]:
 
 def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
     recipe = read_recipe(name if Path(name).is_file() else recipe_path(name))
-    return with_options(
+    recipe = with_options(
         recipe,
         target_sparsity=sparsity,
         tokens=study.tokens if recipe.train_tokens() else None,
         data=study.data,
         seed=study.seed,
     )
+    return prepare(recipe, study.model)
 
 
 def held_out_setup(recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: str) -> Setup:

@@ -23,6 +23,8 @@ from moe_tools.data import (
     labelled_batches,
     labelled_blocks,
 )
+from moe_tools.data.generate import check_samples
+from moe_tools.data.limits import check_text
 from moe_tools.recipe import Recipe, Train
 
 SAMPLES = "samples.safetensors"
@@ -44,14 +46,19 @@ class RunText:
         self.kept = kept
         self.donor = donor
 
-    def check(self) -> None:
-        """Reads what can be read before the run.
+    def check(self, donor: PreTrainedModel) -> None:
+        """Reads what can be read before the run, and whether the donor, maybe empty, can take it.
 
         Raises:
-            ValueError: the text is not there, or too short.
+            ValueError: the text is not there, too short, or not for this model.
         """
-        if self.recipe.data != "self":
-            _ = self.train_blocks
+        length, task = self.recipe.block_length, self.recipe.task
+        if self.recipe.data == "self":
+            check_samples(donor, length)
+        else:
+            check_text(donor, self.labelled if task == "classify" else self.train_blocks)
+        if task == "lm" and length < 2 and self.recipe.train_steps:
+            raise ValueError("block_length is 1, and nothing follows the token: use 2 or more")
 
     def prepare(self) -> None:
         """Makes what is kept in a file, so that several processes then read the same."""

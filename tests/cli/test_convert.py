@@ -93,8 +93,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"output": "text.txt"},
         "text.txt exists and is not empty: choose another",
     ),
-    "empty data": ({"data": "empty.txt"}, "'empty.txt' has no text"),
-    "no data": ({"data": "no.txt"}, "data source 'no.txt' is not there"),
+    "empty data": ({"data": "empty.txt"}, "empty.txt' has no text"),
+    "no data": ({"data": "no.txt"}, "no.txt' is not there"),
     "short data": (
         {"data": "short.txt", "block_length": "512"},
         "tokens, one block needs 512: use --block-length",
@@ -119,7 +119,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "eval tokens": ({"eval_tokens": "-1"}, "--eval-tokens: '-1' is no whole number of at least 0"),
     "short held-out text": (
         {"data": "medium.txt", "block_length": "256"},
-        "'medium.txt' (heldout) has 61 tokens, one block needs 256: use --block-length 32",
+        "medium.txt' (heldout) has 61 tokens, one block needs 256: use --block-length 32",
     ),
 }
 

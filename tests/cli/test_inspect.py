@@ -77,7 +77,7 @@ def test_a_sweep_in_the_folder_or_given_is_drawn(run, work):
         (["out", "--prompt", "w1 " * 81], "a text of 81 tokens exceeds the context of Llama"),
         (
             ["out", "--data", "text.txt", "--block-length", "99", "--tokens", "99"],
-            "a text of 99 tokens exceeds",
+            "a block of 99 tokens exceeds",
         ),
         (["out", "--prompt", "w1", "--ffn", "model.layer.0.mlp"], "mean 'model.layers.0.mlp'?"),
         (["out", "--prompt", "w1", "--html", "text.txt"], "'text.txt' exists: choose another"),

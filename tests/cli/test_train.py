@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_tools.checkpoint.saving import save
+from moe_tools.recipe import read_recipe
 from tests.cli.test_convert import RECIPE
 from tests.families import build
 from tests.tiny import Run, build_tokenizer, passages
@@ -27,7 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = [json.dumps({"text": passage}) for passage in part]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     (folder / "empty.jsonl").write_text("")
-    (folder / "other.jsonl").write_text(json.dumps({"body": "x"}))
+    (folder / "other.jsonl").write_text(json.dumps({"id": "x", "body": "y"}))
     (folder / "mine.yaml").write_text(RECIPE)
     (folder / "wild.yaml").write_text(RECIPE.replace("1e-3", "1e30"))
     (folder / "batch.json").write_text(json.dumps({"train_batch_size": 7}))
@@ -71,7 +72,8 @@ def test_it_writes_what_convert_writes(train: Run, run: Run, work: Path) -> None
 def test_several_sources_are_mixed(train: Run, work: Path) -> None:
     code, _, _ = train(output="mixed", data="one.jsonl:0.7 two.jsonl:0.3")
     assert code == 0
-    assert "data: one.jsonl:0.7 + two.jsonl:0.3" in (work / "mixed" / "recipe.yaml").read_text()
+    kept = read_recipe(work / "mixed" / "recipe.yaml").data
+    assert kept == f"{work / 'one.jsonl'}:0.7 + {work / 'two.jsonl'}:0.3"
 
 
 def test_tensorboard_s_files_stay(train: Run, work: Path) -> None:
@@ -82,14 +84,14 @@ def test_tensorboard_s_files_stay(train: Run, work: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, str], list[str], str]] = {
-    "missing data": ({"data": "no.jsonl"}, [], "data source 'no.jsonl' is not there"),
+    "missing data": ({"data": "no.jsonl"}, [], "no.jsonl' is not there"),
     "missing in a mixture": (
         {"data": "one.jsonl:0.5 no.jsonl:0.5"},
         [],
-        "data source 'no.jsonl' is not there",
+        "no.jsonl' is not there",
     ),
-    "empty data": ({"data": "empty.jsonl"}, [], "'empty.jsonl' has no text"),
-    "no text column": ({"data": "other.jsonl"}, [], 'line 1 has no string "text"'),
+    "empty data": ({"data": "empty.jsonl"}, [], "empty.jsonl' has no text"),
+    "no text column": ({"data": "other.jsonl"}, [], "(columns: id, body): say which is"),
     "weight": ({"data": "one.jsonl:-1"}, [], "'one.jsonl:-1': a weight is a number above 0"),
     "recipe": ({"recipe": "ltee"}, [], "unknown recipe 'ltee'; did you mean 'lte'?"),
     "no JSON": ({}, ["--deepspeed", "zero9"], "unknown DeepSpeed configuration 'zero9'"),

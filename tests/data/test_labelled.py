@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -99,20 +101,80 @@ def test_a_label_changes_the_fingerprint() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"text": "a"}', 'line 1 needs a string "text" and a "label"'),
-        ('{"text": "", "label": 1}', "line 1 needs a string"),
+        ('{"text": "a"}', r"has no column 'label' \(columns: text\): name one that it has"),
+        ('{"text": 3, "label": 1}', 'line 1 has no string "text"'),
+        ('{"text": "a", "label": 0.5}', "line 1 has the label 0.5: every text needs one that is a"),
+        ('{"text": "a", "label": null}', "line 1 has the label None: every text needs"),
+        ('{"text": "a", "label": "x"}\n{"text": "a"}', "line 2 has the label None"),
         ('{"text": "a", "label": "x"}\n{"text"', "line 2 is not JSON"),
         ('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}', "fewer than two labels"),
+        ('{"text": "\\ud800", "label": 1}', "line 1 has half of a surrogate pair"),
+        ('{"a": "a", "b": "b", "label": 1}', r"2 other columns .* e\.g\. '.*bad\.jsonl:b'"),
+        ("", r"has no column 'label' \(columns: none\)"),
     ],
 )
 def test_a_file_that_cannot_be_learned_from(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         batches(str(file))
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("source", ["no.jsonl", "docs", "text.txt"])
-def test_what_is_no_labelled_file(source: str) -> None:
-    with pytest.raises(ValueError, match=r"is not there: give a \.jsonl file whose lines are"):
+def test_rows_without_text_are_left_out(mails: str, tmp_path: Path) -> None:
+    file = tmp_path / "holes.jsonl"
+    file.write_text(
+        '{"text": null, "label": 1}\n{"text": " ", "label": null}\n' + Path(mails).read_text()
+    )
+    assert rows(batches(str(file))) == rows(batches(mails))
+
+
+def test_a_label_may_be_a_number_of_any_kind(tmp_path: Path) -> None:
+    """1.0 is what a table makes of 1 beside an empty cell."""
+    file = tmp_path / "a.jsonl"
+    lines = [{"text": f"w{i}", "label": label} for i, label in enumerate([1, 1.0, "0", 0.0])]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert label_names(str(file)) == ["0", "1"]
+
+
+def test_a_parquet_file_may_name_its_columns(mails: str, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in Path(mails).read_text().split("\n")]
+    found = [{"id": "x", "mail": row["text"], "spam": row["label"], "label": 0} for row in lines]
+    file = str(tmp_path / "mails.parquet")
+    pq.write_table(pa.Table.from_pylist(found), file)
+    assert fingerprint(batches(f"{file}:mail:spam")) == fingerprint(batches(mails))
+    with pytest.raises(ValueError, match=r"has no column 'text' and 3 other columns of strings"):
+        batches(file)
+    with pytest.raises(ValueError, match="names more than two columns: FILE:TEXT:LABEL"):
+        batches(f"{file}:mail:spam:id")
+
+
+def test_a_text_without_a_token_is_no_example(mails: str) -> None:
+    """There would be no end of epochs."""
+
+    def forgetful(texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[] for _ in texts]}
+
+    with pytest.raises(ValueError, match="no train example of which a token is left"):
+        labelled_batches(
+            mails,
+            forgetful,  # type: ignore[arg-type]
+            split="train",
+            length=8,
+            batch_size=4,
+            tokens=100,
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no.jsonl", r"'no\.jsonl' is not there: give a \.jsonl or \.parquet file whose rows"),
+        ("docs", r"'docs' is no \.jsonl or \.parquet file: give one whose rows have a text"),
+        ("text.txt", r"'text\.txt' is no \.jsonl or \.parquet file"),
+        ("hub:x", r"'hub:x' is no \.jsonl or \.parquet file"),
+    ],
+)
+def test_what_is_no_labelled_file(source: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         batches(source)

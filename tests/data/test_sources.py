@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_tools.data import texts
 from moe_tools.data.holdout import boundary, divide, normalise
-from moe_tools.data.sources import is_hub, mixture
+from moe_tools.data.sources import absolute, is_hub, mixture, shortened
 
 
 def read(source, split="train"):
@@ -73,9 +73,12 @@ def test_a_path_may_start_with_the_home_folder(tmp_path, monkeypatch):
     [
         ("", r"has no text: use a file with some"),
         ('{"text": ""}', r"has no text: use a file with some"),
-        ('{"text": "a"}\n\n{"txt": "b"}', r'line 3 has no string "text": every line must be'),
+        (
+            '{"text": "a"}\n\n{"txt": "b"}',
+            r'line 3 has no string "text": every row must have one, or null',
+        ),
         ('{"text": 5}', r'line 1 has no string "text"'),
-        ('["text"]', r'line 1 has no string "text"'),
+        ('["text"]', r"line 1 is no object: every line must be"),
         ('{"text": "a"}\n{"text": ', r"line 2 is not JSON \(.*\): one object a line is needed"),
         ('{"text": "\\ud800"}', r"line 1 has half of a surrogate pair"),
         ('{"text": "a"}', r"has 1 characters, too few to hold some out: use more text"),
@@ -108,10 +111,22 @@ def test_bad_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["", "doc", "missing.txt", "no/such.jsonl", "./a", "~/x", "hub:"]
+    "source",
+    [
+        "",
+        "doc",
+        "missing.txt",
+        "no/such.jsonl:b",
+        "./a",
+        "~/x",
+        "~no-such-user/x",
+        "hub:",
+        "a" * 999,
+    ],
 )
 def test_unknown_sources(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match=r"is not there: use 'docs', 'self', an existing .txt,"):
         read(source)
 
@@ -162,8 +177,12 @@ def test_a_boundary_is_the_last_good_one():
 # --- the hub
 
 
-def stream(texts_, **more):
-    return datasets.Dataset.from_dict({"text": texts_, **more}).to_iterable_dataset()
+def table(columns):
+    return datasets.Dataset.from_dict(columns).to_iterable_dataset()
+
+
+def stream(texts_):
+    return table({"text": texts_})
 
 
 @pytest.fixture
@@ -214,7 +233,7 @@ def test_without_a_held_out_split_rows_are_held_out_by_hash(hub):
 
 
 def test_the_only_string_column_is_the_text(hub):
-    hub({"train": datasets.Dataset.from_dict({"n": [1], "body": ["a"]}).to_iterable_dataset()})
+    hub({"train": table({"n": [1], "body": ["a"]})})
     assert [*read("hub:x"), *read("hub:x", "heldout")] == ["a"]
 
 
@@ -233,8 +252,11 @@ def test_the_only_string_column_is_the_text(hub):
         ),
         (RuntimeError(), r"cannot be read: RuntimeError \(check its name and the network, or use"),
         ({"dev": None, "all": None}, r"has no split 'train', only dev, all"),
-        ({"train": [{"a": "x", "b": "y"}]}, r"no column 'text' and 2 other .*\(columns: a, b\)"),
-        ({"train": [{"a": 1}]}, r"no column 'text' and 0 other columns of strings \(columns: a\)"),
+        (
+            {"train": table({"a": ["x"], "b": ["y"]})},
+            r"no column 'text' and 2 other .*\(columns: a, b\): say which .* 'hub:no/such::b'",
+        ),
+        ({"train": table({"a": [1]})}, r"no column 'text' and 0 other .*\(columns: a\): give it a"),
     ],
 )
 def test_hub_errors(hub, parts, message):
@@ -249,7 +271,7 @@ def test_an_interrupted_stream_is_one_line(hub):
         yield {"text": "a"}
         raise ConnectionError("reset by peer")
 
-    hub({"train": rows(), "test": []})
+    hub({"train": datasets.IterableDataset.from_generator(rows), "test": stream(["a"])})
     with pytest.raises(ValueError, match="cannot be read: reset by peer"):
         read("hub:x")
 
@@ -268,6 +290,57 @@ def test_paths_win_over_hub_names(tmp_path, monkeypatch):
     assert not is_hub("owner/name")
     assert is_hub("hub:owner/name")
     assert not any(map(is_hub, ["docs", "self", "a/b.txt", "../a", "~/a", "a/b/c"]))
+
+
+# --- the same text from everywhere
+
+
+def test_an_absolute_source_is_the_same_text_from_any_folder(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, word in [(here, "this"), (there, "that")]:
+        (folder / "sub").mkdir(parents=True)
+        (folder / "a.txt").write_text(f"{word} text and more words")
+        (folder / "sub" / "b.txt").write_text(f"{word} other text and more words")
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    kept = {source: absolute(source) for source in ("a.txt", "sub/", "./sub/../a.txt", "~/a.txt")}
+    before = {source: everything(source) for source in kept}
+    monkeypatch.chdir(there)
+    assert {source: everything(path) for source, path in kept.items()} == before
+    assert all(path == absolute(path) for path in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [
+        *((name, name) for name in ("docs", "self", "owner/name", "hub:x", "hub:o/n:c:column")),
+        ("a.jsonl:body", "/d/a.jsonl:body"),
+        ("a.jsonl:body:0.70", "/d/a.jsonl:body:0.70"),
+        ("a.jsonl:3 + docs:1", "/d/a.jsonl:3 + docs:1"),
+        ("docs + ../b.parquet + owner/name:2", "docs + /b.parquet + owner/name:2"),
+        ("typo", "/d/typo"),
+        ("", ""),
+    ],
+)
+def test_paths_alone_become_absolute(source, kept, monkeypatch):
+    monkeypatch.setattr("os.getcwd", lambda: "/d")
+    assert absolute(source) == kept
+
+
+def test_a_shortened_source_hides_where_files_are():
+    assert shortened("/home/me/a.jsonl:body:2 + hub:o/n:c + ~/b.txt") == (
+        "a.jsonl:body:2 + hub:o/n:c + b.txt"
+    )
+
+
+def test_a_hub_name_and_a_path_may_name_a_column(hub, tmp_path):
+    calls = hub({"train": table({"a": ["x"], "b": ["y"]}), "test": table({"a": ["u"], "b": ["v"]})})
+    assert everything("hub:o/n::b") == ["y", "v"] and everything("hub:o/n:c:a") == ["x", "u"]
+    assert calls == [("o/n", None)] * 2 + [("o/n", "c")] * 2
+    odd = write_lines(tmp_path / "a:b.jsonl", [{"b": "x y z", "c": "u v w"}])
+    assert "".join(everything(f"{odd}:c").__str__().split()) == "['uv','w']"
+    with pytest.raises(ValueError, match="has no column 'b:c'"):
+        read(f"{odd}:b:c")
 
 
 # --- several sources

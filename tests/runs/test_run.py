@@ -660,10 +660,6 @@ MISTAKES: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
         "top-k asks for 7 of 6 experts",
     ),
     "data": (lambda recipe: replace(recipe, data="no-such.txt"), "no-such.txt' is not there"),
-    "long blocks": (
-        lambda recipe: replace(recipe, block_length=100_000),
-        "one block needs 100000: use --block-length",
-    ),
 }
 
 

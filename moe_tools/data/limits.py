@@ -1,0 +1,57 @@
+"""Which text a model can take: blocks within its context, tokens within its vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from moe_tools.data.batch import Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest block that a model takes; None: there is no limit."""
+    found = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    # RoBERTa counts positions from behind its padding token, and has that many fewer.
+    found += [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if type(module) is nn.Embedding
+        and module.padding_idx is not None
+        and "position" in name.rpartition(".")[2]
+    ]
+    return min((length for length in found if length is not None), default=None)
+
+
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuses blocks that are too long for a model.
+
+    Raises:
+        ValueError: the length exceeds its context.
+    """
+    context = context_length(model)
+    if context is not None and length > context:
+        raise ValueError(
+            f"a block of {length} tokens exceeds the context of {type(model).__name__}, "
+            f"{context} tokens: use --block-length {context} or less"
+        )
+
+
+def check_text(model: PreTrainedModel, text: Text) -> None:
+    """Refuses text that a model cannot take: it would fail in the middle of the work, or worse.
+
+    Raises:
+        ValueError: too long a block, or a token outside the vocabulary.
+    """
+    tensors = [text] if isinstance(text, Tensor) else [batch.ids_BT for batch in text]
+    check_length(model, max(ids_BT.shape[1] for ids_BT in tensors))
+    largest = max(int(ids_BT.max()) for ids_BT in tensors)
+    vocabulary = model.config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise ValueError(
+            f"token {largest} is outside the vocabulary of {type(model).__name__}, "
+            f"{vocabulary} tokens: tokenise with the model's own tokenizer"
+        )
