@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from moe_tools.data.generate import evaluating
 from moe_tools.data.limits import check_text
@@ -182,11 +183,23 @@ def check_evaluable(model: PreTrainedModel, blocks_BT: Tensor, mask_token: int |
             "one block of two tokens"
         )
     check_text(model, blocks_BT)
+    if not _predicts(model):
+        raise ValueError(
+            f"{type(model).__name__} has no head that predicts tokens, and no perplexity: evaluate "
+            "a causal or masked language model, or a classifier on labelled data; `convert` works "
+            "with --eval-tokens 0"
+        )
     if not model.can_generate() and mask_token is None:
         raise ValueError(
             f"{type(model).__name__} predicts masked tokens: evaluation needs the mask token of "
             "its tokenizer"
         )
+
+
+def _predicts(model: PreTrainedModel) -> bool:
+    """Whether a model has a head over its vocabulary."""
+    masked = type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    return model.can_generate() or masked or model.get_output_embeddings() is not None
 
 
 def _task(

@@ -110,10 +110,11 @@ def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Tensor)
 
 
 def _check_zeros(ffn: ExpertFFN, router: str) -> None:
-    if ffn.router.needs_zeros and not gives_zeros(ffn.projections.act):
+    act = ffn.projections.act
+    if ffn.router.needs_zeros and not gives_zeros(act):
         raise ValueError(
-            f"router {router} predicts which neurons are exactly 0, and {type(ffn.projections.act).__name__} "
-            f"of {ffn.name} leaves none: put `swap: {{activation: {{kind: relu}}}}` and `train` "
+            f"router {router} predicts which neurons are exactly 0, and {type(act).__name__} of "
+            f"{ffn.name} leaves none: put `swap: {{activation: {{kind: relu}}}}` and `train` "
             "before it, or say in router_options from which share of the largest a neuron counts: "
             "{zero_below: 0.05}"
         )

