@@ -6,7 +6,6 @@ tensors beside the host's and a `moe_tools` block in `config.json`.
 
 from __future__ import annotations
 
-import inspect
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -24,12 +23,12 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.parts import Part
+from moe_tools.checkpoint.plain import made_plain, quantised_by, shapes
 from moe_tools.checkpoint.quiet import quiet_transformers
-from moe_tools.checkpoint.rebuild import BrokenFolder, add_modules, check_rebuilt
+from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
 from moe_tools.checkpoint.remote_code import is_trusted, trusted
 from moe_tools.checkpoint.stored import some, stored_tensors
 from moe_tools.experts.conversion import read_block
@@ -56,6 +55,11 @@ def is_classifier_source(source: str) -> bool:
     except (OSError, ValueError):
         return False
     return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+
+
+def is_quantised_source(source: str) -> bool:
+    """Whether a quantiser wrote the weights of a folder or hub id, by its config."""
+    return quantised_by(_read_config(source)) is not None
 
 
 def load_classifier(
@@ -189,39 +193,6 @@ def _dequantized() -> dict[str, Any]:
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
-def quantised_by(config: Any) -> str | None:
-    """The method that the weights of a folder are quantised by, as its config says; None: none."""
-    given = getattr(config, "quantization_config", None)
-    if given is None:
-        return None
-    found = given if isinstance(given, dict) else given.to_dict()
-    return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
-
-
-def _ask_for_plain(config: Any) -> None:
-    """Lets transformers dequantise while it loads, by the methods that it knows how to."""
-    given = config.quantization_config
-    found = dict(given if isinstance(given, dict) else given.to_dict())
-    method = AUTO_QUANTIZATION_CONFIG_MAPPING.get(quantised_by(config))
-    if method is not None and "dequantize" in inspect.signature(method).parameters:
-        config.quantization_config = found | {"dequantize": True}
-
-
-@contextmanager
-def _dequantising(source: str, method: str | None) -> Iterator[None]:
-    """Says in one line what keeps a quantiser from running here."""
-    if method is None:
-        yield
-        return
-    try:
-        yield
-    except (ImportError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{source} is quantised ({method}), and cannot be dequantised here "
-            f"({_first_line(error)}): give the model that it was made from"
-        ) from error
-
-
 def _load_folder(
     source: str, dtype: torch.dtype | None, routed: bool, device: str, part: Part | None
 ) -> transformers.PreTrainedModel:
@@ -245,9 +216,8 @@ def _load_folder(
                 "out as moe_tools.load gives it, which is dequantised, and start from there"
             )
         if device == "meta":
-            return _shapes(config, host, dtype)
-        _ask_for_plain(config)
-    with _dequantising(source, method), named_errors(f"cannot load {source}: {place}"):
+            return shapes(config, host, dtype)
+    with made_plain(source, config), named_errors(f"cannot load {source}: {place}"):
         model, report = host.from_pretrained(
             source,
             config=config,
@@ -265,22 +235,8 @@ def _load_folder(
         raise ValueError(f"{source} lacks the tensors {some(report['missing_keys'])}")
     check_rebuilt(model, source)
     if method is not None:
-        with _dequantising(source, method):
+        with made_plain(source, config):
             dequantise(model, dtype or model.dtype)
-    return model
-
-
-def _shapes(config: Any, host: Any, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
-    """A quantised model as it will be once it is dequantised, on the meta device."""
-    del config.quantization_config
-    dtype = dtype or config.dtype or torch.float32
-    conversion = read_block(config)
-    if host is AutoModelForCausalLM:
-        model = host.from_config(config, dtype=dtype, trust_remote_code=is_trusted())
-    else:
-        model = host._from_config(config, dtype=dtype)
-    if conversion is not None:
-        add_modules(model, conversion)
     return model
 
 

@@ -193,8 +193,12 @@ class GraftedFFN(nn.Module, ABC):
     def added(self) -> list[str]:
         """Names of the tensors that it has beside those of the host: its router's, `off_F`."""
         theirs = set(self._names.values())
-        names = self.state_dict(keep_vars=True)
-        return [name for name in names if name.partition(".")[0] not in theirs]
+        names: dict[str, Tensor] = {}
+        self._save_to_state_dict(names, "", True)  # its own alone: a host's linears may repack
+        for name, child in self.named_children():
+            if name not in theirs:
+                child.state_dict(destination=names, prefix=f"{name}.", keep_vars=True)
+        return list(names)
 
     def part(self, name: str) -> nn.Module:
         """A part, by its name inside this module."""

@@ -38,6 +38,12 @@ def widths(linear: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def numbers_of(linear: nn.Module) -> int:
+    """How many weights the matrix of a module has, whatever it is kept as."""
+    found = widths(linear)
+    return linear.get_parameter("weight").numel() if found is None else found[0] * found[1]
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The linear below PEFT's adapters, which stand around it."""
     inner = getattr(module, "base_layer", module)
@@ -107,6 +113,15 @@ def dequantised(linear: nn.Module) -> Tensor:
     size = _size(linear)
     if any(tensor.is_meta for tensor in tensors_of(linear)):
         return torch.empty(size[::-1], device="meta", dtype=dtype_of(linear) or torch.float32)
+    # bitsandbytes repacks its codes in place where it runs for inference on a CPU.
+    training = linear.training
+    try:
+        return _found(linear.train())
+    finally:
+        linear.train(training)
+
+
+def _found(linear: nn.Module) -> Tensor:
     dtypes = [dtype_of(linear)] if dtype_of(linear) is not None else list(COMPUTED[:3])
     for dtype in dtypes:
         assert dtype is not None

@@ -21,6 +21,7 @@ from moe_tools.hosts.linears import (
     dtype_of,
     has_numbers,
     is_plain,
+    numbers_of,
     outline,
     rows,
     widths,
@@ -154,6 +155,11 @@ class Projections(NamedTuple):
         found = widths(self.down)
         assert found is not None
         return found
+
+    @property
+    def numbers(self) -> int:
+        """How many weights the matrices have, whatever they are kept as."""
+        return sum(map(numbers_of, self.linears()))
 
     def outline(self) -> Projections:
         """The same shapes without numbers, on the meta device."""
