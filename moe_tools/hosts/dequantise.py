@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from moe_tools.hosts.ffn import grafted_ffns
 from moe_tools.hosts.linears import COMPUTED, as_linear, has_numbers, widths
@@ -33,6 +34,9 @@ def dequantise(model: Any, dtype: torch.dtype) -> None:
             )
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -370,8 +370,10 @@ def graft(model: nn.Module, ffn: FFN, module: nn.Module) -> None:
     """Puts `module` in the FFN's slot; parts that the host calls elsewhere become Identity."""
     for path in ffn.layout.bypass:
         _bypass(ffn.layer, path)
+    if module.training != ffn.layer.training:  # some quantised linears refuse to be told at all
+        module.train(ffn.layer.training)
     for name in (ffn.name, *ffn.also):
-        model.set_submodule(name, module.train(ffn.layer.training))
+        model.set_submodule(name, module)
     if isinstance(module, GraftedFFN):
         module.listen()
 

@@ -116,9 +116,10 @@ def dequantised(linear: nn.Module) -> Tensor:
     # bitsandbytes repacks its codes in place where it runs for inference on a CPU.
     training = linear.training
     try:
-        return _found(linear.train())
+        linear.training = True
+        return _found(linear)
     finally:
-        linear.train(training)
+        linear.training = training
 
 
 def _found(linear: nn.Module) -> Tensor:
@@ -148,11 +149,12 @@ def as_linear(linear: nn.Module, dtype: torch.dtype) -> nn.Linear:
         ValueError: as `dequantised`.
     """
     made = nn.Linear(*_size(linear), bias=bias_of(linear) is not None, device="meta")
+    made.training = linear.training
     made.weight = nn.Parameter(dequantised(linear).to(dtype).contiguous())
     bias = bias_of(linear)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(dtype))
-    return made.train(linear.training)
+    return made
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:
