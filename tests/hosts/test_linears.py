@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.conversion import Conversion, attach_experts
-from moe_tools.experts.experts import every_expert_on, expert_ffns
+from moe_tools.experts.experts import every_expert_on
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.hosts.dequantise import dequantise
 from moe_tools.hosts.ffn import find_ffns, permute_neurons, unfused_ffns
@@ -110,16 +110,12 @@ def test_a_router_that_is_read_from_a_file_needs_no_weight_of_its_host(
 
     model = quantised()
     monkeypatch.setattr(CodedLinear, "forward", refuse)
-    conversion = Conversion("donor", EXPERT_SIZE, router, TOPK, layouts={})
-    conversion = Conversion.from_dict(conversion.to_dict() | {"layouts": layouts(model)})
+    (layout,) = {ffn.layout for ffn in find_ffns(model)}
+    known = {"layouts": {"LlamaMLP": layout.to_dict()}}
+    conversion = Conversion("donor", EXPERT_SIZE, router, TOPK, **known)
     for ffn in attach_experts(model, conversion, empty=True):
         own = [ffn.get_parameter(key) for key in ffn.added() if key in dict(ffn.named_parameters())]
         assert all(tensor.is_meta for tensor in own)
-
-
-def layouts(model: nn.Module) -> dict[str, object]:
-    (layout,) = {ffn.layout for ffn in find_ffns(model)}
-    return {"LlamaMLP": layout.to_dict()}
 
 
 def test_codes_are_not_reordered_packed_or_trained() -> None:
@@ -144,15 +140,18 @@ def test_dequantised_it_is_any_plain_model() -> None:
     torch.testing.assert_close(logits(model), exact, rtol=1e-4, atol=1e-4)
 
 
-def test_dequantised_after_its_conversion_it_is_still_routed() -> None:
-    """Also where our module listens to a linear that stays in the host (OPT's is in the layer)."""
-    model = build("opt")
-    quantise_ffns(model)
-    attach_experts(model, Conversion("donor", EXPERT_SIZE, "oracle", TOPK))
+@pytest.mark.parametrize("masked", [False, True])
+def test_dequantised_after_its_conversion_it_is_still_routed(masked: bool) -> None:
+    """Also where our module has the place of one linear and listens to another."""
+    model = quantised()
+    (layout,) = {ffn.layout for ffn in find_ffns(model)}
+    row = layout.as_masked() if masked else layout
+    known = {"layouts": {"LlamaMLP": row.to_dict()}}
+    attach_experts(model, Conversion("donor", EXPERT_SIZE, "oracle", TOPK, **known))
     exact = logits(model)
     dequantise(model, torch.float32)
+    assert not any(isinstance(module, CodedLinear) for module in model.modules())
     torch.testing.assert_close(logits(model), exact, rtol=1e-4, atol=1e-4)
-    assert len(expert_ffns(model)) == 2
 
 
 def test_its_work_is_that_of_the_plain_model() -> None:
