@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,23 @@ Change = Callable[[nn.Module], None]
 
 
 def _torchao(name: str, **options: Any) -> Any:
-    import torchao.quantization as known
-
+    known = import_module("torchao.quantization")
     return transformers.TorchAoConfig(getattr(known, name)(**options))
 
 
 def _four_bits() -> Any:
-    from torchao.quantization.granularity import PerGroup
-
-    return _torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(32))
+    groups = import_module("torchao.quantization.granularity").PerGroup(32)
+    codes = vars(torch)["int4"]
+    return _torchao("IntxWeightOnlyConfig", weight_dtype=codes, granularity=groups)
 
 
 def _hqq(bits: int) -> Change:
     def change(model: nn.Module) -> None:
-        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
+        known = import_module("hqq.core.quantize")
         for path, module in list(model.named_modules()):
             if type(module) is nn.Linear and path != "lm_head":
-                config = BaseQuantizeConfig(nbits=bits, group_size=64)
-                made = HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
+                config = known.BaseQuantizeConfig(nbits=bits, group_size=64)
+                made = known.HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
                 model.set_submodule(path, made)
 
     return change
