@@ -226,7 +226,8 @@ def _fill(
             place = torch.device("cpu") if device.type == "meta" else device
             real = value.to(place, empty.dtype, copy=True)  # it may be the caller's own
             setattr(owner, leaf, nn.Parameter(real) if isinstance(empty, nn.Parameter) else real)
-        if left := [name for name, one in ffn.router.named_buffers() if one.is_meta]:
+        buffers = ffn.router.named_buffers() if device.type != "meta" else ()
+        if left := [name for name, one in buffers if one.is_meta]:
             raise ValueError(
                 f"{ffn.name}: {some(left)} of its router is in no state dict, so no folder has it: "
                 "a buffer is to be persistent, or made when it is needed"
