@@ -210,6 +210,7 @@ class Patch:
                 # with adapters of its own a model saves these alone, which have our names
                 converted = _is_converted(model) and not model._hf_peft_config_loaded
                 if outermost and converted and self.in_force:
+                    from moe_tools.checkpoint.host_names import host_names
                     from moe_tools.experts.conversion import update_config
                     from moe_tools.hosts.ffn import host_state_dict
 
@@ -219,6 +220,8 @@ class Patch:
                     else:
                         kwargs["state_dict"] = host_state_dict(model, kwargs.get("state_dict"))
                     kwargs["save_original_format"] = False
+                    with host_names(model):
+                        return save(model, *args, **kwargs)
                 return save(model, *args, **kwargs)
 
         return save_pretrained

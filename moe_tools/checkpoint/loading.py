@@ -27,12 +27,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.class_names import stock_class
 from moe_tools.checkpoint.parts import Part
+from moe_tools.checkpoint.plain import made_plain, quantised_by, shapes
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
 from moe_tools.checkpoint.remote_code import is_trusted, trusted
 from moe_tools.checkpoint.stored import some, stored_tensors
 from moe_tools.experts.conversion import read_block
 from moe_tools.extras import needed
+from moe_tools.hosts.dequantise import dequantise
 from moe_tools.inference.optimized import optimize as optimize_model
 
 MAGIC = b"GGUF"
@@ -56,6 +58,11 @@ def is_classifier_source(source: str) -> bool:
     return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 
 
+def is_quantised_source(source: str) -> bool:
+    """Whether a quantiser wrote the weights of a folder or hub id, by its config."""
+    return quantised_by(_read_config(source)) is not None
+
+
 def load_classifier(
     source: str, labels: Sequence[str], *, dtype: torch.dtype, device: str = "cpu"
 ) -> transformers.PreTrainedModel:
@@ -73,6 +80,12 @@ def load_classifier(
                 f"{len(labels)} labels: {some(labels)}"
             )
         return model
+    method = quantised_by(_read_config(source))
+    if method is not None:
+        raise ValueError(
+            f"{source} is quantised ({method}), and cannot get a head: write it out as "
+            "moe_tools.load gives it, which is dequantised, and start from there"
+        )
     names = dict(enumerate(labels))
     named = named_errors(f"cannot load {source}: ")
     with quiet_transformers(), transformers_patched(True), named:
@@ -196,7 +209,16 @@ def _load_folder(
         kept = wanted if part is None else part.of_conversion(wanted)
         config.moe_tools = None if kept is None else kept.to_dict()
     host: Any = host_class(config) if part is None else part.of(host_class(config))
-    with named_errors(f"cannot load {source}: {place}"):
+    method = quantised_by(config)
+    if method is not None:
+        if part is not None:
+            raise ValueError(
+                f"{source} is quantised ({method}), and cannot be read layer by layer: write it "
+                "out as moe_tools.load gives it, which is dequantised, and start from there"
+            )
+        if device == "meta":
+            return shapes(config, host, dtype)
+    with made_plain(source, config), named_errors(f"cannot load {source}: {place}"):
         model, report = host.from_pretrained(
             source,
             config=config,
@@ -213,6 +235,9 @@ def _load_folder(
     if report["missing_keys"]:
         raise ValueError(f"{source} lacks the tensors {some(report['missing_keys'])}")
     check_rebuilt(model, source)
+    if method is not None:
+        with made_plain(source, config):
+            dequantise(model, dtype or model.dtype)
     return model
 
 

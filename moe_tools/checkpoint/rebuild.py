@@ -30,6 +30,7 @@ from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.swapped import Unswapped, replace_stand_ins, swap_activations
 from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
 from moe_tools.hosts.fused import fused_experts
+from moe_tools.hosts.linears import device_of
 from moe_tools.hosts.moe_host import HostExperts
 
 Tensors = Sequence[str | Path] | Mapping[str, Tensor]
@@ -83,7 +84,7 @@ def rebuild(
 
 
 def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
-    """Swaps activations and attaches routers, whose tensors are still fresh, to a stock model.
+    """Swaps activations and attaches routers, whose tensors have no numbers, to a stock model.
 
     Raises:
         ValueError: a block that does not fit the host.
@@ -92,7 +93,7 @@ def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
     if conversion.stock_activation is not None:
         swap_activations(model, conversion)
     if conversion.router is not None:
-        attach_experts(model, conversion)
+        attach_experts(model, conversion, empty=True)
         admit(model)
 
 
@@ -134,7 +135,7 @@ def _check_places(model: nn.Module, conversion: Conversion) -> None:
         if any(parameter.is_meta for parameter in fused.parameters()):
             raise ValueError(f"{path}: the experts of an MoE host cannot stay on disk")
     reads = conversion.router is not None and ROUTERS[conversion.router].reads_rows
-    if reads and any(ffn.weights().up_FD.is_meta for ffn in find_ffns(model)):
+    if reads and any(device_of(ffn.projections.up).type == "meta" for ffn in find_ffns(model)):
         raise ValueError(
             f"router {conversion.router} reads the FFN's rows, which cannot stay on disk then"
         )
@@ -208,28 +209,29 @@ def _fill(
     added = _added(model)
     if missing := added - set(stored):
         raise BrokenFolder(f"{source} lacks the router tensors {some(missing)}")
-    for name in sorted(added):
-        key, where = stored[name]
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
-        fresh: Tensor = getattr(owner, leaf)
-        value = _read(where, key)
-        if value.shape != fresh.shape:
-            raise BrokenFolder(
-                f"{source}: {name} is {tuple(value.shape)}, expected {tuple(fresh.shape)}"
+    for ffn in expert_ffns(model):
+        device = device_of(ffn.projections.up)
+        for name in sorted(f"{ffn.name}.{key}" for key in ffn.added()):
+            key, where = stored[name]
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            empty: Tensor = getattr(owner, leaf)
+            value = _read(where, key)
+            if value.shape != empty.shape:
+                raise BrokenFolder(
+                    f"{source}: {name} is {tuple(value.shape)}, expected {tuple(empty.shape)}"
+                )
+            if offloaded is not None and device.type == "meta" and isinstance(where, Path):
+                offloaded[name] = _entry(where, key, empty)
+            place = torch.device("cpu") if device.type == "meta" else device
+            real = value.to(place, empty.dtype, copy=True)  # it may be the caller's own
+            setattr(owner, leaf, nn.Parameter(real) if isinstance(empty, nn.Parameter) else real)
+        buffers = ffn.router.named_buffers() if device.type != "meta" else ()
+        if left := [name for name, one in buffers if one.is_meta]:
+            raise ValueError(
+                f"{ffn.name}: {some(left)} of its router is in no state dict, so no folder has it: "
+                "a buffer is to be persistent, or made when it is needed"
             )
-        if fresh.is_meta and offloaded is not None and isinstance(where, Path):
-            offloaded[name] = _entry(where, key, fresh)
-        _put(owner, leaf, fresh, value)
-
-
-def _put(owner: nn.Module, leaf: str, fresh: Tensor, value: Tensor) -> None:
-    """Gives a tensor its value, in its own dtype; one on the meta device comes to the CPU."""
-    if fresh.is_meta:
-        real = torch.empty_like(fresh, device="cpu")
-        fresh = nn.Parameter(real) if isinstance(fresh, nn.Parameter) else real
-        setattr(owner, leaf, fresh)
-    fresh.detach().copy_(value)
 
 
 def _mark_loaded(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import transformers
 from moe_tools.checkpoint.atomic import new_folder
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.card import write_card
+from moe_tools.checkpoint.host_names import host_names
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.experts.conversion import update_config
 from moe_tools.hosts.ffn import host_state_dict
@@ -32,7 +33,8 @@ def save(
     with new_folder(folder) as partial, quiet_transformers(), transformers_patched(True):
         update_config(model)
         state = host_state_dict(model)
-        model.save_pretrained(partial, state_dict=state, save_original_format=False)
+        with host_names(model):
+            model.save_pretrained(partial, state_dict=state, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_card(partial)

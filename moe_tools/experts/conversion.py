@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,8 @@ from moe_tools.experts.experts import ExpertFFN, Mode, expert_ffns
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import build_router
 from moe_tools.experts.selectors import Selector, build_selector, describe_selector
-from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
+from moe_tools.hosts.ffn import FFN, Outline, graft, unfused_ffns
+from moe_tools.hosts.linears import device_of, dtype_of
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.rows import rows_of, write_rows
 from moe_tools.registry import unknown
@@ -228,8 +230,16 @@ def set_selectors(model: nn.Module, selectors: Sequence[Selector]) -> None:
     update_config(model)
 
 
-def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
+def attach_experts(
+    model: nn.Module, conversion: Conversion, *, empty: bool = False
+) -> list[ExpertFFN]:
     """Grafts an `ExpertFFN` with a fresh router onto every FFN of a dense model.
+
+    Args:
+        model: dense.
+        conversion: what to make of it.
+        empty: the tensors of the routers are shapes on the meta device, as their numbers are in a
+            file: none of the host's weights is read.
 
     Raises:
         ValueError: no router is named, an expert exceeds an FFN, no expert is left to route,
@@ -241,22 +251,24 @@ def attach_experts(model: nn.Module, conversion: Conversion) -> list[ExpertFFN]:
     conversion = with_layouts(model, conversion)
     found = unfused_ffns(model)
     conversion.check_names(found)
-    made = [_expert_ffn(ffn, conversion) for ffn in found]
+    made = [_expert_ffn(ffn, conversion, empty) for ffn in found]
     for ffn, module in zip(found, made, strict=True):  # first all checks, then the first change
         graft(model, ffn, module)
     write_conversion(model, conversion)
     return made
 
 
-def _expert_ffn(ffn: FFN, conversion: Conversion) -> ExpertFFN:
+def _expert_ffn(ffn: FFN, conversion: Conversion, empty: bool) -> ExpertFFN:
     assert conversion.router is not None
-    weights = ffn.weights()
-    neurons, shared = len(weights.up_FD), conversion.shared_experts
+    up, neurons, shared = ffn.projections.up, ffn.neurons, conversion.shared_experts
+    device = torch.device("meta") if empty else device_of(up)
     division = conversion.divide(neurons, ffn.name)
     if not 0 <= shared < division.num_experts:
         raise ValueError(f"{ffn.name}: {shared} of {division.num_experts} experts cannot be shared")
-    importance = Importance(division, shared, weights.down_FD)
-    router = build_router(conversion.router, conversion.router_options, ffn, importance)
+    seen = Outline(ffn.name, ffn.layer, ffn.layout, ffn.also) if empty else ffn
+    importance = Importance(division, shared, seen.weights().down_FD)
+    with device if empty else nullcontext():
+        router = build_router(conversion.router, conversion.router_options, seen, importance)
     selector = build_selector(conversion.selector_of.get(ffn.name, conversion.selector or {}))
     selector(torch.zeros(1, importance.routed))  # top-k refuses fewer experts than k
     if selector.needs_ratio_scale and not router.ratio_scale:
@@ -264,7 +276,8 @@ def _expert_ffn(ffn: FFN, conversion: Conversion) -> ExpertFFN:
             f"router {conversion.router} scores below 0, which selector "
             f"{describe_selector(selector)['kind']} cannot compare: use topk or threshold"
         )
-    module = ExpertFFN(ffn, division, router, selector, conversion.mode, shared)
+    # The host's own tensors stay: a quantised one cannot go anywhere, not even where it is.
+    module = ExpertFFN(ffn, division, router.to(device), selector, conversion.mode, shared)
     if conversion.when_off == "mean":
-        module.off_F = weights.up_FD.new_zeros(neurons)
-    return module.to(weights.up_FD.device)
+        module.off_F = torch.zeros(neurons, dtype=dtype_of(up) or torch.float32, device=device)
+    return module

@@ -20,6 +20,7 @@ from moe_tools.hosts.activations import Activation, JointActivation
 from moe_tools.hosts.fused import check_fused, fused_experts
 from moe_tools.hosts.host_expert import OneExpert, expert_views
 from moe_tools.hosts.layouts import Layout, child_name, holder_of, host_names, inside, join
+from moe_tools.hosts.linears import tensors_of
 from moe_tools.hosts.moe_host import HostExperts, unfuse_experts
 from moe_tools.hosts.own_gate import OwnGate
 from moe_tools.hosts.projections import Projections, activation_of
@@ -61,9 +62,38 @@ class FFN:
         """What computes the hidden activations, and the way down."""
         return Projections.of(self.layout, self.part)
 
+    @property
+    def neurons(self) -> int:
+        """F."""
+        return self.projections.size[0]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.projections.size[1]
+
     def weights(self) -> FFNWeights:
-        """Neuron-major views of the weights."""
+        """The weights, a neuron a row, to read (`Projections.weights`)."""
         return self.projections.weights()
+
+    def views(self) -> FFNWeights:
+        """The weights, a neuron a row, to write.
+
+        Raises:
+            ValueError: they are quantised.
+        """
+        try:
+            return self.projections.views()
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+
+class Outline(FFN):
+    """An FFN as shapes without numbers: what a router is built from whose numbers are in a file."""
+
+    @property
+    def projections(self) -> Projections:
+        return super().projections.outline()
 
 
 class GraftedFFN(nn.Module, ABC):
@@ -109,14 +139,23 @@ class GraftedFFN(nn.Module, ABC):
             self._part(self.layout.up).register_forward_pre_hook(self._hear)
 
     def entered(self) -> Tensor:
-        """x_TD of the pass that is on its way, once `listen` was called."""
+        """x_TD of the pass that is on its way, once `listen` was called.
+
+        Raises:
+            ValueError: another library has replaced the linear that this module listens to.
+        """
+        if not self._entering:
+            raise ValueError(
+                f"{self.name}: its host's {self.layout.up} is not the linear that it was when the "
+                "routers were attached: let transformers quantise it while it loads the folder"
+            )
         return self._entering.pop()
 
     def _hear(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._entering[:] = args[:1]
 
     def weights(self) -> FFNWeights:
-        """Neuron-major views of the weights."""
+        """The weights, a neuron a row, to read (`Projections.weights`)."""
         return self.projections.weights()
 
     @property
@@ -154,12 +193,22 @@ class GraftedFFN(nn.Module, ABC):
     def added(self) -> list[str]:
         """Names of the tensors that it has beside those of the host: its router's, `off_F`."""
         theirs = set(self._names.values())
-        names = self.state_dict(keep_vars=True)
-        return [name for name in names if name.partition(".")[0] not in theirs]
+        names: dict[str, Tensor] = {}
+        self._save_to_state_dict(names, "", True)  # its own alone: a host's linears may repack
+        for name, child in self.named_children():
+            if name not in theirs:
+                child.state_dict(destination=names, prefix=f"{name}.", keep_vars=True)
+        return list(names)
 
     def part(self, name: str) -> nn.Module:
         """A part, by its name inside this module."""
         return self._outside[name] if name in self._outside else self.get_submodule(name)
+
+    def exchange(self, old: nn.Module, new: nn.Module) -> None:
+        """Takes note that a part outside of this module is another one now."""
+        for name, part in self._outside.items():
+            if part is old:
+                self._outside[name] = new
 
     def _part(self, path: str) -> nn.Module:
         name = child_name(self.layout, path)
@@ -219,8 +268,8 @@ def _joined(model: nn.Module, found: list[FFN]) -> list[FFN]:
     by_weight: dict[int, FFN] = {}
     for ffn in found:
         name = f"{join(holder_of(ffn.name, ffn.layout), ffn.layout.up)}.weight"
-        owner = model if name in tied else ffn.part(ffn.layout.up)
-        key = id(owner.get_parameter(tied.get(name, "weight")))
+        own = next(tensors_of(ffn.part(ffn.layout.up)))
+        key = id(model.get_parameter(tied[name]) if name in tied else own)
         first = by_weight.get(key)
         by_weight[key] = ffn if first is None else replace(first, also=(*first.also, ffn.name))
     return list(by_weight.values())
@@ -256,10 +305,9 @@ def permute_neurons(ffn: FFN, order_F: Tensor) -> None:
     """Reorders the neurons in place: new neuron i is old neuron order_F[i]. y stays the same.
 
     Raises:
-        ValueError: `order_F` is not a permutation of the neurons.
+        ValueError: `order_F` is not a permutation of the neurons, or the weights are quantised.
     """
-    weights = ffn.weights()
-    neurons = len(weights.up_FD)
+    weights, neurons = ffn.views(), ffn.neurons
     if not torch.equal(order_F.sort().values.cpu(), torch.arange(neurons)):
         raise ValueError(f"{ffn.name}: the order is not a permutation of its {neurons} neurons")
     for tensor in weights.per_neuron():
@@ -271,8 +319,11 @@ def turn_neurons(ffn: FFN, signs_F: Tensor) -> None:
     """Multiplies up rows and down columns of a gated FFN by 1 or -1: no output changes, exactly.
 
     h = act(gate x) * up x changes its sign where the up row does, and the down column undoes it.
+
+    Raises:
+        ValueError: the weights are quantised.
     """
-    weights = ffn.weights()
+    weights = ffn.views()
     assert weights.gate_FD is not None  # without a gate, up x goes through the activation
     for tensor in (weights.up_FD, weights.up_F, weights.down_FD):
         if tensor is not None:
@@ -319,8 +370,10 @@ def graft(model: nn.Module, ffn: FFN, module: nn.Module) -> None:
     """Puts `module` in the FFN's slot; parts that the host calls elsewhere become Identity."""
     for path in ffn.layout.bypass:
         _bypass(ffn.layer, path)
+    if module.training != ffn.layer.training:  # some quantised linears refuse to be told at all
+        module.train(ffn.layer.training)
     for name in (ffn.name, *ffn.also):
-        model.set_submodule(name, module.train(ffn.layer.training))
+        model.set_submodule(name, module)
     if isinstance(module, GraftedFFN):
         module.listen()
 

@@ -16,6 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_tools.hosts.linears import COMPUTED
+from moe_tools.hosts.linears import WAY_OUT as DEQUANTISED
+
 Calls = Literal["chosen", "every", "weighed"]
 """How the host calls its experts. chosen: with tokens, and the experts and weights of each.
 every: with T tokens for each expert, in one tensor of X T rows; a row of zeros was not chosen.
@@ -203,6 +206,10 @@ def _check_parameters(path: str, fused: nn.Module, storage: Storage) -> None:
     if known != there:
         said = ", ".join(sorted(known ^ there))
         raise _refusal(path, fused, f"{said}: expected {', '.join(sorted(known))} alone")
+    for name in sorted(known):
+        parameter = fused.get_parameter(name)
+        if type(parameter) is not nn.Parameter or parameter.dtype not in COMPUTED:
+            raise ValueError(f"{path}: {name} is quantised ({parameter.dtype}): {DEQUANTISED}")
     sizes = {name: len(fused.get_parameter(name)) for name in known}
     if storage.proven and len(set(sizes.values())) > 1:
         raise _refusal(path, fused, f"they are of different numbers of experts: {sizes}")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from moe_tools.hosts.finder.find import find_layouts
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.layouts import Layout
-from moe_tools.hosts.shapes import widths
+from moe_tools.hosts.linears import widths
 from moe_tools.hosts.twin import build_twin, shrink
 
 SMALL = 2_000_000

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig
 from moe_tools.hosts.expert_proof import prove_experts
 from moe_tools.hosts.fused import Storage, check_fused, fused_experts, is_fused
 from moe_tools.hosts.host_expert import expert_views
+from moe_tools.hosts.linears import is_plain
 from moe_tools.hosts.moe_kernels import (
     IMPLEMENTATION,
     as_one,
@@ -125,7 +126,7 @@ class HostExperts(nn.ModuleList):
         parts = [module for expert in self for module in expert.modules()]
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         linears = [*self._parts("gate_up_proj"), *self._parts("down_proj")] if dense else []
-        return dense and not watched and all(type(linear) is nn.Linear for linear in linears)
+        return dense and not watched and all(is_plain(linear) for linear in linears)
 
     def _parts(self, name: str) -> list[nn.Module]:
         return [expert.get_submodule(name) for expert in self]

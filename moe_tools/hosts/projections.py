@@ -6,20 +6,27 @@ Letters: T tokens, D model width, F neurons of one FFN, K neurons that are asked
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
 from moe_tools.hosts.activations import HostOnly, JointActivation, kernel_act, kernel_up_act
 from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.linears import (
+    WAY_OUT,
+    bias_of,
+    computed_rows,
+    dtype_of,
+    has_numbers,
+    is_plain,
+    numbers_of,
+    outline,
+    rows,
+    widths,
+)
 from moe_tools.kernels.weights import FFNWeights
-
-COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What a linear can be given. A quantised weight has another dtype than the numbers it takes."""
 
 
 def hidden_TF(act: nn.Module, up_TF: Tensor, gate_TF: Tensor | None = None) -> Tensor:
@@ -95,38 +102,70 @@ class Projections(NamedTuple):
         return hidden_TF(self.act, up_TK, gate_TK)
 
     def weights(self) -> FFNWeights:
-        """Neuron-major views of the weights: writing to them writes to the host."""
-        up_FD, up_F = _rows(self.up), _bias(self.up)
-        gate_FD, gate_F = (
-            (None, None) if self.gate is None else (_rows(self.gate), _bias(self.gate))
-        )
+        """The weights below all adapters, a neuron a row: to read; of quantised linears, copies.
+
+        Raises:
+            ValueError: quantised linears whose numbers cannot be found.
+        """
+        return self._weights(rows)
+
+    def views(self) -> FFNWeights:
+        """The same, to write: what is written to them is written to the host.
+
+        Raises:
+            ValueError: quantised linears, whose codes nobody can reorder or change.
+        """
+        for linear in self.linears():
+            if not has_numbers(linear):
+                raise ValueError(
+                    f"its {type(linear).__name__} is quantised, and cannot be changed: {WAY_OUT}"
+                )
+        return self._weights(rows)
+
+    def computed(self) -> FFNWeights:
+        """The weights that the modules compute with, adapters included: then copies.
+
+        Raises:
+            ValueError: as `weights`.
+        """
+        return self._weights(computed_rows)
+
+    def _weights(self, read: Callable[[nn.Module], Tensor]) -> FFNWeights:
+        up_FD, up_F = read(self.up), bias_of(self.up)
+        gate_FD, gate_F = None, None
         if self.gate is self.up:
             gate_FD, up_FD = self.halves(up_FD)
             gate_F, up_F = (None, None) if up_F is None else self.halves(up_F)
+        elif self.gate is not None:
+            gate_FD, gate_F = read(self.gate), bias_of(self.gate)
         return FFNWeights(
             up_FD,
-            _rows(self.down).T,
+            read(self.down).T,
             kernel_act(self.act) or self.act,
             gate_FD,
             up_F,
             gate_F,
-            _bias(self.down),
+            bias_of(self.down),
             kernel_up_act(self.act),
         )
 
-    def computed(self) -> FFNWeights:
-        """The weights that the modules compute with: under an adapter or a quantiser, copies.
+    @property
+    def size(self) -> tuple[int, int]:
+        """F and D, whatever the weights are kept as."""
+        found = widths(self.down)
+        assert found is not None
+        return found
 
-        The views of `weights` are then of what the adapter stands on.
-        """
-        made = self.weights()
-        if not is_plain(self.up):
-            rows = _computed_rows(self.up)
-            gate_up = self.halves(rows) if self.gate is self.up else (made.gate_FD, rows)
-            made = replace(made, gate_FD=gate_up[0], up_FD=gate_up[1])
-        if self.gate is not None and self.gate is not self.up and not is_plain(self.gate):
-            made = replace(made, gate_FD=_computed_rows(self.gate))
-        return made if is_plain(self.down) else replace(made, down_FD=_computed_rows(self.down).T)
+    @property
+    def numbers(self) -> int:
+        """How many weights the matrices have, whatever they are kept as."""
+        return sum(map(numbers_of, self.linears()))
+
+    def outline(self) -> Projections:
+        """The same shapes without numbers, on the meta device."""
+        made = {id(linear): outline(linear) for linear in self.linears()}
+        gate = None if self.gate is None else made[id(self.gate)]
+        return self._replace(gate=gate, up=made[id(self.up)], down=made[id(self.down)])
 
     def linears(self) -> list[nn.Module]:
         """What holds the weights, each module once."""
@@ -146,44 +185,9 @@ def activation_of(layout: Layout, part: Callable[[str], nn.Module]) -> nn.Module
 
 def _as_weight(h_TF: Tensor, linear: nn.Module) -> Tensor:
     """h in the dtype of a linear's weight, if that is one to compute in: int8 and fp8 are not."""
-    dtype = linear.weight.dtype
-    return h_TF.to(dtype) if dtype in COMPUTED else h_TF
+    return h_TF.to(dtype_of(linear) or h_TF.dtype)
 
 
 def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: Tensor) -> Tensor:
     bias_K = None if bias_F is None else bias_F[chosen_K]
     return nn.functional.linear(x_TD, rows_FD[chosen_K], bias_K)
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear computes with the numbers of its weight: no adapter, not quantised."""
-    if type(linear) not in (nn.Linear, Conv1D):  # a subclass may compute something else
-        return False
-    weight = linear.weight
-    return type(weight) is nn.Parameter and weight.dtype in COMPUTED
-
-
-def _computed_rows(module: nn.Module) -> Tensor:
-    """(outputs, inputs) of any module that is affine, by the outputs for each unit vector."""
-    weight = module.get_parameter("weight")
-    width = weight.shape[0] if isinstance(_base(module), Conv1D) else weight.shape[1]
-    dtype = weight.dtype if weight.dtype in COMPUTED else torch.float32
-    units = torch.eye(width, dtype=dtype, device=weight.device)
-    return (module(units) - module(torch.zeros_like(units[:1]))).T
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """The linear below PEFT's adapters, which stand around it."""
-    inner = getattr(module, "base_layer", module)
-    return inner if isinstance(inner, nn.Module) else module
-
-
-def _rows(module: nn.Module) -> Tensor:
-    """The (outputs, inputs) view of a linear: Conv1D stores the transpose."""
-    weight = module.get_parameter("weight")
-    return weight.T if isinstance(_base(module), Conv1D) else weight
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, Tensor) else None

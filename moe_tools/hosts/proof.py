@@ -30,10 +30,11 @@ from moe_tools.hosts.fused import fused_experts
 from moe_tools.hosts.graph_rows import everywhere, place_of, stock_twin
 from moe_tools.hosts.inputs import model_inputs, text_config
 from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.linears import device_of, dtype_of, widths
 from moe_tools.hosts.moe_host import take_apart
-from moe_tools.hosts.projections import COMPUTED, activation_of, hidden_TF
+from moe_tools.hosts.projections import activation_of, hidden_TF
 from moe_tools.hosts.rows import Rows, rows_of, settle_rows, settled
-from moe_tools.hosts.shapes import part_of, widths
+from moe_tools.hosts.shapes import part_of
 
 _log = logging.getLogger(__name__)
 
@@ -259,10 +260,9 @@ class Holder:
 
     def call(self) -> None:
         """Gives the holder a random x, as nothing but its own parts is needed."""
-        weight = self.part(self.layout.up).get_parameter("weight")
-        dtype = weight.dtype if weight.dtype in COMPUTED else torch.float32
-        width = _width(self.part(self.layout.up))
-        x_TD = self._random("x", (1, TOKENS, width)).to(weight.device, dtype)
+        up = self.part(self.layout.up)
+        dtype = dtype_of(up) or torch.float32
+        x_TD = self._random("x", (1, TOKENS, _width(up))).to(device_of(up), dtype)
         self.x_TD = x_TD
         self.y_TD = self.module(x_TD.clone())
 
@@ -294,8 +294,7 @@ class Holder:
     def _see_h(self, down: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         h_TF, *rest = args
         self.h_TF = h_TF.clone()
-        dtype = down.get_parameter("weight").dtype
-        return (h_TF.to(dtype if dtype in COMPUTED else self.entering["up"].dtype), *rest)
+        return (h_TF.to(dtype_of(down) or self.entering["up"].dtype), *rest)
 
     def _see_out(self, _: nn.Module, __: Any, out_TD: Tensor) -> None:
         self.out_TD = out_TD.clone()

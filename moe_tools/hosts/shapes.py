@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.linears import widths
 
 LAYOUTS: dict[str, Layout] = {
     "T5DenseActDense": Layout("wi", "wo", "act", hidden_dropout="dropout", casts_down=True),
@@ -142,18 +143,6 @@ def _missing(holder: nn.Module, path: str | None) -> bool:
     except AttributeError:
         return True
     return False
-
-
-def widths(linear: nn.Module) -> tuple[int, int] | None:
-    """How many numbers a linear takes and gives; None for any other module.
-
-    Quantised and adapted linears say it as nn.Linear does, transformers' Conv1D as (nx, nf).
-    """
-    for pair in (("in_features", "out_features"), ("nx", "nf")):
-        found = tuple(getattr(linear, name, None) for name in pair)
-        if all(isinstance(width, int) for width in found):
-            return found  # type: ignore[return-value]
-    return None
 
 
 def _is_whole(holder: nn.Module, layout: Layout) -> bool:

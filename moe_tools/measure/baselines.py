@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.linears import numbers_of
 from moe_tools.hosts.own_gate import OwnGate
 
 Baseline = Literal["teal", "cats"]
@@ -80,18 +81,17 @@ def _sites(ffns: list[FFN], kind: Baseline) -> list[Site]:
     """The sites, one a module: the experts of an MoE host share their activation."""
     found: dict[int, Site] = {}
     for ffn in ffns:
-        parts, weights = ffn.projections, ffn.weights()
+        parts = ffn.projections
         if kind == "teal":
             for matrix in (parts.gate, parts.up, parts.down):
                 if matrix is not None:
-                    size = matrix.get_parameter("weight").numel()
-                    found[id(matrix)] = Site(matrix, True, size, [])
+                    found[id(matrix)] = Site(matrix, True, numbers_of(matrix), [])
         elif isinstance(parts.act, OwnGate) or ffn.layout.act is None:
             raise ValueError(
                 f"{ffn.name}: cats needs |act(gate)|, which is no module of its host: take teal"
             )
         else:
-            read = weights.down_FD.numel() * (1 if weights.gate_FD is None else 2)
+            read = numbers_of(parts.down) * (1 if parts.gate is None else 2)
             found[id(parts.act)] = Site(parts.act, False, read, [])
     return list(found.values())
 

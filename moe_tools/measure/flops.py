@@ -23,8 +23,10 @@ from transformers import PreTrainedModel
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.experts.tokens import valid_tokens
+from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.inputs import text_config
+from moe_tools.hosts.linears import numbers_of
 from moe_tools.hosts.moe_host import chosen_share
 from moe_tools.measure.neurons import NeuronCount
 
@@ -91,9 +93,7 @@ def count_flops(model: PreTrainedModel) -> Iterator[FlopCounter]:
             return see
 
         handles = (
-            module.register_forward_hook(
-                hook(module.get_parameter("weight").numel()), with_kwargs=True
-            )
+            module.register_forward_hook(hook(numbers_of(module)), with_kwargs=True)
             for module in matrices
         )
         with hooked(handles):
@@ -111,11 +111,13 @@ def _other_matrices(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if id(module) not in inside
         and not isinstance(module, nn.Embedding)
-        and any(
-            name == "weight" and parameter.ndim == 2
-            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        )
+        and (is_quantised(module) or _is_matrix(module))
     ]
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    own = module.named_parameters(recurse=False, remove_duplicate=False)
+    return any(name == "weight" and parameter.ndim == 2 for name, parameter in own)
 
 
 def forward_flops(model: PreTrainedModel, length: int) -> float:
@@ -126,11 +128,11 @@ def forward_flops(model: PreTrainedModel, length: int) -> float:
     (arXiv 2001.08361, section 2.1).
     """
     weights = sum(
-        chosen_share(model, ffn.name) * sum(matrix.numel() for matrix in ffn.weights().matrices())
+        chosen_share(model, ffn.name) * ffn.projections.numbers
         for ffn in expert_ffns(model) or find_ffns(model)
     )
     routers = sum(chosen_share(model, ffn.name) * ffn.router.flops() for ffn in expert_ffns(model))
-    others = sum(module.get_parameter("weight").numel() for module in _other_matrices(model))
+    others = sum(map(numbers_of, _other_matrices(model)))
     return 2 * (weights + others) + routers + attention_flops(model, length)
 
 

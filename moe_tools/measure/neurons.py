@@ -18,8 +18,8 @@ from moe_tools.experts.routing import observed
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
 from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
+from moe_tools.hosts.projections import Projections
 from moe_tools.hosts.zeros import gives_zeros
-from moe_tools.kernels.weights import FFNWeights
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 """Sees a module and the inputs of its forward pass."""
@@ -102,7 +102,7 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
         ValueError: the model has no FFN of a known family.
     """
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
-    counts = [_count(ffn.name, ffn.weights()) for ffn in ffns]
+    counts = [_count(ffn.name, ffn.projections) for ffn in ffns]
     with valid_tokens(model) as tokens, ExitStack() as watches:
         for ffn, count in zip(ffns, counts, strict=True):
             watches.enter_context(_watch(ffn, count, tokens))
@@ -110,9 +110,8 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
         yield counts
 
 
-def _count(name: str, weights: FFNWeights) -> NeuronCount:
-    numbers = sum(matrix.numel() for matrix in weights.matrices())
-    return NeuronCount(name, len(weights.up_FD), numbers)
+def _count(name: str, projections: Projections) -> NeuronCount:
+    return NeuronCount(name, projections.size[0], projections.numbers)
 
 
 def _watch(

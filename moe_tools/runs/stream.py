@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.atomic import link, new_file
-from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.loading import is_quantised_source, load
 from moe_tools.checkpoint.parts import Part, layer_paths
 from moe_tools.checkpoint.saving import save
 from moe_tools.checkpoint.shards import write_index
@@ -52,6 +52,8 @@ def why_not(step: Step, recipe: Recipe, source: str) -> str | None:
     """Why a step of a recipe cannot be streamed; None: it can."""
     if Path(source).suffix == ".gguf":
         return "a GGUF file is read as a whole"
+    if is_quantised_source(source):
+        return "a quantised model is dequantised as a whole"
     if recipe.task == "classify":
         return "a classifier may get a new head, which is made with the whole model"
     if step.whole_model is not None:

@@ -74,7 +74,7 @@ class Fit(Step):
         """The disk that inputs and targets take."""
         total = 0.0
         for ffn in check_routed(model, self.verb):
-            row = ffn.weights().width * DTYPE.itemsize
+            row = ffn.projections.size[1] * DTYPE.itemsize
             if isinstance(ffn.router, LearnedRouter):
                 row += ffn.importance().routed * ffn.router.target_dtype.itemsize
             total += chosen_share(model, ffn.name) * self.tokens * row
@@ -143,7 +143,7 @@ def _target_TR(ffn: ExpertFFN, h_TF: Tensor) -> Tensor | None:
 def _fit_one(
     ffn: ExpertFFN, cache: ActivationCache, index: int, step: Fit, seed: int
 ) -> dict[str, Any]:
-    x_TD = cache.read(index, "x", ffn.weights().up_FD.shape[1])
+    x_TD = cache.read(index, "x", ffn.projections.size[1])
     held = max(1, round(HELD_OUT * len(x_TD)))
     if len(x_TD) < 2 * held:
         raise ValueError(f"{ffn.name} saw {len(x_TD)} calibration tokens: give more")

@@ -116,7 +116,7 @@ def planned_division(ffn: FFN, step: Split) -> Division:
     Raises:
         ValueError: as `split`.
     """
-    division = Division.of_size(len(ffn.weights().up_FD), step.expert_size, ffn.name)
+    division = Division.of_size(ffn.neurons, step.expert_size, ffn.name)
     if step.shared_experts >= division.num_experts:
         raise ValueError(
             f"{ffn.name}: {step.shared_experts} of {division.num_experts} experts cannot be shared"
@@ -152,7 +152,7 @@ def _profiles(
     model: nn.Module, ffns: list[FFN], first: int, step: Split, blocks_BT: Tensor, seed: int
 ) -> list[_Profile]:
     """What the text shows of the next FFNs: of all of them, unless their graphs are too large."""
-    bytes_each = 4 * max(len(ffn.weights().up_FD) for ffn in ffns) ** 2
+    bytes_each = 4 * max(ffn.neurons for ffn in ffns) ** 2
     fit = max(1, GRAPH_BYTES // bytes_each) if step.method == "coactivation" else len(ffns)
     profiles = [_Profile(ffn, step, seed) for ffn in ffns[first : first + fit]]
 

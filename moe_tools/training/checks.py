@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import is_classifier
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.inputs import continues_text
+from moe_tools.hosts.linears import WAY_OUT
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import check_sparsity
 from moe_tools.steps.launch import Launch
@@ -26,8 +28,8 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
     """Whether a model can take a train step; changes nothing.
 
     Raises:
-        ValueError: neither a causal language model nor a classifier, or a mode, loss or target
-            that it cannot have.
+        ValueError: neither a causal language model nor a classifier, quantised weights, or a mode,
+            loss or target that it cannot have.
     """
     step.check()
     name = type(model).__name__
@@ -56,8 +58,19 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
             )
         check_trimmable(model)
         check_sparsity(expert_ffns(model), step.target_sparsity)
+    if step.parts != "routers":
+        _check_plain(model)
     if step.parts == "routers" and step.mode not in ("soft", "straight"):
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
+
+
+def _check_plain(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if is_quantised(module):
+            raise ValueError(
+                f"{path} is quantised ({type(module).__name__}), and its codes cannot be trained: "
+                f"train adapters on it by PEFT, or {WAY_OUT}"
+            )
 
 
 def check_sharded(model: nn.Module, launch: Launch) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.swapped import swap_activations
 from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.hosts.layouts import child_name
+from tests.coded import CodedLinear
 from tests.families import FAMILIES, NEURONS, UNGATED, build, logits, routed
 from tests.hosts.test_activations import SPECS
 
@@ -41,22 +42,6 @@ def test_h_is_what_enters_the_down_projection(family: str, kind: str | None) -> 
         assert torch.equal(parts.hidden_TF(x_TD), h_TF)
         some_TK = parts.hidden_TK(x_TD, SOME)
         torch.testing.assert_close(some_TK, h_TF[..., SOME], rtol=1e-5, atol=1e-6)
-
-
-class CodedLinear(nn.Linear):
-    """Stands for a quantised linear: its weight holds codes, its forward pass decodes them."""
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-        self.scale = linear.weight.detach().abs().amax() / largest
-        codes = linear.weight.detach() / self.scale
-        codes = codes.round().to(dtype) if dtype == torch.int8 else codes.to(dtype)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return nn.functional.linear(x_TD, self.weight.to(x_TD.dtype) * self.scale, self.bias)
 
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn

@@ -156,12 +156,17 @@ class LabelRouter(LearnedRouter):
         )
 
 
-class LinearFP32(nn.Linear):
-    """A linear that computes in fp32 whatever the dtype of its weight.
+class LinearFP32(nn.Module):
+    """A linear that computes in fp32 whatever the dtype of its weight; it starts as nn.Linear does.
 
     Casting a model to bf16 or fp16, as DeepSpeed does, then rounds a router's weights and not its
-    arithmetic.
+    arithmetic. No nn.Linear, or what quantises or adapts every linear of a model would take it.
     """
+
+    def __init__(self, width: int, outputs: int, *, bias: bool = True) -> None:
+        super().__init__()
+        start = nn.Linear(width, outputs, bias=bias)
+        self.weight, self.bias = start.weight, start.bias
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, outputs) in fp32."""

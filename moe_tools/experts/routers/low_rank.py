@@ -68,7 +68,7 @@ class LowRankRouter(LabelRouter):
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
         """At random; the options are those of the class after `routed`."""
-        return cls(ffn.weights().up_FD.shape[1], importance.routed, **options)
+        return cls(ffn.width, importance.routed, **options)
 
     def logits_TR(self, x_TD: Tensor) -> Tensor:
         """Scores before the sigmoid."""

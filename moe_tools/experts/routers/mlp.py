@@ -27,7 +27,7 @@ class MLPRouter(LabelRouter):
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
         """At the paper's start."""
-        router = cls(ffn.weights().up_FD.shape[1], importance.routed, **options)
+        router = cls(ffn.width, importance.routed, **options)
         with torch.no_grad():
             router.first.weight.copy_(mean_rows_RD(ffn.weights().routing_FD, importance))
             nn.init.eye_(router.second.weight)

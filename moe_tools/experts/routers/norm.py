@@ -32,7 +32,7 @@ class NormRouter(LearnedRouter):
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
         """At random; the option is `hidden`."""
-        return cls(ffn.weights().up_FD.shape[1], importance.routed, **options)
+        return cls(ffn.width, importance.routed, **options)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """scores_TR: predicted norms, 0 or more."""

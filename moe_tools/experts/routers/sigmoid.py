@@ -44,7 +44,7 @@ class SigmoidRouter(LabelRouter):
     @classmethod
     def build(cls, ffn: FFN, importance: Importance, **options: Any) -> Self:
         """Every expert on, for every token."""
-        return cls(ffn.weights().up_FD.shape[1], importance.routed, **options)
+        return cls(ffn.width, importance.routed, **options)
 
     @classmethod
     def starter(cls, start: Start, sparsity: float) -> Callable[[Importance], Starter] | None:
