@@ -34,6 +34,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as made:
         work = Path(args.work or made).resolve()
+        os.environ["HF_HOME"] = str(work / "home")  # code of a model would be copied to there
         return max(_part(name, work / name, args) for name in args.only or PARTS)
 
 

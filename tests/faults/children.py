@@ -124,6 +124,23 @@ def run_child(work: Callable[[], int | None], *, seconds: float = 300, **options
 
 
 def spread(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
-    """What `work` returns for every item, done by so many forked processes, as it comes."""
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap_unordered(work, items)
+    """What `work` returns for every item, done by so many forked processes, as it comes.
+
+    They inherit work and items, which so may be closures; only what is returned is pickled.
+    """
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers, _inherit, (work, items)) as pool:
+        yield from pool.imap_unordered(_do, range(len(items)))
+
+
+_inherited: list[Any] = []
+"""In a process of `spread`: the work and its items."""
+
+
+def _inherit(*given: Any) -> None:
+    _inherited[:] = given
+
+
+def _do(index: int) -> Any:
+    work, items = _inherited
+    return work(items[index])
