@@ -10,17 +10,21 @@ from safetensors import SafetensorError, safe_open
 
 from moe_tools.names import INDEX, SINGLE
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Suffixes of weights as torch.save writes them."""
+
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it. Opens every shard, so a truncated one is named.
 
     Raises:
-        ValueError: a file is missing, truncated or no safetensors file.
+        ValueError: a file is missing, truncated or no safetensors file; the folder holds another
+            kind of weights, or names files outside.
     """
     files = [folder / name for name in _shards(folder)]
     for file in files:
         if not file.is_file():
-            raise ValueError(f"{folder} lacks {file.name}: the folder is incomplete")
+            raise ValueError(_instead(folder) or f"{folder} lacks {file.name}: it is incomplete")
     return tensor_files(files)
 
 
@@ -46,9 +50,34 @@ def _shards(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file() or not index.is_file():
         return [SINGLE]
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is truncated or no index of shards: {error!r}") from error
+    if outside:
+        raise ValueError(
+            f"{index} names {outside[0]!r}: a shard is in the folder of its index, or below"
+        )
+    return names
+
+
+def _instead(folder: Path) -> str | None:
+    """What a folder without safetensors weights holds in their place, and the way out."""
+    files = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if any(name.startswith("adapter_") for name in files):
+        return (
+            f"{folder} holds adapters alone, and no model: load them on their base model by PEFT, "
+            "merge_and_unload, and save that"
+        )
+    if gguf := [name for name in files if name.endswith(".gguf")]:
+        return f"{folder} holds GGUF files: give one of them, e.g. {folder / gguf[0]}"
+    if pickles := [name for name in files if Path(name).suffix in PICKLES]:
+        return (
+            f"{folder} has its weights as a pickle alone, {pickles[0]}, which may run code when it "
+            "is read: if you trust it, write it as safetensors by transformers' from_pretrained "
+            "and save_pretrained"
+        )
+    return None
 
 
 def some(names: Iterable[str]) -> str:

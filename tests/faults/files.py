@@ -10,7 +10,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
 from moe_tools.experts.conversion import Conversion
-from moe_tools.names import RECIPE
+from moe_tools.names import CONFIG, RECIPE
 from moe_tools.recipe import read_recipe
 from tests.families import EXPERT_SIZE, build, randomize, routed
 from tests.faults import hostile, mutations
@@ -34,6 +34,8 @@ MEMORY = 512 << 20
 """Bytes of address space for what a door does with a small model, beside twice the files."""
 SECONDS = 30
 """A door has so long; on a good model it takes less than two."""
+LONGEST = 4000
+"""Characters that a reader has to read."""
 NO_MEMORY = ("MemoryError", "bad_alloc", "not enough memory", "can't allocate", "out of memory")
 FOLDER, SHARDS, GGUF, TEXT = "model", "shards", "model.gguf", "text.txt"
 Damage = Callable[[Path], str | None]
@@ -138,9 +140,11 @@ def prepare(bases: Path) -> None:
 
 
 def _by_hand(marker: Path) -> Iterator[Case]:
-    yield Case("nothing", lambda bases: None, FOLDER, OF_MODELS)
-    yield Case("nothing", lambda bases: None, SHARDS, OF_MODELS)
-    yield Case("nothing", lambda bases: None, GGUF, (LOAD, DOCTOR, DRY_RUN))
+    routed = tuple(door for door in OF_MODELS if door is not DRY_RUN)  # it is no donor
+    yield Case("nothing", lambda bases: None, FOLDER, routed)
+    yield Case("nothing", lambda bases: None, SHARDS, routed)
+    yield Case("nothing", lambda bases: None, "donor", (LOAD, DOCTOR, DRY_RUN))
+    yield Case("nothing", lambda bases: None, GGUF, (LOAD, DRY_RUN))
     yield Case("nothing", lambda bases: None, RECIPE, OF_RECIPES)
     for name, harm in hostile.of_folder(marker).items():
         yield Case(name, _on(FOLDER, harm), FOLDER, OF_MODELS)
@@ -167,10 +171,12 @@ def _random(draw: random.Random) -> Case:
         return _case(own, recipe, recipe, mutations.any_recipe, OF_RECIPES)
     if share < 0.4:
         return _case(own, GGUF, GGUF, mutations.any_file, (LOAD, DOCTOR, DRY_RUN))
-    folder, kinds = (
-        (SHARDS, mutations.OF_SHARDS) if share < 0.5 else (FOLDER, mutations.OF_FOLDER)
-    )
-    file, damage = own.choice(kinds)
+    if share < 0.5:
+        folder, (file, damage) = SHARDS, own.choice(mutations.OF_SHARDS)
+    elif share < 0.6:
+        folder, (file, damage) = "donor", (CONFIG, mutations.any_json)
+    else:
+        folder, (file, damage) = FOLDER, own.choice(mutations.OF_FOLDER)
     return _case(own, folder, f"{folder}/{file}", damage, OF_MODELS)
 
 
@@ -185,7 +191,7 @@ def _bring(work: Path, marker: Path, numbered: tuple[int, Case]) -> list[Found]:
     folder = work / f"case-{number}"
     shutil.copytree(work / "bases", folder)
     said = case.damage(folder)
-    case = Case(said or case.name, case.damage, case.what, case.doors)
+    case = replace(case, name=(said or case.name)[:150])
     found = [_open(folder, marker, case, door) for door in case.doors]
     if not any(each.faults for each in found):
         shutil.rmtree(folder)
@@ -212,7 +218,8 @@ def _open(folder: Path, marker: Path, case: Case, door: Door) -> Found:
     shutil.rmtree(folder / "out")
     (folder / "out").mkdir()
     said = outcome.told[-1][:300] if outcome.told else ""
-    return Found(f"{folder.name}, {case.what}: {case.name}", door.name, outcome.code, said, tuple(faults))
+    name = f"{folder.name}, {case.what}: {case.name}"
+    return Found(name, door.name, outcome.code, said, tuple(faults))
 
 
 def _tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -234,10 +241,14 @@ def _faults(case: Case, outcome: Outcome) -> Iterator[str]:
         yield "a traceback"
     elif outcome.code and sum(line.startswith("moe-tools: ") for line in outcome.told) != 1:
         yield f"{len(outcome.told)} lines in place of one"
+    if len(outcome.err) > LONGEST:
+        yield f"said {len(outcome.err)} characters"
     if any(word in outcome.err for word in NO_MEMORY):
         yield "asked for too much memory"
     if case.name == "nothing" and outcome.code:
         yield "refused what is good"
+    if case.name in hostile.REFUSED and outcome.code == 0:
+        yield "read what is not to be read"
 
 
 def report(found: list[Found]) -> Iterator[str]:

@@ -39,11 +39,12 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, file:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     listed = sorted(words, key=words.__getitem__)
+    listed[-3:] = ["w", "1", "w1"]  # what merges are made of
     listed += [f"<{index}>" for index in range(len(listed), config.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(listed)
     writer.add_token_types([TokenType.NORMAL] * len(listed))
-    writer.add_token_merges(["w 1", "w 2"])
+    writer.add_token_merges(["w 1"])
     writer.add_eos_token_id(1)
     for name, tensor in model.state_dict().items():
         if (stored := _name(name)) is not None:

@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from moe_tools.names import CONFIG, INDEX, SINGLE
@@ -32,6 +33,16 @@ TEMPLATE = (
     "{{% for each in ''.__class__.__mro__[1].__subclasses__() %}}"
     "{{{{ each.__init__.__globals__['os'].system('touch {marker}') }}}}{{% endfor %}}"
 )
+REFUSED = (
+    "a shard outside",
+    "a shard by its absolute path",
+    "overlapping tensors",
+    "a pickle alone",
+    "remote code",
+    "the same key twice",
+    "two documents",
+)
+"""Cases that every door has to refuse."""
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join(['*' + old] * 9)}]\n"
     for old, new in zip("abcdefghij", "bcdefghijk", strict=True)
@@ -73,7 +84,8 @@ def _index(folder: Path, weight_map: Any) -> None:
 
 
 def _only_index(folder: Path, shard: str) -> None:
-    keys = ["model.norm.weight", "lm_head.weight"]
+    data = (folder / SINGLE).read_bytes()
+    keys = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     (folder / SINGLE).rename(folder.parent / "outside" / "model.safetensors")
     _index(folder, dict.fromkeys(keys, shard))
 
@@ -122,10 +134,10 @@ def of_folder(marker: Path) -> Mapping[str, Callable[[Path], None]]:
         "remote code of a tokenizer": lambda f: _remote_tokenizer(f, marker),
         "a template": lambda f: (f / "chat_template.jinja").write_text(template) and None,
         "a template inside": lambda f: edit(f, "tokenizer_config.json", chat_template=template),
-        "a slow template": lambda f: (f / "chat_template.jinja").write_text(
-            "{% for a in range(10**12) %}x{% endfor %}"
-        )
-        and None,
+        "a long template": lambda f: (
+            (f / "chat_template.jinja").write_text("{% for a in range(10**12) %}x{% endfor %}")
+            and None
+        ),
         "tokenizer files elsewhere": lambda f: edit(
             f,
             "tokenizer_config.json",
@@ -150,10 +162,11 @@ def of_folder(marker: Path) -> Mapping[str, Callable[[Path], None]]:
         "a tensor with a path as name": lambda f: replace_header(
             f, lambda header: header.update({"../../outside/x": _first(header)})
         ),
-        "a header beyond the file": lambda f: (f / SINGLE).write_bytes(b"\xff" * 7 + b"\x7f{}")
-        and None,
+        "a header beyond the file": lambda f: (
+            (f / SINGLE).write_bytes(b"\xff" * 7 + b"\x7f{}") and None
+        ),
         **{
-            f"{key} is {value}": lambda f, key=key, value=value: edit(f, **{key: value})
+            f"{key} is {value!r:.40}": lambda f, key=key, value=value: edit(f, **{key: value})
             for key, value in HUGE
         },
     }
@@ -184,19 +197,19 @@ def recipes(marker: Path) -> Mapping[str, str]:
         "a new Python object": f"name: !!python/object/new:os.system ['touch {marker}']\n{step}",
         "a Python name": f"name: !!python/name:os.system\n{step}",
         "a bomb": f"{BOMB}name: x\n{step}",
-        "a bomb as data": f"{BOMB}name: x\ndata: *k\n{step}",
+        "a bomb as data": f"name: x\n{step}data:\n{indent(BOMB, '  ')}",
         "a loop": "name: x\nsteps: &a [*a]\n",
         "a loop inside": "name: x\nsteps: [{train: &a {tokens: 1, losses: *a}}]\n",
         "deep lists": "[" * 50_000,
         "deep mappings": "{a: " * 5_000,
         "the same key twice": f"name: x\nname: y\n{step}",
         "two documents": f"name: x\n{step}---\nname: y\n",
-        "control characters": f"name: \"\\0\\a\"\n{step}",
+        "control characters": f'name: "\\0\\a"\n{step}',
         "no number": "name: x\nsteps: [{train: {tokens: .inf, lr: .nan}}]\n",
         "lr is no number": "name: x\nsteps: [{train: {tokens: 64, lr: .nan}}]\n",
         "lr is infinite": "name: x\nsteps: [{train: {tokens: 64, lr: .inf}}]\n",
         "huge tokens": f"name: x\nsteps: [{{train: {{tokens: {10**30}}}}}]\n",
-        "huge tokens of a split": f"name: x\nsteps: [{{split: {{expert_size: 8, tokens: {10**30}}}}}]\n",
+        "huge tokens to fit": f"name: x\nsteps: [{{fit: {{tokens: {10**30}}}}}]\n",
         "huge experts": f"name: x\nsteps: [{{split: {{expert_size: {10**30}}}}}]\n",
         "a huge block": f"name: x\nblock_length: {10**30}\n{step}",
         "a huge router": "name: x\nsteps: [{split: {expert_size: 8}}, {attach: {router: mlp, "

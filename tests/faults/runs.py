@@ -48,7 +48,7 @@ name: layers
 steps:
   - swap: {activation: {kind: relu}}
   - split: {expert_size: 8, by: marks, shared_experts: 1, tokens: 256}
-  - attach: {router: norm, router_options: {hidden: 8}, selector: {kind: dynamic_k, tau: 0.9}, tokens: 256}
+  - attach: {router: norm, selector: {kind: dynamic_k, tau: 0.9}, tokens: 256}
   - fit: {tokens: 512, epochs: 2, batch_size: 64}
 """
 PAIR = """
