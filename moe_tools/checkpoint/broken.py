@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 
 class BrokenFolder(ValueError):
     """A folder whose files do not fit each other; it says so itself, with its name."""
@@ -47,8 +49,5 @@ def reason(error: BaseException) -> str:
         said = f"{said} {lines[1]}"
     if len(said) > LONGEST:
         said = f"{said[:LONGEST]} ..."
-    return (
-        said
-        if said and isinstance(error, OSError | ValueError)
-        else f"{type(error).__name__}: {said}"
-    )
+    known = isinstance(error, OSError | ValueError | SafetensorError)
+    return said if said and known else f"{type(error).__name__}: {said}"

@@ -150,8 +150,12 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
             if (path / CONFIG).is_file():  # transformers reads it for the kind of tokenizer
                 check_config(str(source))
             if path.suffix == ".gguf":
-                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            return AutoTokenizer.from_pretrained(str(source), trust_remote_code=is_trusted())
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            else:
+                trust = is_trusted()
+                tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust)
+            tokenizer("a")  # its settings are of the right kind, too
+            return tokenizer
     except Exception as error:
         raise ValueError(f"{source} has no tokenizer: {reason(error)}") from error
 

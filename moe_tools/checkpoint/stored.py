@@ -8,7 +8,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from moe_tools.checkpoint.broken import reason
 from moe_tools.names import INDEX, SINGLE
+from moe_tools.registry import short
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of weights as torch.save writes them."""
@@ -24,7 +26,9 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
     files = [folder / name for name in _shards(folder)]
     for file in files:
         if not file.is_file():
-            raise ValueError(_instead(folder) or f"{folder} lacks {file.name}: it is incomplete")
+            raise ValueError(
+                _instead(folder) or f"{folder} lacks {file.name}: the folder is incomplete"
+            )
     return tensor_files(files)
 
 
@@ -40,7 +44,9 @@ def tensor_files(files: Iterable[str | Path]) -> dict[str, Path]:
             with safe_open(path, framework="pt") as file:
                 stored.update(dict.fromkeys(file.keys(), Path(path)))
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: {reason(error)}"
+            ) from error
     return stored
 
 
@@ -51,14 +57,22 @@ def _shards(folder: Path) -> list[str]:
         return [SINGLE]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        outside = [name for name in names if not _is_below(name)]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is truncated or no index of shards: {error!r}") from error
     if outside:
         raise ValueError(
-            f"{index} names {outside[0]!r}: a shard is in the folder of its index, or below"
+            f"{index} names {short(outside[0])}: a shard is in the folder of its index, or below"
         )
     return names
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name may be that of a file in a folder, or below."""
+    path = Path(name)
+    return (
+        not path.is_absolute() and ".." not in path.parts and "\0" not in name and len(name) < 256
+    )
 
 
 def _instead(folder: Path) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from reprlib import repr as short
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -19,7 +18,7 @@ from moe_tools.experts.selectors import Selector, build_selector, describe_selec
 from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.rows import rows_of, write_rows
-from moe_tools.registry import unknown
+from moe_tools.registry import short, unknown
 
 FORMAT = 2
 READ = (1, 2)

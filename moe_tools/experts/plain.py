@@ -12,12 +12,10 @@ def fits(value: Any, hint: Any) -> bool:
     The words of a `Literal` are the business of whoever knows what is close to a wrong one.
     """
     kind, inside = get_origin(hint), get_args(hint)
-    if hint is Any:
+    if hint is Any or kind is Literal:
         return True
     if kind in (Union, UnionType):
         return any(fits(value, each) for each in inside)
-    if kind is Literal:
-        return isinstance(value, str)
     if kind is dict:
         return isinstance(value, dict) and all(
             fits(key, inside[0]) and fits(each, inside[1]) for key, each in value.items()

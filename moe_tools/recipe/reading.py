@@ -6,13 +6,12 @@ import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any, Literal, TypeVar
 
 import yaml
 
 from moe_tools.recipe.recipe import STEPS, Recipe
-from moe_tools.registry import unknown
+from moe_tools.registry import short, unknown
 from moe_tools.steps.step import Step
 
 T = TypeVar("T")
@@ -30,9 +29,7 @@ def read_recipe(path: str | Path) -> Recipe:
     try:
         block = yaml.load(path.read_text(), _Loader)
     except RecursionError as error:
-        raise ValueError(
-            f"{path}: lists or mappings inside each other, too many of them"
-        ) from error
+        raise ValueError(f"{path}: too many lists or mappings inside each other") from error
     except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none, too
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     return parse_recipe(block, str(path))

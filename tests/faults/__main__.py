@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="default: 100")
     parser.add_argument("--disks", type=int, default=30, help="full disks; default: 30")
     parser.add_argument("--files", type=int, default=1000, help="hostile files; default: 1000")
+    parser.add_argument("--few", action="store_true", help="of the files made by hand, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", help="folder for what is made; kept, and a fault in it")
@@ -55,7 +56,7 @@ def _part(name: str, work: Path, args: argparse.Namespace) -> int:
         full = list(disk.full_disks(work, args.disks, *chosen))
         lines, bad = disk.report(full), any(each.faults for each in full)
     else:
-        read = list(files.hostile_files(work, args.files, *chosen))
+        read = list(files.hostile_files(work, args.files, *chosen, few=args.few))
         lines, bad = files.report(read), any(each.faults for each in read)
     print(f"{name}, {time.monotonic() - began:.0f} s", *lines, sep="\n", flush=True)
     return int(bad)

@@ -97,7 +97,8 @@ def fork(
     try:  # nothing may return from here into the parent's program
         os.dup2(descriptor, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.stdout = os.fdopen(1, "w")
+        sys.stderr = os.fdopen(2, "w", errors="backslashreplace")  # as Python begins
         os.environ.update(env or {})
         if memory is not None:
             limit = _address_space() + memory

@@ -104,12 +104,17 @@ class Found:
     faults: tuple[str, ...]
 
 
-def hostile_files(work: Path, count: int, seed: int, workers: int) -> Iterator[Found]:
-    """Every case by hand at every door, then random damage, each at one door, up to `count`."""
+def hostile_files(work: Path, count: int, seed: int, workers: int, *, few: bool) -> Iterator[Found]:
+    """Every case by hand at every door, then random damage, each at one door, up to `count`.
+
+    Few: half of them by hand, each at one door.
+    """
     prepare(work / "bases")
     marker = work / hostile.MARKER
-    cases = [*_by_hand(marker)]
-    draw = random.Random(seed)
+    cases, draw = [*_by_hand(marker)], random.Random(seed)
+    if few:
+        cases = draw.sample(cases, count // 2)
+        cases = [replace(case, doors=(draw.choice(case.doors),)) for case in cases]
     cases += [_random(draw) for _ in range(count - len(cases))]
     for found in spread(partial(_bring, work, marker), list(enumerate(cases)), workers):
         yield from found
