@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.faults.children import Child, spread
+from tests.faults.children import spread
 from tests.faults.kills import resume, undisturbed
 from tests.faults.runs import COMPLETE, RUNS, Run, phase
 
@@ -82,24 +82,18 @@ def _used(disk: Path) -> int:
 def _fill(work: Path, takes: dict[str, int], trial: Trial) -> Found:
     with _disk() as disk:
         _resize(disk, max(PAGE, round(trial.share * takes[trial.run.name])))
-        ended = [child.end(300) for child in _started(trial.run, work, disk)]
-        reached = phase(disk / "out")
+        first, *_ = trial.run.finish(work, disk / "out")
+        reached, said = phase(disk / "out"), (first.told or [""])[-1]
         faults = []
-        for outcome in ended:
-            if "Traceback" in outcome.err:
-                faults.append(f"a traceback: {outcome.told[-1]}")
-            elif outcome.code not in ((0,) if reached == COMPLETE else (1, 2)):
-                faults.append(f"exit code {outcome.code}: {outcome.told[-1:]}")
-        said = ended[0].told[-1] if ended[0].told else ""
-        if not faults and reached != COMPLETE and not said.startswith("moe-tools: "):
+        if "Traceback" in first.err:
+            faults.append(f"a traceback: {said}")
+        elif first.code not in ((0,) if reached == COMPLETE else (1, 2)):
+            faults.append(f"exit code {first.code}: {said}")
+        elif first.code and not said.startswith("moe-tools: "):
             faults.append(f"no line of ours at the end: {said}")
         _resize(disk, ROOM)
         faults += resume(trial.run, work, disk / "out")
     return Found(trial, reached, said, tuple(faults))
-
-
-def _started(run: Run, work: Path, disk: Path) -> list[Child]:
-    return run.start(work, disk / "out")
 
 
 @contextmanager

@@ -102,8 +102,14 @@ class Run:
         return [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in ranks]
 
     def finish(self, work: Path, output: Path, *, seconds: float = 300) -> list[Outcome]:
-        """Runs it to its end."""
-        return [child.end(seconds) for child in self.start(work, output)]
+        """Runs it to its end; where the first process fails, the others are ended, as torchrun
+        does."""
+        first, *others = self.start(work, output)
+        ended = [first.end(seconds)]
+        if ended[0].code:
+            for other in others:
+                other.kill()
+        return ended + [other.end(seconds) for other in others]
 
 
 RUNS = (
