@@ -77,6 +77,7 @@ def fork(
     *,
     env: Mapping[str, str] | None = None,
     memory: int | None = None,
+    cpu: int | None = None,
 ) -> Child:
     """Starts `work` in a child; its exit code is what `work` returns, None is 0.
 
@@ -84,6 +85,7 @@ def fork(
         work: an exception of it is a traceback on standard error and exit code 1.
         env: added to the environment.
         memory: bytes of address space beyond those that it begins with; None: without a limit.
+        cpu: seconds of computing, after which it is ended by SIGXCPU; None: without a limit.
     """
     descriptor, name = tempfile.mkstemp(prefix="faults-", suffix=".err")
     sys.stdout.flush()
@@ -103,6 +105,8 @@ def fork(
         if memory is not None:
             limit = _address_space() + memory
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        if cpu is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
         code = work() or 0
     except BaseException:  # SystemExit, too: nothing of ours calls it
         traceback.print_exc()

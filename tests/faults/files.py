@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import stat
 import sys
 from collections import Counter
@@ -33,7 +34,9 @@ from tests.tiny import build_tokenizer, write_passages
 MEMORY = 512 << 20
 """Bytes of address space for what a door does with a small model, beside twice the files."""
 SECONDS = 30
-"""A door has so long; on a good model it takes less than two."""
+"""Of computing; on a good model a door takes less than two."""
+PATIENCE = 300
+"""Seconds by the clock, on a machine that has other things to do."""
 LONGEST = 4000
 """Characters that a reader has to read."""
 NO_MEMORY = ("MemoryError", "bad_alloc", "not enough memory", "can't allocate", "out of memory")
@@ -211,7 +214,7 @@ def _open(folder: Path, marker: Path, case: Case, door: Door) -> Found:
         return door.open(case.what)
 
     size = sum(size for size, _ in before.values())
-    outcome = run_child(work, seconds=SECONDS, memory=MEMORY + 2 * size)
+    outcome = run_child(work, seconds=PATIENCE, memory=MEMORY + 2 * size, cpu=SECONDS)
     faults = list(_faults(case, outcome))
     if marker.exists():
         faults.append("its code ran")
@@ -238,7 +241,7 @@ def _tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _faults(case: Case, outcome: Outcome) -> Iterator[str]:
-    if outcome.code is None:
+    if outcome.code in (None, -signal.SIGXCPU, -signal.SIGKILL):
         yield f"took longer than {SECONDS} s"
     elif outcome.code not in (0, 1, 2):
         yield f"exit code {outcome.code}"
