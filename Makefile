@@ -17,7 +17,7 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help env lock check format test coverage fast test-lowest test-image test-newest sanitize cross demo bench \
-  families docs wheel clean
+  faults families docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench: $(STAMP) ## time an FFN, its kernels, a model that generates, a training 
 	$(BIN)/moe-tools bench train --dtype bf16
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b
+
+faults: $(STAMP) ## kill runs, fill disks, damage files: 25 minutes on two cores (FAULTS="--only kills")
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 families: $(STAMP) build/transformers-$(NEWEST) ## check every family of the newest transformers, and write docs/families.md
 	PYTHONPATH=build/transformers-$(NEWEST) $(BIN)/python -m tools.families

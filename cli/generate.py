@@ -137,7 +137,13 @@ def _text(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:
     if not tokenizer.chat_template:
         raise ValueError(f"{request.folder} has no chat template: leave --chat out")
     turns = [{"role": "user", "content": request.prompt}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program, and fails in ways of its own
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the chat template of {request.folder} fails ({said}): leave --chat out"
+        ) from error
 
 
 def _stream(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,6 +21,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     there = ", ".join(names[:SHOWN]) or "none"
     return ValueError(f"unknown {kind} {name!r}{hint} (known: {there}{more})")
+
+
+def short(value: Any) -> str:
+    """A value as an error shows it: a few words, however much it is made of."""
+    shown = Repr()
+    shown.maxlevel = 2
+    return shown.repr(value)
 
 
 ANYTHING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -59,8 +67,8 @@ class Registry(Mapping[str, T]):
         self._things = dict(things)
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._things:
-            raise unknown(self.kind, name, self._things)
+        if not isinstance(name, str) or name not in self._things:
+            raise unknown(self.kind, str(name), self._things)
         return self._things[name]
 
     def add(self, name: str, thing: T) -> None:

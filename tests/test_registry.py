@@ -128,3 +128,10 @@ def test_arguments_beside_those_that_are_given_anyway() -> None:
         check_arguments(build, {"bias": 1}, "router x", given=2)
     with pytest.raises(ValueError, match="multiple values for argument 'width'"):
         check_arguments(build, {"width": 1}, "router x", given=2)
+
+
+@pytest.mark.parametrize("name", [["a"], {}, 3, None, float("nan")])
+def test_what_is_no_name_is_unknown(name: Any) -> None:
+    """As YAML and JSON may give it."""
+    with pytest.raises(ValueError, match="unknown thing "):
+        Registry("thing", {"one": 1})[name]

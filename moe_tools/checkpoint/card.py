@@ -35,6 +35,9 @@ HEADS: dict[str, tuple[str, str | None]] = {
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """A hub id: owner/name."""
 
+UNUSUAL = re.compile(r"[^\w .,+=@-]+")
+"""What a name of a file may say to Markdown, HTML or a shell: it becomes one underscore."""
+
 _LOAD = """```python
 import moe_tools  # from here on transformers knows what this folder is
 from transformers import {auto}
@@ -161,12 +164,14 @@ def _recipe(folder: Path, conversion: Conversion, train_tokens: int | None) -> s
     if "data" in block:
         block["data"] = shortened(block["data"])
     recipe, donor = yaml.safe_dump(block, sort_keys=False).strip(), _name(conversion.donor)
+    longest = max(map(len, re.findall("`+", recipe)), default=0)
+    fence = "`" * max(3, longest + 1)  # no line of the recipe ends it
     tokens = _read(folder / METRICS).get("train_tokens", train_tokens)
     trained = "" if tokens is None else f"Trained on {tokens:,} tokens. "
     command = f"moe-tools convert --recipe recipe.yaml --model {donor} --output DIR"
     return (
         f"## How it was made\n\n{trained}The recipe, every default spelled out:\n\n"
-        f"```yaml\n{recipe}\n```\n\n```\n{command}\n```"
+        f"{fence}yaml\n{recipe}\n{fence}\n\n```\n{command}\n```"
     )
 
 
@@ -182,7 +187,7 @@ def _is_hub_id(donor: str) -> bool:
 
 def _name(source: str) -> str:
     """A hub id as it is, or the last part of a path: the rest is private."""
-    return source if _is_hub_id(source) else Path(source).name
+    return source if _is_hub_id(source) else UNUSUAL.sub("_", Path(source).name)
 
 
 def _read(file: Path, default: Any = None) -> Any:

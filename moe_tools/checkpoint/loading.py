@@ -7,35 +7,38 @@ tensors beside the host's and a `moe_tools` block in `config.json`.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from moe_tools.checkpoint.auto import transformers_patched
+from moe_tools.checkpoint.broken import named_errors, reason
 from moe_tools.checkpoint.class_names import stock_class
 from moe_tools.checkpoint.parts import Part
 from moe_tools.checkpoint.plain import made_plain, quantised_by, shapes
 from moe_tools.checkpoint.quiet import quiet_transformers
-from moe_tools.checkpoint.rebuild import BrokenFolder, check_rebuilt
+from moe_tools.checkpoint.rebuild import check_rebuilt
 from moe_tools.checkpoint.remote_code import is_trusted, trusted
+from moe_tools.checkpoint.sizes import check_counts, room, sized
 from moe_tools.checkpoint.stored import some, stored_tensors
 from moe_tools.experts.conversion import read_block
 from moe_tools.extras import needed
 from moe_tools.hosts.dequantise import dequantise
 from moe_tools.inference.optimized import optimize as optimize_model
+from moe_tools.names import CONFIG
 
 MAGIC = b"GGUF"
 """How such a file begins."""
@@ -52,15 +55,16 @@ def is_classifier_source(source: str) -> bool:
     if Path(source).suffix == ".gguf":
         return False
     try:
-        config = _read_config(source)
-    except (OSError, ValueError):
+        with named_errors(""):
+            config = read_config(source)
+    except ValueError:
         return False
     return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 
 
 def is_quantised_source(source: str) -> bool:
     """Whether a quantiser wrote the weights of a folder or hub id, by its config."""
-    return quantised_by(_read_config(source)) is not None
+    return quantised_by(read_config(source)) is not None
 
 
 def load_classifier(
@@ -80,7 +84,7 @@ def load_classifier(
                 f"{len(labels)} labels: {some(labels)}"
             )
         return model
-    method = quantised_by(_read_config(source))
+    method = quantised_by(read_config(source))
     if method is not None:
         raise ValueError(
             f"{source} is quantised ({method}), and cannot get a head: write it out as "
@@ -157,11 +161,17 @@ def load_tokenizer(source: str | Path) -> transformers.PreTrainedTokenizerBase:
         raise ValueError(f"{source} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     try:
         with quiet_transformers():
+            if (path / CONFIG).is_file():  # transformers reads it for the kind of tokenizer
+                check_config(str(source))
             if path.suffix == ".gguf":
-                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            return AutoTokenizer.from_pretrained(str(source), trust_remote_code=is_trusted())
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{source} has no tokenizer: {_first_line(error)}") from error
+                tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            else:
+                trust = is_trusted()
+                tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=trust)
+            tokenizer("a")  # its settings are of the right kind, too
+            return tokenizer
+    except Exception as error:
+        raise ValueError(f"{source} has no tokenizer: {reason(error)}") from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrainedModel:
@@ -171,7 +181,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
         if file.read(len(MAGIC)) != MAGIC:  # what transformers says differs by version
             raise ValueError(f"{path} is not a GGUF file")
     needed("gguf", "gguf", str(path))
-    with redirect_stderr(io.StringIO()):  # transformers draws a bar that nothing turns off
+    checked = named_errors(f"cannot load {path}: "), sized(str(path), room({path}, quantised=True))
+    # transformers draws a bar that nothing turns off
+    with checked[0], checked[1], redirect_stderr(io.StringIO()):
         return AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -180,11 +192,15 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> transformers.PreTrained
         )
 
 
-def _read_config(source: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
-    except TypeError as error:  # a config.json that is a list, before transformers named it
-        raise ValueError(f"its config.json cannot be read: {error}") from error
+def read_config(source: str) -> Any:
+    """The config of a folder or hub id."""
+    check_config(source)
+    return AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
+
+
+def check_config(source: str) -> None:
+    """Checks the config of a folder or hub id as plain data, see `check_counts`."""
+    check_counts(PreTrainedConfig.get_config_dict(source)[0], f"the config of {source}")
 
 
 def _dequantized() -> dict[str, Any]:
@@ -197,12 +213,12 @@ def _dequantized() -> dict[str, Any]:
 def _load_folder(
     source: str, dtype: torch.dtype | None, routed: bool, device: str, part: Part | None
 ) -> transformers.PreTrainedModel:
-    place = "no such folder, and as a hub id: "
+    place, files = "no such folder, and as a hub id: ", None
     if Path(source).is_dir():
-        stored_tensors(Path(source))  # names what is truncated, which transformers would not
-        place = ""
+        # names what is truncated, which transformers would not
+        place, files = "", {*stored_tensors(Path(source)).values()}
     with named_errors(f"cannot load {source}: {place}"):
-        config = _read_config(source)
+        config = read_config(source)
     conversion = read_block(config)
     if conversion is not None:
         wanted = conversion if routed else conversion.unrouted()
@@ -218,7 +234,9 @@ def _load_folder(
             )
         if device == "meta":
             return shapes(config, host, dtype)
-    with made_plain(source, config), named_errors(f"cannot load {source}: {place}"):
+    most = None if files is None else room(files, quantised=method is not None)
+    named = named_errors(f"cannot load {source}: {place}")
+    with made_plain(source, config), named, sized(source, most):
         model, report = host.from_pretrained(
             source,
             config=config,
@@ -241,32 +259,9 @@ def _load_folder(
     return model
 
 
-@contextmanager
-def named_errors(prefix: str) -> Iterator[None]:
-    """Turns what transformers raises for a user's mistake into one ValueError of one line.
-
-    An unknown name of an activation is a KeyError there.
-    """
-    try:
-        yield
-    except BrokenFolder:  # it has its name already
-        raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{prefix}its Python code comes with it: if you trust that, say "
-                "--trust-remote-code, or trust_remote_code=True in Python"
-            ) from error
-        raise ValueError(f"{prefix}{_first_line(error)}") from error
-
-
 def host_class(config: Any) -> type[transformers.PreTrainedModel]:
     """The stock class that the folder was saved from."""
     names = [stock_class(name) for name in getattr(config, "architectures", None) or []]
     if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):
         return getattr(transformers, names[0])
     return AutoModelForCausalLM  # type: ignore[return-value]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

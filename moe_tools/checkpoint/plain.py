@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from moe_tools.checkpoint.rebuild import BrokenFolder, add_modules
+from moe_tools.checkpoint.broken import BrokenFolder
+from moe_tools.checkpoint.rebuild import add_modules
 from moe_tools.checkpoint.remote_code import is_trusted
 from moe_tools.experts.conversion import read_block
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.auto import admit
+from moe_tools.checkpoint.broken import BrokenFolder
 from moe_tools.checkpoint.stored import some, tensor_files
 from moe_tools.experts.conversion import (
     Conversion,
@@ -35,10 +36,6 @@ from moe_tools.hosts.moe_host import HostExperts
 
 Tensors = Sequence[str | Path] | Mapping[str, Tensor]
 """Weight files, or the tensors themselves."""
-
-
-class BrokenFolder(ValueError):
-    """A converted folder whose tensors are not those that its config asks for."""
 
 
 def rebuild(

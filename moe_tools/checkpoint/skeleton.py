@@ -9,10 +9,12 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from moe_tools.checkpoint.auto import transformers_patched
-from moe_tools.checkpoint.loading import host_class, is_classifier, named_errors
+from moe_tools.checkpoint.broken import named_errors
+from moe_tools.checkpoint.loading import host_class, is_classifier, read_config
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.rebuild import add_modules
 from moe_tools.checkpoint.remote_code import is_trusted
+from moe_tools.checkpoint.sizes import sized
 from moe_tools.experts.conversion import read_block
 
 
@@ -35,7 +37,7 @@ def skeleton(
         config = _config(source)
     conversion = read_block(config)
     with quiet_transformers(), torch.device("meta"), transformers_patched(True):
-        with named_errors(f"cannot build a model from the config of {source}: "):
+        with named_errors(f"cannot build a model from the config of {source}: "), sized(source):
             model = _build(config, classify)
         model = model.to(dtype)  # type: ignore[arg-type]
         if conversion is not None:
@@ -47,7 +49,7 @@ def _config(source: str) -> Any:
     path = Path(source)
     if path.suffix == ".gguf":
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    return AutoConfig.from_pretrained(source, trust_remote_code=is_trusted())
+    return read_config(source)
 
 
 def _build(config: Any, classify: bool) -> PreTrainedModel:

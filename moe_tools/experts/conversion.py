@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -13,13 +13,14 @@ from torch import nn
 from moe_tools.experts.division import Division
 from moe_tools.experts.experts import ExpertFFN, Mode, expert_ffns
 from moe_tools.experts.importance import Importance
+from moe_tools.experts.plain import fits
 from moe_tools.experts.routers import build_router
 from moe_tools.experts.selectors import Selector, build_selector, describe_selector
 from moe_tools.hosts.ffn import FFN, Outline, graft, unfused_ffns
 from moe_tools.hosts.linears import device_of, dtype_of
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.rows import rows_of, write_rows
-from moe_tools.registry import unknown
+from moe_tools.registry import short, unknown
 
 FORMAT = 2
 READ = (1, 2)
@@ -95,6 +96,13 @@ class Conversion:
                 raise unknown("key in the moe_tools block of config.json", key, known)
         if "donor" not in block:
             raise ValueError("the moe_tools block of config.json lacks donor")
+        hints = get_type_hints(cls)
+        for key, value in block.items():
+            if not fits(value, hints[key]):
+                raise ValueError(
+                    f"{key} in the moe_tools block of config.json is {short(value)}, which is no "
+                    f"{cls.__annotations__[key]}"
+                )
         return cls(**{**block, "format": FORMAT})
 
     def unrouted(self) -> Conversion:

@@ -19,8 +19,13 @@
   const Wide = responses.wide ? Uint32Array : Uint16Array;
   const windows = new Wide(decode(responses.windows).buffer);
 
-  // What is invisible in a token is written as a sign of its own.
-  const shown = (token) => token.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5") || "\u2205";
+  // What is invisible in a token is written as a sign of its own: marks that turn the direction of
+  // the text around them, too. A long one is cut.
+  const LONGEST = 200;
+  const HIDDEN = /[\p{Cc}\p{Cs}\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]/gu;
+  const code = (letter) => `<${letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`;
+  const visible = (token) => token.replaceAll("\n", "\u21b5").replaceAll("\t", "\u21e5").replace(HIDDEN, code);
+  const shown = (token) => visible(token.length > LONGEST ? `${token.slice(0, LONGEST)}\u2026` : token) || "\u2205";
 
   const decision = (layer, expert, token) => {
     const byte = decisions[(starts[layer] + expert) * tokens + token];

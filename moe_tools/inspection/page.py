@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import secrets
 from collections.abc import Sequence
 from importlib.resources import files
@@ -59,7 +60,8 @@ def write_page(
     if not inspection.tokens:
         raise ValueError("no token was inspected: run the model under `inspecting` first")
     with new_file(file) as partial:
-        partial.write_text(render(inspection, title=title, sweep=sweep), encoding="utf-8")
+        text = render(inspection, title=title, sweep=sweep)
+        partial.write_text(text, encoding="utf-8", errors="replace")  # half a letter is none
     return Path(file)
 
 
@@ -79,7 +81,7 @@ def render(inspection: Inspection, *, title: str, sweep: Sequence[Row] = ()) -> 
         nonce=secrets.token_urlsafe(16),
         style=_asset("page.css"),
         bokeh="\n".join(resources.Resources(mode="inline", components=["bokeh"]).js_raw),
-        figures=script.replace("</", "<\\/"),
+        figures=_inert(script),
         script=_asset("page.js"),
         data=_json(data),
         places=places,
@@ -276,6 +278,11 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 def _base64(values: np.ndarray) -> str:
     return base64.b64encode(values.tobytes()).decode()
+
+
+def _inert(script: str) -> str:
+    """A script whose strings cannot end its element, nor begin a comment or an element in it."""
+    return re.sub(r"<(?=[/!]|script)", r"<\\", script, flags=re.IGNORECASE)
 
 
 def _json(data: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from moe_tools.recipe.recipe import STEPS, Recipe
-from moe_tools.registry import unknown
+from moe_tools.registry import short, unknown
 from moe_tools.steps.step import Step
 
 T = TypeVar("T")
@@ -27,10 +27,23 @@ def read_recipe(path: str | Path) -> Recipe:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; `moe-tools recipes` lists the recipes there are")
     try:
-        block = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        block = yaml.load(path.read_text(), _Loader)
+    except RecursionError as error:
+        raise ValueError(f"{path}: too many lists or mappings inside each other") from error
+    except (yaml.YAMLError, ValueError) as error:  # a date or a number that is none, too
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     return parse_recipe(block, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data alone, and no key twice in a mapping: of two, YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(block: Any, where: str = "recipe") -> Recipe:
@@ -59,7 +72,7 @@ def _parse_step(block: Any, where: str) -> Step:
 
 def _build(kind: type[T], options: Any, where: str) -> T:
     if not isinstance(options, dict):
-        raise ValueError(f"{where}: expected keys and values, not {options!r}")
+        raise ValueError(f"{where}: expected keys and values, not {short(options)}")
     known = {item.name: item for item in fields(kind)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(kind)
     for key, value in options.items():
@@ -105,5 +118,5 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             pass
     expected = origin or hint
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: expected {expected.__name__}, not {value!r}")
+        raise ValueError(f"{where}: expected {expected.__name__}, not {short(value)}")
     return value

@@ -36,7 +36,7 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
             [row.ffn_share for row in ordered],
             [_quality(row) for row in ordered],
             marker="o",
-            label=name,
+            label=_plain(name),
         )
     for row in rows:
         if row.role != "model":
@@ -44,11 +44,16 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
             axes.axhline(_quality(row), linestyle=style, color="gray", label=f"{row.role}, dense")
     axes.set_xlabel("FFN FLOPs with router, share of dense")
     what = "perplexity" if rows[0].accuracy is None else "accuracy"
-    axes.set_ylabel(f"{what}, held-out {Path(rows[0].data).name}")
+    axes.set_ylabel(f"{what}, held-out {_plain(Path(rows[0].data).name)}")
     axes.set_yscale("log" if rows[0].accuracy is None else "linear")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     figure.savefig(file)
+
+
+def _plain(name: str) -> str:
+    """A name as it stands there: between two dollars, matplotlib would read TeX."""
+    return name.replace("$", r"\$")
 
 
 def _quality(row: Row) -> float:

@@ -70,6 +70,25 @@ def test_a_donor_on_disk_is_no_base_model_and_its_path_is_left_out(tmp_path: Pat
     assert "tiny.gguf" in card.text and "secret" not in card.text
 
 
+HOSTILE = "x`\n\n# [a](javascript:b) <script>c</script> | $(touch d)\n---\ntags: [e]"
+
+
+def test_the_name_of_a_donor_is_no_markdown(tmp_path: Path) -> None:
+    donor = str(tmp_path / "models" / HOSTILE.replace("/", ""))
+    save(convert(conversion=replace(THRESHOLD, donor=donor)), tmp_path / "out")
+    card = read(tmp_path / "out")
+    assert card.data.to_dict()["tags"] == ["moe-tools", "activation-sparsity"]
+    assert "# x_ _a_javascript_b_ _script_c_script_ _ _touch d_---_tags_ _e_, conv" in card.text
+    assert not any(sign in card.text.split("## ")[0] for sign in ("<script", "](", "$("))
+
+
+def test_a_recipe_stays_inside_its_block(folder: Path) -> None:
+    recipe = "name: |\n  x\n  ```\n  <script>\n"
+    (folder / "recipe.yaml").write_text(recipe)
+    write_card(folder)
+    assert f"````yaml\n{recipe}````" in (folder / "README.md").read_text()
+
+
 def test_a_split_folder_is_dense_and_a_swapped_one_needs_us(tmp_path: Path) -> None:
     model = build("llama")
     model.config.moe_tools = SPLIT.to_dict()

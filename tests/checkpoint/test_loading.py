@@ -24,6 +24,7 @@ from moe_tools.experts.conversion import Conversion, read_conversion, set_mode, 
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.names import INDEX, SINGLE
 from tests.families import THRESHOLD, aligned, build, logits, randomize, routed, said, stored_shapes
+from tests.tiny import build_tokenizer
 
 ROUTER = "model.layers.1.mlp.router.bias"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -186,10 +187,24 @@ def test_an_empty_folder(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_pickle_is_no_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            "pytorch_model.bin",
+            "has its weights as a pickle alone, pytorch_model.bin, ",
+        ),
+        (
+            "adapter_model.safetensors",
+            "holds adapters alone, and no model: load them on",
+        ),
+        ("tiny-Q4_0.gguf", "holds GGUF files: give one of them, e.g. .*/tiny-Q4_0.gguf$"),
+    ],
+)
+def test_weights_of_another_kind_are_named(file: str, message: str, tmp_path: Path) -> None:
     build("llama").config.save_pretrained(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=f"^{tmp_path} lacks {SINGLE}"):
+    (tmp_path / file).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=f"^{tmp_path} {message}"):
         load(tmp_path)
 
 
@@ -271,6 +286,59 @@ def test_a_config_of_another_size(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is over 2,000, which no model has$"),
+        ({"num_labels": 10**9}, "num_labels is over 100,000, which no model has$"),
+        ({"vocab_size": 2**31}, r"of more than .* numbers, which its weight files cannot hold \("),
+        ({"head_dim": 2**20}, r"of more than .* numbers, which its weight files cannot hold \("),
+        ({"num_attention_heads": 2**24}, "Class validation .*: ValueError: The hidden size"),
+        ({"vocab_size": -1}, "RuntimeError: "),
+        ({"layer_types": ["full_attention"] * 1000}, r"must be equal to .* \(1000\)$"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_of_sizes_that_no_file_has(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("selector_of", float("nan")),
+        ("activation_of", {"model.layers.0.mlp": 3}),
+        ("shared_experts", "2"),
+        ("expert_size", True),
+        ("layouts", []),
+        ("donor", None),
+    ],
+)
+def test_a_block_with_values_of_another_kind(folder: Path, key: str, value: Any) -> None:
+    edit_config(folder, moe_tools=THRESHOLD.to_dict() | {key: value})
+    with pytest.raises(ValueError, match=f"^{key} in the moe_tools block of config.json is "):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model_max_length": [1]}, {"tokenizer_class": 3}, {"added_tokens_decoder": 3}]
+)
+def test_settings_of_a_tokenizer_that_are_of_another_kind(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    build_tokenizer().save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"^{folder} has no tokenizer: "):
+        load_tokenizer(folder)
+
+
 # Where the tensors are wrong
 
 
@@ -301,6 +369,13 @@ def test_a_missing_shard(sharded: Path) -> None:
 def test_an_index_that_is_no_index(sharded: Path, text: str) -> None:
     (sharded / INDEX).write_text(text)
     with pytest.raises(ValueError, match=f"^{sharded / INDEX} is truncated or no index of shards"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("outside", ["../donor/model.safetensors", "/etc/passwd", "x" * 999])
+def test_an_index_that_names_files_elsewhere(sharded: Path, outside: str) -> None:
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": outside}}))
+    with pytest.raises(ValueError, match=f"^{sharded / INDEX} names '.*': a shard is in the fol"):
         load(sharded)
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,37 @@ def test_a_page_is_one_small_file(page: Path) -> None:
     assert "a &lt;b&gt;model&lt;/b&gt;" in text
     for hostile in HOSTILE[:3]:
         assert hostile not in text
+
+
+def test_names_cannot_end_a_script(tmp_path: Path) -> None:
+    """Nor begin a comment in it, in which its end would be none."""
+    hostile = "<!--<script>\ud800</script>\u202e"
+    found = inspect(tiny(), torch.randint(64, (1, 6)))
+    sweep = [replace(row, series=hostile, model=hostile) for row in SWEEP]
+    page = write_page(found, tmp_path / "page.html", title=hostile, sweep=sweep)
+    text = page.read_text(encoding="utf-8")
+    parsed = Scripts()
+    parsed.feed(text)
+    assert len(parsed.scripts) == 4 and parsed.title == hostile.replace("\ud800", "?")
+    _, data, figures, own = parsed.scripts
+    for script in (data, figures):
+        assert "<!--" not in script and "<script" not in script.lower()
+    assert own.rstrip().endswith("})();") and text.rstrip().endswith("</html>")
+
+
+class Scripts(HTMLParser):
+    """The scripts and the title of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.title = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.lasttag == "script" and data.strip():
+            self.scripts.append(data)
+        if self.lasttag == "title" and data.strip():
+            self.title = data
 
 
 @pytest.mark.slow
@@ -220,6 +252,18 @@ def test_the_text_of_a_prompt_does_not_run(open_page: Callable[..., Any], page: 
         WebDriverWait(driver, 10).until(lambda d, token=token: HOSTILE[token].strip() in tooltip(d))
     assert not driver.find_elements(By.CSS_SELECTOR, "main img, main script")
     assert driver.title == "a <b>model</b>"
+    assert complaints(driver) == []
+
+
+@pytest.mark.slow
+def test_what_cannot_be_seen_is_spelled_out_and_what_is_long_is_cut(
+    open_page: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = ("\u202edlrow", "nul\x00l", "\u2066x", "y" * 5000)
+    found = inspect(tiny(), " ".join(words), tokenizer=tokenizer_of(words))
+    driver = open_page(write_page(found, tmp_path / "page.html", title="t"))
+    shown = [each.text for each in driver.find_elements(By.CSS_SELECTOR, "#strip button")]
+    assert shown == ["<202E>dlrow", "nul<0000>l", "<2066>x", f"{'y' * 200}\u2026"]
     assert complaints(driver) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -468,3 +469,34 @@ def test_recipes_are_listed_without_torch() -> None:
     code = "import sys; from moe_tools.recipe import known_recipes; assert known_recipes()\n"
     code += "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\nsteps: [{split: {expert_size: 8}}]", "the key 'name' stands twice"),
+        ("name: a\nsteps: [{split: {expert_size: 8, expert_size: 9}}]", "'expert_size' stands twi"),
+        ("[" * 5000, "too many lists or mappings inside each other"),
+        (f"name: a\nseed: {'9' * 5000}\nsteps: []", "is no YAML: Exceeds the limit"),
+        ("name: 2020-99-99\nsteps: []", "is no YAML: month must be in 1..12"),
+        ("name: !!python/name:os.system\nsteps: []", "is no YAML: could not determine a constru"),
+    ],
+)
+def test_a_text_that_is_no_recipe(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_recipe(file)
+    assert str(file) in str(caught.value)
+
+
+def test_what_a_value_is_instead_is_said_in_short(tmp_path: Path) -> None:
+    """Aliases make gigabytes of a few words, as soon as someone prints them."""
+    names = "abcdefghij"
+    lines = ["  a: &a [x, x]"]
+    lines += [f"  {new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise(names)]
+    text = "name: n\nsteps: [{split: {expert_size: 8}}]\ndata:\n" + "\n".join(lines)
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match="data: expected str, not ") as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert len(str(caught.value)) < 500

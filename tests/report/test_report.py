@@ -164,3 +164,9 @@ def test_an_moe_host_shows_both_levels() -> None:
     assert any(line[4:7] == ["50.0%", "85.0%", "96.2%"] for line in lines)
     assert any("dense - -" in " ".join(line) for line in lines)
     assert not any("MoE" in line for line in shown(ROW))
+
+
+def test_a_name_in_a_plot_is_no_formula(tmp_path: Path) -> None:
+    rows = [replace(ROW, model=r"a$\oops$<b>", series="")]
+    plot(rows, tmp_path / "plot.svg")
+    assert "<b>" not in (tmp_path / "plot.svg").read_text()
