@@ -158,6 +158,7 @@ OF_RECIPE = {
     "lte_minilm": "minilm",
     "moefication_minilm": "minilm",
     "moefication_t5_large": "t5-large",
+    "predictors": "t5-large",
     "moefication_bert_large": "bert-large",
     "prosparse_7b": "llama2-7b",
     "prosparse_13b": "llama2-13b",

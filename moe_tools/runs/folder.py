@@ -99,8 +99,10 @@ class RunFolder:
         """Keeps other runs out; of several processes of this one, the first has the lock.
 
         Raises:
-            ValueError: another run has the folder, it is inside the donor, or the disk refuses.
+            ValueError: another run has the folder, or something else is in it, it is inside the
+                donor, or the disk refuses.
         """
+        self._check_free()  # before a lock is put there
         if Path(self.source).is_dir() and Path(self.source) in self.output.resolve().parents:
             raise ValueError(
                 f"{self.output} is inside the donor {self.source}, which must stay as it is: "
@@ -130,13 +132,22 @@ class RunFolder:
             began.check(pins(), self.output, self.source)
             shutil.rmtree(partial_of(self.steps), ignore_errors=True)  # see `remove_folder`
             return not (self.output / METRICS).is_file()
-        if self.output.exists() and not _is_free(self.output):
-            raise ValueError(f"{self.output} exists and is not empty: choose another --output")
+        self._check_free()
         check()
         with new_file(marker) as partial:
             head = [f"{HEAD[name]}{value}\n" for name, value in asdict(pins()).items()]
             partial.write_text("".join(head) + self.identity)
         return True
+
+    def _check_free(self) -> None:
+        """Checks that nothing but a run is in the folder.
+
+        Raises:
+            ValueError: something else is.
+        """
+        run = (self.output / RECIPE).is_file()
+        if not run and self.output.exists() and not _is_free(self.output):
+            raise ValueError(f"{self.output} exists and is not empty: choose another --output")
 
     def read_marker(self) -> tuple[Pins, str]:
         """What the run began on, and its identity."""
