@@ -62,7 +62,7 @@ def first_fails_at_work() -> str:
     """It raises what is no user's mistake, and nobody waits for what it was to say."""
 
     def work() -> str:
-        raise OSError("no disk")
+        raise OSError("the disk is gone")
 
     try:
         return processes.on_first(work)
