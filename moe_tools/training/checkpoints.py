@@ -145,7 +145,9 @@ class CheckpointingTrainer(Trainer):
         By then it is on the disk: after a power cut, too, a complete one has all its weights.
         """
         super()._save_rng_state(output_dir)
-        settle(Path(output_dir))
+        processes.barrier()  # what others still write comes and goes under passing names
+        if processes.rank() == 0:
+            settle(Path(output_dir))
         processes.barrier()
 
     def _check_weights(self) -> None:
