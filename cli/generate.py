@@ -93,6 +93,7 @@ def generate(request: Request) -> None:
         tokenizer = load_tokenizer(request.folder)
         model = load(request.folder, dtype=dtype, device=device)
         prompt = _encode(request, model, tokenizer)
+        _check_ends(request.folder, model)
         with count_neurons(model) as counts:
             if request.optimize:  # not before: a dense model that is optimised shows no FFNs
                 packed = PACKED[request.packed_dtype] if request.packed_dtype else None
@@ -128,6 +129,19 @@ def _encode(
             "tokens: shorten the prompt or --max-new-tokens"
         )
     return {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
+
+
+def _check_ends(folder: str, model: PreTrainedModel) -> None:
+    """Checks the tokens of `generation_config.json`, which may be anybody's."""
+    from moe_tools.hosts.typed import fits
+
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(model.generation_config, name, None)
+        if not fits(token, int | list[int] | None):
+            raise ValueError(
+                f"{name} in generation_config.json of {folder} is {token!r}, and must be the "
+                "number of a token, or a list of some"
+            )
 
 
 def _text(request: Request, tokenizer: PreTrainedTokenizerBase) -> str:

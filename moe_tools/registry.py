@@ -13,6 +13,10 @@ SHOWN = 40
 """Largest number of names in an error message: a model may have hundreds of FFNs."""
 
 
+LONGEST = 100
+"""Characters of a wrong name that an error repeats."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name nobody registered: what it is, what is close, what there is."""
     names = sorted(known)
@@ -20,7 +24,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     there = ", ".join(names[:SHOWN]) or "none"
-    return ValueError(f"unknown {kind} {name!r}{hint} (known: {there}{more})")
+    return ValueError(f"unknown {kind} {_shown(name)}{hint} (known: {there}{more})")
+
+
+def _shown(name: Any) -> str:
+    """A name as it was given, cut where no name is that long."""
+    return repr(name if len(str(name)) <= LONGEST else f"{str(name)[:LONGEST]}...")
 
 
 def short(value: Any) -> str:

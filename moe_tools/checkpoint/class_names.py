@@ -72,7 +72,8 @@ def _prefixed(config: Any) -> Iterator[None]:
     before = [part.architectures for part in parts]
     try:
         for part, names in zip(parts, before, strict=True):
-            part.architectures = names and [PREFIX + stock_class(name) for name in names]
+            if isinstance(names, list):
+                part.architectures = [PREFIX + stock_class(name) for name in names]
         yield
     finally:
         for part, names in zip(parts, before, strict=True):

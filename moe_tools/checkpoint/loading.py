@@ -261,7 +261,8 @@ def _load_folder(
 
 def host_class(config: Any) -> type[transformers.PreTrainedModel]:
     """The stock class that the folder was saved from."""
-    names = [stock_class(name) for name in getattr(config, "architectures", None) or []]
+    said = getattr(config, "architectures", None)
+    names = [stock_class(name) for name in said] if isinstance(said, list) else []
     if len(names) == 1 and isinstance(getattr(transformers, names[0], None), type):
         return getattr(transformers, names[0])
     return AutoModelForCausalLM  # type: ignore[return-value]

@@ -13,13 +13,13 @@ from torch import nn
 from moe_tools.experts.division import Division
 from moe_tools.experts.experts import ExpertFFN, Mode, expert_ffns
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.plain import fits
 from moe_tools.experts.routers import build_router
 from moe_tools.experts.selectors import Selector, build_selector, describe_selector
 from moe_tools.hosts.ffn import FFN, Outline, graft, unfused_ffns
 from moe_tools.hosts.linears import device_of, dtype_of
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.rows import rows_of, write_rows
+from moe_tools.hosts.typed import fits
 from moe_tools.registry import short, unknown
 
 FORMAT = 2
@@ -103,6 +103,9 @@ class Conversion:
                     f"{key} in the moe_tools block of config.json is {short(value)}, which is no "
                     f"{cls.__annotations__[key]}"
                 )
+        for key in ("activation", "selector"):
+            if isinstance(block.get(key), dict) and not isinstance(block[key].get("kind"), str):
+                raise ValueError(f"{key} in the moe_tools block of config.json has no kind")
         return cls(**{**block, "format": FORMAT})
 
     def unrouted(self) -> Conversion:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
+
+from moe_tools.hosts.typed import fits
+from moe_tools.registry import short
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,11 @@ class Layout:
         """
         known = {entry.name for entry in fields(cls)}
         if not isinstance(row, Mapping) or not {"up", "down"} <= set(row) <= known:
-            raise ValueError(f"no layout of an FFN: {row!r}; its keys are {', '.join(known)}")
+            raise ValueError(f"no layout of an FFN: {short(row)}; its keys are {', '.join(known)}")
+        hints = get_type_hints(cls) | {"bypass": list[str]}
+        for key, value in row.items():
+            if not fits(value, hints[key]):
+                raise ValueError(f"no layout of an FFN: {key} is {short(value)}")
         return cls(**{**row, "bypass": tuple(row.get("bypass", ()))})
 
 

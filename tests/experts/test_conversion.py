@@ -22,6 +22,7 @@ from moe_tools.experts.conversion import (
 )
 from moe_tools.experts.experts import Mode, expert_ffns
 from moe_tools.experts.selectors import Everything, Threshold, TopK
+from moe_tools.hosts.rows import read_rows
 from tests.families import THRESHOLD, build, logits, randomize, routed, said
 
 BLOCK = THRESHOLD.to_dict()
@@ -256,3 +257,25 @@ def test_what_no_config_can_say_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^a config cannot hold the selector Everything: "):
         save(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("activation", {"__class__": "os.system"}, "activation in the moe_tools block .* no kind"),
+        ("selector", {"tau": 0.5}, "selector in the moe_tools block .* no kind"),
+        ("layouts", {"LlamaMLP": {"up": 10**30, "down": "down_proj"}}, "no layout of an FFN: up"),
+        ("layouts", {"LlamaMLP": {"up": "up_proj", "down": {}}}, "no layout of an FFN: down"),
+    ],
+)
+def test_values_of_another_kind_are_refused(key: str, value: object, said: str) -> None:
+    block = THRESHOLD.to_dict() | {key: value}
+    with pytest.raises(ValueError, match=said):
+        read_rows(build("llama"), Conversion.from_dict(block).layouts or {})
+
+
+def test_an_error_repeats_no_endless_name() -> None:
+    block = THRESHOLD.to_dict() | {"x" * 100_000: 1}
+    with pytest.raises(ValueError, match="unknown key") as error:
+        Conversion.from_dict(block)
+    assert len(str(error.value)) < 1000

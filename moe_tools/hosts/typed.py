@@ -16,6 +16,8 @@ def fits(value: Any, hint: Any) -> bool:
         return True
     if kind in (Union, UnionType):
         return any(fits(value, each) for each in inside)
+    if kind is list:
+        return isinstance(value, list | tuple) and all(fits(each, inside[0]) for each in value)
     if kind is dict:
         return isinstance(value, dict) and all(
             fits(key, inside[0]) and fits(each, inside[1]) for key, each in value.items()
