@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -39,11 +39,16 @@ MODULES = "modules.json"
 """Where sentence-transformers lists the folders that a text passes."""
 
 
-def copy_companions(source: str, folder: Path) -> None:
-    """Copies such files of a folder or hub id into a model folder; what is there already stays."""
+def companions(source: str) -> dict[Path, Path]:
+    """Where such files of a folder or hub id stand in a model folder -> the file."""
     place = _folder_of(source)
-    for file in () if place is None else _companions(place):
-        target = folder / file.relative_to(place)  # type: ignore[arg-type]
+    return {} if place is None else {file.relative_to(place): file for file in _inside(place)}
+
+
+def put_beside(files: Mapping[Path, Path], folder: Path) -> None:
+    """Copies `companions` into a model folder; what is there already stays."""
+    for name, file in files.items():
+        target = folder / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
@@ -62,7 +67,7 @@ def _folder_of(source: str) -> Path | None:
         return None
 
 
-def _companions(folder: Path) -> Iterator[Path]:
+def _inside(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.iterdir()):
         kept = any(fnmatch(file.name, pattern) for pattern in KEPT)
         if file.is_file() and kept and not any(fnmatch(file.name, each) for each in OF_THE_DONOR):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,17 @@ def skeleton(
 
 def _config(source: str) -> Any:
     path = Path(source)
-    if path.suffix == ".gguf":
-        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    return read_config(source)
+    if path.suffix != ".gguf":
+        return read_config(source)
+    now = path.stat() if path.exists() else None
+    file = None if now is None else (now.st_ino, now.st_mtime_ns, now.st_size)
+    return copy.deepcopy(_gguf_config(path, file))
+
+
+@lru_cache(maxsize=1)
+def _gguf_config(path: Path, _: tuple[int, int, int] | None) -> Any:
+    """The config of a file as it is now. Its vocabulary is read with it, which takes seconds."""
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _build(config: Any, classify: bool) -> PreTrainedModel:

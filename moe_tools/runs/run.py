@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from moe_tools import processes
 from moe_tools.checkpoint.atomic import new_folder
 from moe_tools.checkpoint.block_length import check_given
-from moe_tools.checkpoint.companions import copy_companions
+from moe_tools.checkpoint.companions import companions, put_beside
 from moe_tools.checkpoint.digest import digest
 from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
 from moe_tools.checkpoint.saving import save
@@ -80,28 +80,12 @@ def run(
     """
     recipe = prepare(recipe, str(model))
     dense = control_recipe(recipe) if control else None  # one that there is not is said first
-    folder = RunFolder(Path(output), recipe, _lasting(str(model)), dtype)
-    work = _Run(folder, launch or Launch(device), stream)
-    with folder.hold():
-        unfinished = processes.on_first(lambda: work.begin(like))
-        if unfinished:
-            work.execute()
-        else:
-            logger.info("%s is complete", output)
-        if dense is not None:  # before the steps go: it begins with the dense ones among them
-            run(
-                dense,
-                model,
-                Path(output) / CONTROL,
-                dtype=dtype,
-                device=device,
-                keep_steps=keep_steps,
-                like=Path(output),
-                launch=launch,
-                stream=stream,
-            )
-        if unfinished:
-            processes.on_first(lambda: folder.finish(keep_steps))
+    source, launch = _lasting(str(model)), launch or Launch(device)
+    work = _Run(RunFolder(Path(output), recipe, source, dtype), launch, stream)
+    beside = None
+    if dense is not None:
+        beside = _Run(RunFolder(Path(output) / CONTROL, dense, source, dtype), launch, stream)
+    work.complete(keep_steps, like=like, beside=beside)
     return Path(output)
 
 
@@ -146,6 +130,21 @@ class _Run:
         self.recipe, self.source, self.dtype = folder.recipe, folder.source, folder.dtype
         self.device = launch.device
         self.stream = stream
+
+    def complete(
+        self, keep_steps: bool, *, like: Path | None = None, beside: _Run | None = None
+    ) -> None:
+        """Does what is missing of it, and of the run `beside`, which may begin with its steps."""
+        with self.folder.hold():
+            unfinished = processes.on_first(lambda: self.begin(like))
+            if unfinished:
+                self.execute()
+            else:
+                logger.info("%s is complete", self.folder.output)
+            if beside is not None:  # before the steps go
+                beside.complete(keep_steps, like=self.folder.output)
+            if unfinished:
+                processes.on_first(lambda: self.folder.finish(keep_steps))
 
     def begin(self, like: Path | None) -> bool:
         """Takes the folder, with the steps that the run `like` did; False: it is complete."""
@@ -246,7 +245,7 @@ class _Run:
     def _write(self, folder: Path, write: Write, measured: dict[str, Any], work: Path) -> None:
         with new_folder(folder) as unfinished:
             write(unfinished, self.tokenizer)
-            copy_companions(self.source, unfinished)
+            put_beside(self.companions, unfinished)
             (unfinished / METRICS).write_text(json.dumps(measured, indent=1))
         shutil.rmtree(work, ignore_errors=True)
 
@@ -303,6 +302,11 @@ class _Run:
             labels = label_names(self.recipe.data)
             return load_classifier(self.source, labels, dtype=self.dtype, device=device)
         return load(self.source, dtype=self.dtype, device=device)
+
+    @cached_property
+    def companions(self) -> dict[Path, Path]:
+        """What stands beside the donor's weights: for a hub id, the hub is asked once."""
+        return companions(self.source)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

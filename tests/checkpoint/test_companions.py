@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
-from moe_tools.checkpoint.companions import copy_companions
+from moe_tools.checkpoint.companions import companions, put_beside
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from moe_tools.recipe import Attach, Recipe, Split
@@ -67,7 +67,7 @@ def test_what_is_there_stays(donor: Path, tmp_path: Path) -> None:
     other.mkdir()
     (other / "LICENSE").write_text("mine")
     (donor / "adapter_config.json").write_text("{}")
-    copy_companions(str(donor), other)
+    put_beside(companions(str(donor)), other)
     assert (other / "LICENSE").read_text() == "mine"
     assert (other / "1_Pooling" / "config.json").is_file()
     assert not (other / "adapter_config.json").exists()
@@ -78,11 +78,11 @@ def test_a_folder_that_listed_modules_point_to_outside_is_left_alone(
 ) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "secret").write_text("mine")
-    copy_companions(str(donor), tmp_path / "new" / "place")
+    put_beside(companions(str(donor)), tmp_path / "new" / "place")
     assert not [file for file in tmp_path.rglob("secret") if file.parent.name != "other"]
 
 
 def test_an_id_that_is_nowhere_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    copy_companions("nobody/nothing", tmp_path)
+    put_beside(companions("nobody/nothing"), tmp_path)
     assert "only its model and its tokenizer are kept" in caplog.text
     assert not list(tmp_path.iterdir())
