@@ -111,14 +111,14 @@ def _encode(
     request: Request, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
     """Returns the prompt's tokens, if the model can continue them."""
-    from moe_tools.hosts.inputs import continues_text, text_config
+    from moe_tools.data.limits import context_length, continues_text
 
     if not continues_text(model):
         raise ValueError(f"{type(model).__name__} continues no text: generate with a causal model")
     text, special = _text(request, tokenizer), not request.chat
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=special, verbose=False)
     length, new = encoded["input_ids"].shape[1], request.max_new_tokens
-    context = getattr(text_config(model), "max_position_embeddings", None)
+    context = context_length(model)
     if length == 0:
         raise ValueError(
             f"--prompt {request.prompt!r} has no token for this tokenizer: give more text"
@@ -133,7 +133,7 @@ def _encode(
 
 def _check_ends(folder: str, model: PreTrainedModel) -> None:
     """Checks the tokens of `generation_config.json`, which may be anybody's."""
-    from moe_tools.hosts.typed import fits
+    from moe_tools.typed import fits
 
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(model.generation_config, name, None)

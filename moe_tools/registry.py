@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 SHOWN = 40
 """Largest number of names in an error message: a model may have hundreds of FFNs."""
-
-
 LONGEST = 100
 """Characters of a wrong name that an error repeats."""
 
@@ -24,18 +22,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ValueError:
     hint = f"; did you mean {close[0]!r}?" if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     there = ", ".join(names[:SHOWN]) or "none"
-    return ValueError(f"unknown {kind} {_shown(name)}{hint} (known: {there}{more})")
+    return ValueError(f"unknown {kind} {short(name, LONGEST)}{hint} (known: {there}{more})")
 
 
-def _shown(name: Any) -> str:
-    """A name as it was given, cut where no name is that long."""
-    return repr(name if len(str(name)) <= LONGEST else f"{str(name)[:LONGEST]}...")
-
-
-def short(value: Any) -> str:
-    """A value as an error shows it: a few words, however much it is made of."""
+def short(value: Any, longest: int = 30) -> str:
+    """A value as an error shows it: a few words of so many letters, however much it is made of."""
     shown = Repr()
-    shown.maxlevel = 2
+    shown.maxlevel, shown.maxstring = 2, longest
     return shown.repr(value)
 
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ARROWS = (
-    "registry names processes waiting disk extras versions kernels < data < hosts < experts "
+    "registry names processes waiting disk extras versions typed kernels < data < hosts < experts "
     "< inference measure < checkpoint < steps report < training inspection < recipe "
     "< runs bench export < cli patched"
 )

@@ -26,10 +26,9 @@ from moe_tools.bench.ffn import widths
 from moe_tools.bench.rounds import in_turn, median_ratio
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.quiet import quiet_transformers
-from moe_tools.data.limits import context_length
+from moe_tools.data.limits import context_length, continues_text, text_config
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.hosts.inputs import continues_text, text_config
 from moe_tools.inference.optimized import optimize
 from moe_tools.inference.quantized_linear import Kind
 from moe_tools.measure.neurons import count_neurons

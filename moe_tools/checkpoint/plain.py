@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from moe_tools.checkpoint.broken import BrokenFolder
+from moe_tools.checkpoint.broken import BrokenFolder, reason
 from moe_tools.checkpoint.rebuild import add_modules
 from moe_tools.checkpoint.remote_code import is_trusted
 from moe_tools.experts.conversion import read_block
@@ -51,10 +51,9 @@ def made_plain(source: str, config: Any) -> Iterator[None]:
     except BrokenFolder:
         raise
     except (ImportError, RuntimeError, AttributeError, TypeError, ValueError) as error:
-        why = str(error).strip().split("\n")[0]
         raise ValueError(
             f"{source} is quantised ({quantised_by(config)}), and cannot be dequantised here "
-            f"({why}): give the model that it was made from"
+            f"({reason(error)}): give the model that it was made from"
         ) from error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.data.holdout import digest
-from moe_tools.data.limits import check_length
+from moe_tools.data.limits import check_length, continues_text, text_config
 from moe_tools.data.packing import blocks_for, check_size
 from moe_tools.data.progress import progress
 
@@ -76,7 +76,7 @@ def check_samples(model: "PreTrainedModel", length: int) -> None:
         ValueError: as `generate_blocks`; the model's weights do not matter.
     """
     kind = type(model).__name__
-    if not model.can_generate() or model.config.is_encoder_decoder:
+    if not continues_text(model):
         raise ValueError(
             f"{kind} is no causal language model and cannot sample its own data: use 'docs'"
         )
@@ -86,7 +86,7 @@ def check_samples(model: "PreTrainedModel", length: int) -> None:
 
 def _first_token(model: "PreTrainedModel") -> int:
     """BOS; models without one saw EOS before every document."""
-    config = model.config.get_text_config()
+    config = text_config(model)
     for token in (config.bos_token_id, config.eos_token_id):
         if isinstance(token, list) and token:
             token = token[0]

@@ -1,8 +1,8 @@
-"""Which text a model can take: blocks within its context, tokens within its vocabulary."""
+"""What a model can do with text: whether it continues it, how long it is, of which tokens."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -12,9 +12,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of what writes text: a model of pictures and text keeps it inside its own."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def continues_text(model: PreTrainedModel) -> bool:
+    """Whether a model predicts the next token of plain text: a causal language model.
+
+    One that sees pictures beside the text is one too; an encoder-decoder is none.
+    """
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Tokens of the longest block that a model takes; None: there is no limit."""
-    found = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    found = [getattr(text_config(model), "max_position_embeddings", None)]
     # RoBERTa counts positions from behind its padding token, and has that many fewer.
     found += [
         module.num_embeddings - module.padding_idx - 1
@@ -49,7 +63,7 @@ def check_text(model: PreTrainedModel, text: Text) -> None:
     tensors = [text] if isinstance(text, Tensor) else [batch.ids_BT for batch in text]
     check_length(model, max(ids_BT.shape[1] for ids_BT in tensors))
     largest = max(int(ids_BT.max()) for ids_BT in tensors)
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model).vocab_size
     if largest >= vocabulary:
         raise ValueError(
             f"token {largest} is outside the vocabulary of {type(model).__name__}, "

@@ -19,8 +19,8 @@ from moe_tools.hosts.ffn import FFN, Outline, graft, unfused_ffns
 from moe_tools.hosts.linears import device_of, dtype_of
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.rows import rows_of, write_rows
-from moe_tools.hosts.typed import fits
 from moe_tools.registry import short, unknown
+from moe_tools.typed import fits
 
 FORMAT = 2
 READ = (1, 2)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_tools.hosts.ffn import grafted_ffns
-from moe_tools.hosts.linears import COMPUTED, as_linear, has_numbers, widths
+from moe_tools.hosts.linears import as_linear, has_numbers, is_numbers, widths
 
 
 def dequantise(model: Any, dtype: torch.dtype) -> None:
@@ -27,7 +27,7 @@ def dequantise(model: Any, dtype: torch.dtype) -> None:
         if is_quantised(linear):
             _exchange(model, path, linear, as_linear(linear, dtype))
     for name, parameter in model.named_parameters():
-        if not has_plain_numbers(parameter):
+        if not is_numbers(parameter):
             raise ValueError(
                 f"{name} is quantised ({type(parameter).__name__}, {parameter.dtype}), and no "
                 "linear: only its quantiser knows its numbers"
@@ -43,11 +43,6 @@ def is_quantised(module: nn.Module) -> bool:
     """Whether a module is a linear that keeps codes in place of numbers."""
     leaf = next(module.children(), None) is None
     return leaf and widths(module) is not None and not has_numbers(module)
-
-
-def has_plain_numbers(tensor: torch.Tensor) -> bool:
-    """Whether a parameter is no more than its numbers."""
-    return type(tensor) is nn.Parameter and tensor.dtype in COMPUTED
 
 
 def _exchange(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_tools.hosts.linears import COMPUTED
 from moe_tools.hosts.linears import WAY_OUT as DEQUANTISED
+from moe_tools.hosts.linears import is_numbers
 
 Calls = Literal["chosen", "every", "weighed"]
 """How the host calls its experts. chosen: with tokens, and the experts and weights of each.
@@ -208,7 +208,7 @@ def _check_parameters(path: str, fused: nn.Module, storage: Storage) -> None:
         raise _refusal(path, fused, f"{said}: expected {', '.join(sorted(known))} alone")
     for name in sorted(known):
         parameter = fused.get_parameter(name)
-        if type(parameter) is not nn.Parameter or parameter.dtype not in COMPUTED:
+        if not is_numbers(parameter):
             raise ValueError(f"{path}: {name} is quantised ({parameter.dtype}): {DEQUANTISED}")
     sizes = {name: len(fused.get_parameter(name)) for name in known}
     if storage.proven and len(set(sizes.values())) > 1:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
-from moe_tools.hosts.typed import fits
 from moe_tools.registry import short
+from moe_tools.typed import fits
 
 
 @dataclass(frozen=True)

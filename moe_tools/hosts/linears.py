@@ -74,8 +74,12 @@ def is_plain(linear: nn.Module) -> bool:
 
 def has_numbers(linear: nn.Module) -> bool:
     """Whether the weight of a linear, below its adapters, is plain numbers."""
-    weight = getattr(base_of(linear), "weight", None)
-    return type(weight) is nn.Parameter and weight.dtype in COMPUTED
+    return is_numbers(getattr(base_of(linear), "weight", None))
+
+
+def is_numbers(tensor: object) -> bool:
+    """Whether something is a parameter of no more than its numbers."""
+    return type(tensor) is nn.Parameter and tensor.dtype in COMPUTED
 
 
 def rows(linear: nn.Module) -> Tensor:

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_tools.data.generate import evaluating
+from moe_tools.data.limits import text_config
 from moe_tools.hosts.fused import fused_experts
 from moe_tools.hosts.graph_rows import everywhere, place_of, stock_twin
-from moe_tools.hosts.inputs import model_inputs, text_config
+from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.linears import device_of, dtype_of, widths
 from moe_tools.hosts.moe_host import take_apart

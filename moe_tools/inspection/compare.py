@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.data.generate import evaluating
+from moe_tools.data.limits import continues_text
 from moe_tools.experts.intervene import intervene
-from moe_tools.hosts.inputs import continues_text
 from moe_tools.inspection.inspection import Inspection
 from moe_tools.inspection.records import Effect, Overlap
 from moe_tools.inspection.run import encode

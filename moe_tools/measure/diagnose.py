@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from moe_tools.data.limits import text_config
 from moe_tools.experts.conversion import Conversion, read_conversion
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.hosts.ffn import FFN, find_ffns
-from moe_tools.hosts.inputs import model_inputs, text_config
+from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.proof import settle
 from moe_tools.measure.flops import Flops, count_flops
 from moe_tools.measure.neurons import count_neurons

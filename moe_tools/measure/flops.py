@@ -20,12 +20,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.data.limits import text_config
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.experts.tokens import valid_tokens
 from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
-from moe_tools.hosts.inputs import text_config
 from moe_tools.hosts.linears import numbers_of
 from moe_tools.hosts.moe_host import chosen_share
 from moe_tools.measure.neurons import NeuronCount

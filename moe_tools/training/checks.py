@@ -8,10 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import is_classifier
+from moe_tools.data.limits import continues_text
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
-from moe_tools.hosts.inputs import continues_text
 from moe_tools.hosts.linears import WAY_OUT
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import check_sparsity

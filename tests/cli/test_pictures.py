@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import (
     CLIPVisionConfig,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -23,30 +20,15 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.twin import build_twin
+from tests.checkpoint.test_composite import TEXT, VISION, donor
 from tests.tiny import Run, build_tokenizer, rows_of, write_passages
-
-TEXT: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-EYE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-EYE |= {"image_size": 28, "patch_size": 14}
-
-
-def gemma3() -> PreTrainedModel:
-    config = Gemma3Config(
-        text_config=TEXT | {"head_dim": 8}, vision_config=EYE, mm_tokens_per_image=1
-    )
-    return build_twin(Gemma3ForConditionalGeneration, config)
 
 
 def llava() -> PreTrainedModel:
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**EYE), text_config=LlamaConfig(**TEXT), image_token_index=60
+        vision_config=CLIPVisionConfig(**VISION),
+        text_config=LlamaConfig(**TEXT),
+        image_token_index=60,
     )
     return build_twin(LlavaForConditionalGeneration, config)
 
@@ -77,7 +59,7 @@ steps:
 """
 
 
-@pytest.fixture(scope="module", params=[gemma3, llava, qwen])
+@pytest.fixture(scope="module", params=[donor, llava, qwen])
 def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     save(request.param(), folder / "donor", build_tokenizer())
