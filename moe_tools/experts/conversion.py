@@ -22,9 +22,10 @@ from moe_tools.hosts.rows import rows_of, write_rows
 from moe_tools.registry import short, unknown
 from moe_tools.typed import fits
 
-FORMAT = 2
-READ = (1, 2)
-"""Formats that this version reads. Blocks of format 1 have no `layouts`."""
+FORMAT = 3
+READ = (1, 2, 3)
+"""Formats that this version reads. Blocks of format 1 have no `layouts`; those of 1 and 2 know no
+`weight_bits`, `thresholds`, `constants` and `prompt_share`."""
 
 Off = Literal["zero", "mean"]
 """What an expert that is off contributes to the hidden activations."""
@@ -60,6 +61,15 @@ class Conversion:
     """Where the host keeps its FFNs: class or path of a holder -> its layout, as it was proven
     before the conversion (`moe_tools.hosts.rows`). None: as moe-tools knew it when it wrote format
     1."""
+    weight_bits: int | None = None
+    """The FFNs' weights lie on a grid of so many bits, in groups of 32 (`quantize`); None: as they
+    came."""
+    thresholds: dict[str, Any] | None = None
+    """Which inputs of which linears are dropped (`threshold`); None: none."""
+    constants: bool = False
+    """Every FFN adds a bias, and a constant for each expert that is off (`refit`)."""
+    prompt_share: float | None = None
+    """Share of the neurons that go on after the prompt (`select`); None: all of them."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -87,8 +97,8 @@ class Conversion:
             raise ValueError(f"the moe_tools block of config.json is no mapping: {block!r}")
         if block.get("format") not in READ:  # first: a newer format may have new keys
             raise ValueError(
-                f"config.json has moe_tools format {block.get('format')!r}; this version reads "
-                f"{' and '.join(map(str, READ))}: install the moe-tools that wrote it"
+                f"config.json has moe_tools format {block.get('format')!r}; this version reads 1 "
+                f"to {FORMAT}: install the moe-tools that wrote it"
             )
         known = {entry.name for entry in fields(cls)}
         for key in block:

@@ -61,9 +61,9 @@ def test_the_block_gives_the_conversion_back(conversion: Conversion) -> None:
     [
         (BLOCK | {"modee": "hard"}, "unknown key in the moe_tools block of config.json 'modee'; "
          "did you mean 'mode'"),
-        (BLOCK | {"format": FORMAT + 1}, "moe_tools format 3; this version reads 1 and 2"),
-        (BLOCK | {"format": 3, "new": 0}, "moe_tools format 3; this version reads 1 and 2"),
-        ({"donor": "donor", "expert_size": 8}, "moe_tools format None; this version reads 1 and 2"),
+        (BLOCK | {"format": FORMAT + 1}, "moe_tools format 4; this version reads 1 to 3"),
+        (BLOCK | {"format": 4, "new": 0}, "moe_tools format 4; this version reads 1 to 3"),
+        ({"donor": "donor", "expert_size": 8}, "moe_tools format None; this version reads 1 to 3"),
         ({"format": FORMAT}, "the moe_tools block of config.json lacks donor"),
         ("yes", "the moe_tools block of config.json is no mapping: 'yes'"),
         (BLOCK | {"mode": "sotf"}, "unknown mode 'sotf'; did you mean 'soft'"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers.base import LearnedRouter, Router, RowReader
-from moe_tools.experts.routers.few_bits import Int8GateRouter, SignRouter
+from moe_tools.experts.routers.firing import Int8GateRouter, SignRouter
 from moe_tools.experts.routers.low_rank import LowRankRouter
 from moe_tools.experts.routers.mlp import MLPRouter
 from moe_tools.experts.routers.neurons import OracleRouter, RepresentativeRouter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -16,6 +17,22 @@ from moe_tools.hosts.projections import Projections
 
 Start = Literal["regression", "open"]
 """How a router that can be fitted in closed form begins: fitted, or with every expert on."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What it takes to score one token, in a kernel that reads and computes nothing twice."""
+
+    flops: float
+    """Matrix FLOPs in floating point."""
+    bits: float
+    """Bits of weights read from memory."""
+    few_bit_ops: float = 0.0
+    """Multiplies and adds of whole numbers of 8 bits and fewer; a word of 32 signs counts as 4."""
+    known_flops: float = 0.0
+    """FLOPs of one neuron that are done once it is scored: it need not be computed again."""
+    known_bits: float = 0.0
+    """Bits of one neuron that are read once it is scored."""
 
 
 class Starter(ABC):

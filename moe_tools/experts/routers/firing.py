@@ -28,7 +28,7 @@ products is off by at most D 2^-24 sum |w x|, and sum |w x| is at most 127 s_w |
 its part of the bound. That is D 2^-16, once in the host and once here."""
 
 
-class FewBitsRouter(RowReader):
+class FiringRouter(RowReader):
     """A neuron scores as its weakest deciding pre-activation, an expert as its best neuron.
 
     A score of 1/2 is an estimate of 0: `Threshold(0.5)` runs what is expected to fire, a lower tau
@@ -49,7 +49,7 @@ class FewBitsRouter(RowReader):
         """How far each pre-activation is expected above 0; 1/2: at 0."""
 
 
-class SignRouter(FewBitsRouter):
+class SignRouter(FiringRouter):
     """The share of the products w_i x_i that are not negative, by sign bits alone (SparseInfer).
 
     arXiv 2411.12692: a neuron is off if N_neg > alpha N_pos, alpha >= 1 being a margin, 0 counting
@@ -75,7 +75,7 @@ class SignRouter(FewBitsRouter):
         )
 
 
-class Int8GateRouter(FewBitsRouter):
+class Int8GateRouter(FiringRouter):
     """Where the pre-activation's interval lies: its int8 estimate, and a bound of the error.
 
     Rows and tokens are quantised to int8, each by its own largest magnitude: w = s_w q_w, x = s_x
