@@ -50,7 +50,9 @@ def blocks(
     Passages (documents, cut at about 8,192 characters) stand in the order of a hash of themselves
     and the seed, so every budget samples the whole corpus, a larger one only appends blocks, and a
     passage more or less moves no other (of a hub stream: inside its window of rows). The order of
-    held-out passages knows no seed. No other special tokens are added.
+    held-out passages knows no seed. Every block begins as the tokenizer begins a text (BOS, CLS, or
+    nothing): models that were trained so need it (Gemma 3 270M on prose: perplexity 62 without, 25
+    with it). No other special tokens are added.
 
     Args:
         source: as for `texts`, or several of them with their weights (`mixture`).
@@ -74,20 +76,27 @@ def blocks(
     if len(parts) > 1:
         pack = partial(blocks, tokenizer=tokenizer, split=split, length=length, seed=seed)
         return _mixed(parts, wanted, lambda name, n: pack(name, tokens=n and n * length))
-    end = _end_token(tokenizer)
+    end, begin = _end_token(tokenizer), begin_tokens(tokenizer)
+    fresh = length - len(begin)
+    if fresh < 1:
+        raise ValueError(
+            f"blocks of {length} tokens have no room for text: this tokenizer begins a text with "
+            f"{len(begin)} tokens, use a larger --block-length"
+        )
     passages = _ordered(source, split, seed)
-    ids = _tokenise(passages, tokenizer, end, None if wanted is None else wanted * length)
+    ids = _tokenise(passages, tokenizer, end, None if wanted is None else wanted * fresh)
     where = f"{source!r} ({split})"
-    if len(ids) < length:
+    if len(ids) < fresh:
         raise ValueError(_too_short(where, len(ids), length))
-    have = len(ids) // length
+    have = len(ids) // fresh
     if wanted is not None and have < wanted:
         logger.warning(
             "%s has %s tokens, fewer than the %s asked for: using %s blocks of %s = %s tokens",
             *(where, len(ids), tokens, have, length, have * length),
         )
     count = have if wanted is None else min(have, wanted)
-    return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
+    text_BT = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), text_BT], dim=1)
 
 
 def _mixed(
@@ -149,6 +158,14 @@ def check_size(name: str, value: int) -> None:
     """Refuse a size below 1 with a ValueError."""
     if value < 1:
         raise ValueError(f"{name} is {value}, but must be at least 1: use a positive number")
+
+
+def begin_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer itself puts before a text; nothing for many."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+    return list(whole[: next(starts, 0)])
 
 
 def _end_token(tokenizer: "PreTrainedTokenizerBase") -> int:

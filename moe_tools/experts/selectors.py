@@ -236,15 +236,19 @@ def tune_selector(selector: Selector, scores_TR: Tensor, density: float) -> Sele
     if not 0 <= density <= 1:
         raise ValueError(f"density is {density}, but must be in [0, 1]")
     flat_TR = scores_TR.reshape(-1, scores_TR.shape[-1])[:: sample_stride(scores_TR.numel())]
-    limits = selector.limits_TR(flat_TR).double().flatten().sort().values
+    limits = selector.limits_TR(flat_TR).double().flatten()
     wanted = density * len(limits)
-    last = limits[max(0, round(wanted) - 1)]
-    fewer = int(torch.searchsorted(limits, last))
-    more = int(torch.searchsorted(limits, last, right=True))
+    last = _ranked(limits, max(1, round(wanted)))
+    fewer, more = int((limits < last).sum()), int((limits <= last).sum())
     on = fewer if wanted - fewer < more - wanted else more
-    below = float(limits[on - 1]) if on else float(limits[0]) - 1
-    above = float(limits[on]) if on < len(limits) else float(limits[-1]) + 1
+    below = _ranked(limits, on) if on else float(limits.min()) - 1
+    above = _ranked(limits, on + 1) if on < len(limits) else float(limits.max()) + 1
     return selector.at((below + above) / 2)
+
+
+def _ranked(limits: Tensor, rank: int) -> float:
+    """The limit of a rank, the lowest being 1: without sorting the others."""
+    return float(limits.kthvalue(rank).values)
 
 
 SELECTORS: Registry[type[Selector]] = Registry(

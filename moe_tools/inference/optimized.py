@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.packed_ffn import PackableFFN
+from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
 from moe_tools.hosts.kernel_refusal import refusal
+from moe_tools.hosts.linears import dtype_of
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.quantized_linear import Kind, quantize_linears
@@ -75,8 +77,10 @@ def optimize(
     within one layer of the host above the model. Parameters no longer ask for gradients;
     `state_dict` and `save` give what they gave before, unless `dtype` lost digits.
 
-    FFNs whose activation no kernel knows, whose linears are not plain, or whose router reads the
-    FFN's own rows stay as they are, with one warning that says why; a model without any other is
+    Routers that propose neurons in up to four bits keep their copies in these. FFNs whose
+    activation no kernel knows, whose linears are not plain, or whose router reads the FFN's own
+    rows (all others that do) stay as they are, with one warning that says why; a model without any
+    other is
     refused. A deep copy shares what is packed; `to` casts the rest, and refuses another device.
     torch.compile makes one graph of the model; pickle and torch.save keep it optimised.
 
@@ -109,6 +113,8 @@ def optimize(
         projections = [linear for ffn in ffns for linear in ffn.projections.linears()]
         quantize_linears(model, linears, besides=projections)
     for ffn in packable:
+        if isinstance(ffn, ExpertFFN) and isinstance(ffn.router, FewBitsRouter):
+            ffn.router.pack(_dtype(ffn))
         free_matrices(_put(model, ffn, packing.pack(ffn)), dtype)
     for routed in expert_ffns(model):
         widen_router(routed)
@@ -151,7 +157,11 @@ def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
         return "optimised already"
     if ffn.mode == "soft":
         return "every expert runs in mode soft"
-    if ffn.router.reads_rows:
+    if isinstance(ffn.router, FewBitsRouter):
+        obstacle = ffn.router.cannot_pack()
+        if obstacle is not None:
+            return obstacle
+    elif ffn.router.reads_rows:
         return f"{type(ffn.router).__name__} reads the FFN's own rows"
     return refusal(ffn.projections)
 
@@ -181,6 +191,11 @@ class _Packing:
 
     def _pack(self, weights: FFNWeights) -> PackedFFN:
         return pack(weights, dtype=self.dtype, backend=self.backend, sole=True, screen=self.screen)
+
+
+def _dtype(ffn: ExpertFFN) -> torch.dtype:
+    """Returns the dtype of the inputs."""
+    return dtype_of(ffn.projections.up) or torch.float32
 
 
 def _weights(ffn: ExpertFFN | FFN) -> FFNWeights:

@@ -7,7 +7,9 @@ from typing import Any
 
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers.base import LearnedRouter, Router, RowReader
+from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.experts.routers.firing import Int8GateRouter, SignRouter
+from moe_tools.experts.routers.gate import CATSRouter
 from moe_tools.experts.routers.low_rank import LowRankRouter
 from moe_tools.experts.routers.mlp import MLPRouter
 from moe_tools.experts.routers.neurons import OracleRouter, RepresentativeRouter
@@ -19,6 +21,8 @@ from moe_tools.registry import Registry, unknown
 
 __all__ = [
     "ROUTERS",
+    "CATSRouter",
+    "FewBitsRouter",
     "Int8GateRouter",
     "LearnedRouter",
     "LowRankRouter",
@@ -45,6 +49,8 @@ ROUTERS: Registry[type[Router]] = Registry(
         "similarity": SimilarityRouter,
         "representative": RepresentativeRouter,
         "mean_gate": MeanGateRouter,
+        "few_bits": FewBitsRouter,
+        "cats": CATSRouter,
         "sign": SignRouter,
         "int8_gate": Int8GateRouter,
         "oracle": OracleRouter,

@@ -1,284 +1,267 @@
-"""Neuron predictors without training, against slow loops and against the neurons themselves."""
+"""Few bits propose, exact rows compute: against slow twins, in every family, from disk."""
 
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import replace
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
-from moe_tools.experts.division import Division
-from moe_tools.experts.experts import ExpertFFN
-from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers import Int8GateRouter, Router, SignRouter
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
+from moe_tools.experts.conversion import Conversion, attach_experts
+from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
+from moe_tools.experts.routers import CATSRouter, FewBitsRouter
 from moe_tools.experts.selectors import Threshold
 from moe_tools.experts.swapped import swap_activations
-from moe_tools.hosts.ffn import FFN, Layout
-from moe_tools.hosts.firing import firing_rows
-from tests.families import NEURONS, SIZES, UNEVEN, build
+from moe_tools.hosts.ffn import find_ffns
+from moe_tools.kernels.few_bits import copy_rows, store_rows
+from moe_tools.steps.quantize import quantize
+from tests.families import FAMILIES, NEURONS, build, logits, same
 
-KINDS: dict[str, type[Router]] = {"sign": SignRouter, "int8_gate": Int8GateRouter}
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_family = pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "t5-gated"])
-property_test = settings(deadline=None, max_examples=40, derandomize=True, database=None)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+some_families = pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "t5-gated"])
+NO_TEXT = torch.empty(0, 8, dtype=torch.long)
 
 
-def attached(kind: str, family: str, size: int = 1, shared: int = 0) -> ExpertFFN:
-    conversion = Conversion("donor", size, kind, {"kind": "threshold"}, shared_experts=shared)
+def few_bits(size: int = 1, tau: float = 0.0, **options: Any) -> Conversion:
+    selector = {"kind": "threshold", "tau": tau}
+    return Conversion("donor", size, "few_bits", selector, router_options=options)
+
+
+def attached(family: str, size: int = 1, **options: Any) -> ExpertFFN:
+    torch.manual_seed(0)
+    return attach_experts(build(family), few_bits(size, **options))[0]
+
+
+def router_of(ffn: ExpertFFN) -> FewBitsRouter:
+    assert isinstance(ffn.router, FewBitsRouter)
+    return ffn.router
+
+
+def inputs(ffn: ExpertFFN, tokens: int = 5) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(tokens, ffn.projections.size[1])
+
+
+def proposed(ffn: ExpertFFN, x_TD: Tensor, copied: Any) -> Tensor:
+    """|act(g~) u~| ||w_down||, neuron by neuron, token by token."""
+    weights = ffn.weights()
+    out = torch.empty(len(x_TD), NEURONS)
+    for f in range(NEURONS):
+        rows = [
+            copied(rows_FD[f : f + 1]).values_FD()[0] @ x_TD.T + (0 if bias is None else bias[f])
+            for rows_FD, bias, _ in weights.inputs
+        ]
+        h_T = ffn.projections.act(rows[0]) * (rows[1] if len(rows) > 1 else 1)
+        out[:, f] = h_T.abs() * weights.down_FD[f].norm()
+    return out
+
+
+@some_families
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scores_are_what_few_bits_say_of_each_neuron(family: str, bits: int) -> None:
+    ffn = attached(family, bits=bits)
+    x_TD = inputs(ffn)
+    expected = proposed(ffn, x_TD, lambda row: copy_rows(row, bits))
+    assert torch.allclose(ffn.router(x_TD), expected, rtol=1e-4, atol=1e-6)
+
+
+@some_families
+@pytest.mark.parametrize(("of", "bits"), [(8, 4), (4, 2)])
+def test_planes_propose_with_the_high_bits_of_what_is_stored(
+    family: str, of: int, bits: int
+) -> None:
+    model = build(family)
+    quantize(model, of, NO_TEXT)
+    ffn = attach_experts(model, few_bits(bits=bits, of=of))[0]
+    x_TD = inputs(ffn)
+    expected = proposed(ffn, x_TD, lambda row: store_rows(row, of).high_bits(bits))
+    assert torch.allclose(ffn.router(x_TD), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", [8, 4])
+def test_planes_of_weights_that_are_stored_otherwise_are_refused(of: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"not stored in {of} bits.*put `quantize: {{bits: {of}}}"
+    ):
+        attached("llama", bits=2, of=of)
+
+
+@every_family
+def test_every_neuron_on_is_the_dense_model(family: str) -> None:
+    model = build(family)
+    dense = logits(model)
+    attach_experts(model, few_bits(tau=-1.0))
+    assert same(family, logits(model), dense)
+
+
+@every_family
+def test_a_folder_decides_as_before(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    ffns = attach_experts(model, few_bits(bits=3))
+    for ffn in ffns:
+        router_of(ffn).moment_D.copy_(torch.rand(ffn.projections.size[1]))
+        ffn.selector = Threshold(0.01)
+    before = logits(model)
+    save(model, tmp_path / "converted")
+    again = load(str(tmp_path / "converted"), dtype=torch.float32)
+    assert torch.equal(logits(again), before)
+    masks = [ffn.route(inputs(ffn)).mask_TE for ffn in expert_ffns(again)]
+    assert any(mask.any() and not mask.all() for mask in masks)
+
+
+def test_experts_score_the_root_of_their_energy() -> None:
+    single, grouped = attached("llama"), attached("llama", size=8)
+    x_TD = inputs(single)
+    expected = single.router(x_TD).unflatten(-1, (-1, 8)).square().sum(-1).sqrt()
+    assert torch.allclose(grouped.router(x_TD), expected)
+
+
+def test_copies_follow_the_weights() -> None:
+    """Changed in place, replaced, trained: what proposes is never a copy of other weights."""
+    ffn = attached("mistral").eval()
+    x_TD = inputs(ffn)
+    first = ffn.router(x_TD)
+    assert torch.equal(ffn.router(x_TD), first)
+    up = ffn.projections.up
+    with torch.no_grad():
+        up.get_parameter("weight").mul_(2)
+    assert torch.allclose(ffn.router(x_TD), 2 * first, rtol=1e-2)
+    up.weight = torch.nn.Parameter(up.get_parameter("weight") / 2)
+    assert torch.allclose(ffn.router(x_TD), first)
+    ffn.train()
+    up.weight.data.mul_(2)  # as DeepSpeed writes: no version counts it
+    assert torch.allclose(ffn.router(x_TD), 2 * first, rtol=1e-2)
+    up.weight.data.mul_(2)
+    assert torch.allclose(ffn.router(x_TD), 4 * first, rtol=1e-2)
+    ffn.eval()
+    assert torch.allclose(ffn.router(x_TD), 4 * first, rtol=1e-2)
+
+
+def test_norms_stay_those_from_before() -> None:
+    ffn = attached("llama").eval()
+    x_TD = inputs(ffn)
+    before = ffn.router(x_TD)
+    with torch.no_grad():
+        ffn.down.get_parameter("weight").zero_()
+    assert torch.equal(ffn.router(x_TD), before)
+
+
+def test_a_copy_of_the_model_makes_its_own_copies() -> None:
+    ffn = attached("mistral").eval()
+    x_TD = inputs(ffn)
+    before = ffn.router(x_TD)
+    other = copy.deepcopy(ffn)
+    with torch.no_grad():
+        other.projections.up.get_parameter("weight").mul_(2)
+    assert torch.equal(ffn.router(x_TD), before)
+    assert torch.allclose(other.router(x_TD), 2 * before)
+    assert torch.equal(pickle.loads(pickle.dumps(ffn)).router(x_TD), before)
+
+
+def test_inputs_can_be_rounded_and_left_out() -> None:
+    ffn = attached("llama", bits=8)
+    x_TD = inputs(ffn)
+    whole = ffn.router(x_TD)
+    rounded = attached("llama", bits=8, x_bits=8).router(x_TD)
+    assert torch.allclose(rounded, whole, rtol=0.1, atol=1e-3) and not torch.equal(rounded, whole)
+    kept = x_TD.abs().topk(8, dim=-1).indices
+    half = torch.zeros_like(x_TD).scatter(-1, kept, x_TD.gather(-1, kept))
+    assert torch.equal(attached("llama", bits=8, inputs=0.5).router(x_TD), ffn.router(half))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bits": 5}, "bits is 5, but must be 2, 3, 4 or 8"),
+        ({"of": 3}, "of is 3, but weights are stored in 8 or 4 bits, or null"),
+        ({"bits": 4, "of": 4}, "the high 4 of 4 bits save nothing"),
+        ({"x_bits": 4}, "x_bits is 4, but must be 8 or null"),
+        ({"inputs": 0.0}, "inputs is 0.0, but must be a share"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        attached("llama", **options)
+
+
+def test_no_gradient_reaches_the_copies() -> None:
+    ffn = attached("llama")
+    x_TD = inputs(ffn).requires_grad_()
+    assert not ffn.router(x_TD).requires_grad
+    ffn(x_TD).sum().backward()
+    assert x_TD.grad is not None
+
+
+def test_what_scoring_takes() -> None:
+    width = attached("llama").projections.size[1]
+    rows = 2 * NEURONS * width
+    cost = router_of(attached("llama", bits=4)).scoring()
+    assert (cost.bits, cost.few_bit_ops) == (4.5 * rows + 16 * NEURONS, 2 * rows)
+    assert (cost.flops, cost.known_bits, cost.known_flops) == (0, 0, 0)
+    assert router_of(attached("llama", inputs=0.5)).scoring().bits == 2.25 * rows + 16 * NEURONS
+    model = build("llama")
+    quantize(model, 8, NO_TEXT)
+    planes = router_of(attach_experts(model, few_bits(bits=4, of=8))[0]).scoring(8)
+    assert planes.known_bits == 4.5 * 2 * width
+    plain = router_of(attached("gpt2")).scoring()
+    assert plain.few_bit_ops == 2 * NEURONS * attached("gpt2").projections.size[1]
+
+
+# --- cats
+
+
+def cats(family: str, size: int = 1) -> ExpertFFN:
+    conversion = Conversion("donor", size, "cats", {"kind": "threshold", "tau": 0.1})
     return attach_experts(build(family), conversion)[0]
 
 
-def relu_ffn(rows_FD: Tensor, bias_F: Tensor | None) -> FFN:
-    """A plain FFN with such rows."""
-    up = nn.Linear(*reversed(rows_FD.shape), bias=bias_F is not None)
-    with torch.no_grad():
-        up.weight.copy_(rows_FD)
-        if bias_F is not None:
-            up.bias.copy_(bias_F)
-    parts = {"up": up, "act": nn.ReLU(), "down": nn.Linear(*rows_FD.shape)}
-    return FFN("ffn", nn.ModuleDict(parts), Layout("up", "down", "act"))
+@some_families
+def test_cats_scores_the_gate_alone(family: str) -> None:
+    ffn = cats(family)
+    x_TD, weights = inputs(ffn), ffn.weights()
+    rows_FD, bias_F, _ = weights.inputs[0]
+    z_TF = torch.nn.functional.linear(x_TD, rows_FD, bias_F)
+    assert torch.allclose(ffn.router(x_TD), ffn.projections.act(z_TF).abs(), atol=1e-6)
 
 
-def predictor(kind: str, rows_FD: Tensor, bias_F: Tensor | None = None) -> Router:
-    ffn = relu_ffn(rows_FD, bias_F)
-    importance = Importance(Division(len(rows_FD), len(rows_FD)), 0, ffn.weights().down_FD)
-    return KINDS[kind].build(ffn, importance)
+@some_families
+def test_cats_knows_the_gate_of_what_it_chooses(family: str) -> None:
+    ffn = cats(family)
+    router = ffn.router
+    assert isinstance(router, CATSRouter)
+    width = ffn.projections.size[1]
+    cost = router.scoring(8)
+    assert (cost.flops, cost.bits) == (2 * NEURONS * width, 8.5 * NEURONS * width)
+    assert (cost.known_flops, cost.known_bits) == (2 * width, 8.5 * width)
 
 
-@st.composite
-def products(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x_TD, rows_FD and maybe a bias_F, of any size and scale, some exactly zero."""
-    tokens, width, neurons = (draw(st.integers(low, 12)) for low in (0, 1, 1))
-    torch.manual_seed(draw(st.integers(0, 999)))
-    x_TD = torch.randn(tokens, width) * 10.0 ** draw(st.integers(-4, 4))
-    rows_FD = torch.randn(neurons, width) * 10.0 ** torch.randint(-4, 4, (neurons, 1))
-    if draw(st.booleans()):
-        x_TD, rows_FD = x_TD.round(), rows_FD.round()
-    return x_TD, rows_FD, torch.randn(neurons).round() if draw(st.booleans()) else None
+def test_cats_refuses_a_gate_that_is_joined() -> None:
+    model = build("llama")
+    swap_activations(model, Conversion("donor", activation={"kind": "drelu"}))
+    with pytest.raises(ValueError, match=r"DReLU joins gate and up.*use router few_bits"):
+        attach_experts(model, Conversion("donor", 1, "cats", {"kind": "threshold", "tau": 0.1}))
 
 
-# --- when a neuron fires
+def test_the_dense_model_is_a_setting_away() -> None:
+    model = build("llama")
+    dense = logits(model)
+    for ffn in attach_experts(model, few_bits()):
+        ffn.selector = Threshold(1e9)
+    assert not torch.allclose(logits(model), dense)
+    with every_expert_on(model):
+        assert torch.equal(logits(model), dense)
+    assert not find_or_none(model)
 
 
-SWAPS: list[dict[str, Any]] = [
-    {"kind": "relu"},
-    {"kind": "fatrelu", "theta": 0.3},
-    {"kind": "shifted_relu", "shift": 0.2},
-    {"kind": "drelu"},
-]
-
-
-def swapped(kind: str, family: str, activation: dict[str, Any]) -> ExpertFFN:
-    model = build(family)
-    swap_activations(model, Conversion("donor", activation=activation))
-    conversion = read_conversion(model)
-    assert conversion is not None
-    routed = {"expert_size": 1, "router": kind, "selector": {"kind": "threshold"}}
-    return attach_experts(model, replace(conversion, **routed))[0]
-
-
-GATED = ("llama", "phi3", "t5-gated")
-PAIRS = [
-    pytest.param(family, spec, id=f"{family}-{spec['kind']}")
-    for family in (*GATED, "gpt2", "opt")
-    for spec in SWAPS
-    if spec["kind"] != "drelu" or family in GATED
-]
-
-
-@pytest.mark.parametrize(("family", "activation"), PAIRS)
-@torch.no_grad()
-def test_a_neuron_fires_where_its_rows_say(family: str, activation: dict[str, Any]) -> None:
-    projections = swapped("sign", family, activation).projections
-    x_TD = torch.randn(50, 16)
-    fires_TF = torch.ones(50, NEURONS, dtype=torch.bool)
-    for rows_FD, bias_F, threshold in firing_rows(projections):
-        fires_TF &= nn.functional.linear(x_TD, rows_FD, bias_F) > threshold
-    assert torch.equal(projections.hidden_TF(x_TD) != 0, fires_TF)
-
-
-@torch.no_grad()
-def test_int8_misses_nothing_above_a_threshold() -> None:
-    ffn = swapped("int8_gate", "llama", {"kind": "fatrelu", "theta": 0.3})
-    x_TD = torch.randn(200, 16)
-    fires_TF = ffn.projections.hidden_TF(x_TD) != 0
-    scores_TF = ffn.router(x_TD)
-    assert (Threshold(0.0)(scores_TF) >= fires_TF).all()
-    assert (Threshold(0.5)(scores_TF) == fires_TF).double().mean() > 0.97
-
-
-# --- sign
-
-
-@given(products(), st.sampled_from([1.0, 1.03, 1.1, 1.5]))
-@property_test
-@torch.no_grad()
-def test_sign_is_the_rule_of_sparseinfer(
-    case: tuple[Tensor, Tensor, Tensor | None], alpha: float
-) -> None:
-    x_TD, rows_FD, bias_F = case
-    mask_TF = Threshold(1 / (1 + alpha) - 1e-6)(predictor("sign", *case[1:])(x_TD))
-    assert mask_TF.shape == (len(x_TD), len(rows_FD))
-    for token, x in enumerate(x_TD.tolist()):
-        for neuron, row in enumerate(rows_FD.tolist()):
-            pairs = list(zip(x, row, strict=True))
-            if bias_F is not None:
-                pairs.append((1.0, bias_F[neuron].item()))
-            negative = sum((one < 0) != (other < 0) for one, other in pairs)
-            off = negative > alpha * (len(pairs) - negative)
-            assert mask_TF[token, neuron].item() != off
-
-
-def test_sign_scores_are_shares() -> None:
-    scores_TF = predictor("sign", torch.tensor([[1.0, -2.0, 3.0, 0.0]]))(
-        torch.tensor([[1.0, 1.0, 1.0, 1.0], [-1.0, 9.0, -1.0, -1.0], [0.0, 0.0, -0.0, 0.0]])
-    )
-    assert scores_TF.tolist() == [[0.75], [0.0], [0.75]]
-
-
-@pytest.mark.parametrize("width", [16, 32, 33])
-def test_sign_counts_words(width: int) -> None:
-    words = 2 if width == 33 else 1
-    assert predictor("sign", torch.randn(10, width)).flops() == 4 * 10 * words
-
-
-# --- int8
-
-
-def by_hand(values: list[float]) -> tuple[list[int], float]:
-    scale = max(abs(value) for value in values) / 127
-    return [round(value / scale) for value in values], scale
-
-
-@torch.no_grad()
-def test_int8_by_hand() -> None:
-    x_TD, rows_FD, bias_F = torch.randn(4, 9), torch.randn(5, 9), torch.randn(5)
-    scores_TF = predictor("int8_gate", rows_FD, bias_F)(x_TD)
-    for token, x in enumerate(x_TD.tolist()):
-        q_x, s_x = by_hand(x)
-        for neuron, row in enumerate(rows_FD.tolist()):
-            q_w, s_w = by_hand(row)
-            estimate = s_x * s_w * sum(a * b for a, b in zip(q_x, q_w, strict=True))
-            estimate += bias_F[neuron].item()
-            bound = (s_x * s_w * sum(map(abs, q_w)) + s_w * sum(map(abs, x))) / 2
-            expected = max(0.0, (estimate + bound) / (2 * bound))
-            # the bound is widened for rounding, by 13 / 2^15
-            assert scores_TF[token, neuron].item() == pytest.approx(expected, rel=1e-3, abs=1e-3)
-
-
-@given(products())
-@property_test
-@torch.no_grad()
-def test_int8_misses_no_neuron_that_fires(case: tuple[Tensor, Tensor, Tensor | None]) -> None:
-    """Recall is exact at tau 0, and a score of more than 1 is certain, too."""
-    x_TD, rows_FD, bias_F = case
-    router = predictor("int8_gate", rows_FD, bias_F)
-    scores_TF = router(x_TD)
-    assert torch.isfinite(scores_TF).all()
-    fires_TF = router.projections.hidden_TF(x_TD) > 0
-    exact_TF = x_TD.double() @ rows_FD.double().T + (0 if bias_F is None else bias_F.double())
-    for truth_TF in (fires_TF, exact_TF > 0):
-        assert Threshold(0.0)(scores_TF)[truth_TF].all()
-        assert truth_TF[scores_TF > 1.001].all()
-
-
-@pytest.mark.parametrize("width", [64, 1024, 4096])
-@torch.no_grad()
-def test_int8_misses_none_at_the_edge(width: int) -> None:
-    """Rows that are moved until their pre-activations nearly vanish: all within the margin."""
-    torch.manual_seed(0)
-    x_TD, rows_FD = torch.randn(8, width), torch.randn(64, width)
-    for x_D in x_TD:
-        edge_FD = rows_FD - (rows_FD @ x_D / x_D.square().sum())[:, None] * x_D
-        router = predictor("int8_gate", edge_FD)
-        assert Threshold(0.0)(router(x_D[None])).all()
-        bias_F = torch.full((64,), -0.1 * width)  # far from the edge, they are off for certain
-        assert not Threshold(0.0)(predictor("int8_gate", edge_FD, bias_F)(x_D[None])).any()
-
-
-@torch.no_grad()
-def test_the_margin_is_a_matter_of_tau() -> None:
-    """From no margin to all of it: fewer misses, more neurons."""
-    x_TD, rows_FD = torch.randn(500, 64), torch.randn(200, 64)
-    router = predictor("int8_gate", rows_FD)
-    scores_TF, fires_TF = router(x_TD), x_TD @ rows_FD.T > 0
-    on, missed = [], []
-    for tau in (0.5, 0.45, 0.25, 0.0):
-        mask_TF = Threshold(tau)(scores_TF)
-        on.append(mask_TF.double().mean().item())
-        missed.append((fires_TF & ~mask_TF).double().mean().item())
-    assert on == sorted(on) and missed == sorted(missed, reverse=True)
-    assert 0 < missed[0] < 0.01 and missed[-1] == 0
-    assert on[0] == pytest.approx(0.5, abs=0.02) and on[-1] < 0.6
-
-
-# --- both
-
-
-@every_kind
-@every_family
-@torch.no_grad()
-def test_any_ffn_can_be_scored(kind: str, family: str) -> None:
-    """Whatever its activation; estimates of neurons that fire under ReLU are higher."""
-    ffn = attached(kind, family)
-    x_TD = torch.randn(200, 16)
-    scores_TF = ffn.router(x_TD)
-    assert scores_TF.shape == (200, NEURONS) and not list(ffn.router.parameters())
-    ((rows_FD, bias_F, _),) = firing_rows(ffn.projections)
-    fires_TF = nn.functional.linear(x_TD, rows_FD, bias_F) > 0
-    right = (Threshold(0.5)(scores_TF) == fires_TF).double().mean()
-    assert right > (0.7 if kind == "sign" else 0.97)
-
-
-@every_kind
-@torch.no_grad()
-def test_an_expert_is_its_best_neuron(kind: str) -> None:
-    torch.manual_seed(0)
-    ffn = attached(kind, "opt", UNEVEN, shared=1)
-    torch.manual_seed(0)
-    single = attached(kind, "opt")
-    x_TD = torch.randn(9, 16)
-    parts = single.router(x_TD).split(SIZES[UNEVEN], -1)[1:]
-    assert torch.equal(ffn.router(x_TD), torch.stack([part.amax(-1) for part in parts], -1))
-
-
-@every_kind
-@torch.no_grad()
-def test_a_neuron_with_two_conditions_has_to_meet_both(kind: str) -> None:
-    """As of h = max(0, gate x) max(0, up x)."""
-    single = swapped(kind, "llama", {"kind": "relu"}).router
-    router = swapped(kind, "llama", {"kind": "drelu"}).router
-    x_TD = torch.randn(30, 16)
-    gate, up = firing_rows(router.projections)
-    expected_TF = torch.minimum(router.score_TF(x_TD, gate), router.score_TF(x_TD, up))
-    assert torch.equal(router(x_TD), expected_TF)
-    assert router.flops() == 2 * single.flops()
-
-
-@every_kind
-def test_they_read_the_hosts_rows_and_keep_none(kind: str) -> None:
-    ffn = attached(kind, "opt")
-    assert not ffn.router.state_dict()
-    twin, x_TD = copy.deepcopy(ffn), torch.randn(9, 16)
-    before_TR = ffn.router(x_TD)
-    assert not before_TR.requires_grad
-    with torch.no_grad():
-        ffn.weights().up_FD.neg_()
-    assert not torch.equal(ffn.router(x_TD), before_TR)
-    assert torch.equal(twin.router(x_TD), before_TR)
-
-
-@every_kind
-def test_they_take_no_options(kind: str) -> None:
-    conversion = Conversion(
-        "donor", 1, kind, {"kind": "threshold"}, router_options={"alpha": math.e}
-    )
-    with pytest.raises(ValueError, match=rf"^router {kind} with {{'alpha': 2.7.*'alpha'"):
-        attach_experts(build("opt"), conversion)
+def find_or_none(model: Any) -> bool:
+    """Whether dense FFNs are left."""
+    try:
+        return bool(find_ffns(model))
+    except ValueError:
+        return False

@@ -1,0 +1,241 @@
+"""Proposes single neurons from copies of their rows in few bits; the exact rows then compute.
+
+The score of a neuron is how far it is expected to move the output, |h~| ||w_down||, where h~ is the
+host's own formula on rows of two to eight bits: the product of gate and up decides, and few bits
+know it (Prox, arXiv 2607.27591, with one norm more). Nothing is trained. The copies are made from
+the weights whenever these change, and never stored; norms and the inputs' second moments are, for
+they belong to the weights from before any `refit` or training.
+
+Letters: T tokens, D model width, F neurons, R experts that are routed, K inputs that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_tools.experts.importance import Importance
+from moe_tools.experts.routers.base import Router, RowReader, Scoring, Start, Starter
+from moe_tools.hosts.ffn import FFN
+from moe_tools.hosts.linears import tensors_of
+from moe_tools.hosts.projections import hidden_TF
+from moe_tools.kernels.few_bits import (
+    CopyBits,
+    FewBits,
+    StoredBits,
+    bits_each,
+    copy_rows,
+    group_int8,
+    store_rows,
+)
+from moe_tools.kernels.packed_bits import PackedBits, cannot_pack
+
+OFF_GRID = 0.15
+"""Steps of the grid, root mean square: bf16 moves stored weights by 0.05, others lie 0.29 off."""
+
+Product = Callable[[Tensor], Tensor]
+"""From x_TD to its products with all rows of one matrix, (T, F)."""
+Products = tuple[Product, Product | None]
+"""With the up rows and, where there is a gate, the gate rows, as the few bits have them."""
+
+
+class FewBitsRouter(RowReader):
+    """|h~| ||w_down|| of single neurons; of larger experts the root of the sum of squares.
+
+    Scores have no gradient. In training the copies are made again in every pass: weights may be
+    changed behind PyTorch's back there (DeepSpeed writes to `.data`).
+    """
+
+    norm_F: Tensor
+    moment_D: Tensor
+
+    def __init__(
+        self,
+        ffn: FFN,
+        importance: Importance,
+        bits: int = 4,
+        of: int | None = None,
+        x_bits: int | None = None,
+        inputs: float = 1.0,
+    ) -> None:
+        """Proposes with rows of `bits` bits.
+
+        Args:
+            ffn: the FFN.
+            importance: its experts.
+            bits: 2, 3, 4 or 8.
+            of: 8 or 4: the copies are the high bits of weights that `quantize` stored in so many,
+                and the exact pass reads their low bits alone; None: copies beside the weights.
+            x_bits: 8: the input is rounded, too, as integer products need it; None: it is not.
+            inputs: share of a token's inputs that the proposal reads, the largest ones.
+
+        Raises:
+            ValueError: bits that cannot be, a share outside (0, 1], or weights that lie on no grid
+                of `of` bits.
+        """
+        super().__init__(ffn, importance)
+        _check(bits, of, x_bits, inputs)
+        self.bits, self.of, self.x_bits, self.inputs = bits, of, x_bits, inputs
+        self.register_buffer("norm_F", importance.down_FD.detach().float().norm(dim=1))
+        self.register_buffer(
+            "moment_D", importance.down_FD.new_ones(ffn.width, dtype=torch.float32)
+        )
+        self._made: tuple[object, Products] | None = None
+        self._packed: Products | None = None
+        if of is not None:
+            _check_stored(ffn, cast(StoredBits, of))
+
+    @classmethod
+    def starter(cls, start: Start, sparsity: float) -> Callable[[Importance], Starter] | None:
+        """Calibration text gives the inputs' second moments, however other kinds start."""
+        return Moments
+
+    @torch.no_grad()
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """scores_TR, 0 or more, in fp32."""
+        h_TF = self.proposed_TF(x_TD)
+        energy_TF = (h_TF.float() * self.norm_F.float()).square()
+        return self.division.sum_TE(energy_TF)[..., self.shared :].sqrt()
+
+    def proposed_TF(self, x_TD: Tensor) -> Tensor:
+        """h~_TF, in the dtype of x."""
+        if self.x_bits is not None:
+            x_TD = group_int8(x_TD)
+        if self.inputs < 1:
+            x_TD = _largest(x_TD, self.inputs)
+        projections = self.projections
+        weights = projections.weights()
+        up, gate = self._packed or self._products(x_TD.dtype)
+        up_TF = _plus(up(x_TD), weights.up_F)
+        if gate is None:
+            return hidden_TF(projections.act, up_TF)
+        return hidden_TF(projections.act, up_TF, _plus(gate(x_TD), weights.gate_F))
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Takes the copies once for inputs of a dtype: the FFN's own rows can then be freed."""
+        up, gate = self._copies()
+        self._packed = PackedBits(up, dtype), None if gate is None else PackedBits(gate, dtype)
+
+    def cannot_pack(self) -> str | None:
+        """Why `pack` cannot be called; None: it can."""
+        return cannot_pack(self._copies()[0])
+
+    def few_bits(self, rows_FD: Tensor) -> FewBits:
+        """The copy of some rows: of their own, or the high bits of what is stored."""
+        if self.of is None:
+            return copy_rows(rows_FD, cast(CopyBits, self.bits), self.moment_D)
+        return store_rows(rows_FD, cast(StoredBits, self.of)).high_bits(self.bits)
+
+    def scoring(self, weight_bits: int | None = None) -> Scoring:
+        """The copies of the rows; of stored rows their high bits, which are then known."""
+        neurons, row = self.division.neurons, self.projections.weights().row_numbers
+        each = bits_each(self.bits)
+        return Scoring(
+            flops=0.0,
+            bits=neurons * (row * self.inputs * each + 16),  # 16: the norm
+            few_bit_ops=2 * neurons * row * self.inputs,
+            known_bits=0.0 if self.of is None else row * each,
+        )
+
+    def flops(self) -> int:
+        """None in floating point: see `scoring`."""
+        return 0
+
+    def train(self, mode: bool = True) -> FewBitsRouter:
+        """Forgets the copies, too: training changes what they are made of."""
+        self._made = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of this router makes its own copies of the rows."""
+        return {**self.__dict__, "_made": None}
+
+    def _products(self, dtype: torch.dtype) -> Products:
+        """Made once for weights that stay as they are."""
+        if self.training:
+            return self._unpacked(dtype)
+        state = (dtype, self._state())
+        if self._made is None or self._made[0] != state:
+            self._made = (state, self._unpacked(dtype))
+        return self._made[1]
+
+    def _unpacked(self, dtype: torch.dtype) -> Products:
+        up, gate = self._copies()
+        return _plain(up, dtype), None if gate is None else _plain(gate, dtype)
+
+    def _copies(self) -> tuple[FewBits, FewBits | None]:
+        weights = self.projections.computed()
+        gate_FD = weights.gate_FD
+        return self.few_bits(weights.up_FD), None if gate_FD is None else self.few_bits(gate_FD)
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Tells whether a weight, or an adapter of it, is another one or was changed in place."""
+        found = [self.moment_D]
+        for linear in self.projections.linears():
+            found += [*tensors_of(linear), *linear.parameters()]
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in found]
+
+
+class Moments(Starter):
+    """The second moments of an FFN's inputs, which say where the error of a weight counts."""
+
+    def __init__(self, importance: Importance) -> None:
+        self.sum_D = importance.down_FD.new_zeros(importance.down_FD.shape[1], dtype=torch.float32)
+        self.tokens = 0
+
+    def add(self, x_TD: Tensor, h_TF: Tensor) -> None:
+        """Sums x^2 over the tokens of a batch."""
+        self.sum_D += x_TD.float().square().sum(0)
+        self.tokens += len(x_TD)
+
+    def apply(self, router: Router) -> None:
+        """Gives them to the router."""
+        assert isinstance(router, FewBitsRouter)
+        router.moment_D.copy_(self.sum_D / self.tokens)
+
+
+def _check(bits: int, of: int | None, x_bits: int | None, inputs: float) -> None:
+    if bits not in (2, 3, 4, 8):
+        raise ValueError(f"few_bits: bits is {bits!r}, but must be 2, 3, 4 or 8")
+    if of not in (None, 4, 8):
+        raise ValueError(f"few_bits: of is {of!r}, but weights are stored in 8 or 4 bits, or null")
+    if of is not None and bits >= of:
+        raise ValueError(f"few_bits: the high {bits} of {of} bits save nothing: fewer bits, please")
+    if x_bits not in (None, 8):
+        raise ValueError(f"few_bits: x_bits is {x_bits!r}, but must be 8 or null")
+    if not 0 < inputs <= 1:
+        raise ValueError(f"few_bits: inputs is {inputs!r}, but must be a share in (0, 1]")
+
+
+def _check_stored(ffn: FFN, bits: StoredBits) -> None:
+    """Whether an FFN's rows lie on a grid of so many bits; shapes without numbers do."""
+    for rows_FD, _, _ in ffn.weights().inputs:
+        if rows_FD.is_meta:
+            return
+        stored = store_rows(rows_FD, bits)
+        step_FD = stored.scale_FG.float().repeat_interleave(32, 1)[:, : rows_FD.shape[1]]
+        missed = ((rows_FD.float() - stored.values_FD()) / step_FD).square().mean().sqrt()
+        if missed > OFF_GRID:
+            raise ValueError(
+                f"{ffn.name} is not stored in {bits} bits, whose high bits few_bits should read: "
+                f"put `quantize: {{bits: {bits}}}` before it, or leave `of` out"
+            )
+
+
+def _largest(x_TD: Tensor, share: float) -> Tensor:
+    """x with the share of the largest numbers of each token, and 0 elsewhere."""
+    kept = max(1, round(share * x_TD.shape[-1]))
+    index_TK = x_TD.abs().topk(kept, dim=-1).indices
+    return torch.zeros_like(x_TD).scatter(-1, index_TK, x_TD.gather(-1, index_TK))
+
+
+def _plain(few: FewBits, dtype: torch.dtype) -> Product:
+    rows_FD = few.values_FD(dtype)
+    return lambda x_TD: nn.functional.linear(x_TD, rows_FD)
+
+
+def _plus(values_TF: Tensor, bias_F: Tensor | None) -> Tensor:
+    return values_TF if bias_F is None else values_TF + bias_F.to(values_TF.dtype)
