@@ -80,8 +80,8 @@ def optimize(
     Routers that propose neurons in up to four bits keep their copies in these. FFNs whose
     activation no kernel knows, whose linears are not plain, or whose router reads the FFN's own
     rows (all others that do) stay as they are, with one warning that says why; a model without any
-    other is
-    refused. A deep copy shares what is packed; `to` casts the rest, and refuses another device.
+    other is refused. A deep copy shares what is packed; `to` casts the rest, and refuses another
+    device.
     torch.compile makes one graph of the model; pickle and torch.save keep it optimised.
 
     Args:
