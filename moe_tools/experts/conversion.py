@@ -67,7 +67,8 @@ class Conversion:
     thresholds: dict[str, Any] | None = None
     """Which inputs of which linears are dropped (`threshold`); None: none."""
     constants: bool = False
-    """Every FFN adds a bias, and a constant for each expert that is off (`refit`)."""
+    """Every FFN adds a bias, and a constant for each expert of more than one neuron that is off
+    (`refit`)."""
     prompt_share: float | None = None
     """Share of the neurons that go on after the prompt (`select`); None: all of them."""
     format: int = FORMAT
@@ -120,7 +121,8 @@ class Conversion:
 
     def unrouted(self) -> Conversion:
         """The conversion without its routers: activations and split stay, every expert runs."""
-        return replace(self, router=None, selector=None, router_options={}, selector_of={})
+        routed = replace(self, router_options={}, selector_of={}, constants=False)
+        return replace(routed, router=None, selector=None)
 
     def check_names(self, ffns: Sequence[FFN]) -> None:
         """Whether every FFN that has settings of its own is there.
@@ -301,4 +303,6 @@ def _expert_ffn(ffn: FFN, conversion: Conversion, empty: bool) -> ExpertFFN:
     module = ExpertFFN(ffn, division, router.to(device), selector, conversion.mode, shared)
     if conversion.when_off == "mean":
         module.off_F = torch.zeros(neurons, dtype=dtype_of(up) or torch.float32, device=device)
+    if conversion.constants:
+        module.add_constants()
     return module
