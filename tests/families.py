@@ -347,7 +347,7 @@ def host_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def is_router(key: str) -> bool:
     """Whether a tensor is one that moe-tools adds to the host's."""
-    return ".router." in key or key.endswith("off_F")
+    return ".router." in key or key.endswith((".off_F", ".bias_D", ".off_RD"))
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

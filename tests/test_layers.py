@@ -27,7 +27,9 @@ WITHOUT_TORCH = [
     "moe_tools.recipe.files",
     "moe_tools.report.report",
 ]
-VERBS = {f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "fit", "budget")}
+VERBS = {
+    f"moe_tools.steps.{verb}" for verb in ("swap", "split", "attach", "fit", "budget", "refit")
+}
 
 
 def find_modules() -> dict[str, Path]:

@@ -67,7 +67,8 @@ class Conversion:
     thresholds: dict[str, Any] | None = None
     """Which inputs of which linears are dropped (`threshold`); None: none."""
     constants: bool = False
-    """Every FFN adds a bias, and a constant for each expert that is off (`refit`)."""
+    """Every FFN adds a bias, and a constant for each expert of more than one neuron that is off
+    (`refit`)."""
     prompt_share: float | None = None
     """Share of the neurons that go on after the prompt (`select`); None: all of them."""
     format: int = FORMAT
@@ -124,12 +125,16 @@ class Conversion:
         return cls(**{**block, "format": FORMAT})
 
     def unrouted(self) -> Conversion:
-        """The conversion without its routers, nor selection by the prompt: every neuron runs.
-
-        Activations and split stay.
-        """
-        dense = replace(self, router=None, selector=None, router_options={}, selector_of={})
-        return replace(dense, prompt_share=None)
+        """The conversion of a model in which every neuron runs: activations and split stay."""
+        return replace(
+            self,
+            router=None,
+            selector=None,
+            router_options={},
+            selector_of={},
+            constants=False,
+            prompt_share=None,
+        )
 
     def check_names(self, ffns: Sequence[FFN]) -> None:
         """Whether every FFN that has settings of its own is there.
@@ -329,4 +334,6 @@ def _expert_ffn(ffn: FFN, conversion: Conversion, empty: bool) -> ExpertFFN:
     module = ExpertFFN(ffn, division, router.to(device), selector, conversion.mode, shared)
     if conversion.when_off == "mean":
         module.off_F = torch.zeros(neurons, dtype=dtype_of(up) or torch.float32, device=device)
+    if conversion.constants:
+        module.add_constants()
     return module

@@ -19,6 +19,7 @@ from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers import Router, RowReader
 from moe_tools.experts.selectors import Everything, Selector
 from moe_tools.hosts.ffn import FFN
+from moe_tools.hosts.linears import device_of, dtype_of
 
 Mode = Literal["soft", "straight", "hard"]
 """How scores G switch experts.
@@ -83,7 +84,8 @@ class Routing(NamedTuple):
 class ExpertFFN(PackableFFN):
     """An FFN whose neurons run only when their expert is selected.
 
-    With every expert on, in hard mode, the output equals the dense FFN's exactly.
+    With every expert on, in hard mode, the output equals exactly that of the dense FFN with these
+    weights, but for `bias_D`.
     """
 
     done = "routed"
@@ -109,6 +111,12 @@ class ExpertFFN(PackableFFN):
         self.off_F: Tensor | None
         """What a neuron of an expert that is off contributes to h; None means zero."""
         self.register_buffer("off_F", None)
+        self.bias_D: Tensor | None
+        """Added to y for every token; None: nothing."""
+        self.register_buffer("bias_D", None)
+        self.off_RD: Tensor | None
+        """What each routed expert that is off adds to y; None: nothing."""
+        self.register_buffer("off_RD", None)
         self.observers: list[Callable[[Routing], None]] = []
         """Each is shown every decision."""
         self.interventions: list[Callable[[Tensor], Tensor]] = []
@@ -123,15 +131,17 @@ class ExpertFFN(PackableFFN):
             ValueError: an optimised FFN in training, or in mode soft.
         """
         if self.layout.masked:
-            return self.down(self.switch(x_TD, self.route(self.entered())))
+            routing = self.route(self.entered())
+            return self.complete_TD(self.down(self.switch(x_TD, routing)), routing)
         routing = self.route(x_TD)
         if self.packed is None:
             projections = self.projections
-            return projections.project_TD(self.switch(projections.hidden_TF(x_TD), routing))
+            y_TD = projections.project_TD(self.switch(projections.hidden_TF(x_TD), routing))
+            return self.complete_TD(y_TD, routing)
         if self.training or self.mode == "soft":
             state = "in training" if self.training else "in mode soft"
             raise ValueError(f"{self.name} is optimised and cannot run {state}: load it again")
-        return self.packed(x_TD, routing.mask_TE)
+        return self.complete_TD(self.packed(x_TD, routing.mask_TE), routing)
 
     def route(self, x_TD: Tensor) -> Routing:
         """Scores and mask, as interventions leave it, shown to the observers."""
@@ -159,11 +169,40 @@ class ExpertFFN(PackableFFN):
             return h_TF * weight_TF
         return self.off_F.to(h_TF.dtype).lerp(h_TF, weight_TF)
 
+    def complete_TD(self, y_TD: Tensor, routing: Routing) -> Tensor:
+        """y_TD of the neurons with the constants that `refit` found, if any."""
+        if self.bias_D is None:
+            return y_TD
+        constant_TD = self.bias_D
+        if self.off_RD is not None:
+            constant_TD = constant_TD + self.off_TR(routing).to(self.off_RD.dtype) @ self.off_RD
+        return y_TD + constant_TD.to(y_TD.dtype)
+
+    def off_TR(self, routing: Routing) -> Tensor:
+        """How far each routed expert is off: 1 or 0, or in mode soft 1 - its score."""
+        return 1 - self._weight_TE(routing)[..., self.shared :]
+
+    def add_constants(self) -> None:
+        """Makes room for `bias_D`, and for `off_RD` where an expert is more than one neuron.
+
+        For single neurons it would be as large as the down projection. All are 0, which changes no
+        output.
+        """
+        up, width = self.projections.up, self.projections.size[1]
+        like = torch.zeros(width, dtype=dtype_of(up) or torch.float32, device=device_of(up))
+        self.bias_D = like
+        if not self.division.of_neurons:
+            self.off_RD = like.new_zeros(self.division.num_experts - self.shared, width)
+
     def _weight_TE(self, routing: Routing) -> Tensor:
-        scores_TE = routing.scores_TE
-        if self.mode == "soft":
-            return scores_TE
-        return scores_TE + (routing.mask_TE.to(scores_TE.dtype) - scores_TE).detach()
+        scores_TE, mask_TE = routing.scores_TE, routing.mask_TE.to(routing.scores_TE.dtype)
+        match self.mode:
+            case "soft":
+                return scores_TE
+            case "straight":
+                return scores_TE + (mask_TE - scores_TE).detach()
+            case "hard":
+                return mask_TE
 
     def importance(self) -> Importance:
         """Its experts, and what their neurons are worth."""

@@ -10,9 +10,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from moe_tools.checkpoint.loading import load, load_tokenizer
+from moe_tools.checkpoint.loading import load, load_tokenizer, read_config
 from moe_tools.checkpoint.saving import save
-from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
+from moe_tools.experts.conversion import (
+    Conversion,
+    read_block,
+    read_conversion,
+    write_conversion,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +26,11 @@ def export_dense(source: str, output: Path) -> None:
     """Writes a plain Hugging Face folder: every neuron runs, for every token.
 
     Raises:
-        ValueError: an activation that no stock class computes: as a dense folder, it would be
-            another model.
+        ValueError: an activation that no stock class computes, or constants that none adds: as a
+            dense folder, it would be another model.
     """
     model = load(source, routed=False)
+    _check_constants(source)
     conversion = read_conversion(model)
     if conversion is not None:
         write_conversion(model, _dense(conversion, source))
@@ -35,6 +41,15 @@ def export_dense(source: str, output: Path) -> None:
     except ValueError:
         tokenizer = None
     save(model, output, tokenizer)
+
+
+def _check_constants(source: str) -> None:
+    block = None if Path(source).suffix == ".gguf" else read_block(read_config(source))
+    if block is not None and block.constants:
+        raise ValueError(
+            f"{source} was refitted to the masks of its routers, with constants that no stock "
+            "class adds: export the folder from before `refit`, or refit with `constants: false`"
+        )
 
 
 def _dense(conversion: Conversion, source: str) -> Conversion | None:

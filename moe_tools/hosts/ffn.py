@@ -191,7 +191,7 @@ class GraftedFFN(nn.Module, ABC):
         return {ours: host for pairs in names for ours, host in pairs.items()}
 
     def added(self) -> list[str]:
-        """Names of the tensors that it has beside those of the host: its router's, `off_F`."""
+        """Names of the tensors that it has beside those of the host: its router's, constants."""
         theirs = set(self._names.values())
         names: dict[str, Tensor] = {}
         self._save_to_state_dict(names, "", True)  # its own alone: a host's linears may repack

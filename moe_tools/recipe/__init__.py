@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_tools.steps.attach import Attach
     from moe_tools.steps.budget import Budget
     from moe_tools.steps.fit import Fit
+    from moe_tools.steps.refit import Refit
     from moe_tools.steps.schedules import Stage, Weight
     from moe_tools.steps.split import Split
     from moe_tools.steps.step import Step
@@ -37,6 +38,7 @@ __all__ = [
     "Fit",
     "Lora",
     "Recipe",
+    "Refit",
     "Split",
     "Stage",
     "Step",
@@ -60,6 +62,7 @@ _HOME = {
     "Fit": "moe_tools.steps.fit",
     "Lora": "moe_tools.training.lora",
     "Recipe": "moe_tools.recipe.recipe",
+    "Refit": "moe_tools.steps.refit",
     "Split": "moe_tools.steps.split",
     "Stage": "moe_tools.steps.schedules",
     "Step": "moe_tools.steps.step",

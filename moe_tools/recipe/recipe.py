@@ -13,6 +13,7 @@ from moe_tools.steps.attach import Attach
 from moe_tools.steps.budget import Budget
 from moe_tools.steps.fit import Fit
 from moe_tools.steps.quantize import Quantize
+from moe_tools.steps.refit import Refit
 from moe_tools.steps.select import Select
 from moe_tools.steps.split import Split
 from moe_tools.steps.step import Step
@@ -23,7 +24,7 @@ STEPS: Registry[type[Step]] = Registry(
     "step",
     {
         kind.verb: kind
-        for kind in (Swap, Quantize, Split, Attach, Fit, Budget, Train, Select)
+        for kind in (Swap, Quantize, Split, Attach, Fit, Budget, Refit, Train, Select)
     },
 )
 """Verb in YAML -> its class. A new step is its file and a word here."""

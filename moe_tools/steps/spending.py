@@ -53,6 +53,8 @@ def error_curves(
             mask_TF = _neuron_mask(ffn, mask_TR)
             off[ffn.name][step] += int((~mask_TF).sum())
             lost_TD = _lost_TF(ffn, h_TF, mask_TF) @ down_FD
+            if ffn.off_RD is not None:
+                lost_TD -= (~mask_TR).float() @ ffn.off_RD.float()
             lost[ffn.name][step] += float(lost_TD.square().sum())
 
     visit_activations(model, blocks_BT, visit, title="measure errors")

@@ -59,8 +59,13 @@ def _sources(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> dict[str, nn.
         path: host for path, host in model.named_modules() if isinstance(host, HostExperts)
     }
     inside = tuple(f"{path}." for path in hosts)
-    alone = {ffn.name: ffn.down for ffn in ffns if not ffn.name.startswith(inside)}
+    alone = {ffn.name: _last(ffn) for ffn in ffns if not ffn.name.startswith(inside)}
     return alone | hosts
+
+
+def _last(ffn: ExpertFFN | FFN) -> nn.Module:
+    """What gives the FFN's output: constants come after the down projection."""
+    return ffn if isinstance(ffn, ExpertFFN) and ffn.bias_D is not None else ffn.down
 
 
 def _named(tensors: dict[str, Tensor], name: str) -> Callable[..., None]:

@@ -235,6 +235,7 @@ def test_a_gguf_file_of_something_else(tmp_path: Path) -> None:
         ({"expert_size": 7}, r"layers.0.mlp.router.bias is \(6,\), expected \(7,\)"),
         ({"expert_size": 12}, r"layers.0.mlp.router.bias is \(6,\), expected \(4,\)"),
         ({"when_off": "mean"}, "lacks the router tensors model.layers.0.mlp.off_F"),
+        ({"constants": True}, "lacks the router tensors model.layers.0.mlp.bias_D, .*mlp.off_RD"),
     ],
     ids=[
         "newer",
@@ -246,6 +247,7 @@ def test_a_gguf_file_of_something_else(tmp_path: Path) -> None:
         "uneven",
         "size",
         "when_off",
+        "constants",
     ],
 )
 def test_a_wrong_block(folder: Path, changes: dict[str, Any], message: str) -> None:

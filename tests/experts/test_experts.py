@@ -98,7 +98,74 @@ def test_all_experts_on_are_dense_in_every_mode(mode: str, conversion: Conversio
     assert torch.equal(logits(model), logits(donor))
 
 
-@every_off
+CONSTANTS = replace(THRESHOLD, constants=True)
+
+
+def make_constants(family: str = "llama", conversion: Conversion = CONSTANTS) -> ExpertFFN:
+    """The same with random constants."""
+    ffn = make(family, conversion)
+    for constant in (ffn.bias_D, ffn.off_RD):
+        if constant is not None:
+            constant.normal_()
+    return ffn
+
+
+@every_kind
+@every_mode
+@every_size
+@torch.no_grad()
+def test_constants_are_added_for_what_is_off(family: str, mode: str, size: int) -> None:
+    changes = {"mode": mode, "shared_experts": 1, "expert_size": size}
+    ffn = make_constants(family, replace(CONSTANTS, **changes))
+    x_TD = torch.randn(3, 7, 16)
+    y_TD, routing = ffn(x_TD), ffn.route(x_TD)
+    on_TR = (routing.scores_TE if mode == "soft" else routing.mask_TE.float())[..., 1:]
+    assert 0 < on_TR.mean() < 1
+    expected = y_TD - ffn.bias_D
+    for expert, constant_D in enumerate(ffn.off_RD):
+        expected = expected - (1 - on_TR[..., expert, None]) * constant_D
+    ffn.bias_D = None
+    torch.testing.assert_close(ffn(x_TD), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_single_neurons_have_a_bias_alone() -> None:
+    ffn = make_constants(conversion=replace(CONSTANTS, expert_size=1))
+    assert ffn.off_RD is None and ffn.bias_D.shape == (16,)
+    x_TD = torch.randn(9, 16)
+    with_bias = ffn(x_TD)
+    ffn.bias_D.zero_()
+    assert (with_bias - ffn(x_TD)).abs().max() > 0.1
+
+
+def test_constants_of_zero_change_no_bit() -> None:
+    model, ffns = routed(build("llama"), CONSTANTS)
+    randomize(model)
+    expected = logits(model)
+    for ffn in ffns:
+        ffn.bias_D = ffn.off_RD = None
+    assert torch.equal(logits(model), expected)
+
+
+def test_routers_learn_through_constants_as_through_neurons() -> None:
+    """d y / d G_e = E_e(x) - what the expert adds when it is off."""
+    ffn = make_constants(conversion=replace(CONSTANTS, mode="straight"))
+    x_TD, direction_TD = torch.randn(9, 16), torch.randn(9, 16)
+
+    def slopes_TE() -> Tensor:
+        routing = ffn.route(x_TD)
+        scores_TE = routing.scores_TE.detach().requires_grad_()
+        routing = routing._replace(scores_TE=scores_TE)
+        y_TD = ffn.projections.project_TD(ffn.switch(ffn.hidden(x_TD), routing))
+        y_TD = ffn.complete_TD(y_TD, routing)
+        return torch.autograd.grad((y_TD * direction_TD).sum(), scores_TE)[0]
+
+    with_constants_TE, constants_RD = slopes_TE(), ffn.off_RD
+    ffn.bias_D = ffn.off_RD = None
+    difference_TE = slopes_TE() - with_constants_TE
+    torch.testing.assert_close(difference_TE, direction_TD @ constants_RD.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("conversion", [THRESHOLD, MEAN, CONSTANTS], ids=["zero", "mean", "const"])
 def test_straight_is_hard_forwards(conversion: Conversion) -> None:
     ffn = make("llama", conversion)
     x_TD = torch.randn(9, 16)

@@ -93,6 +93,17 @@ def test_an_activation_of_ours_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_constants_are_refused(tmp_path: Path) -> None:
+    model = build("llama")
+    attach_experts(model, replace(THRESHOLD, constants=True))
+    save(model, tmp_path / "refitted")
+    with pytest.raises(
+        ValueError, match=r"was refitted to the masks .* with constants that no sto"
+    ):
+        export(tmp_path / "refitted", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_there_stays_and_an_unknown_format_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

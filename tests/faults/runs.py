@@ -31,6 +31,7 @@ steps:
   - train: {mode: straight, tokens: 768, target_sparsity: 0.4, checkpoint_every: 2, lr: 1.0e-3}
   - train: {mode: hard, tokens: 512, accumulate: 2, checkpoint_every: 1, lora: {rank: 2}}
   - budget: {target_sparsity: 0.5, spend: error, tokens: 256}
+  - refit: {tokens: 512}
 """
 SAMPLES = """
 name: samples
@@ -50,6 +51,7 @@ steps:
   - split: {expert_size: 8, by: marks, shared_experts: 1, tokens: 256}
   - attach: {router: norm, selector: {kind: dynamic_k, tau: 0.9}, tokens: 256}
   - fit: {tokens: 512, epochs: 2, batch_size: 64}
+  - refit: {constants: false, tokens: 512}
 """
 PAIR = """
 name: pair

@@ -18,6 +18,7 @@ from moe_tools.recipe import (
     Attach,
     Lora,
     Recipe,
+    Refit,
     Split,
     Stage,
     Swap,
@@ -110,6 +111,11 @@ STEPS = st.one_of(
         start=st.sampled_from(["regression", "open"]),
         start_sparsity=st.floats(0, 1, exclude_min=True, exclude_max=True),
         when_off=st.sampled_from(["zero", "mean"]),
+    ),
+    st.builds(
+        Refit,
+        ridge=st.floats(0, exclude_min=True, allow_infinity=False),
+        constants=st.booleans(),
     ),
     st.builds(
         Train,

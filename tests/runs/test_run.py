@@ -34,6 +34,7 @@ from moe_tools.recipe import (
     Budget,
     Fit,
     Recipe,
+    Refit,
     Split,
     Step,
     Swap,
@@ -632,6 +633,8 @@ MISTAKES: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
     ),
     "fit before attach": (with_steps(Split(), Fit()), "fit needs routers: put `attach` before it"),
     "budget before attach": (with_steps(Split(), Budget(0.5)), "budget needs routers: put `att"),
+    "refit before attach": (with_steps(Split(), Refit()), "refit needs routers: put `attach` bef"),
+    "refit twice": (with_steps(Split(), Attach(), Refit(), Refit()), "the model has been refitted"),
     "no split": (with_steps(Attach()), "attach needs experts: put `split` before it"),
     "no attach": (with_steps(Split(), HARD), "train mode hard does not fit a dense model"),
     "dense after attach": (

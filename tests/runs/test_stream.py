@@ -15,7 +15,8 @@ from transformers import set_seed
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Swap, Train
+from moe_tools.experts.experts import expert_ffns
+from moe_tools.recipe import Attach, Budget, Fit, Recipe, Refit, Split, Swap, Train
 from moe_tools.runs import stream as streaming
 from moe_tools.runs.stream import Streamed, check_streams, is_large
 from moe_tools.steps.step import Step, Work
@@ -27,6 +28,7 @@ SEED = 3
 WEIGHTS = Split(8, method="kmeans", by="weights")
 ACTIVATIONS = Split(8, shared_experts=1)
 RELU = Swap({"kind": "relu"})
+HALF = {"kind": "topk", "share": 0.5}
 NORM = Attach("norm", selector={"kind": "topk", "k": 2})
 
 
@@ -120,7 +122,9 @@ def test_weights_alone(name: str, donors: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if not n.startswith("t5")])
 def test_with_activations(name: str, donors: Path, tmp_path: Path) -> None:
-    assert_same(Chain(donors / name, tmp_path), ACTIVATIONS, Attach())
+    steps = (ACTIVATIONS, Attach(start_sparsity=0.3), Refit())
+    out = assert_same(Chain(donors / name, tmp_path), *steps)
+    assert all(ffn.bias_D is not None for ffn in expert_ffns(load(out)))
 
 
 CHAINS: dict[str, tuple[Step, ...]] = {
@@ -131,6 +135,8 @@ CHAINS: dict[str, tuple[Step, ...]] = {
     "predictors of neurons": (RELU, Split(1), Attach("low_rank"), Fit(epochs=1, batch_size=16)),
     "representatives": (Split(8, by="marks"), Attach("representative", when_off="mean")),
     "a graph": (Split(8, method="coactivation"), Attach("mlp")),
+    "down projections without constants": (WEIGHTS, NORM, Refit(constants=False)),
+    "down projections of neurons": (Split(1), Attach("oracle", selector=HALF), Refit()),
     "no text at all": (Split(8, method="contiguous"), Attach("mean_gate")),
 }
 
@@ -141,7 +147,7 @@ def test_every_kind_of_step(chain: str, donors: Path, tmp_path: Path) -> None:
 
 
 def test_in_bf16(donors: Path, tmp_path: Path) -> None:
-    assert_same(Chain(donors / "llama", tmp_path, torch.bfloat16), ACTIVATIONS, Attach())
+    assert_same(Chain(donors / "llama", tmp_path, torch.bfloat16), ACTIVATIONS, Attach(), Refit())
 
 
 @pytest.mark.parametrize("step", [NORM, replace(ACTIVATIONS, shared_experts=0)])

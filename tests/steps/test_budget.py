@@ -26,6 +26,7 @@ from moe_tools.experts.routing import record_routing
 from moe_tools.experts.selectors import tune_selector
 from moe_tools.recipe import Budget
 from moe_tools.steps.budget import budget
+from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.spending import CURVE_POINTS, Point, error_curves, spend_by_error
 from tests.families import EXPERT_SIZE, NEURONS, UNEVEN, build, per_neuron
 
@@ -177,6 +178,27 @@ def test_errors_go_from_nothing_to_all_that_can_be_off(when_off: str) -> None:
         ffn.selector = replace(ffn.selector, tau=1e9)
         lost = (ffn(x_TD) - bias - dense_TD).square().sum() / dense_TD.square().sum()
         assert found[-1] == pytest.approx(lost.item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_errors_count_the_constants_of_what_is_off() -> None:
+    """They make up for all of it, and nothing is lost: a token is as good as its mean."""
+    model, block_BT = attached(), text(1, 2)[:, :1].expand(8, 8)
+    curves = error_curves(model, expert_ffns(model), block_BT)
+    seen: list[Tensor] = []
+    visit_activations(model, block_BT, lambda _, __, h_TF: seen.append(h_TF[0]))
+    for ffn, h_F in zip(expert_ffns(model), seen[: len(expert_ffns(model))], strict=True):
+        ffn.add_constants()
+        pieces = zip(
+            h_F.split(ffn.division.sizes),
+            ffn.weights().down_FD.split(ffn.division.sizes),
+            strict=True,
+        )
+        ffn.off_RD.copy_(torch.stack([h_N @ down_ND for h_N, down_ND in pieces]))
+    constant = error_curves(model, expert_ffns(model), block_BT)
+    for name, points in curves.items():
+        assert points[-1].error > 0.5
+        assert max(point.error for point in constant[name]) < 1e-9
 
 
 def test_more_than_what_is_routed_cannot_be_off() -> None:

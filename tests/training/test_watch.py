@@ -47,6 +47,19 @@ def test_what_is_seen_fits_together(family: str, sparse: bool) -> None:
         assert pre_TF.shape == h_TF.shape
 
 
+@every_family
+def test_outputs_come_with_the_constants_of_a_refit(family: str) -> None:
+    model = model_of(family, sparse=True)
+    for ffn in expert_ffns(model):
+        ffn.add_constants()
+        ffn.bias_D.fill_(7.0)
+    with watch_ffns(model, KINDS) as seen:
+        logits(model)
+    if family not in MOE:
+        for ffn, h_TF in zip(expert_ffns(model), seen.hidden, strict=True):
+            assert torch.equal(ffn.projections.down(h_TF) + 7.0, seen.outputs[ffn.name])
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @every_family
 def test_only_what_was_asked_is_kept(family: str, kind: Any) -> None:
