@@ -78,6 +78,8 @@ class Conversion:
             raise ValueError(f"expert_size is a number of neurons, not {self.expert_size!r}")
         if self.router is not None and self.expert_size is None:
             raise ValueError(f"router {self.router} needs experts: expert_size is missing")
+        if self.weight_bits not in (None, 4, 8):
+            raise ValueError(f"weight_bits is 4, 8 or null, not {self.weight_bits!r}")
         for kind, value, known in (("mode", self.mode, Mode), ("when_off", self.when_off, Off)):
             if value not in get_args(known):
                 raise unknown(kind, str(value), get_args(known))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moe_tools.steps.attach import Attach
     from moe_tools.steps.budget import Budget
     from moe_tools.steps.fit import Fit
+    from moe_tools.steps.quantize import Quantize
     from moe_tools.steps.refit import Refit
     from moe_tools.steps.schedules import Stage, Weight
     from moe_tools.steps.split import Split
@@ -37,6 +38,7 @@ __all__ = [
     "Budget",
     "Fit",
     "Lora",
+    "Quantize",
     "Recipe",
     "Refit",
     "Split",
@@ -61,6 +63,7 @@ _HOME = {
     "Budget": "moe_tools.steps.budget",
     "Fit": "moe_tools.steps.fit",
     "Lora": "moe_tools.training.lora",
+    "Quantize": "moe_tools.steps.quantize",
     "Recipe": "moe_tools.recipe.recipe",
     "Refit": "moe_tools.steps.refit",
     "Split": "moe_tools.steps.split",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import conversion_so_far, read_conversion, write_conversion
 from moe_tools.experts.experts import ExpertFFN, Mode
 from moe_tools.experts.selectors import Selector
+from moe_tools.kernels.few_bits import StoredBits, store_rows
 from moe_tools.steps.calibrate import check_routed, visit_activations
 from moe_tools.steps.rules import at_least, require
 from moe_tools.steps.step import Step, Work
@@ -37,7 +38,8 @@ class Refit(Step):
     Each FFN's is solved alone, to give the dense FFN's output on the dense model's input from what
     the masks leave of its neurons. Put it after `attach` and `budget`: it is for the masks of that
     moment, and with other masks, or with every expert on, the model is no longer the donor. A
-    router that scores with the down projection itself (`oracle`) goes on with the new one.
+    router that scores with the down projection itself (`oracle`) goes on with the new one. What
+    `quantize` stored in few bits is solved for, then rounded to as many again.
 
     ```yaml
     - attach: {router: oracle, selector: {kind: threshold}}
@@ -130,11 +132,6 @@ def _refittable(model: nn.Module) -> list[ExpertFFN]:
             "refit: the model has been refitted, and its down projections no longer give the dense "
             "output: refit once, on the folder from before"
         )
-    if block is not None and block.weight_bits is not None:
-        raise ValueError(
-            f"refit: the weights lie on a grid of {block.weight_bits} bits, which a solution "
-            "leaves: put `refit` before `quantize`"
-        )
     if block is not None and block.thresholds is not None:
         raise ValueError(
             "refit: it solves for the masks of routers, and the model has thresholds as well: put "
@@ -168,7 +165,9 @@ def _sums(
         _features(ffn, step) * (_features(ffn, step) + ffn.found.width) for ffn in ffns
     )
     fit = max(1, SUM_BYTES // bytes_each)
-    sums = [_Sums(ffn, step) for ffn in ffns[first : first + fit]]
+    block = read_conversion(model)
+    bits = None if block is None else block.weight_bits
+    sums = [_Sums(ffn, step, bits) for ffn in ffns[first : first + fit]]
 
     def visit(index: int, x_TD: Tensor, h_TF: Tensor) -> None:
         if 0 <= index - first < len(sums):
@@ -220,10 +219,12 @@ class _Sums:
     is 0 to the last bit, and the ridge pulls towards no change.
     """
 
-    def __init__(self, ffn: ExpertFFN, step: Refit) -> None:
+    def __init__(self, ffn: ExpertFFN, step: Refit, bits: int | None) -> None:
         features, down_FD = _features(ffn, step), ffn.weights().down_FD
         self.ffn = ffn
         self.constants = step.constants
+        self.bits = bits
+        """Of the grid on which the weights lie; None: on none."""
         self.gram_KK = down_FD.new_zeros(features, features, dtype=torch.float64)
         self.lost_KD = down_FD.new_zeros(features, down_FD.shape[1], dtype=torch.float64)
         self.lost = self.dense = 0.0
@@ -256,7 +257,10 @@ class _Sums:
         down_FD = self.ffn.weights().down_FD
         change_KD = self._change_KD(ridge * (float(self._squares_F().mean()) or 1.0))
         neurons = self.ffn.division.neurons
-        new_FD = (down_FD.double() + change_KD[:neurons]).to(down_FD.dtype)
+        new_FD = down_FD.double() + change_KD[:neurons]
+        if self.bits is not None:
+            new_FD = store_rows(new_FD, cast(StoredBits, self.bits)).values_FD()
+        new_FD = new_FD.to(down_FD.dtype)
         new_CD = change_KD[neurons:].to(down_FD.dtype)
         change_KD = torch.cat([new_FD.double() - down_FD.double(), new_CD.double()])  # as rounded
         after = self.lost + float((change_KD * (self.gram_KK @ change_KD - 2 * self.lost_KD)).sum())

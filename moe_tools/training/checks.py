@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import is_classifier
 from moe_tools.data.limits import continues_text
-from moe_tools.experts.conversion import check_unselected
+from moe_tools.experts.conversion import check_unselected, read_block
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
@@ -40,6 +40,7 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
             "those; `split`, `attach`, `fit` and `budget` work on every family"
         )
     check_unselected(model)
+    _check_unstored(model, step)
     routed = bool(expert_ffns(model))
     for name in step.losses:
         loss = LOSSES[name]
@@ -64,6 +65,16 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         _check_plain(model)
     if step.parts == "routers" and step.mode not in ("soft", "straight"):
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
+
+
+def _check_unstored(model: PreTrainedModel, step: Train) -> None:
+    """Whether a step leaves weights where they are that lie on a grid of few bits."""
+    block = read_block(model.config)
+    if block is not None and block.weight_bits is not None and step.parts != "routers":
+        raise ValueError(
+            f"train would move weights that `quantize` stored in {block.weight_bits} bits: put "
+            "`train` before it, or train routers alone (parts: routers)"
+        )
 
 
 def _check_plain(model: nn.Module) -> None:

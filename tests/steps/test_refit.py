@@ -29,6 +29,7 @@ from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.selectors import Threshold
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.inference.optimized import optimize
+from moe_tools.kernels.few_bits import StoredBits, store_rows
 from moe_tools.recipe import Refit
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.refit import refit
@@ -379,22 +380,31 @@ def test_a_second_refit_is_refused() -> None:
     assert torch.equal(logits(model), exact)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weight_bits": 8}, "a grid of 8 bits, which a solution leaves: put `refit` before `quan"),
-        ({"thresholds": {"h": 0.5}}, "has thresholds as well: put `refit` before `threshold`"),
-    ],
-)
-def test_what_was_done_to_the_weights_or_masks_otherwise_is_refused(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_thresholds_are_refused() -> None:
     model = Case().model()
     conversion = read_conversion(model)
     assert conversion is not None
-    write_conversion(model, replace(conversion, **changes))
-    with pytest.raises(ValueError, match=message):
+    write_conversion(model, replace(conversion, thresholds={"h": 0.5}))
+    with pytest.raises(ValueError, match="has thresholds as well: put `refit` before `threshold`"):
         Refit().rehearse(model, "donor")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_stored_weights_are_stored_again(bits: StoredBits) -> None:
+    model = Case().model()
+    with torch.no_grad():
+        for ffn in expert_ffns(model):
+            for rows_FD in ffn.found.views().matrices():
+                rows_FD.copy_(store_rows(rows_FD, bits).values_FD())
+    conversion = read_conversion(model)
+    assert conversion is not None
+    write_conversion(model, replace(conversion, weight_bits=bits))
+    before = [ffn.weights().down_FD.clone() for ffn in expert_ffns(model)]
+    refit(model, Refit(), text())
+    for ffn, old_FD in zip(expert_ffns(model), before, strict=True):
+        down_FD = ffn.weights().down_FD
+        assert torch.allclose(store_rows(down_FD, bits).values_FD(), down_FD, atol=1e-6)
+        assert not torch.equal(down_FD, old_FD)
 
 
 def test_quantised_weights_are_refused() -> None:
