@@ -17,6 +17,15 @@ INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # the stubs lack i
 QUANTIZED = (torch.int8, INT4)
 
 
+def bits_each(bits: int | None) -> float:
+    """Bits of memory that one weight takes, its part of a group's bf16 scale included.
+
+    Args:
+        bits: 8 or fewer, in groups of 32; None: bf16, which has no scale.
+    """
+    return 16.0 if bits is None else bits + 16 / GROUP
+
+
 def quantize_rows(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (int8 rows, fp32 scale_F): row * scale is nearest to the weight, at most 127."""
     weight_FD = weight_FD.float()
