@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_tools.cli.options import add_model_options, not_negative, positive
 
@@ -14,8 +17,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moe_tools.inference.prompt_ffn import PromptFFN
     from moe_tools.inference.quantized_linear import Kind
 
+NOT_PACKED = (
+    "after the prompt a smaller dense FFN runs, which --optimize does not pack: leave --optimize "
+    "out, or the selection by the prompt"
+)
 SUMMARY = "continue a prompt and say how sparse that was"
 
 
@@ -33,6 +41,8 @@ class Request:
     packed_dtype: str | None = None
     linears: Kind | None = None
     screen: float | None = None
+    select: Literal["prompt"] | None = None
+    share: float | None = None
     dtype: str = "auto"
     device: str = "auto"
 
@@ -61,17 +71,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --optimize, of ReLU and its kin: an int8 copy of the gate goes first; 4 is a "
         "safe margin, inf misses nothing",
     )
+    parser.add_argument(
+        "--select",
+        choices=("prompt",),
+        help="of a dense model: after the prompt, only the neurons that mattered there run "
+        "(GRIFFIN)",
+    )
+    parser.add_argument(
+        "--share", type=float, metavar="S", help="of the neurons, with --select; default: 0.5"
+    )
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks the options that need `--optimize`, and generates."""
+    """Checks the options that need another one, and generates."""
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to continue")
     for option in ("packed_dtype", "linears", "screen"):
         if getattr(args, option) is not None and not args.optimize:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is of the sparse kernels: add --optimize")
+    if args.share is not None and args.select is None:
+        raise ValueError("--share is of the neurons that a prompt selects: add --select prompt")
+    if args.select is not None and args.optimize:
+        raise ValueError(NOT_PACKED)
     generate(Request(**vars(args)))
     return 0
 
@@ -80,31 +103,67 @@ def generate(request: Request) -> None:
     """Streams the text to standard output, then its figures to standard error.
 
     Raises:
-        ValueError: a model that cannot be loaded, optimised or continue this prompt.
+        ValueError: a model that cannot be loaded, optimised or continue this prompt, or whose
+            neurons the prompt cannot select.
     """
-    from moe_tools.checkpoint.loading import load, load_tokenizer
-    from moe_tools.cli.common import PACKED, pick_dtype, quiet_transformers, use_device
-    from moe_tools.inference.optimized import optimize
-    from moe_tools.measure.neurons import count_neurons, sparsity
+    from moe_tools.checkpoint.loading import load, load_tokenizer, prompt_share
+    from moe_tools.cli.common import pick_dtype, quiet_transformers, use_device
 
     device = use_device(request.device)
     dtype = pick_dtype(request.dtype, device)
     with quiet_transformers():
         tokenizer = load_tokenizer(request.folder)
-        model = load(request.folder, dtype=dtype, device=device)
+        anew = request.select is not None and prompt_share(request.folder) is not None
+        model = load(request.folder, dtype=dtype, device=device, routed=not anew)
         prompt = _encode(request, model, tokenizer)
         _check_ends(request.folder, model)
-        with count_neurons(model) as counts:
-            if request.optimize:  # not before: a dense model that is optimised shows no FFNs
-                packed = PACKED[request.packed_dtype] if request.packed_dtype else None
-                optimize(model, dtype=packed, screen=request.screen, linears=request.linears)
+        with _counted(request, model) as share_off:
             began = time.perf_counter()
             tokens = _stream(request, model, tokenizer, prompt)
             seconds = time.perf_counter() - began
-    off = f"FFN sparsity {sparsity(counts):.1%}" if counts[0].routed else "dense"
+            off = share_off()
     kind = f"{str(dtype).removeprefix('torch.')} on {device}"
     figures = f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s ({kind})"
-    print(f"{figures}; {off}, prompt included", file=sys.stderr)
+    print(f"{figures}; {off}", file=sys.stderr)
+
+
+@contextmanager
+def _counted(request: Request, model: PreTrainedModel) -> Iterator[Callable[[], str]]:
+    """Lets a model run as is asked for; yields what says how many neurons did, in words."""
+    from moe_tools.cli.common import PACKED
+    from moe_tools.inference.optimized import optimize
+    from moe_tools.inference.prompt import select_by_prompt
+    from moe_tools.inference.prompt_ffn import prompt_ffns
+    from moe_tools.measure.neurons import count_neurons, sparsity
+
+    if request.select is not None or prompt_ffns(model):
+        if request.optimize:
+            raise ValueError(NOT_PACKED)
+        installed = nullcontext(prompt_ffns(model))
+        share = 0.5 if request.share is None else request.share
+        selected = select_by_prompt(model, share) if request.select else installed
+        with selected as ffns:
+            yield partial(_after_prompt, ffns)
+        return
+    with count_neurons(model) as counts:
+        if request.optimize:  # not before: a dense model that is optimised shows no FFNs
+            packed = PACKED[request.packed_dtype] if request.packed_dtype else None
+            optimize(model, dtype=packed, screen=request.screen, linears=request.linears)
+        yield (
+            lambda: (
+                f"FFN sparsity {sparsity(counts):.1%}, prompt included"
+                if counts[0].routed
+                else "dense, prompt included"
+            )
+        )
+
+
+def _after_prompt(ffns: list[PromptFFN]) -> str:
+    """Which share of the neurons ran after the prompt, in words."""
+    could = sum(ffn.could for ffn in ffns)
+    if not could:
+        return "nothing was generated on the KV cache: every neuron ran"
+    return f"{sum(ffn.ran for ffn in ffns) / could:.1%} of the neurons ran after the prompt"
 
 
 def _encode(

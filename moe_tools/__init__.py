@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_tools.experts.intervene import intervene
     from moe_tools.experts.routing import record_routing
     from moe_tools.inference.optimized import optimize
+    from moe_tools.inference.prompt import select_by_prompt
     from moe_tools.inspection import inspect
     from moe_tools.measure.evaluate import evaluate
     from moe_tools.recipe import Recipe, read_recipe
@@ -37,6 +38,7 @@ __all__ = [
     "record_routing",
     "run",
     "save",
+    "select_by_prompt",
     "unpatch_transformers",
 ]
 
@@ -52,6 +54,7 @@ _HOME = {
     "record_routing": "moe_tools.experts.routing",
     "run": "moe_tools.runs.run",
     "save": "moe_tools.checkpoint.saving",
+    "select_by_prompt": "moe_tools.inference.prompt",
 }
 
 

@@ -17,7 +17,7 @@ folder as a dense model, silently. Where the seam is, and why there:
 
 More places: `save_pretrained` writes tensors under the host's names, `ACT2FN` builds a stand-in for
 an activation that only moe-tools knows, which the loading then replaces, a model that is built from
-the config of a converted one refuses to run until it has its routers, so that no way around the
+the config of a converted one refuses to run until it has its modules, so that no way around the
 loading gives a dense model, and a config is written under a class name that no other program has
 (`class_names`), and read under its own.
 
@@ -227,15 +227,15 @@ class Patch:
         return save_pretrained
 
     def _building(self, held: Any) -> Any:
-        """Wraps the end of a model's `__init__`: one that needs routers refuses to run without."""
+        """Wraps the end of a model's `__init__`: one that lacks modules of ours refuses to run."""
         post_init = function_of(held)
 
         @functools.wraps(post_init)
         def post_init_and_guard(model: Any, *args: Any, **kwargs: Any) -> Any:
             with self._builds.outermost(model) as outermost:
                 done = post_init(model, *args, **kwargs)
-            if outermost and self.in_force and _wants_routers(model):
-                model.register_forward_pre_hook(refuse_unrouted)
+            if outermost and self.in_force and not is_complete(model):
+                model.register_forward_pre_hook(refuse_incomplete)
             return done
 
         return post_init_and_guard
@@ -287,27 +287,26 @@ def transformers_patched(on: bool) -> AbstractContextManager[None]:
     return _patch.here(on)
 
 
-def refuse_unrouted(model: Any, *_: Any) -> None:
-    """A forward pre-hook of models whose config has routers that they do not have themselves.
+def refuse_incomplete(model: Any, *_: Any) -> None:
+    """A forward pre-hook of models whose config names modules that they do not have themselves.
 
     Raises:
         ValueError: the model is dense.
     """
-    from moe_tools.experts.experts import expert_ffns
-
-    if not expert_ffns(model):
+    if not is_complete(model):
+        lacks = "routers" if model.config.moe_tools.get("router") else "selection by the prompt"
         raise ValueError(
             f"{type(model).__name__} was built from the config of a converted model, but has no "
-            f"routers: {_patch.refused or 'load its folder with from_pretrained or moe_tools.load'}"
+            f"{lacks}: {_patch.refused or 'load its folder with from_pretrained or moe_tools.load'}"
         )
     admit(model)
 
 
 def admit(model: Any) -> None:
-    """Lets a model run that has its routers now: takes `refuse_unrouted` off."""
+    """Lets a model run that has its modules now: takes `refuse_incomplete` off."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is refuse_unrouted:
+            if hook is refuse_incomplete:
                 del module._forward_pre_hooks[key]
 
 
@@ -353,6 +352,12 @@ def _is_converted(model: Any) -> bool:
     return getattr(model.config, "moe_tools", None) is not None
 
 
-def _wants_routers(model: Any) -> bool:
+def is_complete(model: Any) -> bool:
+    """Whether a model has the routers, or the selection by the prompt, that its config names."""
     block = getattr(model.config, "moe_tools", None)
-    return isinstance(block, dict) and block.get("router") is not None
+    wanted = ("router", "prompt_share")
+    if not isinstance(block, dict) or all(block.get(key) is None for key in wanted):
+        return True
+    from moe_tools.hosts.ffn import grafted_ffns
+
+    return any(ffn.done is not None for ffn in grafted_ffns(model))

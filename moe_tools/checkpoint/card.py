@@ -112,6 +112,11 @@ def _what(conversion: Conversion) -> str:
             f"A router (`{conversion.router}`) scores the experts for every token, and a selector "
             f"(`{kind}`) decides which of them run."
         )
+    if conversion.prompt_share is not None:
+        said.append(
+            "Its weights are unchanged: every neuron runs on the prompt, and after it the "
+            f"{conversion.prompt_share:.0%} that mattered there (GRIFFIN, arXiv 2404.01365)."
+        )
     return " ".join(said)
 
 
@@ -123,6 +128,11 @@ def _how_to_load(conversion: Conversion, auto: str) -> str:
         without = (
             "**Without `import moe_tools` the same folder is a dense model**: the routers are left "
             "out, every expert runs, and nothing is saved."
+        )
+    elif conversion.prompt_share is not None:
+        without = (
+            "**Without `import moe_tools` the same folder is the dense model**: every neuron runs, "
+            "and nothing is saved. Without a KV cache (`use_cache=False`), too."
         )
     elif conversion.activation is not None:
         without = "It is a dense model, and transformers loads it without moe-tools just as well."

@@ -5,6 +5,10 @@ routers, and many compute SiLU in a llama whatever activation the config names. 
 or one of another activation, says `MoeToolsLlamaForCausalLM` there: they refuse it by that name.
 transformers itself chooses by `model_type`, and loads the folder as ever.
 
+A folder that selects neurons by the prompt keeps its stock name. Its weights are the donor's, and
+any program computes the donor: slower than was asked for, but the model that the selection stands
+in for. A refusal would protect from nothing.
+
 The name is one of files alone: writing puts it in, reading takes it out, so that what looks a class
 of transformers up by its name finds it. Folders with the stock name are read for ever.
 """

@@ -67,6 +67,19 @@ def is_quantised_source(source: str) -> bool:
     return quantised_by(read_config(source)) is not None
 
 
+def prompt_share(source: str) -> float | None:
+    """The share of the neurons that a folder or hub id runs after a prompt; None: it selects none.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    if Path(source).suffix == ".gguf":
+        return None
+    with named_errors(f"cannot load {source}: "):
+        conversion = read_block(read_config(source))
+    return None if conversion is None else conversion.prompt_share
+
+
 def load_classifier(
     source: str, labels: Sequence[str], *, dtype: torch.dtype, device: str = "cpu"
 ) -> transformers.PreTrainedModel:
@@ -127,7 +140,8 @@ def load(
         source: where the model is.
         dtype: of the host's weights; None keeps the dtype they were saved in. Routers stay fp32.
         device: where to put it; `meta` reads no weights of a folder or hub id, and checks all else.
-        routed: False leaves the routers out: the dense model of the same weights.
+        routed: False leaves routers and selection by the prompt out: the dense model of the same
+            weights.
         optimize: for the sparse kernels, see `moe_tools.optimize`.
         part: the only part to read, of a folder or hub id; one without FFNs stays dense.
         trust_remote_code: lets Python code that comes with the model run.

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.checkpoint.auto import admit
+from moe_tools.checkpoint.auto import admit, is_complete
 from moe_tools.checkpoint.broken import BrokenFolder
 from moe_tools.checkpoint.stored import some, tensor_files
 from moe_tools.experts.conversion import (
@@ -33,6 +33,7 @@ from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ff
 from moe_tools.hosts.fused import fused_experts
 from moe_tools.hosts.linears import device_of
 from moe_tools.hosts.moe_host import HostExperts
+from moe_tools.inference.prompt import install
 
 Tensors = Sequence[str | Path] | Mapping[str, Tensor]
 """Weight files, or the tensors themselves."""
@@ -45,7 +46,7 @@ def rebuild(
     report: Any,
     offloaded: dict[str, Any] | None = None,
 ) -> None:
-    """Swaps activations and attaches routers as the config's block says, in place.
+    """Adds to a model what the config's block says, in place: activations, routers, selection.
 
     Args:
         model: the stock class, its weights loaded.
@@ -81,7 +82,7 @@ def rebuild(
 
 
 def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
-    """Swaps activations and attaches routers, whose tensors have no numbers, to a stock model.
+    """Swaps activations, attaches routers without numbers, or lets the prompt select neurons.
 
     Raises:
         ValueError: a block that does not fit the host.
@@ -91,20 +92,21 @@ def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
         swap_activations(model, conversion)
     if conversion.router is not None:
         attach_experts(model, conversion, empty=True)
-        admit(model)
+    if conversion.prompt_share is not None:
+        install(model, conversion.prompt_share)
+    admit(model)
 
 
 def check_rebuilt(model: nn.Module, source: str) -> None:
     """Checks that a loaded model is the one that its config describes, not its dense host.
 
     Raises:
-        ValueError: its routers or its activation are missing.
+        ValueError: its routers, its selection by the prompt or its activation are missing.
     """
     conversion = read_conversion(model)
     if conversion is None:
         return
-    unrouted = conversion.router is not None and not expert_ffns(model)
-    if unrouted or any(isinstance(module, Unswapped) for module in model.modules()):
+    if not is_complete(model) or any(isinstance(module, Unswapped) for module in model.modules()):
         raise ValueError(
             f"{source} is a converted model, but transformers loaded its dense host: the weights "
             "are a distributed checkpoint (save them as safetensors), or another library has "
@@ -131,6 +133,11 @@ def _check_places(model: nn.Module, conversion: Conversion) -> None:
     for path, fused in fused_experts(model).items():
         if any(parameter.is_meta for parameter in fused.parameters()):
             raise ValueError(f"{path}: the experts of an MoE host cannot stay on disk")
+    if conversion.prompt_share is not None:
+        raise ValueError(
+            "selection by the prompt copies the rows of FFNs, none of which can stay on disk then: "
+            "load with a device_map that puts every layer on a device"
+        )
     reads = conversion.router is not None and ROUTERS[conversion.router].reads_rows
     if reads and any(device_of(ffn.projections.up).type == "meta" for ffn in find_ffns(model)):
         raise ValueError(

@@ -80,6 +80,11 @@ class Conversion:
         for kind, value, known in (("mode", self.mode, Mode), ("when_off", self.when_off, Off)):
             if value not in get_args(known):
                 raise unknown(kind, str(value), get_args(known))
+        if self.prompt_share is not None:
+            if not 0 < self.prompt_share <= 1:
+                raise ValueError(f"prompt_share is {self.prompt_share}, but must be in (0, 1]")
+            if self.router is not None:
+                raise ValueError(f"router {self.router} and prompt_share both select: have one")
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON block."""
@@ -119,8 +124,12 @@ class Conversion:
         return cls(**{**block, "format": FORMAT})
 
     def unrouted(self) -> Conversion:
-        """The conversion without its routers: activations and split stay, every expert runs."""
-        return replace(self, router=None, selector=None, router_options={}, selector_of={})
+        """The conversion without its routers, nor selection by the prompt: every neuron runs.
+
+        Activations and split stay.
+        """
+        dense = replace(self, router=None, selector=None, router_options={}, selector_of={})
+        return replace(dense, prompt_share=None)
 
     def check_names(self, ffns: Sequence[FFN]) -> None:
         """Whether every FFN that has settings of its own is there.
@@ -174,8 +183,27 @@ def read_block(config: Any) -> Conversion | None:
 
 
 def conversion_so_far(model: nn.Module, donor: str) -> Conversion:
-    """The model's block, now with this donor; an empty one where moe-tools changed nothing yet."""
+    """The model's block, now with this donor; an empty one where moe-tools changed nothing yet.
+
+    Raises:
+        ValueError: as `check_unselected`.
+    """
+    check_unselected(model)
     return with_layouts(model, replace(read_conversion(model) or Conversion(donor), donor=donor))
+
+
+def check_unselected(model: nn.Module) -> None:
+    """Whether a model can take a step: selection by the prompt is the last one.
+
+    Raises:
+        ValueError: it selects by the prompt.
+    """
+    conversion = read_conversion(model)
+    if conversion is not None and conversion.prompt_share is not None:
+        raise ValueError(
+            f"{type(model).__name__} selects its neurons by the prompt, for inference alone: "
+            "`select` is the last step"
+        )
 
 
 def update_config(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -33,12 +33,15 @@ def valid_tokens(model: nn.Module) -> Iterator[ValidTokens]:
     computed and no device waits.
     """
     tokens = ValidTokens()
-    with hooked(tokens._hooks(model)):
+    with hooked(tokens.hooks(model)):
         yield tokens
 
 
 class ValidTokens:
-    """Knows which rows are tokens in the forward pass that runs now."""
+    """Knows which rows are tokens in the forward pass that runs now.
+
+    A copy of a model that it watches is watched by a copy of it.
+    """
 
     def __init__(self) -> None:
         self._passes: list[_Pass] = []
@@ -66,6 +69,11 @@ class ValidTokens:
             return None
         valid_T = self._all(self._chosen[host].shape[:1], x_TD.device)
         return None if valid_T is None else valid_T[self.rows_T(ffn)].view(shape)
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """(B, T) of the pass that runs now; None: nobody says it."""
+        return self._passes[-1].shape if self._passes else None
 
     def of_ids(self, ids_BT: Tensor) -> Tensor | None:
         """valid_BT of what enters the embedding; None: nobody says that any of it is padding."""
@@ -118,27 +126,31 @@ class ValidTokens:
             return None
         return valid_BT.to(device).reshape(shape)
 
-    def _hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
+    def hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Begins to watch a model."""
         for module in _outside_experts(model):
             if isinstance(module, HostExperts):
                 self._experts |= {expert: (module, i) for i, expert in enumerate(module)}
                 yield module.register_forward_pre_hook(self._choose)
             elif module is model or isinstance(module, PreTrainedModel):
-                names = _parameters(type(module).forward)
+                names = parameters_of(type(module).forward)
                 if "attention_mask" in names:
-                    yield module.register_forward_pre_hook(self._enter(names), with_kwargs=True)
+                    enter = partial(self._enter, names)
+                    yield module.register_forward_pre_hook(enter, with_kwargs=True)
                     yield module.register_forward_hook(self._leave, always_call=True)
 
-    def _enter(self, names: tuple[str, ...]) -> Callable[..., None]:
+    def _enter(
+        self,
+        names: tuple[str, ...],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         # of a whole encoder-decoder, what is outside its two stacks sees the decoder's tokens
         side = "decoder_" if "decoder_input_ids" in names else ""
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            outer = self._passes[-1] if self._passes else None
-            self._passes.append(_pass(module, given, side, outer))
-
-        return enter
+        given = dict(zip(names, args, strict=False)) | kwargs
+        outer = self._passes[-1] if self._passes else None
+        self._passes.append(_pass(module, given, side, outer))
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
         if self._passes and self._passes[-1].module is module:
@@ -228,6 +240,6 @@ def _outside_experts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @lru_cache(maxsize=256)
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+def parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments of a model's forward pass."""
     return tuple(inspect.signature(forward).parameters)[1:]

@@ -24,6 +24,7 @@ from moe_tools.hosts.linears import (
     numbers_of,
     outline,
     rows,
+    tensors_of,
     widths,
 )
 from moe_tools.kernels.weights import FFNWeights
@@ -100,6 +101,31 @@ class Projections(NamedTuple):
             return hidden_TF(self.act, up_TK)
         gate_TK = _some_rows(x_TD, weights.gate_FD, weights.gate_F, neurons_K)
         return hidden_TF(self.act, up_TK, gate_TK)
+
+    @torch.no_grad()
+    def of_neurons(self, neurons_K: Tensor, dtype: torch.dtype) -> Projections:
+        """The FFN of some neurons alone: plain linears of copies, the host's own modules between.
+
+        Adapters are in the copies. Where only the host computes h, the way down alone is copied.
+
+        Args:
+            neurons_K: which, in this order.
+            dtype: of the copies of a quantised linear, whose codes do not say what it takes.
+
+        Raises:
+            ValueError: the weights are not in memory, or quantised and cannot be read.
+        """
+        if any(tensor.is_meta for linear in self.linears() for tensor in tensors_of(linear)):
+            raise ValueError("its weights are not in memory, so that no neurons can be copied")
+        weights = self.computed()
+        down_DK = weights.down_FD.T[:, neurons_K]
+        down = _linear(down_DK, weights.down_D, dtype_of(self.down) or dtype)
+        if isinstance(self.act, HostOnly):
+            return self._replace(down=down)
+        up, gate = _cut(self.up, weights.up_FD, weights.up_F, neurons_K, dtype), None
+        if self.gate is not None and weights.gate_FD is not None:
+            gate = _cut(self.gate, weights.gate_FD, weights.gate_F, neurons_K, dtype)
+        return self._replace(gate=gate, up=up, down=down)
 
     def weights(self) -> FFNWeights:
         """The weights below all adapters, a neuron a row: to read; of quantised linears, copies.
@@ -186,6 +212,26 @@ def activation_of(layout: Layout, part: Callable[[str], nn.Module]) -> nn.Module
 def _as_weight(h_TF: Tensor, linear: nn.Module) -> Tensor:
     """h in the dtype of a linear's weight, if that is one to compute in: int8 and fp8 are not."""
     return h_TF.to(dtype_of(linear) or h_TF.dtype)
+
+
+def _cut(
+    linear: nn.Module,
+    rows_FD: Tensor,
+    bias_F: Tensor | None,
+    chosen_K: Tensor,
+    dtype: torch.dtype,
+) -> nn.Linear:
+    bias_K = None if bias_F is None else bias_F[chosen_K]
+    return _linear(rows_FD[chosen_K], bias_K, dtype_of(linear) or dtype)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """A plain linear of these numbers, which asks for no gradient."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return made.eval()
 
 
 def _some_rows(x_TD: Tensor, rows_FD: Tensor, bias_F: Tensor | None, chosen_K: Tensor) -> Tensor:

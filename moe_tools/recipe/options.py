@@ -47,10 +47,11 @@ def with_options(
     shrink = 1.0 if tokens is None else tokens / recipe.train_tokens()
 
     def change(step: Step) -> Step:
-        own = {option: value for option, value in options.items() if step.takes(option)}
-        if "tokens" in own:
-            own["tokens"] = max(1, round(step.tokens * shrink))
-        return replace(step, **own)  # type: ignore[type-var]
+        for option, value in options.items():
+            if step.takes(option):
+                own = max(1, round(step.tokens * shrink)) if option == "tokens" else value
+                step = step.changed(option, own)
+        return step
 
     return replace(
         recipe,

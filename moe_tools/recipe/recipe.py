@@ -12,13 +12,14 @@ from moe_tools.registry import Registry
 from moe_tools.steps.attach import Attach
 from moe_tools.steps.budget import Budget
 from moe_tools.steps.fit import Fit
+from moe_tools.steps.select import Select
 from moe_tools.steps.split import Split
 from moe_tools.steps.step import Step
 from moe_tools.steps.swap import Swap
 from moe_tools.training.train import Train
 
 STEPS: Registry[type[Step]] = Registry(
-    "step", {kind.verb: kind for kind in (Swap, Split, Attach, Fit, Budget, Train)}
+    "step", {kind.verb: kind for kind in (Swap, Split, Attach, Fit, Budget, Train, Select)}
 )
 """Verb in YAML -> its class. A new step is its file and a word here."""
 

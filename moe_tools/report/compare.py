@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.checkpoint.loading import is_classifier, is_classifier_source, load, load_tokenizer
+from moe_tools.checkpoint.loading import (
+    is_classifier,
+    is_classifier_source,
+    load,
+    load_tokenizer,
+    prompt_share,
+)
 from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.data import fingerprint, token_count
 from moe_tools.data.limits import check_text
 from moe_tools.experts.conversion import read_conversion
+from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
@@ -101,9 +109,17 @@ class Bench:
         self.entries.append(replace(entry, evaluation=seen, series=kind.upper(), control=control))
 
     def load(self, folder: str) -> PreTrainedModel:
-        """Loads a model whose tokens are those of the text."""
+        """Loads a model whose tokens are those of the text.
+
+        To one that selects by the prompt every block is a prompt, in which all neurons run.
+        """
         _check_tokenizer(folder, self.tokenizer)
-        model = load(folder, dtype=self.setup.dtype, device=self.setup.device)
+        selects = prompt_share(folder) is not None
+        if selects:
+            message = "%s selects neurons by the prompt, and every block is one: its row is dense"
+            logger.warning(message, folder)
+        dtype, device = self.setup.dtype, self.setup.device
+        model = load(folder, dtype=dtype, device=device, routed=not selects)
         if is_classifier(model) != self.classify:
             raise ValueError(f"{folder}: classifiers and language models do not compare")
         return model
@@ -113,9 +129,11 @@ class Bench:
         setup, conversion, tasks = self.setup, read_conversion(model), dict[str, float]()
         seen = self._evaluate(name, model)
         if setup.tasks.names:
-            tasks = run_tasks(
-                model, self.tokenizer, setup.tasks, batch_size=setup.batch_size, seed=setup.seed
-            )
+            share = prompt_share(folder)
+            with nullcontext() if share is None else select_by_prompt(model, share):
+                tasks = run_tasks(
+                    model, self.tokenizer, setup.tasks, batch_size=setup.batch_size, seed=setup.seed
+                )
         donor = None if conversion is None else conversion.donor
         return Entry(name, folder, seen, tasks, donor=donor)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -98,6 +98,10 @@ class Step(ABC):
     def takes(self, option: Option) -> bool:
         """Whether the command line's option changes the field of that name."""
         return False
+
+    def changed(self, option: Option, value: Any) -> Self:
+        """The step under an option that it takes."""
+        return replace(self, **{option: value})  # type: ignore[type-var]
 
     def control(self) -> Self | None:
         """What the dense control does instead: the same training without routers; None: nothing."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import is_classifier
 from moe_tools.data.limits import continues_text
+from moe_tools.experts.conversion import check_unselected
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
@@ -38,6 +39,7 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
             f"{name} is neither a causal language model nor a classifier: this version trains only "
             "those; `split`, `attach`, `fit` and `budget` work on every family"
         )
+    check_unselected(model)
     routed = bool(expert_ffns(model))
     for name in step.losses:
         loss = LOSSES[name]
