@@ -164,7 +164,8 @@ def test_what_routers_inside_experts_turn_off(family: str) -> None:
     assert seen.ffn_sparsity == pytest.approx(0.5, abs=0.1)
 
     assert seen.flops.ffn_dense == VISITED[family] * NEURON * NEURONS
-    assert seen.flops.ffn == pytest.approx(on * NEURON / tokens)
+    down = NEURON / 3  # gate and up of every neuron are known to an oracle
+    assert seen.flops.ffn == pytest.approx(on * down / tokens)
     oracle = expert_ffns(model)[0].router.flops()
     assert seen.flops.router == VISITED[family] * oracle
 

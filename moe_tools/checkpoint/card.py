@@ -150,12 +150,13 @@ def _figures(folder: Path) -> str:
         return ""
     first = rows[0]
     measure = "perplexity" if first["accuracy"] is None else "accuracy"
-    lines = [f"| model | {measure} | FFN sparsity | FFN FLOPs, router included |"]
-    lines += ["|---|---|---|---|", *(_line(row, measure) for row in rows)]
+    columns = f"| model | {measure} | FFN sparsity | FFN bytes a token | FFN FLOPs |"
+    lines = [columns, "|---|---|---|---|---|", *(_line(row, measure) for row in rows)]
     fingerprint = f"; text {first['text']}" if first.get("text") else ""
     text = (
         f"{first['tokens']:,} held-out tokens of `{shortened(first['data'])}`, blocks of "
-        f"{first['block_length']}, {first['dtype']} on {first['device']}{fingerprint}."
+        f"{first['block_length']}, {first['dtype']} on {first['device']}{fingerprint}. "
+        "Bytes and FLOPs: over those of the dense FFNs in bf16, routers included."
     )
     return "## Figures\n\n" + "\n".join(lines) + f"\n\n{text}"
 
@@ -163,7 +164,9 @@ def _figures(folder: Path) -> str:
 def _line(row: dict[str, Any], measure: str) -> str:
     roles = {"donor": "dense donor", "control": "dense control, trained on the same tokens"}
     title, off = roles.get(row["role"], "converted"), row["ffn_sparsity"]
-    return f"| {title} | {row[measure]:.4g} | {off:.1%} | {row['ffn_share']:.2f}x |"
+    read = row.get("ffn_bytes_share")  # rows of older versions have none
+    figures = ["-" if share is None else f"{share:.2f}x" for share in (read, row["ffn_share"])]
+    return f"| {title} | {row[measure]:.4g} | {off:.1%} | {' | '.join(figures)} |"
 
 
 def _recipe(folder: Path, conversion: Conversion, train_tokens: int | None) -> str:

@@ -87,6 +87,28 @@ class ValidTokens:
         # the order in which HostExperts hands rows to an expert
         return torch.where((self._chosen[host] == index).T)[1]
 
+    def places(self, ffn: nn.Module, x_TD: Tensor) -> tuple[Tensor, int]:
+        """Which tokens of the pass the rows of an FFN are, padding left out.
+
+        Args:
+            ffn: the module; an expert of an MoE host gets only some of the rows.
+            x_TD: its input, or anything with the same leading dimensions.
+
+        Returns:
+            The number of each row that is a token, counted over the tokens of the pass; and how
+            many these are.
+        """
+        rows_T = self.rows_T(ffn)
+        if rows_T is None:
+            valid_T = self.of_ffn(ffn, x_TD)
+            count = x_TD.shape[:-1].numel() if valid_T is None else int(valid_T.sum())
+            return torch.arange(count, device=x_TD.device), count
+        chosen_TK = self._chosen[self._experts[ffn][0]]
+        valid_T = self._all(chosen_TK.shape[:1], x_TD.device)
+        if valid_T is None:
+            return rows_T, len(chosen_TK)
+        return valid_T.cumsum(0)[rows_T[valid_T[rows_T]]] - 1, int(valid_T.sum())
+
     def count(self, x_TD: Tensor) -> int:
         """How many of the rows that enter any other module are tokens."""
         now = self._passes[-1] if self._passes else None
@@ -137,9 +159,8 @@ class ValidTokens:
             self._chosen.clear()
 
     def _choose(self, host: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if self._passes:
-            assert isinstance(host, HostExperts)
-            self._chosen[host] = host.chosen_TK(args)
+        assert isinstance(host, HostExperts)
+        self._chosen[host] = host.chosen_TK(args)
 
 
 @dataclass

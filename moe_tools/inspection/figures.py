@@ -216,21 +216,27 @@ def sparsity_bars(sparsity_L: np.ndarray, captured_L: np.ndarray, names: Sequenc
 
 
 def pareto(rows: Sequence[Row]) -> Any:
-    """The chart of quality over the share of FFN FLOPs that is left; donors, controls are lines."""
+    """The chart of quality over the share of the FFNs' bytes that a token reads; FLOPs beside them.
+
+    Rows of a version that counted no bytes stand over their FLOPs.
+    """
     quality = "perplexity" if rows[0].accuracy is None else "accuracy"
     kind = "log" if quality == "perplexity" else "linear"
-    made = plain("FFN FLOPs, router included, share of dense", quality, "pareto", 340,
-                 y_axis_type=kind)  # fmt: skip
+    counted = all(row.ffn_bytes_share is not None for row in rows)
+    title = "FFN bytes a token reads, share of bf16" if counted else "FFN FLOPs, share of dense"
+    made = plain(f"{title}, router included", quality, "pareto", 340, y_axis_type=kind)
     made.xaxis.formatter = NumeralTickFormatter(format="0 %")
     series: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         series[f"{row.role}, dense" if row.role != "model" else row.series or row.model].append(row)
-    tooltips = [("model", "@model"), (quality, "@quality{0.00}"), ("FFN FLOPs", "@share{0.0 %}")]
+    tooltips = [("model", "@model"), (quality, "@quality{0.00}"), ("FFN FLOPs", "@flops{0.0 %}")]
+    tooltips += [("FFN bytes", "@share{0.0 %}")] * counted
     for colour, (name, points) in zip(cycle(LINES), series.items(), strict=False):
-        ordered = sorted(points, key=lambda row: row.ffn_share)
+        ordered = sorted(points, key=lambda row: row.ffn_bytes_share or row.ffn_share)
         source = ColumnDataSource(
             {
-                "share": [row.ffn_share for row in ordered],
+                "share": [row.ffn_bytes_share or row.ffn_share for row in ordered],
+                "flops": [row.ffn_share for row in ordered],
                 "quality": [getattr(row, quality) for row in ordered],
                 "model": [_setting(row) for row in ordered],
             }

@@ -1,4 +1,4 @@
-"""Measures perplexity, FFN sparsity and FLOPs of a model on held-out blocks.
+"""Measures perplexity, FFN sparsity, FLOPs and bytes of a model on held-out blocks.
 
 Letters: B blocks, T tokens of a block, V vocabulary.
 """
@@ -22,8 +22,9 @@ from moe_tools.data.progress import progress
 from moe_tools.experts.prediction import Prediction
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.measure.flops import FlopCounter, Flops, count_flops
-from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, zeros
+from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, weight_bits, zeros
 from moe_tools.measure.predictions import count_predictions
+from moe_tools.measure.traffic import Traffic, traffic
 from moe_tools.measure.two_levels import TwoLevels, moe_layers, two_levels
 from moe_tools.names import IGNORE
 
@@ -51,6 +52,8 @@ class Evaluation:
     flops: Flops
     """FLOPs per token of the text."""
     seconds: float
+    traffic: dict[int, Traffic] = field(default_factory=dict)
+    """Tokens of a pass (1, 4 and 16, where a batch of the text has so many) -> bytes it reads."""
     two_levels: TwoLevels | None = None
     """Both kinds of sparsity over all layers of an MoE host; None: the model is none."""
     moe_layers: dict[str, TwoLevels] = field(default_factory=dict)
@@ -155,6 +158,7 @@ class Tally:
             zeros=zeros(self.counts),
             layer_sparsity={c.name: c.sparsity for c in self.counts if c.routed and c.tokens},
             flops=self.others.flops(self.model, self.counts, tokens, length),
+            traffic=traffic(self.counts, self.others, weight_bits(self.model)),
             seconds=time.perf_counter() - self.began,
             predictions=self.predictions,
         )

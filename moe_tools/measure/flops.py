@@ -2,7 +2,8 @@
 
 A multiply and an add are two FLOPs. Counted: every weight matrix times the rows it is applied to
 (the head of the vocabulary included, embedding lookups not), our routers, and the two products of
-attention. Not counted: norms, softmax, activations, biases.
+attention. Not counted: norms, softmax, activations, biases. What a router computes in whole numbers
+of few bits is no FLOP, and stands beside them.
 
 An FFN is charged for the neurons that are on. A constant in place of a neuron that is off
 (`off: mean`) costs no matrix FLOPs: y = W (h - off) + W off, whose last term is a constant.
@@ -38,10 +39,12 @@ class Flops:
     ffn_dense: float
     """FLOPs of the FFNs, with every neuron on."""
     ffn: float
-    """FLOPs of the FFNs' neurons that were on."""
+    """FLOPs of the FFNs' neurons that were on, without what a router had computed of them."""
     router: float
     """FLOPs of our routers; an MoE host's own router counts as the rest."""
     attention_and_rest: float
+    few_bit_ops: float = 0.0
+    """What our routers multiply and add in whole numbers of 8 bits and fewer; in no total."""
     total: float = field(init=False)
     """ffn + router + attention_and_rest."""
     total_dense: float = field(init=False)
@@ -60,9 +63,13 @@ class Flops:
 
 @dataclass
 class FlopCounter:
-    """Counts FLOPs outside the FFNs."""
+    """Counts FLOPs outside the FFNs, and the weights that they read."""
 
     others: float = 0.0
+    read: int = 0
+    """Numbers in weight matrices, for each call of a module."""
+    passes: int = 0
+    """Forward passes of the model."""
 
     def flops(
         self, model: PreTrainedModel, counts: list[NeuronCount], tokens: int, length: int
@@ -70,9 +77,13 @@ class FlopCounter:
         """FLOPs per token of a run over `tokens` tokens in blocks of `length`."""
         dense = sum(2 * count.weights * count.tokens for count in counts)
         on = sum(2 * count.weights * count.on / count.neurons for count in counts)
-        router = sum(count.router_flops * count.tokens for count in counts)
         rest = self.others / tokens + attention_flops(model, length)
-        return Flops(dense / tokens, on / tokens, router / tokens, rest)
+        scored = [(c.scoring, c.tokens, c.known(c.unions[1])) for c in counts if c.scoring]
+        known = sum(scoring.known_flops * neurons for scoring, _, neurons in scored)
+        router = sum(scoring.flops * seen for scoring, seen, _ in scored)
+        few_bit = sum(scoring.few_bit_ops * seen for scoring, seen, _ in scored)
+        parts = (dense / tokens, (on - known) / tokens, router / tokens)
+        return Flops(*parts, rest, few_bit / tokens)
 
 
 @contextmanager
@@ -89,14 +100,18 @@ def count_flops(model: PreTrainedModel) -> Iterator[FlopCounter]:
             def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
                 x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
                 counter.others += 2 * weights * tokens.count(x)
+                counter.read += weights
 
             return see
+
+        def passed(*_: Any) -> None:
+            counter.passes += 1
 
         handles = (
             module.register_forward_hook(hook(numbers_of(module)), with_kwargs=True)
             for module in matrices
         )
-        with hooked(handles):
+        with hooked(handles), hooked([model.register_forward_hook(passed)]):
             yield counter
 
 

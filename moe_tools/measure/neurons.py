@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_tools.experts.conversion import read_block
 from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
 from moe_tools.experts.hooks import hooked
+from moe_tools.experts.routers.base import Scoring
 from moe_tools.experts.routing import observed
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
 from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
-from moe_tools.hosts.projections import Projections
 from moe_tools.hosts.zeros import gives_zeros
+from moe_tools.measure.unions import SIZES, Union
 
 Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 """Sees a module and the inputs of its forward pass."""
@@ -33,9 +35,14 @@ class NeuronCount:
     neurons: int
     weights: int
     """Matrix weights of all its neurons: gate, up and down."""
-    routed: bool = False
-    router_flops: int = 0
-    """Matrix FLOPs of routing one token."""
+    scoring: Scoring | None = None
+    """What routing one token takes; None: it is dense."""
+    calls: int = field(default=0, compare=False)
+    """Of the layer that it is in."""
+    unions: dict[int, Union] = field(
+        default_factory=lambda: {size: Union(size) for size in SIZES}, compare=False
+    )
+    """Tokens of a group -> what such groups read of it."""
     tokens: int = 0
     """Tokens the FFN saw: an expert of an MoE host sees only those routed to it."""
     on: int = 0
@@ -47,6 +54,16 @@ class NeuronCount:
     """Path of the MoE layer that the FFN is an expert of; empty: it is none."""
     elsewhere: int = 0
     """Tokens that an MoE host gave to other experts of the layer."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether it has a router of ours."""
+        return self.scoring is not None
+
+    def known(self, union: Union) -> int:
+        """Neurons of those that ran for groups of tokens of which scoring knew something before."""
+        assert self.scoring is not None
+        return union.neurons if self.scoring.known_of == "neuron" else union.experts
 
     @property
     def working(self) -> int:
@@ -62,6 +79,12 @@ class NeuronCount:
     def sparsity(self) -> float:
         """Share of neurons off; 0 before the first token."""
         return 1 - self.on / self.seen if self.tokens else 0.0
+
+    def call(self, tokens: int) -> None:
+        """Counts a call of its layer with so many tokens, wherever an MoE host gave them to."""
+        self.calls += 1
+        for one in self.unions.values():
+            one.groups += tokens // one.size
 
     def add(self, tokens: int, on: int) -> None:
         """Counts one batch."""
@@ -102,16 +125,25 @@ def count_neurons(model: nn.Module) -> Iterator[list[NeuronCount]]:
         ValueError: the model has no FFN of a known family.
     """
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
-    counts = [_count(ffn.name, ffn.projections) for ffn in ffns]
+    bits = weight_bits(model)
+    counts = [_count(ffn, bits) for ffn in ffns]
     with valid_tokens(model) as tokens, ExitStack() as watches:
+        watches.enter_context(hooked(_count_elsewhere(model, counts, tokens)))
         for ffn, count in zip(ffns, counts, strict=True):
             watches.enter_context(_watch(ffn, count, tokens))
-        watches.enter_context(hooked(_count_elsewhere(model, counts, tokens)))
         yield counts
 
 
-def _count(name: str, projections: Projections) -> NeuronCount:
-    return NeuronCount(name, projections.size[0], projections.numbers)
+def weight_bits(model: nn.Module) -> int | None:
+    """Bits of a number in the matrices of a model's FFNs, as its config says; None: bf16."""
+    block = read_block(getattr(model, "config", None))
+    return None if block is None else block.weight_bits
+
+
+def _count(ffn: ExpertFFN | FFN, bits: int | None) -> NeuronCount:
+    parts = ffn.projections
+    scoring = ffn.router.scoring(bits) if isinstance(ffn, ExpertFFN) else None
+    return NeuronCount(ffn.name, parts.size[0], parts.numbers, scoring)
 
 
 def _watch(
@@ -125,11 +157,11 @@ def _watch(
 @contextmanager
 def _watch_routed(ffn: ExpertFFN, count: NeuronCount, tokens: ValidTokens) -> Iterator[None]:
     """Counts the neurons that the router turns on, and those among them that are 0 all the same."""
-    count.routed, count.router_flops = True, ffn.router.flops()
     latest: list[Routing] = []
 
     def observe(routing: Routing) -> None:
         count.add(routing.tokens, routing.neurons_on)
+        _add_masks(ffn, count, routing, tokens)
         latest[:] = [routing]
 
     def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -142,6 +174,16 @@ def _watch_routed(ffn: ExpertFFN, count: NeuronCount, tokens: ValidTokens) -> It
         yield
 
 
+def _add_masks(ffn: ExpertFFN, count: NeuronCount, routing: Routing, tokens: ValidTokens) -> None:
+    """Counts what groups of tokens turned on together."""
+    place_T, passed = tokens.places(ffn, routing.mask_TE)
+    if tokens.rows_T(ffn) is None:
+        count.call(passed)
+    mask_TE = routing.of_tokens(routing.mask_TE)
+    for one in count.unions.values():
+        one.add_mask(mask_TE, routing.division, routing.shared, place_T, passed)
+
+
 def _dense(ffn: FFN, count: NeuronCount, tokens: ValidTokens) -> Hook:
     """A hook that counts every neuron as on, and those that the activation leaves at 0."""
     has_zeros = gives_zeros(ffn.act)
@@ -152,6 +194,11 @@ def _dense(ffn: FFN, count: NeuronCount, tokens: ValidTokens) -> Hook:
         if valid_T is not None:
             h_TF = h_TF[valid_T]
         count.add(len(h_TF), h_TF.numel())
+        place_T, passed = tokens.places(ffn.layer, args[0])
+        if tokens.rows_T(ffn.layer) is None:
+            count.call(passed)
+        for one in count.unions.values():
+            one.add(place_T, passed)
         if has_zeros:
             count.add_zeros(h_TF == 0)
 
@@ -181,6 +228,7 @@ def _elsewhere(experts: list[NeuronCount], tokens: ValidTokens) -> Hook:
         if valid_T is not None:
             chosen_TK = chosen_TK[valid_T]
         for index, count in enumerate(experts):
+            count.call(len(chosen_TK))
             count.elsewhere += int((chosen_TK != index).all(-1).sum())
 
     return see

@@ -196,7 +196,7 @@ class Bench:
 def _with_saved(seen: Evaluation, saved: float) -> Evaluation:
     """Takes what is saved, in FLOPs per token, from the FFNs of a dense model's figures."""
     flops = replace(seen.flops, ffn=seen.flops.ffn_dense - saved)
-    return replace(seen, flops=flops, ffn_sparsity=saved / seen.flops.ffn_dense)
+    return replace(seen, flops=flops, ffn_sparsity=saved / seen.flops.ffn_dense, traffic={})
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:

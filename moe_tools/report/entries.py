@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_tools.experts.prediction import merge_predictions
 from moe_tools.measure.evaluate import Evaluation
+from moe_tools.measure.traffic import Traffic
 from moe_tools.names import CONFIG, CONTROL, METRICS
 from moe_tools.report.report import Role, Row
 from moe_tools.report.setup import Setup
@@ -86,6 +87,8 @@ def row(
         zeros=seen.zeros,
         tasks=entry.tasks,
         **_prediction(seen),
+        few_bit_ops=seen.flops.few_bit_ops,
+        **_bytes(seen),
         two_levels=None if seen.two_levels is None else asdict(seen.two_levels),
         moe_layers={name: asdict(levels) for name, levels in seen.moe_layers.items()},
     )
@@ -95,6 +98,26 @@ def find_control(folder: str) -> str | None:
     """Finds the dense control inside a run's folder, if it has one."""
     found = Path(folder) / CONTROL
     return str(found) if (found / CONFIG).is_file() else None
+
+
+def _bytes(seen: Evaluation) -> dict[str, Any]:
+    """Returns the fields of a row that speak of bytes."""
+    if not seen.traffic:
+        return {}
+    one, *others = seen.traffic.values()
+    return {
+        "ffn_dense_bytes": one.ffn_dense,
+        "ffn_bytes": one.ffn,
+        "scoring_bytes": one.scoring,
+        "total_bytes": one.total,
+        "total_dense_bytes": one.total_dense,
+        "together": {str(more.tokens): _plain(more) for more in others},
+    }
+
+
+def _plain(traffic: Traffic) -> dict[str, float]:
+    names = ("ffn_dense", "ffn", "scoring", "total", "total_dense")
+    return {name: getattr(traffic, name) for name in names}
 
 
 def _prediction(seen: Evaluation) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Quality over the share of FFN FLOPs that is left: what was paid, and for what."""
+"""Quality over the share of the FFNs' bytes and FLOPs that is left: what was paid, for what."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from moe_tools.extras import needed
 from moe_tools.report.report import Row, check_one_text
@@ -13,48 +14,80 @@ from moe_tools.report.report import Row, check_one_text
 def plot(rows: Sequence[Row], file: str | Path) -> None:
     """Writes a picture, in the format of the file's suffix: a line for every series of points.
 
-    Rows of the same recipe or folder are one series; donors and controls are horizontal lines.
-    The better points lie to the left, those of a low perplexity or a high accuracy.
+    Two panels have one quality over two prices: the bytes that a token reads of the FFNs, over
+    those in bf16, and their FLOPs. Rows of the same recipe or folder are one series; donors and
+    controls are points, and lines to compare with. The better points lie below and to the left,
+    those of an accuracy above. Perplexities are divided by the donor's, where all have one.
 
     Raises:
         ValueError: no row to draw, or rows of two texts.
     """
     check_one_text(rows)
-    points: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row.role == "model":
-            points[row.series or row.model].append(row)
-    if not points:
+    if all(row.role != "model" for row in rows):
         raise ValueError("there is no converted model to draw")
+    panels = [panel for panel in PANELS if all(panel.share(row) is not None for row in rows)]
     figure = needed("matplotlib.figure", "plot", "a plot").Figure(
-        figsize=(7, 4.5), layout="constrained"
+        figsize=(2 + 4.5 * len(panels), 4.8), layout="constrained"
     )
-    axes = figure.subplots()
-    for name, series in points.items():
-        ordered = sorted(series, key=lambda row: row.ffn_share)
-        axes.plot(
-            [row.ffn_share for row in ordered],
-            [_quality(row) for row in ordered],
-            marker="o",
-            label=_plain(name),
-        )
-    for row in rows:
-        if row.role != "model":
-            style = {"donor": "dotted", "control": "dashed"}[row.role]
-            axes.axhline(_quality(row), linestyle=style, color="gray", label=f"{row.role}, dense")
-    axes.set_xlabel("FFN FLOPs with router, share of dense")
-    what = "perplexity" if rows[0].accuracy is None else "accuracy"
-    axes.set_ylabel(f"{what}, held-out {_plain(Path(rows[0].data).name)}")
-    axes.set_yscale("log" if rows[0].accuracy is None else "linear")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
+    quality = _quality(rows)
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(every, panels, strict=True):
+        _draw(axes, rows, panel, quality)
+    every[0].set_ylabel(f"{quality.name}, held-out {_plain(Path(rows[0].data).name)}")
+    every[0].legend()
     figure.savefig(file)
+
+
+class Panel(NamedTuple):
+    """What a quality is drawn over."""
+
+    title: str
+    share: Callable[[Row], float | None]
+
+
+PANELS = (
+    Panel("FFN bytes a token reads, router included, share of bf16", lambda r: r.ffn_bytes_share),
+    Panel("FFN FLOPs with router, share of dense", lambda r: r.ffn_share),
+)
+
+
+class Quality(NamedTuple):
+    """What is drawn upwards."""
+
+    name: str
+    scale: str
+    of: Callable[[Row], float | None]
+
+
+def _quality(rows: Sequence[Row]) -> Quality:
+    if rows[0].accuracy is not None:
+        return Quality("accuracy", "linear", lambda row: row.accuracy)
+    if all(row.ratio_to_donor or row.role == "donor" for row in rows):
+        return Quality("perplexity / dense", "log", lambda row: row.ratio_to_donor or 1.0)
+    return Quality("perplexity", "log", lambda row: row.perplexity)
+
+
+def _draw(axes: Any, rows: Sequence[Row], panel: Panel, quality: Quality) -> None:
+    series: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        dense = row.role != "model"
+        series[f"{row.role}, dense" if dense else row.series or row.model].append(row)
+    for name, points in series.items():
+        ordered = sorted(points, key=lambda row: panel.share(row) or 0.0)
+        shares, values = map(panel.share, ordered), map(quality.of, ordered)
+        style = {"donor": ("dotted", "D"), "control": ("dashed", "s"), "model": ("solid", "o")}
+        line, marker = style[ordered[0].role]
+        colour = None if ordered[0].role == "model" else "gray"
+        label = _plain(name)
+        axes.plot(list(shares), list(values), marker=marker, ls=line, color=colour, label=label)
+        if colour:
+            for row in ordered:
+                axes.axhline(quality.of(row), linestyle=line, color=colour)
+    axes.set_xlabel(panel.title)
+    axes.set_yscale(quality.scale)
+    axes.grid(visible=True, which="both", alpha=0.3)
 
 
 def _plain(name: str) -> str:
     """A name as it stands there: between two dollars, matplotlib would read TeX."""
     return name.replace("$", r"\$")
-
-
-def _quality(row: Row) -> float:
-    return row.perplexity if row.accuracy is None else row.accuracy

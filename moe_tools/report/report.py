@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -72,15 +73,43 @@ class Row:
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
     """Knob of the selectors -> value, where it is not the saved one."""
+    few_bit_ops: float = 0.0
+    """What routers multiply and add in whole numbers of 8 bits and fewer; no FLOPs."""
+    ffn_dense_bytes: float | None = None
+    """Weights that one token reads of the FFNs in bf16, every neuron on; like every count of bytes
+    here as `moe_tools.measure.traffic` counts. None: measured by a version that counted none."""
+    ffn_bytes: float | None = None
+    """Of the neurons that are on, in bf16 or on the grid that their weights lie on."""
+    scoring_bytes: float | None = None
+    """Of what routers read to decide."""
+    total_bytes: float | None = None
+    """Attention and the head included."""
+    total_dense_bytes: float | None = None
+    together: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Sequences that take their next token in one pass (4, 16) -> bytes that the pass reads of
+    `ffn_dense`, `ffn`, `scoring`, `total`, `total_dense`: what at least one of them needs."""
 
     @property
     def ffn_share(self) -> float:
         """FLOPs of the FFNs, router included, over those of the dense FFNs."""
         return (self.ffn_flops + self.router_flops) / self.ffn_dense_flops
 
+    @property
+    def ffn_bytes_share(self) -> float | None:
+        """Bytes of the FFNs, router included, over those of the dense FFNs in bf16."""
+        if self.ffn_bytes is None or self.scoring_bytes is None or self.ffn_dense_bytes is None:
+            return None
+        return (self.ffn_bytes + self.scoring_bytes) / self.ffn_dense_bytes
+
+    def together_share(self, sequences: int) -> float | None:
+        """The same for a pass over the next token of so many sequences."""
+        found = self.together.get(str(sequences))
+        return None if found is None else (found["ffn"] + found["scoring"]) / found["ffn_dense"]
+
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data, with `ffn_share` beside the fields."""
-        return {**asdict(self), "ffn_share": self.ffn_share}
+        """Returns plain data, with `ffn_share` and `ffn_bytes_share` beside the fields."""
+        shares = {"ffn_share": self.ffn_share, "ffn_bytes_share": self.ffn_bytes_share}
+        return {**asdict(self), **shares}
 
 
 Share = Callable[[Row], float | None]
@@ -146,48 +175,38 @@ def read_json(file: Path) -> list[Row]:
 def table(rows: Sequence[Row]) -> Table:
     """Makes a table of the rows; its caption names the texts, the dtype and the device.
 
-    What few models have (`SHARES`, tasks) has a column only where one of them has it.
+    What few models have (a control, `SHARES`, tasks) has a column only where one of them has it.
 
     Raises:
         ValueError: rows of two texts.
     """
     check_one_text(rows)
     first = rows[0]
-    tasks = list(dict.fromkeys(name for row in rows for name in row.tasks))
-    shares = {
-        heading: share
-        for heading, share in SHARES.items()
-        if any(share(row) is not None for row in rows)
+    columns = {
+        heading: cell
+        for heading, cell in _columns(first).items()
+        if heading in ALWAYS or any(cell(row) != "-" for row in rows)
     }
+    for task in dict.fromkeys(name for row in rows for name in row.tasks):
+        columns[task.replace(" ", "\n")] = partial(_task, task)
     made = Table(
         box=box.SIMPLE,
         collapse_padding=True,
         caption_justify="left",
         caption=f"{_text(first)}, {first.dtype} on {first.device}; FFN includes the router; "
-        f"x: share of dense{_run_texts(rows)}",
+        f"x: share of dense, bytes of bf16{_run_texts(rows)}\n{_BYTES}",
     )
     made.add_column("model", overflow="fold")
-    for heading in (
-        "perplexity" if first.accuracy is None else "accuracy",
-        "/ control",
-        "/ donor",
-        "FFN\nsparsity",
-        *shares,
-        "FFN\nMFLOPs/token",
-        "total\nMFLOPs/token",
-        "trained on\ntokens",
-        *(name.replace(" ", "\n") for name in tasks),
-    ):
+    for heading in columns:
         made.add_column(heading, justify="right")
     for row in rows:
-        figures = (_figure(row.tasks.get(name)) for name in tasks)
-        made.add_row(*_cells(row, shares.values()), *figures)
+        made.add_row(_name(row), *(cell(row) for cell in columns.values()))
     return made
 
 
 def console(file: IO[str]) -> Console:
-    """Makes a console that prints words as they are, brackets too; a pipe gets 120 columns."""
-    width = None if file.isatty() else 120
+    """Makes a console that prints words as they are, brackets too; a pipe gets 140 columns."""
+    width = None if file.isatty() else 140
     return Console(file=file, width=width, highlight=False, markup=False)
 
 
@@ -196,21 +215,73 @@ def print_table(rows: Sequence[Row], file: IO[str]) -> None:
     console(file).print(table(rows))
 
 
-def _cells(row: Row, shares: Iterable[Share]) -> list[str]:
+ALWAYS = ("perplexity", "accuracy", "/\ndonor", "FFN\nsparsity")
+"""Headings that stand there even if no row has a figure below."""
+_BYTES = (
+    "MB: weights that a token reads; of 4, 16: that a token each of so many sequences read together"
+)
+
+
+def _columns(first: Row) -> dict[str, Callable[[Row], str]]:
+    """Heading -> what a row has below it; "-" is nothing."""
+    quality = "perplexity" if first.accuracy is None else "accuracy"
+    return {
+        quality: _quality,
+        "/\ncontrol": lambda row: _ratio(row.ratio_to_control),
+        "/\ndonor": lambda row: _ratio(row.ratio_to_donor),
+        "FFN\nsparsity": _sparsity,
+        **{heading: partial(_share, share) for heading, share in SHARES.items()},
+        "FFN\nMB/token": _ffn_bytes,
+        "total\nMB/token": _total_bytes,
+        "FFN (x)\nof 4, 16": _together,
+        "FLOPs (x)\nFFN, total": _flops,
+        "few-bit\nMops": lambda row: _short(row.few_bit_ops / 1e6) if row.few_bit_ops else "-",
+        "trained\ntokens": lambda row: "-" if row.train_tokens is None else f"{row.train_tokens:,}",
+    }
+
+
+def _name(row: Row) -> str:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
-    name += "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
-    ffn = (row.ffn_flops + row.router_flops) / 1e6
-    return [
-        name,
-        f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}",
-        _ratio(row.ratio_to_control),
-        _ratio(row.ratio_to_donor),
-        _percent(row.ffn_sparsity) if row.layer_sparsity else "dense",
-        *(_percent(share(row)) for share in shares),
-        f"{_short(ffn)} ({row.ffn_share:.2f}x)",
-        f"{_short(row.total_flops / 1e6)} ({row.total_flops / row.total_dense_flops:.2f}x)",
-        "-" if row.train_tokens is None else f"{row.train_tokens:,}",
-    ]
+    return name + "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
+
+
+def _quality(row: Row) -> str:
+    return f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}"
+
+
+def _sparsity(row: Row) -> str:
+    return _percent(row.ffn_sparsity) if row.layer_sparsity or row.ffn_sparsity else "dense"
+
+
+def _ffn_bytes(row: Row) -> str:
+    share = row.ffn_bytes_share
+    if share is None or row.ffn_dense_bytes is None:
+        return "-"
+    return f"{_short(share * row.ffn_dense_bytes / 1e6)} ({share:.2f}x)"
+
+
+def _total_bytes(row: Row) -> str:
+    if row.total_bytes is None or row.total_dense_bytes is None:
+        return "-"
+    return f"{_short(row.total_bytes / 1e6)} ({row.total_bytes / row.total_dense_bytes:.2f}x)"
+
+
+def _together(row: Row) -> str:
+    shares = [row.together_share(sequences) for sequences in (4, 16)]
+    known = [f"{share:.2f}" for share in shares if share is not None]
+    return ", ".join(known) or "-"
+
+
+def _flops(row: Row) -> str:
+    return f"{row.ffn_share:.2f}, {row.total_flops / row.total_dense_flops:.2f}"
+
+
+def _share(share: Share, row: Row) -> str:
+    return _percent(share(row))
+
+
+def _task(name: str, row: Row) -> str:
+    return _figure(row.tasks.get(name))
 
 
 def _figure(value: float | None) -> str:
@@ -226,7 +297,7 @@ def _percent(value: float | None) -> str:
 
 
 def _short(mega: float) -> str:
-    return f"{mega:.1f}" if mega >= 1 else f"{mega:.3g}"
+    return f"{mega:.0f}" if mega >= 1000 else f"{mega:.3g}"
 
 
 def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
@@ -235,7 +306,8 @@ def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
     made = Table(box=box.SIMPLE, caption=caption, caption_justify="left")
     for heading in ("split", "router"):
         made.add_column(heading)
-    for heading in ("target", "sparsity", "perplexity", "FFN FLOPs", "recall", "captured"):
+    figures = ("target", "sparsity", "perplexity", "FFN bytes", "FFN FLOPs", "recall", "captured")
+    for heading in figures:
         made.add_column(heading, justify="right")
     for cell in cells:
         shares = [cell["recall"], cell["captured"]]
@@ -245,6 +317,7 @@ def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
             f"{cell['target']:.0%}",
             f"{cell['sparsity']:.1%}",
             f"{cell['perplexity']:.2f}",
+            "-" if cell["ffn_bytes_share"] is None else f"{cell['ffn_bytes_share']:.2f}x",
             f"{cell['ffn_share']:.2f}x",
             *("-" if share is None else f"{share:.2f}" for share in shares),
         )

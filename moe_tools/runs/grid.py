@@ -112,6 +112,9 @@ class Cell:
     """Fingerprint of the held-out tokens."""
     run_text: str = ""
     """Fingerprint of the tokens that routers were fitted to."""
+    ffn_bytes_share: float | None = None
+    """FFN bytes that a token reads, router included, over those of the dense FFNs in bf16; None: of
+    a version that counted none."""
 
 
 def explore(grid: Grid, output: Path) -> list[Cell]:
@@ -250,9 +253,10 @@ class _Bench:
     ) -> Cell:
         """Evaluates a model as it stands."""
         found = evaluate(model, self.held_BT)
-        return Cell(
+        made = Cell(
             *key, found.perplexity, found.ffn_sparsity, found.flops.ffn_share, *(judged or ())
         )
+        return replace(made, ffn_bytes_share=found.traffic[1].ffn_share)
 
     def baseline(self, key: Key) -> Cell:
         """Evaluates the donor under thresholds."""

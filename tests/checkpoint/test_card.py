@@ -131,6 +131,9 @@ def row(role: Role, **changes: Any) -> Row:
         ratio_to_donor=None,
         ffn_sparsity=0.5,
         ffn_dense_flops=4.0,
+        ffn_dense_bytes=8.0,
+        ffn_bytes=2.0,
+        scoring_bytes=0.25,
         train_tokens=None,
         tokens=1000,
         seconds=1.0,
@@ -148,7 +151,7 @@ def test_figures_and_recipe_come_into_the_card(folder: Path) -> None:
     points = [row("donor"), row("control"), row("model"), row("model", setting={"tau": 0.7})]
     write_figures(folder, points)
     text = read(folder).text
-    assert "| dense donor | 12.35 | 50.0% | 0.50x |" in text
+    assert "| dense donor | 12.35 | 50.0% | 0.28x | 0.50x |" in text
     assert "| dense control, trained on the same tokens |" in text
     assert text.count("| converted |") == 1
     assert "1,000 held-out tokens of `docs`, blocks of 32, float32 on cpu" in text

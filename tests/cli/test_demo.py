@@ -26,7 +26,7 @@ def test_the_demo_shows_a_table_two_texts_and_what_to_try(run: Run, work: Path) 
     assert code == 0
     table, dense, converted, end = out.split("\n\n")[-4:]
     assert "blocks of 512, bfloat16 on cpu" in table
-    models = [line[2:16].strip() for line in table.splitlines() if "MFLOPs" not in line]
+    models = [line[2:16].strip() for line in table.splitlines() if "FLOPs" not in line]
     assert {"donor (donor)", "out/control", "out"} <= set(models)
     assert dense.startswith("dense donor:\n") and converted.startswith("converted:\n")
     assert end.startswith("The converted model is in out/ (a Hugging Face folder). Try next:\n")

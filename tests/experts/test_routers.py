@@ -267,7 +267,11 @@ def test_flops_count_a_multiply_and_an_add_a_weight(kind: str, family: str) -> N
         "int8_gate": width * NEURONS,
         "sign": 2 * NEURONS,  # the sign bits of a row are one word
     }
-    assert made(kind, family)[1].router.flops() == 2 * weights[kind]
+    router = made(kind, family)[1].router
+    scoring = router.scoring()
+    assert scoring.flops + scoring.few_bit_ops == 2 * weights[kind]
+    assert router.flops() == scoring.flops
+    assert (scoring.flops == 0) == (kind in ("int8_gate", "sign"))
 
 
 @every_kind

@@ -32,6 +32,15 @@ ROW = Row(
     dtype="bfloat16",
     device="cpu",
     layer_sparsity={"model.layers.0.mlp": 0.25, "model.layers.1.mlp": 0.75},
+    ffn_dense_bytes=160e6,
+    ffn_bytes=80e6,
+    scoring_bytes=4e6,
+    total_bytes=190e6,
+    total_dense_bytes=266e6,
+    together={
+        "4": {"ffn_dense": 160e6, "ffn": 128e6, "scoring": 4e6, "total": 238e6},
+        "16": {"ffn_dense": 160e6, "ffn": 156e6, "scoring": 4e6, "total": 266e6},
+    },
 )
 DENSE = replace(
     ROW,
@@ -44,25 +53,29 @@ DENSE = replace(
     total_flops=266e6,
     train_tokens=None,
     layer_sparsity={},
+    ffn_bytes=160e6,
+    scoring_bytes=0.0,
+    total_bytes=266e6,
+    together={},
 )
 
 
-def shown(*rows: Row) -> list[list[str]]:
-    """The words of every line of the table."""
+def shown(*rows: Row, width: int = 120) -> list[list[str]]:
+    """The words of every line of the table; what few models have may make it wider."""
     file = io.StringIO()
     print_table(rows, file)
     lines = file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 120
+    assert max(len(line.rstrip()) for line in lines) <= width
     return [line.replace("│", " ").split() for line in lines]
 
 
 def test_a_line_has_every_figure() -> None:
-    expected = "out/lte 21.50 1.052 - 50.0% 84.0 (0.53x) 190.0 (0.71x) 500,000"
+    expected = "out/lte 21.50 1.052 - 50.0% 84 (0.53x) 190 (0.71x) 0.82, 1.00 0.53, 0.71 500,000"
     assert expected.split() in shown(DENSE, ROW)
 
 
 def test_a_dense_line_says_so() -> None:
-    expected = "donor (donor) 21.50 - - dense 160.0 (1.00x) 266.0 (1.00x) -"
+    expected = "donor (donor) 21.50 - - dense 160 (1.00x) 266 (1.00x) - 1.00, 1.00 -"
     assert expected.split() in shown(DENSE, ROW)
 
 
@@ -78,26 +91,27 @@ def test_a_sparsity_of_zero_is_not_dense() -> None:
 
 def test_zeros_have_a_column_where_some_model_has_any() -> None:
     relu = replace(DENSE, model="relu", role="model", zeros=0.6125)
-    words = "relu 21.50 - - dense 61.3% 160.0 (1.00x) 266.0 (1.00x) -"
+    words = "relu 21.50 - - dense 61.3% 160 (1.00x) 266 (1.00x) - 1.00, 1.00 -"
     assert words.split() in shown(DENSE, relu, ROW)
-    expected = "donor (donor) 21.50 - - dense - 160.0 (1.00x) 266.0 (1.00x) -"
+    expected = "donor (donor) 21.50 - dense - 160 (1.00x) 266 (1.00x) 1.00, 1.00"
     assert expected.split() in shown(DENSE, relu)
     assert not any("zeros" in line for line in shown(DENSE, ROW))
     assert json.loads(to_json([relu, ROW]))[0]["zeros"] == 0.6125
 
 
 def test_tiny_models_keep_their_digits() -> None:
-    tiny = replace(ROW, ffn_flops=5000.0, router_flops=376.0, ffn_dense_flops=9216.0)
+    tiny = replace(ROW, ffn_bytes=5000.0, scoring_bytes=376.0, ffn_dense_bytes=9216.0)
     assert any("0.00538" in words for words in shown(tiny))
 
 
 def test_predictors_have_two_columns_of_their_own() -> None:
     predicted = replace(ROW, recall=0.9, precision=0.755)
     assert not {"recall", "precision"} & {word for line in shown(ROW) for word in line}
-    lines = shown(DENSE, predicted)
+    lines = shown(DENSE, predicted, width=140)
     assert {"recall", "precision"} <= {word for line in lines for word in line}
-    model = "out/lte 21.50 1.052 - 50.0% 90.0% 75.5% 84.0 (0.53x) 190.0 (0.71x) 500,000"
-    donor = "donor (donor) 21.50 - - dense - - 160.0 (1.00x) 266.0 (1.00x) -"
+    figures = "84 (0.53x) 190 (0.71x) 0.82, 1.00 0.53, 0.71 500,000"
+    model = f"out/lte 21.50 1.052 - 50.0% 90.0% 75.5% {figures}"
+    donor = "donor (donor) 21.50 - - dense - - 160 (1.00x) 266 (1.00x) - 1.00, 1.00 -"
     assert model.split() in lines and donor.split() in lines
 
 
@@ -138,7 +152,14 @@ def test_a_text_that_is_not_known_is_another_one() -> None:
 
 def test_a_grid_names_its_texts() -> None:
     cell = {"split": "random", "router": "mlp", "target": 0.5, "sparsity": 0.5, "perplexity": 9.0}
-    cell |= {"ffn_share": 0.5, "recall": None, "captured": None, "text": "aa11", "run_text": "bb22"}
+    cell |= {
+        "ffn_share": 0.5,
+        "ffn_bytes_share": None,
+        "recall": None,
+        "captured": None,
+        "text": "aa11",
+        "run_text": "bb22",
+    }
     file = io.StringIO()
     print_cells([cell], file)
     assert "held-out text aa11; fitted to text bb22" in file.getvalue()
@@ -149,7 +170,9 @@ def test_json_holds_every_field_of_every_row() -> None:
     assert first["model"] == "donor" and first["layer_sparsity"] == {}
     assert second["layer_sparsity"] == ROW.layer_sparsity
     assert second["ffn_share"] == 84 / 160
-    assert Row(**{key: value for key, value in second.items() if key != "ffn_share"}) == ROW
+    assert second["ffn_bytes_share"] == 84 / 160
+    derived = ("ffn_share", "ffn_bytes_share")
+    assert Row(**{key: value for key, value in second.items() if key not in derived}) == ROW
 
 
 def test_json_never_holds_what_json_does_not_have() -> None:
@@ -159,7 +182,7 @@ def test_json_never_holds_what_json_does_not_have() -> None:
 
 def test_an_moe_host_shows_both_levels() -> None:
     levels = {"experts": 0.75, "neurons": 0.85, "both": 0.9625}
-    lines = shown(replace(ROW, two_levels=levels), DENSE)
+    lines = shown(replace(ROW, two_levels=levels), DENSE, width=140)
     assert any({"MoE", "layers"} <= set(line) for line in lines)
     assert any(line[4:7] == ["50.0%", "85.0%", "96.2%"] for line in lines)
     assert any("dense - -" in " ".join(line) for line in lines)
@@ -170,3 +193,55 @@ def test_a_name_in_a_plot_is_no_formula(tmp_path: Path) -> None:
     rows = [replace(ROW, model=r"a$\oops$<b>", series="")]
     plot(rows, tmp_path / "plot.svg")
     assert "<b>" not in (tmp_path / "plot.svg").read_text()
+
+
+BYTES = ("ffn_dense_bytes", "ffn_bytes", "scoring_bytes", "total_bytes", "total_dense_bytes")
+
+
+def before(row: Row) -> dict[str, object]:
+    """A row as a version that counted no bytes wrote it."""
+    new = (*BYTES, "ffn_bytes_share", "together", "few_bit_ops")
+    return {key: value for key, value in row.to_dict().items() if key not in new}
+
+
+def test_rows_of_a_version_without_bytes_are_still_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps([before(DENSE), before(ROW)]))
+    donor, model = read_json(tmp_path / "rows.json")
+    assert (model.ffn_bytes_share, model.total_bytes, model.together) == (None, None, {})
+    lines = shown(donor, model)
+    assert not any("MB/token" in line for line in lines)
+    assert ["out/lte", "21.50", "1.052", "-", "50.0%", "0.53,", "0.71", "500,000"] in lines
+    plot([donor, model], tmp_path / "plot.svg")
+    assert "bytes" not in (tmp_path / "plot.svg").read_text()
+
+
+def test_bytes_are_told_from_flops() -> None:
+    int4 = replace(DENSE, model="int4", role="model", ffn_bytes=45e6, total_bytes=151e6)
+    expected = "int4 21.50 - dense 45 (0.28x) 151 (0.57x) 1.00, 1.00"
+    assert expected.split() in shown(DENSE, int4)
+
+
+def test_operations_in_few_bits_have_a_column_of_their_own() -> None:
+    assert not any("few-bit" in line for line in shown(DENSE, ROW))
+    lines = shown(DENSE, replace(ROW, few_bit_ops=53.1e6), width=140)
+    assert any("few-bit" in line for line in lines)
+    assert any(line[-2:] == ["53.1", "500,000"] for line in lines)
+
+
+def test_together_reads_what_one_of_them_needs() -> None:
+    assert ROW.together_share(4) == 132 / 160
+    assert ROW.together_share(16) == 1
+    assert ROW.together_share(3) is None
+
+
+def test_a_plot_has_both_prices(tmp_path: Path) -> None:
+    rows = [replace(DENSE), replace(ROW, ratio_to_donor=1.2, series="lte")]
+    plot(rows, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "FFN bytes a token reads" in drawn and "FFN FLOPs" in drawn
+    assert "perplexity / dense" in drawn
+
+
+def test_a_plot_needs_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no converted model to draw"):
+        plot([DENSE], tmp_path / "plot.svg")

@@ -33,6 +33,8 @@ class Scoring:
     """FLOPs of one neuron that are done once it is scored: it need not be computed again."""
     known_bits: float = 0.0
     """Bits of one neuron that are read once it is scored."""
+    known_of: Literal["neuron", "expert"] = "neuron"
+    """What that holds of: every neuron of the FFN, or one neuron of each routed expert."""
 
 
 class Starter(ABC):
@@ -94,7 +96,16 @@ class Router(nn.Module, ABC):
 
     @abstractmethod
     def flops(self) -> int:
-        """Matrix FLOPs of scoring one token."""
+        """Matrix FLOPs of scoring one token, in floating point."""
+
+    def scoring(self, weight_bits: int | None = None) -> Scoring:
+        """What it takes to score one token: its own numbers, in bf16, unless a kind reads others.
+
+        Args:
+            weight_bits: 8 or 4: how the FFN's own weights are stored; None: in bf16.
+        """
+        numbers = sum(tensor.numel() for tensor in (*self.parameters(), *self.buffers()))
+        return Scoring(self.flops(), bits=16 * numbers)
 
 
 class RowReader(Router):

@@ -2,7 +2,7 @@
 
 They read the FFN's own rows whenever they score, so that they never grow stale and add nothing to
 a checkpoint. Here the few bits are emulated in fp32; a kernel would keep a packed copy of the rows,
-which is what `flops` and the bytes below speak of.
+which is what `scoring` speaks of.
 
 Letters: T tokens, D model width, F neurons, R experts that are routed.
 """
@@ -15,7 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from moe_tools.experts.routers.base import RowReader, in_fp32, matrix_flops
+from moe_tools.experts.routers.base import RowReader, Scoring, in_fp32
 from moe_tools.hosts.firing import DecidingRows, firing_rows
 
 WORD = 32
@@ -44,6 +44,10 @@ class FiringRouter(RowReader):
         scores_TE = self.division.reduce(scores_TF, lambda piece_TEN: piece_TEN.amax(-1))
         return scores_TE[..., self.shared :]
 
+    def flops(self) -> int:
+        """None: its products are of whole numbers, see `scoring`."""
+        return 0
+
     @abstractmethod
     def score_TF(self, x_TD: Tensor, rows: DecidingRows) -> Tensor:
         """How far each pre-activation is expected above 0; 1/2: at 0."""
@@ -64,15 +68,16 @@ class SignRouter(FiringRouter):
         products = x_TD.shape[-1] + (bias_F is not None)
         return (sum_TF / products + 1) / 2
 
-    def flops(self) -> int:
-        """4 for 32 products: they are one XOR, one population count and one addition of a word.
+    def scoring(self, weight_bits: int | None = None) -> Scoring:
+        """A word of signs is one XOR, one population count and one addition: 4 for 32 products.
 
-        Read from memory: a bit a weight, 1/16 of the rows in bf16.
+        Read from memory: a bit a weight, in whole words.
         """
-        return sum(
-            4 * len(rows.rows_FD) * -(-rows.rows_FD.shape[1] // WORD)
+        words = sum(
+            len(rows.rows_FD) * -(-rows.rows_FD.shape[1] // WORD)
             for rows in firing_rows(self.projections)
         )
+        return Scoring(0.0, WORD * words, few_bit_ops=4 * words)
 
 
 class Int8GateRouter(FiringRouter):
@@ -102,12 +107,15 @@ class Int8GateRouter(FiringRouter):
         bound_TF = (bound_TF * (1 + (x_TD.shape[-1] + 4) * ROUNDING)).clamp_min(1e-12)
         return ((estimate_TF + bound_TF) / (2 * bound_TF)).clamp_min(0)
 
-    def flops(self) -> int:
-        """An int8 multiply and add are two FLOPs, as if they were floating; hardware is faster.
+    def scoring(self, weight_bits: int | None = None) -> Scoring:
+        """An int8 multiply and add for each weight of the deciding rows.
 
-        Read from memory: a byte a weight, half of the rows in bf16.
+        Read from memory: a byte a weight, and for each row its scale and its L1 norm in bf16.
         """
-        return matrix_flops(*(rows.rows_FD for rows in firing_rows(self.projections)))
+        deciding = firing_rows(self.projections)
+        weights = sum(rows.rows_FD.numel() for rows in deciding)
+        vectors = 2 * sum(len(rows.rows_FD) for rows in deciding)
+        return Scoring(0.0, 8 * weights + 16 * vectors, few_bit_ops=2 * weights)
 
 
 def _signs(values: Tensor) -> Tensor:

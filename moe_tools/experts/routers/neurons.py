@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.profiles import Sketch, marks_TF
-from moe_tools.experts.routers.base import Router, RowReader, Start, Starter
+from moe_tools.experts.routers.base import Router, RowReader, Scoring, Start, Starter
 from moe_tools.hosts.ffn import FFN
+from moe_tools.kernels.few_bits import bits_each
 
 
 class RepresentativeRouter(RowReader):
@@ -49,6 +50,12 @@ class RepresentativeRouter(RowReader):
     def flops(self) -> int:
         """The rows of these neurons; a kernel runs no others to score."""
         return 2 * len(self.neurons) * self.projections.weights().row_numbers
+
+    def scoring(self, weight_bits: int | None = None) -> Scoring:
+        """The same rows, which are known where the expert is chosen."""
+        row = self.projections.weights().row_numbers
+        bits = row * bits_each(weight_bits)
+        return Scoring(self.flops(), len(self.neurons) * bits, 0.0, 2 * row, bits, "expert")
 
 
 class Representatives(Starter):
@@ -95,3 +102,9 @@ class OracleRouter(RowReader):
     def flops(self) -> int:
         """Every neuron's rows."""
         return 2 * self.division.neurons * self.projections.weights().row_numbers
+
+    def scoring(self, weight_bits: int | None = None) -> Scoring:
+        """The same rows, which are then known."""
+        row = self.projections.weights().row_numbers
+        bits = row * bits_each(weight_bits)
+        return Scoring(self.flops(), self.division.neurons * bits, 0.0, 2 * row, bits)
