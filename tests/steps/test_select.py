@@ -57,7 +57,7 @@ def test_something_stays(sparsity: float) -> None:
 @pytest.mark.parametrize("share", [0, 1.1, -1])
 def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
     block = {"name": "any", "steps": [{"select": {"share": share}}]}
-    with pytest.raises(ValueError, match="select: share is .*, but must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=r"select: share is .*, but must be above 0 and at most 1"):
         parse_recipe(block)
 
 
