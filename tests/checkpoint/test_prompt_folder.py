@@ -26,10 +26,17 @@ CAUSAL = [name for name in TABLE if name not in ("bert", "roberta", "t5-relu", "
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
 
 
-def generated(model: PreTrainedModel) -> list[int]:
+def generated(model: PreTrainedModel) -> Tensor:
+    """The logits of what a model generates."""
     host: Any = model
     ids = torch.randint(3, 64, (1, 9), generator=torch.Generator().manual_seed(4))
-    return host.generate(input_ids=ids, **GREEDY)[0].tolist()
+    options = {"return_dict_in_generate": True, "output_logits": True}
+    return torch.cat(host.generate(input_ids=ids, **GREEDY, **options).logits)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """But for the order of sums: loaded weights lie wherever they start in the file."""
+    return bool((one - other).abs().max() <= 1e-5)
 
 
 def written(family: str, folder: Path) -> PreTrainedModel:
@@ -52,12 +59,13 @@ def test_a_folder_generates_as_its_donor_selects(family: str, tmp_path: Path) ->
         expected = generated(plain)
     loaded = load(tmp_path / "out")
     assert [ffn.share for ffn in prompt_ffns(loaded)] == [0.25] * len(prompt_ffns(loaded)) != []
-    assert generated(loaded) == expected != generated(plain)
-    assert generated(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) == expected
+    assert same(generated(loaded), expected)
+    assert (expected - generated(plain)).abs().max() > 1e-3
+    assert same(generated(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
     save(loaded, tmp_path / "again")
     loaded.save_pretrained(tmp_path / "plainly")
     for folder in ("again", "plainly"):
-        assert generated(load(tmp_path / folder)) == expected
+        assert same(generated(load(tmp_path / folder)), expected)
         assert read_conversion(load(tmp_path / folder)) == read_conversion(loaded)
         assert stored_shapes(tmp_path / folder) == stored_shapes(tmp_path / "donor")
 
@@ -72,7 +80,7 @@ def test_unrouted_or_without_moe_tools_it_is_the_donor(family: str, tmp_path: Pa
         load_stock(TABLE[family].model, tmp_path / "out"),
     ):
         assert not prompt_ffns(model)
-        assert generated(model) == generated(dense)
+        assert same(generated(model), generated(dense))
     assert read_conversion(load(tmp_path / "out", routed=False)).prompt_share is None  # type: ignore[union-attr]
     # a whole text is a prompt
     assert (logits(load(tmp_path / "out")) - logits(dense)).abs().max() <= 2e-6
@@ -117,7 +125,7 @@ def test_a_folder_of_another_activation_selects_too(tmp_path: Path) -> None:
         expected = generated(model)
     select(model, 0.25, "donor")
     save(model, tmp_path / "out")
-    assert generated(load(tmp_path / "out")) == expected
+    assert same(generated(load(tmp_path / "out")), expected)
 
 
 def test_quantised_while_it_loads_it_selects_too(tmp_path: Path) -> None:
@@ -138,7 +146,7 @@ def test_quantised_while_it_loads_it_selects_too(tmp_path: Path) -> None:
     )
     with select_by_prompt(plain, 0.25):
         expected = generated(plain)
-    assert generated(loaded) == expected
+    assert same(generated(loaded), expected)
 
 
 def test_what_stays_on_disk_cannot_be_copied(tmp_path: Path) -> None:
@@ -177,7 +185,5 @@ def test_it_is_evaluated_and_optimised_as_its_dense_model_alone(tmp_path: Path) 
     for use in (moe_tools.optimize, lambda model: moe_tools.evaluate(model, blocks_BT)):
         with pytest.raises(ValueError, match="selecting its neurons by the prompt already"):
             use(model)
-    found: Tensor = torch.tensor(
-        moe_tools.evaluate(load(tmp_path / "out", routed=False), blocks_BT).perplexity
-    )
-    assert found.isfinite()
+    dense = moe_tools.evaluate(load(tmp_path / "out", routed=False), blocks_BT)
+    assert dense.ffn_sparsity == 0
