@@ -129,6 +129,8 @@ def _how_to_load(conversion: Conversion, auto: str) -> str:
             "**Without `import moe_tools` the same folder is a dense model**: the routers are left "
             "out, every expert runs, and nothing is saved."
         )
+        if conversion.constants:
+            without += " Its weights are fitted to the routers' masks: it is worse than its donor."
     elif conversion.prompt_share is not None:
         without = (
             "**Without `import moe_tools` the same folder is the dense model**: every neuron runs, "

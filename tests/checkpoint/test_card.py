@@ -48,6 +48,13 @@ def test_a_routed_folder_says_what_it_is_with_and_without_moe_tools(folder: Path
     assert DENSE in card.text and "AutoModelForCausalLM.from_pretrained" in card.text
 
 
+def test_a_refitted_folder_says_that_its_dense_model_is_worse(folder: Path) -> None:
+    said = "fitted to the routers' masks: it is worse than its donor"
+    assert said not in read(folder).text
+    save(convert(conversion=replace(THRESHOLD, constants=True)), folder.parent / "refitted")
+    assert said in read(folder.parent / "refitted").text
+
+
 @pytest.mark.parametrize(
     ("family", "auto", "task"),
     [
