@@ -28,7 +28,8 @@ def with_options(
 ) -> Recipe:
     """Returns the recipe under the command line's options; None leaves a value as it is.
 
-    `tokens` is the sum over the train steps, which keep their shares of it.
+    `tokens` is the sum over the train steps, which keep their shares of it: equal ones, where none
+    has tokens of its own.
 
     Raises:
         ValueError: a value out of range, or an option that no step of the recipe can take.
@@ -44,12 +45,11 @@ def with_options(
     for option in options:  # one that changes nothing is a mistake
         if not any(step.takes(option) for step in recipe.steps):
             raise ValueError(f"recipe {recipe.name} has no {LACKS[option]}")
-    shrink = 1.0 if tokens is None else tokens / recipe.train_tokens()
 
     def change(step: Step) -> Step:
         for option, value in options.items():
             if step.takes(option):
-                own = max(1, round(step.tokens * shrink)) if option == "tokens" else value
+                own = _own(step, recipe, value) if option == "tokens" else value
                 step = step.changed(option, own)
         return step
 
@@ -60,6 +60,13 @@ def with_options(
         block_length=recipe.block_length if block_length is None else block_length,
         seed=recipe.seed if seed is None else seed,
     )
+
+
+def _own(step: Step, recipe: Recipe, tokens: int) -> int:
+    """A train step's part of all tokens."""
+    whole = recipe.train_tokens()
+    share = step.tokens / whole if whole else 1 / len(recipe.train_steps)
+    return max(1, round(tokens * share))
 
 
 def has_control(recipe: Recipe) -> bool:

@@ -11,8 +11,10 @@ from moe_tools.recipe import Recipe, lasting
 def prepare(recipe: Recipe, source: str) -> Recipe:
     """The text by its absolute path, in blocks no longer than the donor's context.
 
-    The block length of a recipe fits the donor that it was tuned on; what the user says is checked
-    before (`moe_tools.checkpoint.block_length.check_given`). Prepared twice is prepared once.
+    Train steps of 0 tokens, which wait for `--tokens`, fall away. The block length of a recipe fits
+    the donor that it was tuned on; what the user says is checked before
+    (`moe_tools.checkpoint.block_length.check_given`). Prepared twice is prepared once.
     """
     length = fitting_length(source, recipe.block_length, classify=recipe.task == "classify")
-    return replace(lasting(recipe), block_length=length)
+    steps = tuple(step for step in recipe.steps if step.tokens or not step.trains)
+    return replace(lasting(recipe), block_length=length, steps=steps)

@@ -39,7 +39,8 @@ class Train(Step):
     whole_model = "its gradients go through all layers at once"
 
     tokens: int
-    """Training tokens of this step; every step goes on where the last one stopped."""
+    """Training tokens of this step; every step goes on where the last one stopped. 0: the step is
+    left out, unless the command line says `--tokens`."""
     mode: Literal["dense", "soft", "straight", "hard"] = "dense"
     """How scores switch experts; see `moe_tools.experts.experts.Mode`."""
     losses: dict[str, Weight] = field(default_factory=lambda: {"lm": 1.0})
@@ -73,8 +74,8 @@ class Train(Step):
 
     def check(self) -> None:
         """Ranges of every number; a drive has its target and its loss for itself."""
-        at_least(1, self, "tokens", "batch_size", "accumulate", "checkpoint_every")
-        at_least(0, self, "lr", "router_lr")
+        at_least(1, self, "batch_size", "accumulate", "checkpoint_every")
+        at_least(0, self, "tokens", "lr", "router_lr")
         from_0_to_1(self, "warmup", "ramp")
         strictly_between_0_and_1(self, "target_sparsity")
         self._check_drive()
@@ -105,7 +106,7 @@ class Train(Step):
 
     def control(self) -> Self | None:
         """The language loss alone, on the same parts of a dense model; never routers alone."""
-        if self.parts == "routers":
+        if self.parts == "routers" or not self.tokens:
             return None
         dense = Train(self.tokens)
         kept = {name: getattr(dense, name) for name in OF_ROUTERS}
