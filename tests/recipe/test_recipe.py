@@ -29,6 +29,7 @@ from moe_tools.recipe import (
     read_recipe,
     with_options,
 )
+from moe_tools.recipe.options import has_control
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -258,8 +259,7 @@ def test_what_is_refused_is_named(given: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [
-        ("tokens", 0, "at least 1"),
-        ("tokens", -8, "at least 1"),
+        ("tokens", -8, "0 or more"),
         ("batch_size", 0, "at least 1"),
         ("accumulate", 0, "at least 1"),
         ("checkpoint_every", 0, "at least 1"),
@@ -506,3 +506,10 @@ def test_what_a_value_is_instead_is_said_in_short(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data: expected str, not ") as caught:
         read_recipe(tmp_path / "recipe.yaml")
     assert len(str(caught.value)) < 500
+
+
+def test_a_train_step_without_tokens_waits_for_them() -> None:
+    recipe = read_recipe(recipe_path("prox"))
+    assert recipe.train_tokens() == 0 and not has_control(recipe)
+    assert with_options(recipe, tokens=4096).steps[-1].tokens == 4096
+    assert has_control(with_options(recipe, tokens=4096))
