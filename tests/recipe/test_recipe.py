@@ -27,6 +27,7 @@ from moe_tools.recipe import (
     known_recipes,
     parse_recipe,
     read_recipe,
+    recipe_path,
     with_options,
 )
 from moe_tools.recipe.options import has_control
