@@ -35,11 +35,11 @@ SUM_BYTES = 4 * 2**30
 class Refit(Step):
     """Down projections that make up for what the routers turn off, in closed form.
 
-    Each FFN's is solved alone, to give the dense FFN's output on the dense model's input from what
-    the masks leave of its neurons. Put it after `attach` and `budget`: it is for the masks of that
-    moment, and with other masks, or with every expert on, the model is no longer the donor. A
-    router that scores with the down projection itself (`oracle`) goes on with the new one. What
-    `quantize` stored in few bits is solved for, then rounded to as many again.
+    Each FFN's is solved alone: what the masks leave of its neurons is to give what all of them give
+    when every expert of the model is on. Put it after `attach` and `budget`: it is for the masks of
+    that moment, and with every expert on the model is no longer the donor. A router that scores
+    with the down projection itself (`oracle`) goes on with the new one, which moves its masks.
+    What `quantize` stored in few bits is solved for, then rounded to as many again.
 
     ```yaml
     - attach: {router: oracle, selector: {kind: threshold}}
@@ -52,12 +52,12 @@ class Refit(Step):
     changes_function = True
 
     ridge: float = 0.1
-    """How much each weight is held where it is: as much as so many times the mean square of a
-    neuron, of those that are off the zeros too."""
+    """How firmly each weight is held where it is, in mean squares of what the masks leave of a
+    neuron."""
     constants: bool = True
     """Adds a bias and, where experts are more than one neuron, a constant for each that is off,
     found in the same solution: they contain what `when_off: mean` adds."""
-    tokens: int = 65536
+    tokens: int = 16384
     """Calibration tokens."""
 
     def check(self) -> None:
