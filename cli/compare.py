@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from moe_tools.cli.options import add_donor_options, add_json_option, positive
+from moe_tools.cli.options import (
+    add_baseline_options,
+    add_donor_options,
+    add_json_option,
+    positive,
+)
 
 SUMMARY = "run several recipes with the same tokens and set them side by side"
 
@@ -22,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", help="docs, a file or folder (FILE:COLUMN), a hub dataset, or self"
     )
     parser.add_argument("--seed", type=int)
-    parser.add_argument(
-        "--baselines", nargs="*", choices=("teal", "cats"), default=(), help="training-free bars"
-    )
+    add_baseline_options(parser)
     parser.add_argument("--eval-tokens", type=positive, default=32768)
     add_donor_options(parser)
     add_json_option(parser, "the table")
@@ -47,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         output=Path(args.output),
         sparsities=tuple(args.target_sparsity),
         baselines=tuple(args.baselines),
+        after=args.after,
         tokens=args.tokens,
         data=args.data,
         seed=args.seed,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from moe_tools.cli.options import (
     BLOCK_LENGTH,
+    add_baseline_options,
     add_json_option,
     add_model_options,
     plot_target,
@@ -14,7 +16,7 @@ from moe_tools.cli.options import (
 )
 from moe_tools.names import RECIPE
 
-SUMMARY = "measure perplexity, sparsity and FLOPs beside the dense model"
+SUMMARY = "measure perplexity, bytes a token and FLOPs beside the dense model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +47,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VALUE",
         help="one folder at these values of tau, of top-k's share or of p; default: tenths",
     )
+    add_baseline_options(parser)
     parser.add_argument(
-        "--plot", type=plot_target, metavar="FILE", help="perplexity over FFN FLOPs: png, svg, pdf"
+        "--budgets",
+        nargs="+",
+        type=float,
+        default=(0.25, 0.5, 0.75),
+        metavar="S",
+        help="shares of the neurons (teal: of the inputs) that baselines leave off; default: "
+        "0.25 0.5 0.75",
+    )
+    parser.add_argument(
+        "--plot",
+        type=plot_target,
+        metavar="FILE",
+        help="perplexity over FFN bytes and FLOPs: png, svg, pdf",
     )
     add_json_option(parser, "the rows")
     parser.add_argument(
@@ -67,14 +82,17 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.report.plot import plot
     from moe_tools.report.setup import Setup
     from moe_tools.report.sweep import sweep
+    from moe_tools.runs.baselines import default_after, measure_beside
 
     if args.plot:
         needed("matplotlib", "plot", "--plot")
     device = use_device(args.device)
+    length = chosen_length(args.folder[0], args.block_length)
     setup = Setup(
         data=args.data or _recipe_data(args.folder[0]),
         tokens=args.tokens,
-        block_length=chosen_length(args.folder[0], args.block_length),
+        block_length=length,
+        after=default_after(args.after, args.baselines, length),
         batch_size=args.batch_size,
         dtype=pick_dtype(args.dtype, device),
         device=device,
@@ -85,11 +103,18 @@ def run(args: argparse.Namespace) -> int:
         _only(args.folder, "--sweep")
     if args.card:
         check_card(_only(args.folder, "--card"))
+    beside = partial(
+        measure_beside,
+        names=args.baselines,
+        budgets=args.budgets,
+        folder=args.folder[0],
+        donor=args.donor,
+    )
     with quiet_transformers():
         if args.sweep is None:
-            rows = compare(args.folder, setup, donor=args.donor)
+            rows = compare(args.folder, setup, donor=args.donor, beside=beside)
         else:
-            rows = sweep(args.folder[0], setup, args.sweep, donor=args.donor)
+            rows = sweep(args.folder[0], setup, args.sweep, donor=args.donor, beside=beside)
     if args.card:
         write_figures(Path(args.folder[0]), rows)
     show_rows(rows, args.json)

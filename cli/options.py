@@ -7,6 +7,8 @@ from pathlib import Path
 
 BLOCK_LENGTH = "tokens; default: 512, or the context of the model if that is shorter"
 """The help of --block-length."""
+BASELINES = ("int8", "int4", "teal", "cats", "few_bits", "griffin")
+"""Keys of `moe_tools.runs.baselines.BASELINES`."""
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -29,6 +31,25 @@ def add_donor_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_device_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; default: auto")
+
+
+def add_baseline_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --baselines and --after."""
+    parser.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=BASELINES,
+        default=(),
+        metavar="NAME",
+        help=f"training-free bars on the same text: {', '.join(BASELINES)}",
+    )
+    parser.add_argument(
+        "--after",
+        type=zero_or_more,
+        metavar="N",
+        help="predict only what follows the first N tokens of every block; default: 0, with the "
+        "baseline griffin half of a block",
+    )
 
 
 def add_json_option(parser: argparse.ArgumentParser, what: str) -> None:

@@ -76,6 +76,7 @@ def evaluate(
     title: str = "",
     mask_token: int | None = None,
     seed: int = 0,
+    after: int = 0,
 ) -> Evaluation:
     """Evaluates a dense or routed model as it stands, in its own dtype and mode.
 
@@ -93,16 +94,18 @@ def evaluate(
         title: of the progress bar.
         mask_token: the tokenizer's; only encoders need it.
         seed: which tokens of an encoder's blocks are masked.
+        after: only what follows the first `after` tokens of every block is predicted; FLOPs and
+            bytes are those of all tokens.
 
     Raises:
-        ValueError: blocks that the model cannot take, no mask token for an encoder, or no FFN of
-            a known family.
+        ValueError: blocks that the model cannot take, or without a token after so many; no mask
+            token for an encoder, or no FFN of a known family.
         FloatingPointError: the loss is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-    check_evaluable(model, blocks_BT, mask_token)
-    inputs_BT, labels_BT = _task(model, blocks_BT.cpu(), mask_token, seed)
+    check_evaluable(model, blocks_BT, mask_token, after)
+    inputs_BT, labels_BT = _task(model, blocks_BT.cpu(), mask_token, seed, after)
     nats = 0.0
     with (
         tally(model) as seen,
@@ -175,7 +178,9 @@ def tally(model: PreTrainedModel) -> Iterator[Tally]:
         yield Tally(model, counts, predictions, others)
 
 
-def check_evaluable(model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None) -> None:
+def check_evaluable(
+    model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None, after: int = 0
+) -> None:
     """Whether `evaluate` can measure a model, whose weights may be empty, on these blocks.
 
     Raises:
@@ -185,6 +190,11 @@ def check_evaluable(model: PreTrainedModel, blocks_BT: Tensor, mask_token: int |
         raise ValueError(
             f"blocks are {tuple(blocks_BT.shape)}; evaluation needs (blocks, tokens), at least "
             "one block of two tokens"
+        )
+    if not 0 <= after < blocks_BT.shape[1]:
+        raise ValueError(
+            f"after the first {after} tokens of a block of {blocks_BT.shape[1]} there is nothing "
+            "to predict: --after is a number below the block length"
         )
     check_text(model, blocks_BT)
     if not _predicts(model):
@@ -207,17 +217,19 @@ def _predicts(model: PreTrainedModel) -> bool:
 
 
 def _task(
-    model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None, seed: int
+    model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None, seed: int, after: int
 ) -> tuple[Tensor, Tensor]:
     """What the model sees, and what it has to say at each position (`IGNORE`: nothing)."""
+    early_T = torch.arange(blocks_BT.shape[1]) < after
+    labels_BT = blocks_BT.masked_fill(early_T, IGNORE)
     if model.can_generate():
-        return blocks_BT, nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)
+        return blocks_BT, nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
     assert mask_token is not None
     generator = torch.Generator().manual_seed(seed)
     count = max(1, round(MASKED * blocks_BT.shape[1]))
     chosen_BK = torch.rand(blocks_BT.shape, generator=generator).topk(count, dim=1).indices
     mask_BT = torch.zeros_like(blocks_BT, dtype=torch.bool).scatter(1, chosen_BK, True)
-    return blocks_BT.masked_fill(mask_BT, mask_token), blocks_BT.masked_fill(~mask_BT, IGNORE)
+    return blocks_BT.masked_fill(mask_BT, mask_token), labels_BT.masked_fill(~mask_BT, IGNORE)
 
 
 @torch.no_grad()

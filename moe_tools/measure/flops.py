@@ -6,7 +6,8 @@ attention. Not counted: norms, softmax, activations, biases. What a router compu
 of few bits is no FLOP, and stands beside them.
 
 An FFN is charged for the neurons that are on. A constant in place of a neuron that is off
-(`off: mean`) costs no matrix FLOPs: y = W (h - off) + W off, whose last term is a constant.
+(`off: mean`) costs no matrix FLOPs: y = W (h - off) + W off, whose last term is a constant. The
+constants of experts that are off (`refit`) are their sum less those of the experts that are on.
 
 Letters: T tokens of a block.
 """
@@ -77,6 +78,7 @@ class FlopCounter:
         """FLOPs per token of a run over `tokens` tokens in blocks of `length`."""
         dense = sum(2 * count.weights * count.tokens for count in counts)
         on = sum(2 * count.weights * count.on / count.neurons for count in counts)
+        on += sum(2 * count.constant * count.unions[1].experts for count in counts)
         rest = self.others / tokens + attention_flops(model, length)
         scored = [(c.scoring, c.tokens, c.known(c.unions[1])) for c in counts if c.scoring]
         known = sum(scoring.known_flops * neurons for scoring, _, neurons in scored)

@@ -37,6 +37,9 @@ class NeuronCount:
     """Matrix weights of all its neurons: gate, up and down."""
     scoring: Scoring | None = None
     """What routing one token takes; None: it is dense."""
+    constant: int = 0
+    """Numbers of what each expert adds when it is off (`refit`); 0: nothing. A kernel knows their
+    sum, and reads those of the experts that are on to take them from it."""
     calls: int = field(default=0, compare=False)
     """Of the layer that it is in."""
     unions: dict[int, Union] = field(
@@ -142,8 +145,11 @@ def weight_bits(model: nn.Module) -> int | None:
 
 def _count(ffn: ExpertFFN | FFN, bits: int | None) -> NeuronCount:
     parts = ffn.projections
-    scoring = ffn.router.scoring(bits) if isinstance(ffn, ExpertFFN) else None
-    return NeuronCount(ffn.name, parts.size[0], parts.numbers, scoring)
+    count = NeuronCount(ffn.name, parts.size[0], parts.numbers)
+    if isinstance(ffn, ExpertFFN):
+        count.scoring = ffn.router.scoring(bits)
+        count.constant = 0 if ffn.off_RD is None else parts.size[1]
+    return count
 
 
 def _watch(

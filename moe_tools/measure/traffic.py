@@ -87,5 +87,6 @@ def _of_ffn(
     if count.scoring is None:
         return dense, bits_each(weight_bits) * count.weights * union.visits * times, 0.0
     known = count.scoring.known_bits * count.known(union)
-    ffn = (bits_each(weight_bits) * neuron * union.neurons - known) * times
+    rows = bits_each(weight_bits) * neuron * union.neurons - known
+    ffn = (rows + 16 * count.constant * union.experts) * times
     return dense, ffn, count.scoring.bits * union.visits * times

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 
@@ -19,22 +19,31 @@ from moe_tools.checkpoint.loading import (
     prompt_share,
 )
 from moe_tools.checkpoint.skeleton import skeleton
-from moe_tools.data import fingerprint, token_count
+from moe_tools.data import fingerprint
 from moe_tools.data.limits import check_text
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
-from moe_tools.measure.baselines import Baseline, thresholded
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
 from moe_tools.measure.tasks import run_tasks
+from moe_tools.report.by_prompt import measured_by_prompt
 from moe_tools.report.entries import Entry, find_control, row
 from moe_tools.report.report import Row
 from moe_tools.report.setup import Setup
 
 logger = logging.getLogger(__name__)
 
+Change = Callable[[PreTrainedModel], AbstractContextManager[Callable[[Evaluation], Evaluation]]]
+"""Makes another of a dense model for a while; yields what corrects the figures measured then."""
 
-def compare(sources: Sequence[str], setup: Setup, *, donor: str | None = None) -> list[Row]:
+
+def compare(
+    sources: Sequence[str],
+    setup: Setup,
+    *,
+    donor: str | None = None,
+    beside: Callable[[Bench], None] | None = None,
+) -> list[Row]:
     """Evaluates model folders, each beside its donor and its `control` folder, if it has them.
 
     Perplexities are comparable only over the same tokens: all models must share the tokenizer of
@@ -45,6 +54,7 @@ def compare(sources: Sequence[str], setup: Setup, *, donor: str | None = None) -
         sources: dense or converted models: folders, hub ids or GGUF files.
         setup: text, dtype and device of every row.
         donor: stands in for the donor that each folder names.
+        beside: measures more on the same text, such as baselines.
 
     Returns:
         Donors first, then each source after its control; a model that is named twice has one row.
@@ -56,6 +66,8 @@ def compare(sources: Sequence[str], setup: Setup, *, donor: str | None = None) -
     bench = Bench(setup, sources[0])
     for source in sources:
         bench.measure(source)
+    if beside is not None:
+        beside(bench)
     return bench.rows(donor)
 
 
@@ -80,7 +92,7 @@ class Bench:
         """
         model = skeleton(source, classify=self.classify)
         if isinstance(self.text, Tensor):
-            check_evaluable(model, self.text, self.tokenizer.mask_token_id)
+            check_evaluable(model, self.text, self.tokenizer.mask_token_id, self.setup.after)
         else:
             check_text(model, self.text)
 
@@ -97,25 +109,27 @@ class Bench:
         entry = self._entry(f"{folder} at {knobs}", model, folder)
         self.entries.append(replace(entry, setting=setting, control=find_control(folder)))
 
-    def measure_baseline(
-        self, kind: Baseline, sparsity: float, donor: str, control: str | None
+    def measure_changed(
+        self, title: str, series: str, change: Change, donor: str, control: str | None
     ) -> None:
-        """Evaluates a donor, or its dense control, under thresholds set on the training text."""
+        """Evaluates what a baseline makes of a donor, or of its dense control."""
         model = self.load(control or donor)
-        with thresholded(model, kind, sparsity, self.calibration_BT) as sites:
-            entry = self._entry(f"{kind} at {sparsity:g}", model, donor)
-        saved = sum(site.saved for site in sites) / token_count(self.text)
-        seen = _with_saved(entry.evaluation, saved)
-        self.entries.append(replace(entry, evaluation=seen, series=kind.upper(), control=control))
+        with change(model) as correct:
+            entry = self._entry(title, model, donor)
+        seen = correct(entry.evaluation)
+        made = replace(entry, evaluation=seen, series=series, control=control)
+        # a classifier's donor may be a body without a head, which has no row
+        self.entries.append(replace(made, donor=None if self.classify else donor))
 
     def load(self, folder: str) -> PreTrainedModel:
         """Loads a model whose tokens are those of the text.
 
-        To one that selects by the prompt every block is a prompt, in which all neurons run.
+        To one that selects by the prompt every block is a prompt, in which all neurons run, unless
+        only what follows a prompt is measured.
         """
         _check_tokenizer(folder, self.tokenizer)
         selects = prompt_share(folder) is not None
-        if selects:
+        if selects and not self.setup.after:
             message = "%s selects neurons by the prompt, and every block is one: its row is dense"
             logger.warning(message, folder)
         dtype, device = self.setup.dtype, self.setup.device
@@ -127,7 +141,12 @@ class Bench:
     def _entry(self, name: str, model: PreTrainedModel, folder: str) -> Entry:
         """Evaluates a model as it stands."""
         setup, conversion, tasks = self.setup, read_conversion(model), dict[str, float]()
-        seen = self._evaluate(name, model)
+        share = prompt_share(folder) if setup.after else None
+        if conversion is None or conversion.prompt_share is None or share is None:
+            seen = self._evaluate(name, model)
+        else:
+            with measured_by_prompt(model, share, setup.after) as correct:
+                seen = correct(self._evaluate(name, model))
         if setup.tasks.names:
             share = prompt_share(folder)
             with nullcontext() if share is None else select_by_prompt(model, share):
@@ -147,6 +166,7 @@ class Bench:
             title=title,
             mask_token=self.tokenizer.mask_token_id,
             seed=self.setup.seed,
+            after=self.setup.after,
         )
 
     @cached_property
@@ -191,12 +211,6 @@ class Bench:
         if folder not in known:
             known[folder] = self._entry(folder, self.load(folder), folder)
         return known[folder]
-
-
-def _with_saved(seen: Evaluation, saved: float) -> Evaluation:
-    """Takes what is saved, in FLOPs per token, from the FFNs of a dense model's figures."""
-    flops = replace(seen.flops, ffn=seen.flops.ffn_dense - saved)
-    return replace(seen, flops=flops, ffn_sparsity=saved / seen.flops.ffn_dense, traffic={})
 
 
 def _check_tokenizer(source: str, tokenizer: PreTrainedTokenizerBase) -> None:

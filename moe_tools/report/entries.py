@@ -81,6 +81,7 @@ def row(
         seconds=seen.seconds,
         data=setup.data,
         block_length=setup.block_length,
+        after=setup.after,
         dtype=str(setup.dtype).removeprefix("torch."),
         device=setup.device,
         layer_sparsity=seen.layer_sparsity,

@@ -73,6 +73,8 @@ class Row:
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
     """Knob of the selectors -> value, where it is not the saved one."""
+    after: int = 0
+    """Only what follows the first `after` tokens of every block was predicted."""
     few_bit_ops: float = 0.0
     """What routers multiply and add in whole numbers of 8 bits and fewer; no FLOPs."""
     ffn_dense_bytes: float | None = None
@@ -141,6 +143,11 @@ def check_one_text(rows: Iterable[Row]) -> None:
             raise ValueError(
                 f"{first.model} was measured on the text {first.text or '(unknown)'}, {row.model} "
                 f"on {row.text or '(unknown)'}: they do not compare, measure both in one call"
+            )
+        if row.after != first.after:
+            raise ValueError(
+                f"{first.model} was measured after the first {first.after} tokens of a block, "
+                f"{row.model} after {row.after}: they do not compare, measure both in one call"
             )
 
 
@@ -327,7 +334,9 @@ def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
 def _text(row: Row) -> str:
     which = f" (text {row.text})" if row.text else ""
     if row.accuracy is None:
-        return f"{row.tokens} tokens of held-out {row.data}{which}, blocks of {row.block_length}"
+        after = f", after the first {row.after} of each" if row.after else ""
+        text = f"{row.tokens} tokens of held-out {row.data}{which}, blocks of {row.block_length}"
+        return text + after
     return f"{row.tokens} held-out texts of {row.data}{which}, cut at {row.block_length} tokens"
 
 

@@ -34,6 +34,8 @@ class Setup:
     device: str = "cpu"
     seed: int = 0
     """Decides which tokens of an encoder's blocks are masked, and what tasks draw."""
+    after: int = 0
+    """Only what follows the first `after` tokens of every block is predicted."""
     tasks: Tasks = field(default_factory=Tasks)
     """Tasks of lm-evaluation-harness, beside the perplexity."""
 

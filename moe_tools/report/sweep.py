@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moe_tools.experts.conversion import set_selectors
 from moe_tools.experts.experts import expert_ffns
@@ -16,7 +16,12 @@ KNOBS = {"tau": TENTHS, "share": (*TENTHS, 1.0), "p": (*TENTHS, 0.95, 1.0)}
 
 
 def sweep(
-    source: str, setup: Setup, values: Sequence[float] = (), *, donor: str | None = None
+    source: str,
+    setup: Setup,
+    values: Sequence[float] = (),
+    *,
+    donor: str | None = None,
+    beside: Callable[[Bench], None] | None = None,
 ) -> list[Row]:
     """Evaluates a converted model at every value of its selector's knob, one value for all FFNs.
 
@@ -25,6 +30,7 @@ def sweep(
         setup: text, dtype and device.
         values: of the knob (tau, share of top-k, p); empty: `KNOBS`.
         donor: stands in for the donor that the folder names.
+        beside: measures more on the same text, such as baselines.
 
     Returns:
         The donor and the control, where there are any, and a row for every value.
@@ -44,4 +50,6 @@ def sweep(
     for value, selectors in points:
         set_selectors(model, selectors)
         bench.measure_at({knob: value}, source, model)
+    if beside is not None:
+        beside(bench)
     return bench.rows(donor)

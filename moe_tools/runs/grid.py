@@ -30,9 +30,9 @@ from moe_tools.data.sources import absolute
 from moe_tools.disk import writing
 from moe_tools.experts.conversion import conversion_so_far
 from moe_tools.experts.routers import ROUTERS
-from moe_tools.measure.baselines import Baseline, thresholded
-from moe_tools.measure.evaluate import evaluate
+from moe_tools.measure.evaluate import Evaluation, evaluate
 from moe_tools.recipe import parse_recipe
+from moe_tools.runs.baselines import BASELINES, Given
 from moe_tools.steps.attach import Attach, attach
 from moe_tools.steps.budget import Budget, budget
 from moe_tools.steps.fit import Fit, fit
@@ -64,7 +64,8 @@ class Grid:
     routers: tuple[str, ...]
     """Kinds of router, or `RIDGE`."""
     sparsities: tuple[float, ...]
-    baselines: tuple[Baseline, ...] = ()
+    baselines: tuple[str, ...] = ()
+    """Of `moe_tools.runs.baselines`, but for griffin, which needs the tokens behind a prompt."""
     expert_size: int = 32
     """Neurons."""
     selector: str = "topk"
@@ -101,7 +102,7 @@ class Cell:
     target: float
     perplexity: float
     sparsity: float
-    """Share of neurons off on the held-out text; of a baseline, of FFN FLOPs saved."""
+    """Share of neurons off on the held-out text; of TEAL, of FFN FLOPs saved."""
     ffn_share: float
     """FFN FLOPs, router included, over those of the dense FFNs."""
     recall: float | None = None
@@ -252,21 +253,21 @@ class _Bench:
         self, key: Key, model: PreTrainedModel, judged: tuple[float, float] | None = None
     ) -> Cell:
         """Evaluates a model as it stands."""
-        found = evaluate(model, self.held_BT)
-        made = Cell(
+        return self.made(key, evaluate(model, self.held_BT), judged)
+
+    def made(self, key: Key, found: Evaluation, judged: tuple[float, float] | None = None) -> Cell:
+        """A cell of what was measured."""
+        cell = Cell(
             *key, found.perplexity, found.ffn_sparsity, found.flops.ffn_share, *(judged or ())
         )
-        return replace(made, ffn_bytes_share=found.traffic[1].ffn_share)
+        return replace(cell, ffn_bytes_share=found.traffic[1].ffn_share)
 
     def baseline(self, key: Key) -> Cell:
         """Evaluates the donor under thresholds."""
-        model = self.donor()
-        kind: Baseline = "teal" if key[1] == "teal" else "cats"
-        with thresholded(model, kind, key[2], self.calibration_BT) as sites:
-            found = evaluate(model, self.held_BT)
-        dense = found.flops.ffn_dense * self.held_BT.numel()
-        saved = sum(site.saved for site in sites) / dense
-        return Cell(*key, found.perplexity, saved, 1 - saved)
+        model, grid = self.donor(), self.grid
+        given = Given(grid.model, self.calibration_BT, seed=grid.seed)
+        with BASELINES[key[1]].on(model, key[2], given) as correct:
+            return self.made(key, correct(evaluate(model, self.held_BT)))
 
     def donor(self) -> PreTrainedModel:
         """A fresh one."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from moe_tools.checkpoint.lock import held
-from moe_tools.measure.baselines import Baseline
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
 from moe_tools.recipe.options import has_control
 from moe_tools.report.compare import Bench
 from moe_tools.report.entries import find_control
 from moe_tools.report.report import Row
 from moe_tools.report.setup import Setup, held_out
+from moe_tools.runs.baselines import default_after, measure_baselines
 from moe_tools.runs.prepare import prepare
 from moe_tools.runs.run import run
 
@@ -30,8 +30,12 @@ class Study:
     output: Path
     """A folder for the runs: OUTPUT/RECIPE-SPARSITY."""
     sparsities: tuple[float, ...]
-    baselines: tuple[Baseline, ...] = ()
-    """Baselines at these sparsities, on the dense control where there is one, else on the donor."""
+    baselines: tuple[str, ...] = ()
+    """Of `BASELINES`, at these sparsities; on the dense control where there is one, else on the
+    donor."""
+    after: int | None = None
+    """Only what follows so many tokens of every block is predicted; None: half of a block where
+    griffin is a baseline, else 0."""
     tokens: int | None = None
     """Training tokens of each recipe that trains; None: as the recipe says."""
     data: str | None = None
@@ -65,6 +69,8 @@ def _compare(study: Study) -> list[Row]:
     setup = held_out_setup(
         plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
     )
+    after = default_after(study.after, study.baselines, setup.block_length)
+    setup = replace(setup, after=after)
     bench = Bench(setup, study.model, task == "classify")
     bench.check(study.model)
     first: dict[str, Path] = {}
@@ -83,9 +89,7 @@ def _compare(study: Study) -> list[Row]:
         first.setdefault(name, folder)
         bench.measure(str(folder), series=recipe.name, control=find_control(str(first[name])))
     control = next(filter(None, (find_control(str(folder)) for folder in first.values())), None)
-    for kind in study.baselines:
-        for sparsity in study.sparsities:
-            bench.measure_baseline(kind, sparsity, study.model, control)
+    measure_baselines(bench, study.baselines, study.sparsities, study.model, control)
     return bench.rows(study.model if task == "lm" else None)  # a body without a head has no row
 
 

@@ -266,12 +266,14 @@ def test_flops_count_a_multiply_and_an_add_a_weight(kind: str, family: str) -> N
         "low_rank": width * 128 + 128 * routed,
         "int8_gate": width * NEURONS,
         "sign": 2 * NEURONS,  # the sign bits of a row are one word
+        "few_bits": rows * width * NEURONS,
+        "cats": width * NEURONS,
     }
     router = made(kind, family)[1].router
     scoring = router.scoring()
     assert scoring.flops + scoring.few_bit_ops == 2 * weights[kind]
     assert router.flops() == scoring.flops
-    assert (scoring.flops == 0) == (kind in ("int8_gate", "sign"))
+    assert (scoring.flops == 0) == (kind in ("int8_gate", "sign", "few_bits"))
 
 
 @every_kind

@@ -19,6 +19,7 @@ from moe_tools.hosts.ffn import FFN, find_ffns, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.kernels.weights import FFNWeights
 from moe_tools.measure.evaluate import evaluate, tally
+from moe_tools.steps.quantize import quantize
 from tests.families import UNEVEN, build, randomize, routed
 
 WIDTH, BATCH, LENGTH = 32, 3, 7
@@ -54,7 +55,9 @@ class Memory:
         """One row of gate, up or down."""
         rows_FD = getattr(self.weights, f"{kind}_FD")
         scales = 0 if self.bits == 16 else 16 * (WIDTH // 32)
-        self.note((kind, neuron), self.bits * rows_FD.shape[1] + scales)
+        bits = self.bits * rows_FD.shape[1] + scales
+        # of a row whose high bits, and scales, were read before, the low bits are left
+        self.note((kind, neuron), bits - self.book.get((self.name, kind, neuron, "high"), 0))
         return rows_FD[neuron]
 
     def note(self, key: Key, bits: float) -> None:
@@ -92,6 +95,23 @@ def some_inputs(memory: Memory, router: Any) -> None:
             memory.row(kind, neuron)
 
 
+def gates(memory: Memory, router: Any) -> None:
+    for neuron in range(memory.weights.neurons):
+        memory.row(memory.inputs()[0], neuron)
+
+
+def copies(memory: Memory, router: Any) -> None:
+    """Rows in few bits and their scales, and a norm a neuron; of stored rows, the high bits."""
+    for neuron in range(memory.weights.neurons):
+        memory.note(("norm", neuron), 16)
+        for kind in memory.inputs():
+            bits = router.bits * WIDTH + 16 * (WIDTH // 32)
+            if router.of is None:
+                memory.note(("copy", kind, neuron), bits)
+            else:
+                memory.note((kind, neuron, "high"), bits)
+
+
 SCORING: dict[str, Callable[[Memory, Any], None]] = {
     "sigmoid": own,
     "mlp": own,
@@ -100,6 +120,8 @@ SCORING: dict[str, Callable[[Memory, Any], None]] = {
     "int8_gate": int8,
     "oracle": every_input,
     "representative": some_inputs,
+    "cats": gates,
+    "few_bits": copies,
 }
 """Router -> what it reads to score a token."""
 
@@ -179,9 +201,22 @@ def books(passes: list[list[Call]], bits: int) -> list[list[Book]]:
                 memory = Memory(ffn.name, weights, bits, tokens[token])
                 if isinstance(ffn, ExpertFFN):
                     SCORING[kind_of(ffn)](memory, ffn.router)
-                ours_D = neuron_by_neuron(memory, x_D, on)
+                ours_D = neuron_by_neuron(memory, x_D, on) + constants(memory, ffn, on)
                 torch.testing.assert_close(ours_D, y_D, rtol=1e-4, atol=1e-5)
     return found
+
+
+def constants(memory: Memory, ffn: ExpertFFN | FFN, on: list[bool]) -> Tensor:
+    """What a refit adds: a bias, and the sum of all experts' constants less those that are on."""
+    if not isinstance(ffn, ExpertFFN) or ffn.bias_D is None or ffn.off_RD is None:
+        return torch.zeros(WIDTH)
+    y_D, first = ffn.bias_D + ffn.off_RD.sum(0), 0
+    for expert, size in enumerate(ffn.division.sizes):
+        if expert >= ffn.shared and on[first]:
+            memory.note(("constant", expert), 16 * WIDTH)
+            y_D = y_D - ffn.off_RD[expert - ffn.shared]
+        first += size
+    return y_D
 
 
 def masks(ffn: ExpertFFN | FFN, x_TD: Tensor) -> list[list[bool]]:
@@ -210,10 +245,21 @@ def read(found: list[list[Book]], size: int) -> float:
 
 
 def with_router(
-    donor: PreTrainedModel, kind: str, size: int, shared: int, bits: int | None
+    donor: PreTrainedModel,
+    kind: str,
+    size: int,
+    shared: int,
+    bits: int | None,
+    options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     conversion = Conversion(
-        "donor", size, kind, {"kind": "topk", "share": 0.4}, shared_experts=shared, weight_bits=bits
+        "donor",
+        size,
+        kind,
+        {"kind": "topk", "share": 0.4},
+        shared_experts=shared,
+        router_options=options or {},
+        weight_bits=bits,
     )
     for ffn in attach_experts(donor, conversion):
         for parameter in ffn.router.parameters():
@@ -241,11 +287,21 @@ def check(model: PreTrainedModel, bits: int | None) -> None:
 @pytest.mark.parametrize("kind", SCORING)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_bytes_are_what_a_kernel_reads(family: str, kind: str, bits: int | None) -> None:
-    size = 1 if kind in ("sign", "int8_gate") else UNEVEN
+    size = 1 if kind in ("sign", "int8_gate", "few_bits", "cats") else UNEVEN
     check(with_router(wide(family), kind, size, 0, bits), bits)
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "sign", "representative", "oracle"])
+@pytest.mark.parametrize(("bits", "of"), [(2, None), (8, None), (4, 8), (2, 8), (2, 4)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_high_bits_of_stored_weights_are_read_once(family: str, bits: int, of: int | None) -> None:
+    model = wide(family)
+    if of is not None:
+        quantize(model, of, TEXT_BT[:0])  # type: ignore[arg-type]
+    options = {"bits": bits, "of": of}
+    check(with_router(model, "few_bits", 1, 0, of, options), of)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "sign", "representative", "oracle", "few_bits"])
 @pytest.mark.parametrize("size", [1, UNEVEN])
 def test_shared_experts_are_read_for_every_token(kind: str, size: int) -> None:
     check(with_router(wide("llama"), kind, size, 2, None), None)
@@ -267,6 +323,20 @@ def test_a_dense_model_reads_every_neuron(family: str, bits: int | None) -> None
     if bits:
         write_conversion(model, Conversion("donor", weight_bits=bits))
     check(model, bits)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_constants_of_experts_are_read_where_these_are_on(family: str) -> None:
+    model = with_router(wide(family), "sigmoid", UNEVEN, 1, None)
+    before = evaluate(model, TEXT_BT)
+    for ffn in expert_ffns(model):
+        ffn.add_constants()
+        assert ffn.bias_D is not None and ffn.off_RD is not None
+        ffn.bias_D.normal_(), ffn.off_RD.normal_()
+    check(model, None)
+    after = evaluate(model, TEXT_BT)
+    assert after.traffic[1].ffn > before.traffic[1].ffn
+    assert after.flops.ffn > before.flops.ffn
 
 
 def test_a_threshold_lets_tokens_differ() -> None:

@@ -137,7 +137,7 @@ class FewBitsRouter(RowReader):
             flops=0.0,
             bits=neurons * (row * self.inputs * each + 16),  # 16: the norm
             few_bit_ops=2 * neurons * row * self.inputs,
-            known_bits=0.0 if self.of is None else row * each,
+            known_bits=0.0 if self.of is None else row * self.inputs * each,
         )
 
     def flops(self) -> int:
