@@ -131,7 +131,7 @@ BASELINES: dict[str, Baseline] = {
     "int4": ByRecipe("dense int4", ({"quantize": {"bits": 4}},), takes_budget=False),
     "teal": Teal(),
     "cats": ByRecipe("CATS", routed("cats", "uniform")),
-    "few_bits": ByRecipe("few bits", routed("few_bits", "error", bits=4)),
+    "few_bits": ByRecipe("few bits", routed("few_bits", "uniform", bits=4)),
     "griffin": Griffin(),
 }
 
