@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 
@@ -32,9 +32,6 @@ from moe_tools.report.report import Row
 from moe_tools.report.setup import Setup
 
 logger = logging.getLogger(__name__)
-
-Change = Callable[[PreTrainedModel], AbstractContextManager[Callable[[Evaluation], Evaluation]]]
-"""Makes another of a dense model for a while; yields what corrects the figures measured then."""
 
 
 def compare(
@@ -110,12 +107,16 @@ class Bench:
         self.entries.append(replace(entry, setting=setting, control=find_control(folder)))
 
     def measure_changed(
-        self, title: str, series: str, change: Change, donor: str, control: str | None
+        self,
+        title: str,
+        series: str,
+        model: PreTrainedModel,
+        correct: Callable[[Evaluation], Evaluation],
+        donor: str,
+        control: str | None,
     ) -> None:
-        """Evaluates what a baseline makes of a donor, or of its dense control."""
-        model = self.load(control or donor)
-        with change(model) as correct:
-            entry = self._entry(title, model, donor)
+        """Evaluates what a baseline made of a donor, or of its dense control."""
+        entry = self._entry(title, model, donor)
         seen = correct(entry.evaluation)
         made = replace(entry, evaluation=seen, series=series, control=control)
         # a classifier's donor may be a body without a head, which has no row

@@ -1,7 +1,7 @@
 """Baselines of a table: dense quantised models, and methods that need calibration text alone.
 
-Most are recipes of one line or three, done to a dense model that was just loaded by the same steps
-as a conversion. All are measured on the same text as the models beside them.
+Most are recipes, done to a dense model in memory by the same steps as a conversion. All are
+measured on the same text as the models beside them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,11 +20,11 @@ from transformers import PreTrainedModel
 from moe_tools.data.packing import blocks_for
 from moe_tools.measure.evaluate import Evaluation
 from moe_tools.measure.teal import inputs_dropped, read_shares, with_reads
-from moe_tools.recipe import Recipe, parse_recipe, with_options
+from moe_tools.recipe import Recipe, parse_recipe, read_recipe, recipe_path
 from moe_tools.report.by_prompt import measured_by_prompt
 from moe_tools.report.compare import Bench
 from moe_tools.report.entries import find_control
-from moe_tools.steps.step import Work
+from moe_tools.steps.step import Step, Work
 
 Correct = Callable[[Evaluation], Evaluation]
 """Takes what was saved from the figures of an evaluation that could not see it."""
@@ -51,14 +50,22 @@ class Baseline(ABC):
     """The line of a plot."""
     takes_budget: bool = True
 
+    def prepare(self, model: PreTrainedModel, given: Given) -> None:
+        """Does once what no budget changes, to a dense model that was just loaded; or nothing.
+
+        Raises:
+            ValueError: a model that it cannot be done to.
+        """
+        del model, given
+
     @abstractmethod
-    def on(
+    def at(
         self, model: PreTrainedModel, off: float, given: Given
     ) -> AbstractContextManager[Correct]:
-        """While it lasts, a dense model that was just loaded is what this says.
+        """While it lasts, a prepared model is what this says; other budgets may follow.
 
         Args:
-            model: changed in place, and used for nothing else afterwards.
+            model: prepared.
             off: share of the neurons (of TEAL, the inputs) that are off; ignored without a budget.
             given: what the table gives.
 
@@ -69,22 +76,29 @@ class Baseline(ABC):
 
 @dataclass(frozen=True)
 class ByRecipe(Baseline):
-    """The steps of a recipe that trains nothing."""
+    """The steps of a recipe, but for those that train."""
 
     title: str
-    steps: tuple[dict[str, Any], ...]
+    recipe: Callable[[], Recipe]
     takes_budget: bool = True
 
+    def prepare(self, model: PreTrainedModel, given: Given) -> None:
+        """Does all steps but those that the budget changes."""
+        for step in self._steps(budget=False):
+            apply(step, model, given)
+
     @contextmanager
-    def on(self, model: PreTrainedModel, off: float, given: Given) -> Iterator[Correct]:
-        """Applies the steps."""
-        convert_in_memory(model, self.recipe(off), given)
+    def at(self, model: PreTrainedModel, off: float, given: Given) -> Iterator[Correct]:
+        """Does the steps that the budget changes."""
+        for step in self._steps(budget=True):
+            step = step.changed("target_sparsity", off)
+            step.check()
+            apply(step, model, given)
         yield lambda seen: seen
 
-    def recipe(self, off: float) -> Recipe:
-        """The steps, at a budget."""
-        recipe = parse_recipe({"name": self.title, "steps": list(self.steps)}, self.title)
-        return with_options(recipe, target_sparsity=off) if self.takes_budget else recipe
+    def _steps(self, *, budget: bool) -> list[Step]:
+        steps = (step for step in self.recipe().steps if not step.trains)
+        return [step for step in steps if step.takes("target_sparsity") is budget]
 
 
 class Teal(Baseline):
@@ -93,7 +107,7 @@ class Teal(Baseline):
     title = "TEAL"
 
     @contextmanager
-    def on(self, model: PreTrainedModel, off: float, given: Given) -> Iterator[Correct]:
+    def at(self, model: PreTrainedModel, off: float, given: Given) -> Iterator[Correct]:
         """Drops inputs while the text runs."""
         with inputs_dropped(model, off, given.calibration_BT) as sites:
             yield lambda seen: with_reads(seen, read_shares(sites))
@@ -104,34 +118,30 @@ class Griffin(Baseline):
 
     title = "GRIFFIN"
 
-    def on(
+    def at(
         self, model: PreTrainedModel, off: float, given: Given
     ) -> AbstractContextManager[Correct]:
         """Selects while the text runs."""
         return measured_by_prompt(model, 1 - off, given.after)
 
 
-def routed(router: str, spend: str, **options: Any) -> tuple[dict[str, Any], ...]:
-    """The steps that give every neuron a score, and every FFN a threshold."""
-    attach = {
-        "router": router,
-        "router_options": options,
-        "selector": {"kind": "threshold", "tau": 0.0},
-        "tokens": 8192,
-    }
-    return (
-        {"split": {"expert_size": 1, "method": "contiguous"}},
-        {"attach": attach},
-        {"budget": {"target_sparsity": 0.5, "spend": spend, "tokens": 8192}},
-    )
+def method(name: str) -> Callable[[], Recipe]:
+    """Reads the recipe of a method when it is asked for."""
+    return lambda: read_recipe(recipe_path(name))
+
+
+def quantized(bits: int) -> Callable[[], Recipe]:
+    """A recipe that rounds the FFNs' weights."""
+    steps = [{"quantize": {"bits": bits}}]
+    return lambda: parse_recipe({"name": f"int{bits}", "steps": steps})
 
 
 BASELINES: dict[str, Baseline] = {
-    "int8": ByRecipe("dense int8", ({"quantize": {"bits": 8}},), takes_budget=False),
-    "int4": ByRecipe("dense int4", ({"quantize": {"bits": 4}},), takes_budget=False),
+    "int8": ByRecipe("dense int8", quantized(8), takes_budget=False),
+    "int4": ByRecipe("dense int4", quantized(4), takes_budget=False),
     "teal": Teal(),
-    "cats": ByRecipe("CATS", routed("cats", "uniform")),
-    "few_bits": ByRecipe("few bits", routed("few_bits", "uniform", bits=4)),
+    "cats": ByRecipe("CATS", method("cats")),
+    "few_bits": ByRecipe("few bits", method("prox")),
     "griffin": Griffin(),
 }
 
@@ -143,11 +153,11 @@ def default_after(after: int | None, names: Sequence[str], block_length: int) ->
     return block_length // 2 if "griffin" in names else 0
 
 
-def convert_in_memory(model: PreTrainedModel, recipe: Recipe, given: Given) -> None:
-    """Does the steps of a recipe that trains nothing to a model, in place.
+def apply(step: Step, model: PreTrainedModel, given: Given) -> None:
+    """Does a step that trains nothing to a model, in place.
 
     Raises:
-        ValueError: as the steps.
+        ValueError: as the step.
     """
 
     def calibration(tokens: int) -> Tensor:
@@ -159,8 +169,7 @@ def convert_in_memory(model: PreTrainedModel, recipe: Recipe, given: Given) -> N
 
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), given.donor, given.seed, calibration, refuse, refuse)
-        for step in recipe.steps:
-            step.apply(model, work)
+        step.apply(model, work)
 
 
 def measure_baselines(
@@ -180,16 +189,28 @@ def measure_baselines(
         control: the donor after training without routers: then they are done to it.
 
     Raises:
-        ValueError: as `Baseline.on`; or as `evaluate`.
+        ValueError: as `Baseline.at`; or as `evaluate`.
     """
     for name in names:
-        bar = BASELINES[name]
-        for off in budgets if bar.takes_budget else (0.0,):
-            title = f"{name} at {off:g}" if bar.takes_budget else bar.title
-            setup = bench.setup
-            given = Given(donor, bench.calibration_BT, setup.after, setup.seed)
-            change = partial(bar.on, off=off, given=given)
-            bench.measure_changed(title, bar.title, change, donor, control)
+        measure_baseline(bench, name, BASELINES[name], budgets, donor, control)
+
+
+def measure_baseline(
+    bench: Bench,
+    name: str,
+    bar: Baseline,
+    budgets: Sequence[float],
+    donor: str,
+    control: str | None = None,
+) -> None:
+    """Adds the rows of one baseline; arguments are those of `measure_baselines`."""
+    model = bench.load(control or donor)
+    given = Given(donor, bench.calibration_BT, bench.setup.after, bench.setup.seed)
+    bar.prepare(model, given)
+    for off in budgets if bar.takes_budget else (0.0,):
+        title = f"{name} at {off:g}" if bar.takes_budget else bar.title
+        with bar.at(model, off, given) as correct:
+            bench.measure_changed(title, bar.title, model, correct, donor, control)
 
 
 def measure_beside(

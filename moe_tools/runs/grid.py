@@ -266,7 +266,9 @@ class _Bench:
         """Evaluates the donor under thresholds."""
         model, grid = self.donor(), self.grid
         given = Given(grid.model, self.calibration_BT, seed=grid.seed)
-        with BASELINES[key[1]].on(model, key[2], given) as correct:
+        bar = BASELINES[key[1]]
+        bar.prepare(model, given)
+        with bar.at(model, key[2], given) as correct:
             return self.made(key, correct(evaluate(model, self.held_BT)))
 
     def donor(self) -> PreTrainedModel:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from moe_tools.checkpoint.saving import save
 from moe_tools.cli import options
-from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.measure.evaluate import Evaluation, evaluate
-from moe_tools.recipe import parse_recipe
-from moe_tools.runs.baselines import BASELINES, Given, convert_in_memory, default_after
+from moe_tools.runs.baselines import BASELINES, Given, default_after
 from tests.families import FAMILIES, build
 from tests.tiny import Run, build_tokenizer, write_passages
 
@@ -30,7 +28,9 @@ PROPOSAL = (2 * 16 * 4.5 + 16) / (3 * 16 * 16)
 def measured(name: str, family: str = "llama", off: float = 0.5) -> Evaluation:
     model = build(family)
     given = Given("donor", TEXT_BT, AFTER)
-    with BASELINES[name].on(model, off, given) as correct:
+    bar = BASELINES[name]
+    bar.prepare(model, given)
+    with bar.at(model, off, given) as correct:
         return correct(evaluate(model, HELD_BT, after=AFTER))
 
 
@@ -82,21 +82,26 @@ def test_dense_models_are_rounded(name: str, levels: int) -> None:
     before = [ffn.weights().up_FD.clone() for ffn in unfused_ffns(build("llama"))]
     torch.manual_seed(0)
     model = build("llama")
-    with BASELINES[name].on(model, 0.0, Given("donor", TEXT_BT)):
-        for old_FD, ffn in zip(before, unfused_ffns(model), strict=True):
-            new_FD = ffn.weights().up_FD
-            assert not torch.equal(new_FD, old_FD)
-            step_F = 2 * old_FD.abs().amax(1) / (levels - 1)
-            assert ((new_FD - old_FD).abs() <= step_F[:, None] * 1.3).all()
-            assert all(len(row.unique()) <= levels for row in new_FD)
+    BASELINES[name].prepare(model, Given("donor", TEXT_BT))
+    for old_FD, ffn in zip(before, unfused_ffns(model), strict=True):
+        new_FD = ffn.weights().up_FD
+        assert not torch.equal(new_FD, old_FD)
+        step_F = 2 * old_FD.abs().amax(1) / (levels - 1)
+        assert ((new_FD - old_FD).abs() <= step_F[:, None] * 2.5).all()  # scales are searched
+        assert all(len(row.unique()) <= levels for row in new_FD)
 
 
-def test_steps_work_in_memory_as_in_a_run() -> None:
-    model = build("llama")
-    block = {"name": "any", "steps": [{"split": {"expert_size": 8, "method": "random"}}]}
-    block["steps"] += [{"attach": {"tokens": 64}}]  # type: ignore[operator]
-    convert_in_memory(model, parse_recipe(block), Given("donor", TEXT_BT))
-    assert len(expert_ffns(model)) == 2
+@pytest.mark.parametrize("name", ["teal", "cats", "few_bits", "griffin"])
+def test_a_budget_does_not_depend_on_the_one_before(name: str) -> None:
+    torch.manual_seed(0)
+    model, given = build("llama"), Given("donor", TEXT_BT, AFTER)
+    bar, found = BASELINES[name], []
+    bar.prepare(model, given)
+    for off in (0.5, 0.2, 0.5):
+        with bar.at(model, off, given) as correct:
+            found.append(correct(evaluate(model, HELD_BT, after=AFTER)))
+    assert found[0].nats_per_token == found[2].nats_per_token != found[1].nats_per_token
+    assert found[0].traffic == found[2].traffic != found[1].traffic
 
 
 def test_griffin_alone_needs_a_prompt() -> None:
