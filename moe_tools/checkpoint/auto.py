@@ -288,17 +288,21 @@ def transformers_patched(on: bool) -> AbstractContextManager[None]:
 
 
 def refuse_unrouted(model: Any, *_: Any) -> None:
-    """A forward pre-hook of models whose config has routers that they do not have themselves.
+    """A forward pre-hook of models whose config has routers, or thresholds on inputs, that they do
+    not have themselves.
 
     Raises:
         ValueError: the model is dense.
     """
     from moe_tools.experts.experts import expert_ffns
+    from moe_tools.hosts.input_threshold import thresholds_in
 
-    if not expert_ffns(model):
+    if not expert_ffns(model) and not thresholds_in(model):
+        block = model.config.moe_tools
+        lacks = "routers" if block.get("router") is not None else "thresholds"
         raise ValueError(
             f"{type(model).__name__} was built from the config of a converted model, but has no "
-            f"routers: {_patch.refused or 'load its folder with from_pretrained or moe_tools.load'}"
+            f"{lacks}: {_patch.refused or 'load its folder with from_pretrained or moe_tools.load'}"
         )
     admit(model)
 
@@ -355,4 +359,5 @@ def _is_converted(model: Any) -> bool:
 
 def _wants_routers(model: Any) -> bool:
     block = getattr(model.config, "moe_tools", None)
-    return isinstance(block, dict) and block.get("router") is not None
+    wanted = ("router", "thresholds")
+    return isinstance(block, dict) and any(block.get(key) is not None for key in wanted)

@@ -2,7 +2,7 @@
 
 llama.cpp's converter, Ollama, vLLM and SGLang choose their code by `architectures`. They know no
 routers, and many compute SiLU in a llama whatever activation the config names. A routed folder,
-or one of another activation, says `MoeToolsLlamaForCausalLM` there: they refuse it by that name.
+or one of another activation or with thresholds on inputs, says `MoeToolsLlamaForCausalLM` there: they refuse it by that name.
 transformers itself chooses by `model_type`, and loads the folder as ever.
 
 The name is one of files alone: writing puts it in, reading takes it out, so that what looks a class
@@ -27,8 +27,9 @@ def stock_class(name: str) -> str:
 
 
 def only_ours(block: Any) -> bool:
-    """Whether the block of a config has routers, or an activation in place of the donor's."""
-    wanted = ("router", "activation")
+    """Whether the block of a config has routers, an activation in place of the donor's, or inputs
+    that are dropped."""
+    wanted = ("router", "activation", "thresholds")
     return isinstance(block, dict) and any(block.get(key) is not None for key in wanted)
 
 

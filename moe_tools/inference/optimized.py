@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
+from moe_tools.hosts.input_threshold import threshold_of, thresholds_in
 from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
@@ -105,6 +106,10 @@ def optimize(
     packable = _packable(model, ffns)
     for ffn in packable:
         packing.check(ffn)
+    if linears is not None and thresholds_in(model):
+        raise ValueError(
+            "linears cannot be quantized here where inputs have thresholds: leave linears away"
+        )
     if linears is not None:
         projections = [linear for ffn in ffns for linear in ffn.projections.linears()]
         quantize_linears(model, linears, besides=projections)
@@ -143,6 +148,8 @@ def _packable(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> list[ExpertF
 
 def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
     """Returns why an FFN stays as it is; None when it can be packed."""
+    if dropped := [linear for linear in ffn.projections.linears() if threshold_of(linear)]:
+        return f"{len(dropped)} of its linears have thresholds on their inputs, which no kernel runs"
     if isinstance(ffn, FFN):
         if not gives_zeros(ffn.act):
             return f"dense, and {type(ffn.act).__name__} gives no exact zeros"

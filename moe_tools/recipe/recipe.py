@@ -15,10 +15,11 @@ from moe_tools.steps.fit import Fit
 from moe_tools.steps.split import Split
 from moe_tools.steps.step import Step
 from moe_tools.steps.swap import Swap
+from moe_tools.steps.threshold import Threshold
 from moe_tools.training.train import Train
 
 STEPS: Registry[type[Step]] = Registry(
-    "step", {kind.verb: kind for kind in (Swap, Split, Attach, Fit, Budget, Train)}
+    "step", {kind.verb: kind for kind in (Swap, Split, Attach, Fit, Budget, Threshold, Train)}
 )
 """Verb in YAML -> its class. A new step is its file and a word here."""
 
