@@ -288,8 +288,7 @@ def transformers_patched(on: bool) -> AbstractContextManager[None]:
 
 
 def refuse_unrouted(model: Any, *_: Any) -> None:
-    """A forward pre-hook of models whose config has routers, or thresholds on inputs, that they do
-    not have themselves.
+    """A forward pre-hook of models whose config has routers or thresholds that they do not have.
 
     Raises:
         ValueError: the model is dense.

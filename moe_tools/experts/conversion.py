@@ -121,8 +121,7 @@ class Conversion:
         return cls(**{**block, "format": FORMAT})
 
     def unrouted(self) -> Conversion:
-        """The conversion of the dense model: activations and split stay, every expert runs on all
-        of its inputs."""
+        """The dense model's: activations and split stay, every expert runs on all its inputs."""
         dense = replace(self, router=None, selector=None, router_options={}, selector_of={})
         return replace(dense, thresholds=None)
 

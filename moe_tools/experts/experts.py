@@ -173,7 +173,7 @@ class ExpertFFN(PackableFFN):
 
 @contextmanager
 def every_expert_on(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a converted model computes what its dense model would: no input is dropped."""
+    """While it lasts, a converted model computes what its dense one would, and drops no input."""
     ffns = expert_ffns(model)
     kept = [(ffn.selector, ffn.mode) for ffn in ffns]
     for ffn in ffns:

@@ -80,9 +80,7 @@ def ffn_sites(model: nn.Module, roles: Sequence[Role] = ROLES) -> list[Site]:
         ValueError: as `find_ffns`.
     """
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
-    in_hosts = {
-        path for path, module in model.named_modules() if isinstance(module, HostExperts)
-    }
+    in_hosts = {path for path, module in model.named_modules() if isinstance(module, HostExperts)}
     sites = []
     for ffn in ffns:
         layer = layer_of(ffn.name)
@@ -107,9 +105,10 @@ def ffn_sites(model: nn.Module, roles: Sequence[Role] = ROLES) -> list[Site]:
 def _projections(model: nn.Module, ffn: ExpertFFN | FFN) -> Iterator[Projections]:
     """Of an FFN, and of every module of a dense host that shares its weights."""
     yield ffn.projections
-    for path in ffn.also if isinstance(ffn, FFN) else ():
-        layer = model.get_submodule(holder_of(path, ffn.layout))
-        yield replace(ffn, name=path, layer=layer).projections
+    if isinstance(ffn, FFN):
+        for path in ffn.also:
+            layer = model.get_submodule(holder_of(path, ffn.layout))
+            yield replace(ffn, name=path, layer=layer).projections
 
 
 def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -126,7 +125,8 @@ def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         if not any(path.startswith(f"{layer}.") for layer in layers):
             continue
-        if "attention" in type(module).__name__.lower():
+        called = f"{type(module).__name__} {path.rpartition('.')[2]}".lower()
+        if "attention" in called or "attn" in called:
             inside.append(f"{path}.")
         if path.startswith(tuple(inside)) and widths(module) is not None and id(module) not in ours:
             found[path] = module

@@ -116,11 +116,10 @@ def calibrate_thresholds(model: nn.Module, plan: Plan, blocks_BT: Tensor) -> Cal
         if any(turned.values()):
             _rotate(model, [site for site in sites if turned[site.name]], made, blocks_BT)
         weights = _measure(model, sites, made, blocks_BT)
-        shares, errors = dict.fromkeys(groups, plan.sparsity), {}
+        shares = dict.fromkeys(groups, plan.sparsity)
+        errors: dict[str, float] = {}
         if plan.spend == "greedy":
-            work = {
-                group: sum(weights[site.name] for site in own) for group, own in groups.items()
-            }
+            work = {group: sum(weights[site.name] for site in own) for group, own in groups.items()}
             shares, errors = _greedy(model, plan, groups, made, work, blocks_BT)
     except BaseException:
         remove_thresholds(model, set(made.values()))
@@ -191,18 +190,14 @@ def _measure(
     tokens = _watch(model, sites, made, blocks_BT, seen, title="measure inputs")
     for site in sites:
         made[site.name].quantiles.copy_(seen[site.name].quantiles())
-    return {
-        site.name: site.weights * seen[site.name].rows / tokens[site.layer] for site in sites
-    }
+    return {site.name: site.weights * seen[site.name].rows / tokens[site.layer] for site in sites}
 
 
 def _rotate(
     model: nn.Module, sites: Sequence[Site], made: Mapping[str, InputThreshold], blocks_BT: Tensor
 ) -> None:
     """Gives every site the eigenvectors of its second moment as its rotation."""
-    moments = {
-        site.name: torch.zeros(site.width, site.width, device=site.device) for site in sites
-    }
+    moments = {site.name: torch.zeros(site.width, site.width, device=site.device) for site in sites}
 
     def adding(name: str) -> Callable[[Tensor], None]:
         def add(x_TD: Tensor) -> None:  # the rotation is the identity until all is seen

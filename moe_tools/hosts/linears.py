@@ -70,8 +70,10 @@ def dtype_of(linear: nn.Module) -> torch.dtype | None:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear multiplies what it is given by the numbers of its weight, and no more: no
-    adapter, no threshold on its inputs, not quantised."""
+    """Whether a linear computes with its input and the numbers of its weight, and nothing else.
+
+    It has no adapter and no threshold on its inputs, and is not quantised.
+    """
     return _is_matrix(linear) and threshold_of(linear) is None
 
 
