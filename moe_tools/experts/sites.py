@@ -42,13 +42,20 @@ class Site:
     """Sites of one share: those of a layer's FFNs, or of an attention, with one role."""
     layer: str
     """Path of the layer that they are in."""
-    linears: tuple[nn.Module, ...]
+    calls: tuple[tuple[nn.Module, ...], ...]
+    """The linears of a call are given the same numbers; modules that share their weights have a
+    call each."""
     paths: tuple[str, ...] = ()
     """Of an attention's linears; those of an FFN are found by its name."""
     routed: bool = False
     """A number that is exactly 0 was turned off by a router: it is not there to be dropped."""
     shared: bool = True
     """Every token of the layer comes here: it is no expert of an MoE host."""
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """All of them."""
+        return [linear for linears in self.calls for linear in linears]
 
     @property
     def width(self) -> int:
@@ -60,17 +67,12 @@ class Site:
     @property
     def weights(self) -> int:
         """Matrix weights that are read for one token when nothing is dropped."""
-        distinct = {id(_weight(linear)): numbers_of(linear) for linear in self.linears}
-        return sum(distinct.values())
+        return sum(map(numbers_of, self.calls[0]))
 
     @property
     def device(self) -> torch.device:
         """Where its linears compute."""
         return device_of(self.linears[0])
-
-
-def _weight(linear: nn.Module) -> Any:
-    return getattr(linear, "weight", linear)
 
 
 def ffn_sites(model: nn.Module, roles: Sequence[Role] = ROLES) -> list[Site]:
@@ -84,16 +86,18 @@ def ffn_sites(model: nn.Module, roles: Sequence[Role] = ROLES) -> list[Site]:
     sites = []
     for ffn in ffns:
         layer = layer_of(ffn.name)
-        parts = list(_projections(model, ffn))
-        entering = [m for each in parts for m in (each.up, each.gate) if m is not None]
-        linears = {"input": entering, "hidden": [each.down for each in parts]}
+        calls: dict[Role, list[tuple[nn.Module, ...]]] = {"input": [], "hidden": []}
+        for parts in _projections(model, ffn):
+            entered = parts.linears()[:-1]
+            calls["input"].append(tuple(entered))
+            calls["hidden"].append((parts.down,))
         sites += [
             Site(
                 name=f"{ffn.name}:{role}",
                 role=role,
                 group=f"{layer} ffn {role}",
                 layer=layer,
-                linears=tuple(dict.fromkeys(linears[role])),
+                calls=tuple(dict.fromkeys(calls[role])),
                 routed=role == "hidden" and isinstance(ffn, ExpertFFN),
                 shared=ffn.name.rpartition(".")[0] not in in_hosts,
             )
@@ -184,7 +188,7 @@ def _named(
                 role=role,
                 group=f"{attention} {role}",
                 layer=layer_of(paths[0]),
-                linears=tuple(linears[path] for path in paths),
+                calls=(tuple(linears[path] for path in paths),),
                 paths=tuple(paths),
             )
 
@@ -222,5 +226,5 @@ def restored_sites(
             found.append(ffns[name])
             continue
         linears = tuple(modules[path] for path in paths)
-        found.append(Site(name, "input", name, layer_of(name), linears, paths))
+        found.append(Site(name, "input", name, layer_of(name), (linears,), paths))
     return found

@@ -123,8 +123,8 @@ def put_row(site: Site, row: Row, *, empty: bool = False) -> InputThreshold:
     """Gives the linears of one site a threshold; arguments are those of `put_rows`."""
     device = torch.device("meta") if empty else site.device
     threshold = InputThreshold(site.name, site.width if row.rotated else None, device)
-    threshold.at = row.at
-    put_threshold(site.linears, threshold.train(site.linears[0].training))
+    threshold.at, threshold.reads = row.at, site.weights // site.width
+    put_threshold(site.calls, threshold.train(site.linears[0].training))
     return threshold
 
 

@@ -30,6 +30,8 @@ class InputThreshold(nn.Module):
         super().__init__()
         self.site = site
         """What it is called in the config's block."""
+        self.reads = 0
+        """Matrix weights that one number of x reads."""
         self.at = 0.0
         """0 drops nothing."""
         self.on = True
@@ -44,17 +46,17 @@ class InputThreshold(nn.Module):
         turn_DD = None if rotated is None else torch.eye(rotated, device=device)
         self.register_buffer("rotation", turn_DD)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """x_TD without its small numbers."""
+    def forward(self, x_TD: Tensor, *, shown: bool = True) -> Tensor:
+        """x_TD without its small numbers; `shown` to the observers, if another linear did not."""
         if not self.on:
             return x_TD
         if self.rotation is None:
-            return self._drop(x_TD)
+            return self._drop(x_TD, shown)
         turn_DD = self.rotation
-        return (self._drop(x_TD.to(turn_DD.dtype) @ turn_DD) @ turn_DD.T).to(x_TD.dtype)
+        return (self._drop(x_TD.to(turn_DD.dtype) @ turn_DD, shown) @ turn_DD.T).to(x_TD.dtype)
 
-    def _drop(self, x_TD: Tensor) -> Tensor:
-        for observe in self.observers:
+    def _drop(self, x_TD: Tensor, shown: bool) -> Tensor:
+        for observe in self.observers if shown else ():
             observe(x_TD)
         return x_TD.masked_fill(x_TD.abs() <= self.at, 0) if self.at > 0 else x_TD
 
@@ -71,19 +73,22 @@ class InputThreshold(nn.Module):
 class Drop:
     """The hook that lets a linear see what its threshold leaves; copied and pickled with it."""
 
-    def __init__(self, threshold: InputThreshold) -> None:
+    def __init__(self, threshold: InputThreshold, *, first: bool) -> None:
         self.threshold = threshold
+        self.first = first
+        """Its linear is the first of those that are given the same numbers."""
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The arguments of the linear."""
-        return (self.threshold(args[0]), *args[1:])
+        return (self.threshold(args[0], shown=self.first), *args[1:])
 
 
-def put_threshold(linears: Sequence[nn.Module], threshold: InputThreshold) -> None:
-    """Lets linears that are given the same x share a threshold, in place."""
-    linears[0].add_module(CHILD, threshold)
-    for linear in linears:
-        linear.register_forward_pre_hook(Drop(threshold))
+def put_threshold(calls: Sequence[Sequence[nn.Module]], threshold: InputThreshold) -> None:
+    """Lets linears share a threshold, in place: those of one call are given the same x."""
+    calls[0][0].add_module(CHILD, threshold)
+    for linears in calls:
+        for linear in linears:
+            linear.register_forward_pre_hook(Drop(threshold, first=linear is linears[0]))
 
 
 def remove_thresholds(model: nn.Module, thresholds: Collection[InputThreshold]) -> None:
