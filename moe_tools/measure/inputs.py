@@ -80,7 +80,7 @@ class InputCount:
             self.read_without += matrices * self.width * int(on_T.sum())
         for size in GROUPS:
             groups = tokens // size
-            apart_GTD = kept_TD[: groups * size].view(size, groups, -1)
+            apart_GTD = kept_TD[: groups * size].view(size, groups, self.width)
             self.unions[size] += int(apart_GTD.any(0).sum())
             self.groups[size] += groups
 

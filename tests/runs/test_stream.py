@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
-from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Swap, Train
+from moe_tools.recipe import Attach, Budget, Fit, Recipe, Split, Swap, Threshold, Train
 from moe_tools.runs import stream as streaming
 from moe_tools.runs.stream import Streamed, check_streams, is_large
 from moe_tools.steps.step import Step, Work
@@ -131,6 +131,9 @@ CHAINS: dict[str, tuple[Step, ...]] = {
     "predictors of neurons": (RELU, Split(1), Attach("low_rank"), Fit(epochs=1, batch_size=16)),
     "representatives": (Split(8, by="marks"), Attach("representative", when_off="mean")),
     "a graph": (Split(8, method="coactivation"), Attach("mlp")),
+    "inputs that are dropped": (Threshold(0.5, where="all", spend="greedy"),),
+    "inputs that are turned": (Threshold(0.3, where="all", rotate=True),),
+    "inputs of what was chosen": (WEIGHTS, NORM, Threshold(0.3, sites="hidden")),
     "no text at all": (Split(8, method="contiguous"), Attach("mean_gate")),
 }
 
