@@ -134,11 +134,19 @@ def write_rows(model: nn.Module, conversion: Conversion, rows: Mapping[str, Row]
     write_conversion(model, replace(conversion, thresholds=blocks))
 
 
-def set_input_sparsity(model: nn.Module, sparsity: float) -> None:
+def set_input_sparsity(
+    model: nn.Module, sparsity: float, *, start: Mapping[str, Row] | None = None
+) -> None:
     """Drops another share of the inputs of a model that has thresholds, in it and in its config.
 
     A smaller share multiplies those of all sites by one factor; a larger one does so with what each
     is below `MOST`. Thresholds come from the quantiles that were kept: no text is needed.
+
+    Args:
+        model: has thresholds.
+        sparsity: share of the inputs, each counted by the weights that it would read.
+        start: the rows whose shares are moved, e.g. those that were calibrated; by default those
+            that the model has now, so that a way there and back may end elsewhere.
 
     Raises:
         ValueError: the model has no thresholds, or a share outside [0, `MOST`].
@@ -149,7 +157,7 @@ def set_input_sparsity(model: nn.Module, sparsity: float) -> None:
         raise ValueError(f"{type(model).__name__} has no thresholds to set")
     if not 0 <= sparsity <= MOST:
         raise ValueError(f"sparsity is {sparsity}, but must be in [0, {MOST}]")
-    shares = _moved(rows, sparsity)
+    shares = _moved(rows if start is None else start, sparsity)
     by_name = {threshold.site: threshold for threshold in thresholds_in(model).values()}
     for name, share in shares.items():
         at = by_name[name].magnitude(share)

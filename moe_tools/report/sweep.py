@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moe_tools.experts.conversion import set_selectors
+from moe_tools.experts.conversion import read_conversion, set_selectors
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.thresholds import set_input_sparsity
+from moe_tools.experts.thresholds import read_rows, set_input_sparsity
 from moe_tools.hosts.input_threshold import thresholds_in
 from moe_tools.report.compare import Bench
 from moe_tools.report.report import Row
@@ -39,8 +39,9 @@ def sweep(
     model = bench.load(source)
     ffns = expert_ffns(model)
     if not ffns and thresholds_in(model):
+        calibrated = read_rows(read_conversion(model))
         for value in values or TENTHS:
-            set_input_sparsity(model, value)
+            set_input_sparsity(model, value, start=calibrated)
             bench.measure_at({"inputs": value}, source, model)
         return bench.rows(donor)
     if not ffns:

@@ -342,6 +342,9 @@ def test_another_share_needs_no_text(tmp_path: Path) -> None:
         assert input_sparsity(rows) == pytest.approx(share)
         assert counted(again) == pytest.approx(share, abs=0.06)
     assert {n: r.share for n, r in rows.items()} != before  # the way back is another one
+    set_input_sparsity(again, 0.5, start=read_rows(read_conversion(model)))
+    moved = {n: r.share for n, r in read_rows(read_conversion(again)).items()}
+    assert moved == pytest.approx(before)
     with pytest.raises(ValueError, match="sparsity is 1"):
         set_input_sparsity(again, 1.0)
     with pytest.raises(ValueError, match="no thresholds to set"):
