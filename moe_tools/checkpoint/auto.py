@@ -234,7 +234,7 @@ class Patch:
         def post_init_and_guard(model: Any, *args: Any, **kwargs: Any) -> Any:
             with self._builds.outermost(model) as outermost:
                 done = post_init(model, *args, **kwargs)
-            if outermost and self.in_force and not is_complete(model):
+            if outermost and self.in_force and lacks(model) is not None:
                 model.register_forward_pre_hook(refuse_incomplete)
             return done
 
@@ -293,11 +293,12 @@ def refuse_incomplete(model: Any, *_: Any) -> None:
     Raises:
         ValueError: the model is dense.
     """
-    if not is_complete(model):
-        lacks = "routers" if model.config.moe_tools.get("router") else "selection by the prompt"
+    missing = lacks(model)
+    if missing is not None:
         raise ValueError(
             f"{type(model).__name__} was built from the config of a converted model, but has no "
-            f"{lacks}: {_patch.refused or 'load its folder with from_pretrained or moe_tools.load'}"
+            f"{missing}: "
+            f"{_patch.refused or 'load its folder with from_pretrained or moe_tools.load'}"
         )
     admit(model)
 
@@ -352,12 +353,19 @@ def _is_converted(model: Any) -> bool:
     return getattr(model.config, "moe_tools", None) is not None
 
 
-def is_complete(model: Any) -> bool:
-    """Whether a model has the routers, or the selection by the prompt, that its config names."""
+def lacks(model: Any) -> str | None:
+    """Which modules of ours a model's config names and the model has not; None: it is complete."""
     block = getattr(model.config, "moe_tools", None)
-    wanted = ("router", "prompt_share")
-    if not isinstance(block, dict) or all(block.get(key) is None for key in wanted):
-        return True
-    from moe_tools.hosts.ffn import grafted_ffns
+    if not isinstance(block, dict):
+        return None
+    from moe_tools.experts.experts import expert_ffns
+    from moe_tools.hosts.input_threshold import thresholds_in
+    from moe_tools.inference.prompt_ffn import prompt_ffns
 
-    return any(ffn.done is not None for ffn in grafted_ffns(model))
+    if block.get("router") is not None and not expert_ffns(model):
+        return "routers"
+    if len(thresholds_in(model)) < len(block.get("thresholds") or {}):
+        return "thresholds"
+    if block.get("prompt_share") is not None and not prompt_ffns(model):
+        return "selection by the prompt"
+    return None

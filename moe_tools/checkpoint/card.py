@@ -20,6 +20,7 @@ from moe_tools.checkpoint.atomic import new_file
 from moe_tools.checkpoint.class_names import only_ours
 from moe_tools.data.sources import shortened
 from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.thresholds import input_sparsity, read_rows
 from moe_tools.names import CONFIG, FIGURES, METRICS, README, RECIPE
 
 MARK = "<!-- Written by moe-tools, which may write it again. -->"
@@ -117,6 +118,12 @@ def _what(conversion: Conversion) -> str:
             "Its weights are unchanged: every neuron runs on the prompt, and after it the "
             f"{conversion.prompt_share:.0%} that mattered there (GRIFFIN, arXiv 2404.01365)."
         )
+    if conversion.thresholds is not None:
+        dropped = input_sparsity(read_rows(conversion))
+        said.append(
+            f"Small inputs of {len(conversion.thresholds)} groups of linears are dropped: "
+            f"{dropped:.0%} of them on calibration text, each counted by the weights that it reads."
+        )
     return " ".join(said)
 
 
@@ -135,6 +142,11 @@ def _how_to_load(conversion: Conversion, auto: str) -> str:
         without = (
             "**Without `import moe_tools` the same folder is the dense model**: every neuron runs, "
             "and nothing is saved. Without a KV cache (`use_cache=False`), too."
+        )
+    elif conversion.thresholds is not None:
+        without = (
+            "**Without `import moe_tools` the same folder is a dense model**: the thresholds are "
+            "left out, and every input is read."
         )
     elif conversion.activation is not None:
         without = "It is a dense model, and transformers loads it without moe-tools just as well."

@@ -1,9 +1,9 @@
 """The model class in `config.json`: a folder that only we compute names one that no program has.
 
 llama.cpp's converter, Ollama, vLLM and SGLang choose their code by `architectures`. They know no
-routers, and many compute SiLU in a llama whatever activation the config names. A routed folder,
-or one of another activation, says `MoeToolsLlamaForCausalLM` there: they refuse it by that name.
-transformers itself chooses by `model_type`, and loads the folder as ever.
+routers, and many compute SiLU in a llama whatever activation the config names. A routed folder, or
+one of another activation, or with thresholds on inputs, says `MoeToolsLlamaForCausalLM` there: they
+refuse it by that name. transformers itself chooses by `model_type`, and loads the folder as ever.
 
 A folder that selects neurons by the prompt keeps its stock name. Its weights are the donor's, and
 any program computes the donor: slower than was asked for, but the model that the selection stands
@@ -31,8 +31,8 @@ def stock_class(name: str) -> str:
 
 
 def only_ours(block: Any) -> bool:
-    """Whether the block of a config has routers, or an activation in place of the donor's."""
-    wanted = ("router", "activation")
+    """Whether the block of a config has routers, another activation, or inputs that are dropped."""
+    wanted = ("router", "activation", "thresholds")
     return isinstance(block, dict) and any(block.get(key) is not None for key in wanted)
 
 

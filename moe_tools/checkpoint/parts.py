@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.ffn import find_ffns
-from moe_tools.hosts.layouts import join
+from moe_tools.hosts.layouts import join, layer_of
 
 
 def layer_paths(model: nn.Module) -> tuple[str, ...]:
@@ -28,14 +28,7 @@ def layer_paths(model: nn.Module) -> tuple[str, ...]:
         ValueError: the model has no FFN of a known family.
     """
     ffns = expert_ffns(model) or find_ffns(model)
-    return tuple(dict.fromkeys(_layer_of(ffn.name) for ffn in ffns))
-
-
-def _layer_of(path: str) -> str:
-    """The path of the layer that holds a module: model.layers.3 for model.layers.3.mlp.up_proj."""
-    names = path.split(".")
-    first = next(place for place, name in enumerate(names) if name.isdigit())
-    return ".".join(names[: first + 1])
+    return tuple(dict.fromkeys(layer_of(ffn.name) for ffn in ffns))
 
 
 class Gap(nn.Module):
@@ -88,11 +81,12 @@ class Part:
         if self.layer is None:
             return None
         inside = f"{self.layer}."
-        selector_of, activation_of = (
+        selector_of, activation_of, thresholds = (
             {name: own for name, own in settings.items() if name.startswith(inside)}
-            for settings in (whole.selector_of, whole.activation_of)
+            for settings in (whole.selector_of, whole.activation_of, whole.thresholds or {})
         )
-        return replace(whole, selector_of=selector_of, activation_of=activation_of)
+        own = replace(whole, selector_of=selector_of, activation_of=activation_of)
+        return replace(own, thresholds=None if whole.thresholds is None else thresholds)
 
     def of(self, host: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """A subclass of the host's class that has this part alone."""

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.checkpoint.auto import admit, is_complete
+from moe_tools.checkpoint.auto import admit, lacks
 from moe_tools.checkpoint.broken import BrokenFolder
 from moe_tools.checkpoint.stored import some, tensor_files
 from moe_tools.experts.conversion import (
@@ -29,8 +29,16 @@ from moe_tools.experts.conversion import (
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.swapped import Unswapped, replace_stand_ins, swap_activations
-from moe_tools.hosts.ffn import GraftedFFN, find_ffns, read_host_names, stock_ffn_tensors
+from moe_tools.experts.thresholds import put_rows, read_rows
+from moe_tools.hosts.ffn import (
+    GraftedFFN,
+    find_ffns,
+    host_name,
+    read_host_names,
+    stock_ffn_tensors,
+)
 from moe_tools.hosts.fused import fused_experts
+from moe_tools.hosts.input_threshold import CHILD, InputThreshold, thresholds_in
 from moe_tools.hosts.linears import device_of
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.inference.prompt import install
@@ -71,7 +79,7 @@ def rebuild(
     conversion = _renamed(conversion, shift)
     write_conversion(model, conversion)
     add_modules(model, conversion)
-    if conversion.router is not None:
+    if not conversion.stock:
         if offloaded is not None:
             _rename_offloaded(model, offloaded)
         _fill(model, {shift(key): (key, where) for key, where in stored.items()}, source, offloaded)
@@ -82,7 +90,7 @@ def rebuild(
 
 
 def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
-    """Swaps activations, attaches routers without numbers, or lets the prompt select neurons.
+    """Swaps activations, attaches routers and thresholds without numbers, lets the prompt select.
 
     Raises:
         ValueError: a block that does not fit the host.
@@ -92,6 +100,7 @@ def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
         swap_activations(model, conversion)
     if conversion.router is not None:
         attach_experts(model, conversion, empty=True)
+    put_rows(model, read_rows(conversion), empty=True)
     if conversion.prompt_share is not None:
         install(model, conversion.prompt_share)
     admit(model)
@@ -101,12 +110,14 @@ def check_rebuilt(model: nn.Module, source: str) -> None:
     """Checks that a loaded model is the one that its config describes, not its dense host.
 
     Raises:
-        ValueError: its routers, its selection by the prompt or its activation are missing.
+        ValueError: its routers, its thresholds, its selection by the prompt or its activation are
+            missing.
     """
     conversion = read_conversion(model)
     if conversion is None:
         return
-    if not is_complete(model) or any(isinstance(module, Unswapped) for module in model.modules()):
+    dense = lacks(model) is not None
+    if dense or any(isinstance(module, Unswapped) for module in model.modules()):
         raise ValueError(
             f"{source} is a converted model, but transformers loaded its dense host: the weights "
             "are a distributed checkpoint (save them as safetensors), or another library has "
@@ -139,6 +150,8 @@ def _check_places(model: nn.Module, conversion: Conversion) -> None:
             "load with a device_map that puts every layer on a device"
         )
     reads = conversion.router is not None and ROUTERS[conversion.router].reads_rows
+    if conversion.thresholds and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("linears whose inputs have thresholds cannot stay on disk")
     if reads and any(device_of(ffn.projections.up).type == "meta" for ffn in find_ffns(model)):
         raise ValueError(
             f"router {conversion.router} reads the FFN's rows, which cannot stay on disk then"
@@ -186,8 +199,13 @@ def _before_layers(name: str) -> tuple[str, str]:
 
 def _renamed(conversion: Conversion, shift: _Shift) -> Conversion:
     """The conversion with the FFNs' names in the model, which may differ from the folder's."""
+    rows = {
+        shift(name): replace(row, linears=tuple(map(shift, row.linears))).to_dict()
+        for name, row in read_rows(conversion).items()
+    }
     return replace(
         conversion,
+        thresholds=None if conversion.thresholds is None else rows,
         selector_of={shift(name): each for name, each in conversion.selector_of.items()},
         activation_of={shift(name): each for name, each in conversion.activation_of.items()},
         layouts=None if conversion.layouts is None else _shifted(conversion.layouts, shift),
@@ -200,8 +218,23 @@ def _shifted(layouts: dict[str, Any], shift: _Shift) -> dict[str, Any]:
 
 
 def _added(model: nn.Module) -> set[str]:
-    """Names of the tensors that a routed model has beside its host's."""
-    return {f"{ffn.name}.{key}" for ffn in expert_ffns(model) for key in ffn.added()}
+    """Names of the tensors that a converted model has beside its host's, as they are saved."""
+    return {*_of_routers(model), *_of_thresholds(model)}
+
+
+def _of_routers(model: nn.Module) -> list[str]:
+    return [f"{ffn.name}.{key}" for ffn in expert_ffns(model) for key in sorted(ffn.added())]
+
+
+def _of_thresholds(model: nn.Module) -> dict[str, str]:
+    """Name of a threshold's tensor as it is saved -> ours."""
+    named = host_name(model)
+    ours = [
+        f"{path}.{key}"
+        for path, threshold in thresholds_in(model).items()
+        for key in threshold.state_dict()
+    ]
+    return {named(name): name for name in ours}
 
 
 def _fill(
@@ -212,36 +245,46 @@ def _fill(
 ) -> None:
     added = _added(model)
     if missing := added - set(stored):
-        raise BrokenFolder(f"{source} lacks the router tensors {some(missing)}")
+        kind = "router" if any(name in _of_routers(model) for name in missing) else "threshold"
+        raise BrokenFolder(f"{source} lacks the {kind} tensors {some(missing)}")
     for ffn in expert_ffns(model):
         device = device_of(ffn.projections.up)
         for name in sorted(f"{ffn.name}.{key}" for key in ffn.added()):
             key, where = stored[name]
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            empty: Tensor = getattr(owner, leaf)
-            value = _read(where, key)
-            if value.shape != empty.shape:
-                raise BrokenFolder(
-                    f"{source}: {name} is {tuple(value.shape)}, expected {tuple(empty.shape)}"
-                )
+            empty = _put(model, name, _read(where, key), device, source)
             if offloaded is not None and device.type == "meta" and isinstance(where, Path):
                 offloaded[name] = _entry(where, key, empty)
-            place = torch.device("cpu") if device.type == "meta" else device
-            real = value.to(place, empty.dtype, copy=True)  # it may be the caller's own
-            setattr(owner, leaf, nn.Parameter(real) if isinstance(empty, nn.Parameter) else real)
         buffers = ffn.router.named_buffers() if device.type != "meta" else ()
         if left := [name for name, one in buffers if one.is_meta]:
             raise ValueError(
                 f"{ffn.name}: {some(left)} of its router is in no state dict, so no folder has it: "
                 "a buffer is to be persistent, or made when it is needed"
             )
+    for saved, name in _of_thresholds(model).items():
+        key, where = stored[saved]
+        linear = model.get_submodule(name.rpartition(f".{CHILD}.")[0])
+        _put(model, name, _read(where, key), device_of(linear), source)
+
+
+def _put(model: nn.Module, name: str, value: Tensor, device: torch.device, source: str) -> Tensor:
+    """Gives one of our tensors its numbers; returns it as it was without."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    empty: Tensor = getattr(owner, leaf)
+    if value.shape != empty.shape:
+        raise BrokenFolder(
+            f"{source}: {name} is {tuple(value.shape)}, expected {tuple(empty.shape)}"
+        )
+    place = torch.device("cpu") if device.type == "meta" else device
+    real = value.to(place, empty.dtype, copy=True)  # it may be the caller's own
+    setattr(owner, leaf, nn.Parameter(real) if isinstance(empty, nn.Parameter) else real)
+    return empty
 
 
 def _mark_loaded(model: nn.Module) -> None:
     """Marks our tensors as loaded: transformers draws every tensor without its mark anew."""
     for module in model.modules():
-        if isinstance(module, GraftedFFN | HostExperts):
+        if isinstance(module, GraftedFFN | HostExperts | InputThreshold):
             for tensor in (*module.parameters(), *module.buffers()):
                 tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 

@@ -16,6 +16,7 @@ from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import build_router
 from moe_tools.experts.selectors import Selector, build_selector, describe_selector
 from moe_tools.hosts.ffn import FFN, Outline, graft, unfused_ffns
+from moe_tools.hosts.input_threshold import thresholds_in
 from moe_tools.hosts.linears import device_of, dtype_of
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.rows import rows_of, write_rows
@@ -64,8 +65,9 @@ class Conversion:
     weight_bits: int | None = None
     """The FFNs' weights lie on a grid of so many bits, in groups of 32 (`quantize`); None: as they
     came."""
-    thresholds: dict[str, Any] | None = None
-    """Which inputs of which linears are dropped (`threshold`); None: none."""
+    thresholds: dict[str, dict[str, Any]] | None = None
+    """Which inputs of which linears are dropped (`threshold`): site -> its `Row`
+    (`moe_tools.experts.thresholds`); None: none."""
     constants: bool = False
     """Every FFN adds a bias, and a constant for each expert of more than one neuron that is off
     (`refit`)."""
@@ -127,16 +129,22 @@ class Conversion:
         return cls(**{**block, "format": FORMAT})
 
     def unrouted(self) -> Conversion:
-        """The conversion of a model in which every neuron runs: activations and split stay."""
+        """The dense model's: activations and split stay, every neuron runs on all its inputs."""
         return replace(
             self,
             router=None,
             selector=None,
             router_options={},
             selector_of={},
+            thresholds=None,
             constants=False,
             prompt_share=None,
         )
+
+    @property
+    def stock(self) -> bool:
+        """Whether the stock class, without any module of ours, computes what the folder means."""
+        return self.router is None and self.thresholds is None and self.stock_activation is None
 
     def check_names(self, ffns: Sequence[FFN]) -> None:
         """Whether every FFN that has settings of its own is there.
@@ -193,9 +201,14 @@ def conversion_so_far(model: nn.Module, donor: str) -> Conversion:
     """The model's block, now with this donor; an empty one where moe-tools changed nothing yet.
 
     Raises:
-        ValueError: as `check_unselected`.
+        ValueError: as `check_unselected`; or inputs are dropped, by what the FFNs were until now.
     """
     check_unselected(model)
+    if thresholds_in(model):
+        raise ValueError(
+            f"inputs of {type(model).__name__} have thresholds, which belong to its FFNs as they "
+            "are: put `threshold` after all that changes these"
+        )
     return with_layouts(model, replace(read_conversion(model) or Conversion(donor), donor=donor))
 
 

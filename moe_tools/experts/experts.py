@@ -19,6 +19,7 @@ from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers import Router, RowReader
 from moe_tools.experts.selectors import Everything, Selector
 from moe_tools.hosts.ffn import FFN
+from moe_tools.hosts.input_threshold import nothing_dropped
 from moe_tools.hosts.linears import device_of, dtype_of
 
 Mode = Literal["soft", "straight", "hard"]
@@ -211,13 +212,14 @@ class ExpertFFN(PackableFFN):
 
 @contextmanager
 def every_expert_on(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a converted model computes what its dense model would."""
+    """While it lasts, a converted model computes what its dense one would, and drops no input."""
     ffns = expert_ffns(model)
     kept = [(ffn.selector, ffn.mode) for ffn in ffns]
     for ffn in ffns:
         ffn.selector, ffn.mode = Everything(), "hard"
     try:
-        yield
+        with nothing_dropped(model):
+            yield
     finally:
         for ffn, (selector, mode) in zip(ffns, kept, strict=True):
             ffn.selector, ffn.mode = selector, mode

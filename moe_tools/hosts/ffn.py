@@ -9,7 +9,7 @@ Letters: T tokens (any leading dimensions), D model width, F neurons of one FFN.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moe_tools.hosts.activations import Activation, JointActivation
 from moe_tools.hosts.fused import check_fused, fused_experts
 from moe_tools.hosts.host_expert import OneExpert, expert_views
+from moe_tools.hosts.input_threshold import InputThreshold, thresholds_in
 from moe_tools.hosts.layouts import Layout, child_name, holder_of, host_names, inside, join
 from moe_tools.hosts.linears import tensors_of
 from moe_tools.hosts.moe_host import HostExperts, unfuse_experts
@@ -401,10 +402,16 @@ def stock_ffn_tensors(model: nn.Module) -> set[str]:
     return {key for key in model.state_dict() if key.startswith(prefixes)}
 
 
+def host_name(model: nn.Module) -> Callable[[str], str]:
+    """What gives one of our tensors' names as the host has it."""
+    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
+    return lambda key: _rename(key, renames)
+
+
 def host_state_dict(
     model: nn.Module, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The state dict under the host's own names and shapes, our `router.*` tensors beside.
+    """The state dict under the host's own names and shapes, our tensors beside.
 
     Tensors of ours have one name, also where modules of the host share their weights.
 
@@ -412,16 +419,28 @@ def host_state_dict(
         model: whose names they are.
         state: its tensors under our names, or the host's; by default its own state dict.
     """
-    renames = {ours: host for ffn in grafted_ffns(model) for ours, host in ffn.renames.items()}
+    renamed_as = host_name(model)
     again = {
         f"{path}.{key}" for ffn in grafted_ffns(model) for path in ffn.also for key in ffn.added()
     }
+    again |= _thresholds_again(model)
     given = model.state_dict() if state is None else state
-    renamed = {_rename(key, renames): given[key] for key in given if key not in again}
+    renamed = {renamed_as(key): given[key] for key in given if key not in again}
     for path, module in model.named_modules():
         if isinstance(module, HostExperts):
             module.fuse_into(renamed, path)
     return renamed
+
+
+def _thresholds_again(model: nn.Module) -> set[str]:
+    """Tensors of thresholds under every name but the first, where our module has several places."""
+    first = thresholds_in(model)
+    return {
+        f"{path}.{key}"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, InputThreshold) and path not in first
+        for key in module.state_dict()
+    }
 
 
 def read_host_names(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -127,3 +127,10 @@ def host_names(name: str, layout: Layout) -> dict[str, str]:
 def join(holder: str, path: str) -> str:
     """The path of a part, from the path of its holder; either may be empty."""
     return ".".join(part for part in (holder, path) if part)
+
+
+def layer_of(path: str) -> str:
+    """The path of the layer that holds a module: model.layers.3 for model.layers.3.mlp.up_proj."""
+    names = path.split(".")
+    first = next(place for place, name in enumerate(names) if name.isdigit())
+    return ".".join(names[: first + 1])

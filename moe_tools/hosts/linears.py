@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from moe_tools.hosts.input_threshold import nothing_dropped, threshold_of
+
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What a linear can be given. A quantised weight has another dtype than the numbers it takes."""
 CHUNK = 1024
@@ -68,7 +70,14 @@ def dtype_of(linear: nn.Module) -> torch.dtype | None:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a linear computes with the numbers of its weight: no adapter, not quantised."""
+    """Whether a linear computes with its input and the numbers of its weight, and nothing else.
+
+    It has no adapter and no threshold on its inputs, and is not quantised.
+    """
+    return _is_matrix(linear) and threshold_of(linear) is None
+
+
+def _is_matrix(linear: nn.Module) -> bool:
     return type(linear) in (nn.Linear, Conv1D) and has_numbers(linear)
 
 
@@ -101,7 +110,7 @@ def computed_rows(linear: nn.Module) -> Tensor:
     Raises:
         ValueError: as `rows`.
     """
-    if is_plain(linear) or (base_of(linear) is linear and not has_numbers(linear)):
+    if _is_matrix(linear) or (base_of(linear) is linear and not has_numbers(linear)):
         return rows(linear)
     return _answers(linear, dtype_of(linear) or torch.float32)
 
@@ -177,15 +186,17 @@ def _answers(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     """(outputs, inputs) of any module that is affine, by the outputs for each unit vector."""
     inputs, _ = _size(linear)
     units = torch.eye(inputs, dtype=dtype, device=device_of(linear))
-    at_zero = linear(torch.zeros_like(units[:1]))
-    return torch.cat([linear(some) - at_zero for some in units.split(CHUNK)]).T
+    with nothing_dropped(linear):
+        at_zero = linear(torch.zeros_like(units[:1]))
+        return torch.cat([linear(some) - at_zero for some in units.split(CHUNK)]).T
 
 
 def _checked(linear: nn.Module, rows_FD: Tensor, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(PROBES, rows_FD.shape[1], generator=generator).to(rows_FD.device, dtype)
-    at_zero = linear(torch.zeros_like(x_TD[:1])).float()
-    expected_TF = linear(x_TD).float() - at_zero
+    with nothing_dropped(linear):
+        at_zero = linear(torch.zeros_like(x_TD[:1])).float()
+        expected_TF = linear(x_TD).float() - at_zero
     missed = (x_TD.float() @ rows_FD.float().T - expected_TF).norm()
     if not missed <= PROBE_ERROR * expected_TF.norm():
         share = float(missed / expected_TF.norm())

@@ -19,6 +19,7 @@ from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
+from moe_tools.hosts.input_threshold import threshold_of, thresholds_in
 from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.linears import dtype_of
 from moe_tools.hosts.proof import settle
@@ -109,6 +110,10 @@ def optimize(
     packable = _packable(model, ffns)
     for ffn in packable:
         packing.check(ffn)
+    if linears is not None and thresholds_in(model):
+        raise ValueError(
+            "linears cannot be quantized here where inputs have thresholds: leave linears away"
+        )
     if linears is not None:
         projections = [linear for ffn in ffns for linear in ffn.projections.linears()]
         quantize_linears(model, linears, besides=projections)
@@ -149,6 +154,8 @@ def _packable(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> list[ExpertF
 
 def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
     """Returns why an FFN stays as it is; None when it can be packed."""
+    if any(threshold_of(linear) is not None for linear in ffn.projections.linears()):
+        return "its inputs have thresholds, which no kernel runs"
     if isinstance(ffn, FFN):
         if not gives_zeros(ffn.act):
             return f"dense, and {type(ffn.act).__name__} gives no exact zeros"

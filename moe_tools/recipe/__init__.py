@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moe_tools.steps.split import Split
     from moe_tools.steps.step import Step
     from moe_tools.steps.swap import Swap
+    from moe_tools.steps.threshold import Threshold
     from moe_tools.training.lora import Lora
     from moe_tools.training.train import Train
 
@@ -45,6 +46,7 @@ __all__ = [
     "Stage",
     "Step",
     "Swap",
+    "Threshold",
     "Train",
     "Weight",
     "control_recipe",
@@ -70,6 +72,7 @@ _HOME = {
     "Stage": "moe_tools.steps.schedules",
     "Step": "moe_tools.steps.step",
     "Swap": "moe_tools.steps.swap",
+    "Threshold": "moe_tools.steps.threshold",
     "Train": "moe_tools.training.train",
     "Weight": "moe_tools.steps.schedules",
     "control_recipe": "moe_tools.recipe.options",

@@ -18,13 +18,14 @@ from moe_tools.steps.select import Select
 from moe_tools.steps.split import Split
 from moe_tools.steps.step import Step
 from moe_tools.steps.swap import Swap
+from moe_tools.steps.threshold import Threshold
 from moe_tools.training.train import Train
 
 STEPS: Registry[type[Step]] = Registry(
     "step",
     {
         kind.verb: kind
-        for kind in (Swap, Quantize, Split, Attach, Fit, Budget, Refit, Train, Select)
+        for kind in (Swap, Quantize, Split, Attach, Fit, Budget, Refit, Threshold, Train, Select)
     },
 )
 """Verb in YAML -> its class. A new step is its file and a word here."""

@@ -27,7 +27,7 @@ class Entry:
     tasks: dict[str, float] = field(default_factory=dict)
     """"task metric" of lm-evaluation-harness -> figure."""
     setting: dict[str, float] = field(default_factory=dict)
-    """The knob of its selectors, where it is not the saved one."""
+    """The knob of its selectors, or the share of dropped inputs, where it is not the saved one."""
     series: str = ""
     """The line of a plot that it belongs to, where that is not its folder."""
     control: str | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from moe_tools.experts.conversion import set_selectors
+from moe_tools.experts.conversion import read_conversion, set_selectors
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.thresholds import read_rows, set_input_sparsity
+from moe_tools.hosts.input_threshold import thresholds_in
 from moe_tools.report.compare import Bench
 from moe_tools.report.report import Row
 from moe_tools.report.setup import Setup
@@ -28,7 +30,8 @@ def sweep(
     Args:
         source: a converted folder; it is read, and stays as it is.
         setup: text, dtype and device.
-        values: of the knob (tau, share of top-k, p); empty: `KNOBS`.
+        values: of the knob (tau, share of top-k, p; without a router, the share of the inputs that
+            thresholds drop); empty: `KNOBS`.
         donor: stands in for the donor that the folder names.
         beside: measures more on the same text, such as baselines.
 
@@ -41,8 +44,14 @@ def sweep(
     bench = Bench(setup, source)
     model = bench.load(source)
     ffns = expert_ffns(model)
+    if not ffns and thresholds_in(model):
+        calibrated = read_rows(read_conversion(model))
+        for value in values or TENTHS:
+            set_input_sparsity(model, value, start=calibrated)
+            bench.measure_at({"inputs": value}, source, model)
+        return bench.rows(donor)
     if not ffns:
-        raise ValueError(f"{source} has no router: there is nothing to sweep")
+        raise ValueError(f"{source} has no router and no threshold: there is nothing to sweep")
     knob = ffns[0].selector.knob
     points = [
         (value, [ffn.selector.with_knob(value) for ffn in ffns]) for value in values or KNOBS[knob]

@@ -187,7 +187,11 @@ class Streamed:
         conversion = read_conversion(empty)
         assert conversion is not None
         own = {ffn: act for one in found for ffn, act in one.activation_of.items()}
-        write_conversion(empty, replace(conversion, activation_of=own, layouts=layouts))
+        conversion = replace(conversion, activation_of=own, layouts=layouts)
+        if conversion.thresholds is not None:
+            rows = {site: row for one in found for site, row in (one.thresholds or {}).items()}
+            conversion = replace(conversion, thresholds=rows)
+        write_conversion(empty, conversion)
         return empty.config
 
     def _layouts(self, found: list[Conversion]) -> dict[str, Any]:

@@ -75,8 +75,9 @@ class Split(Step):
 
     def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
         """Reorders the neurons; measures nothing."""
+        conversion = self.conversion(conversion_so_far(model, work.donor))
         split(model, self, self.text(work), work.seed)
-        write_conversion(model, self.conversion(conversion_so_far(model, work.donor)))
+        write_conversion(model, conversion)
         return {}
 
     def conversion(self, so_far: Conversion) -> Conversion:

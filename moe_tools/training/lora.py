@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.ffn import unfused_ffns
+from moe_tools.hosts.input_threshold import move_threshold
+from moe_tools.hosts.linears import base_of
 
 if TYPE_CHECKING:
     from moe_tools.training.train import Train
@@ -63,7 +65,8 @@ def low_rank(model: PreTrainedModel, step: Train, seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         tuner = LoraModel(model, {"default": config}, "default")
     try:
-        yield
+        with _adapters_see_the_same(model):
+            yield
     except BaseException:
         tuner.unload()
         raise
@@ -72,6 +75,22 @@ def low_rank(model: PreTrainedModel, step: Train, seed: int) -> Iterator[None]:
     finally:  # PEFT froze the host
         for name, flag in flags.items():
             model.get_parameter(name).requires_grad_(flag)
+
+
+@contextmanager
+def _adapters_see_the_same(model: nn.Module) -> Iterator[None]:
+    """While it lasts, an adapter is given what the thresholds on its linear's inputs leave.
+
+    Merged, it multiplies that.
+    """
+    wrapped = [module for module in model.modules() if base_of(module) is not module]
+    for module in wrapped:
+        move_threshold(base_of(module), module)
+    try:
+        yield
+    finally:
+        for module in wrapped:
+            move_threshold(module, base_of(module))
 
 
 def adapters(model: nn.Module) -> list[nn.Parameter]:

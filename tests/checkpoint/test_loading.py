@@ -226,7 +226,7 @@ def test_a_gguf_file_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 3, "new": 1}, "config.json has moe_tools format 3; this version reads 1 and 2"),
+        ({"format": 4, "new": 1}, "config.json has moe_tools format 4; this version reads 1 to 3"),
         ({"selecter": None}, "unknown key .* 'selecter'; did you mean 'selector'"),
         ({"router": "sigmod"}, "unknown router 'sigmod'; did you mean 'sigmoid'"),
         ({"selector": {"kind": "threshhold"}}, "unknown selector .* did you mean 'threshold'"),

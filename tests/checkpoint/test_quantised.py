@@ -21,8 +21,11 @@ from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.routing import record_routing
-from moe_tools.hosts.ffn import permute_neurons, unfused_ffns
+from moe_tools.hosts.ffn import find_ffns, permute_neurons, unfused_ffns
+from moe_tools.measure.inputs import count_inputs
+from moe_tools.recipe import Threshold
 from moe_tools.runs.stream import is_large
+from moe_tools.steps.step import Work
 from tests.families import EXPERT_SIZE, FAMILIES, build, logits, model_inputs
 
 ON_DISK = Conversion("donor", EXPERT_SIZE, "sigmoid", {"kind": "threshold", "tau": 0.5})
@@ -106,6 +109,30 @@ def test_with_every_expert_on_it_is_the_stock_class_under_the_same_quantiser(
     assert (expected - exact).abs().max() > 0
     with every_expert_on(model):
         assert torch.equal(logits(model), expected)
+
+
+@every_quantiser
+def test_thresholds_drop_the_inputs_of_quantised_linears(
+    quantiser: Callable[[], Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = build("llama", **SIZES)
+    refuse: Any = pytest.fail
+    text_BT = torch.randint(3, 64, (8, 32))
+    step = Threshold(0.5, where="all", rotate=True)
+    step.apply(model, Work(tmp_path, "donor", 0, lambda _: text_BT, refuse, refuse))
+    save(model, tmp_path / "model")
+    with transformers_patched(False):
+        plain = stock(tmp_path / "model", quantization_config=quantiser())
+    loaded = stock(tmp_path / "model", quantization_config=quantiser())
+    with every_expert_on(loaded):
+        assert torch.equal(logits(loaded), logits(plain))
+    with count_inputs(loaded) as counts, torch.no_grad():
+        loaded(input_ids=text_BT)
+    assert len(counts) == 8
+    assert all(one.sparsity == pytest.approx(0.5, abs=0.1) for one in counts)
+    for ffn, same in zip(find_ffns(loaded), find_ffns(plain), strict=True):
+        assert torch.equal(ffn.weights().up_FD, same.weights().up_FD)  # read as they are
 
 
 @every_quantiser

@@ -148,6 +148,19 @@ def test_a_sweep_is_one_row_a_setting(run: Run, work: Path) -> None:
     assert before == {file: file.read_bytes() for file in before}
 
 
+def test_a_folder_with_thresholds_is_swept_without_its_text(run: Run, work: Path) -> None:
+    convert = ("convert", "--method", "teal", "--model", "donor", "--data", "text.txt")
+    sizes = ("--block-length", "16", "--eval-tokens", "0", "--target-sparsity", "0.3")
+    assert run(*convert, *sizes, "--output", "teal")[0] == 0
+    donor, *points = rows_of(run, "teal", "--sweep", "0", "0.3", "0.9")
+    assert [point["setting"] for point in points] == [{"inputs": s} for s in (0.0, 0.3, 0.9)]
+    # the folder is in bf16
+    assert points[0]["perplexity"] == pytest.approx(donor["perplexity"], rel=1e-3)
+    *_, saved = rows_of(run, "teal")
+    assert points[1]["perplexity"] == pytest.approx(saved["perplexity"], rel=1e-6)
+    assert points[2]["perplexity"] != points[0]["perplexity"]
+
+
 def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:
     code, out, _ = run("evaluate", "out", *EVALUATE, "--sweep", "--plot", "curve.png")
     assert code == 0 and "tau 0.1" in out and "tau 0.9" in out
@@ -158,7 +171,7 @@ def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:
     ("words", "message"),
     [
         (["out", "donor", "--sweep"], "--sweep takes one folder, not 2"),
-        (["donor", "--sweep"], "donor has no router: there is nothing to sweep"),
+        (["donor", "--sweep"], "donor has no router and no threshold: there is nothing to sweep"),
         (["out", "--plot", "curve.txt"], "'curve.txt' is no picture: use .png, .svg, .pdf"),
     ],
 )

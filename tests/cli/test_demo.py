@@ -11,29 +11,43 @@ from moe_tools.checkpoint.saving import save
 from tests.families import build
 from tests.tiny import Run, build_tokenizer
 
+TIMED = [
+    "dense",
+    "dense, all linears int4",
+    "half off, native kernels",
+    "half off, the others int4",
+]
+
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """donor/, which the demo takes for its own."""
-    save(build("llama"), tmp_path / "donor", build_tokenizer())
+    save(build("llama", hidden_size=32), tmp_path / "donor", build_tokenizer())
     monkeypatch.setattr("moe_tools.cli.demo.donor_file", lambda: tmp_path / "donor")
     return tmp_path
 
 
-def test_the_demo_shows_a_table_two_texts_and_what_to_try(run: Run, work: Path) -> None:
+def test_the_demo_shows_tables_speeds_texts_and_what_to_try(run: Run, work: Path) -> None:
     words = ("--output", "out", "--tokens", "4096", "--eval-tokens", "512")
     code, out, err = run("demo", *words)
     assert code == 0
-    table, dense, converted, end = out.split("\n\n")[-4:]
-    assert "blocks of 512, bfloat16 on cpu" in table
-    models = [line[2:16].strip() for line in table.splitlines() if "FLOPs" not in line]
-    assert {"donor (donor)", "out/control", "out"} <= set(models)
-    assert dense.startswith("dense donor:\n") and converted.startswith("converted:\n")
-    assert end.startswith("The converted model is in out/ (a Hugging Face folder). Try next:\n")
-    assert err.count("32 tokens in") == 2
+    prox, speed, texts, lte = out.split("\n## ")[1:]
+    assert "dense int8" in prox and "dense int4" in prox and "out/prox" in prox
+    timed = [line for line in speed.splitlines() if line.endswith(" x dense")]
+    assert [line.split("  ")[1] for line in timed] == TIMED
+    assert "dense:\n" in texts and "50% of the neurons off:\n" in texts
+    assert "out/lte/control" in lte and "30% of the neurons off:\n" in lte
+    assert "The converted models are in out/ (Hugging Face folders). Try next:\n" in lte
+    assert err.count(" tokens in ") == 3
     assert err.index("; dense, prompt included") < err.index("; FFN sparsity")
-    metrics = json.loads((work / "out" / "metrics.json").read_text())
+    metrics = json.loads((work / "out" / "lte" / "metrics.json").read_text())
     assert metrics["train_tokens"] == 4096
+
+
+def test_the_demo_can_leave_training_out(run: Run, work: Path) -> None:
+    code, out, _ = run("demo", "--output", "out", "--eval-tokens", "512", "--no-train")
+    assert code == 0 and "LTE" not in out
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["prox"]
 
 
 @pytest.mark.parametrize(

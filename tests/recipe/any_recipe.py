@@ -42,8 +42,10 @@ EVERYWHERE: dict[str, Drawn] = {
 
 def recipes() -> Drawn:
     """Steps as recipes have them, most of the time; else any in any order."""
-    dense = st.sampled_from([[], ["swap"], ["train"], ["swap", "train"]])
-    after = st.lists(st.sampled_from(["fit", "train", "budget", "refit"]), max_size=2)
+    dense = st.sampled_from(
+        [[], ["swap"], ["train"], ["swap", "train"], ["quantize"], ["threshold"]]
+    )
+    after = st.lists(st.sampled_from(["fit", "train", "budget", "refit", "threshold"]), max_size=2)
     routed = st.one_of(st.just([]), after.map(lambda steps: ["split", "attach", *steps]))
     usual = st.tuples(dense, routed).map(lambda parts: parts[0] + parts[1])
     anything = st.lists(st.sampled_from(list(STEPS)), max_size=4)

@@ -16,7 +16,7 @@ from transformers import set_seed
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.recipe import Attach, Budget, Fit, Recipe, Refit, Split, Swap, Train
+from moe_tools.recipe import Attach, Budget, Fit, Recipe, Refit, Split, Swap, Threshold, Train
 from moe_tools.runs import stream as streaming
 from moe_tools.runs.stream import Streamed, check_streams, is_large
 from moe_tools.steps.step import Step, Work
@@ -137,6 +137,9 @@ CHAINS: dict[str, tuple[Step, ...]] = {
     "a graph": (Split(8, method="coactivation"), Attach("mlp")),
     "down projections without constants": (WEIGHTS, NORM, Refit(constants=False)),
     "down projections of neurons": (Split(1), Attach("oracle", selector=HALF), Refit()),
+    "inputs that are dropped": (Threshold(0.5, where="all", spend="greedy"),),
+    "inputs that are turned": (Threshold(0.3, where="all", rotate=True),),
+    "inputs of what was chosen": (WEIGHTS, NORM, Threshold(0.3, sites="hidden")),
     "no text at all": (Split(8, method="contiguous"), Attach("mean_gate")),
 }
 
