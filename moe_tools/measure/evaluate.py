@@ -22,6 +22,7 @@ from moe_tools.data.progress import progress
 from moe_tools.experts.prediction import Prediction
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.measure.flops import FlopCounter, Flops, count_flops
+from moe_tools.measure.inputs import InputCount, count_inputs
 from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, weight_bits, zeros
 from moe_tools.measure.predictions import count_predictions
 from moe_tools.measure.traffic import Traffic, traffic
@@ -128,6 +129,7 @@ class Tally:
     counts: list[NeuronCount]
     predictions: dict[str, Prediction]
     others: FlopCounter
+    inputs: list[InputCount]
     began: float = field(default_factory=time.perf_counter)
 
     def evaluation(
@@ -160,8 +162,8 @@ class Tally:
             moe_layers=moe_layers(self.counts),
             zeros=zeros(self.counts),
             layer_sparsity={c.name: c.sparsity for c in self.counts if c.routed and c.tokens},
-            flops=self.others.flops(self.model, self.counts, tokens, length),
-            traffic=traffic(self.counts, self.others, weight_bits(self.model)),
+            flops=self.others.flops(self.model, self.counts, tokens, length, self.inputs),
+            traffic=traffic(self.counts, self.others, weight_bits(self.model), self.inputs),
             seconds=time.perf_counter() - self.began,
             predictions=self.predictions,
         )
@@ -174,8 +176,9 @@ def tally(model: PreTrainedModel) -> Iterator[Tally]:
         count_neurons(model) as counts,
         count_predictions(model) as predictions,
         count_flops(model) as others,
+        count_inputs(model) as inputs,
     ):
-        yield Tally(model, counts, predictions, others)
+        yield Tally(model, counts, predictions, others, inputs)
 
 
 def check_evaluable(

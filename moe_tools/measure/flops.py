@@ -14,7 +14,7 @@ Letters: T tokens of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.linears import numbers_of
 from moe_tools.hosts.moe_host import chosen_share
+from moe_tools.measure.inputs import InputCount, saved_weights
 from moe_tools.measure.neurons import NeuronCount
 
 
@@ -73,18 +74,32 @@ class FlopCounter:
     """Forward passes of the model."""
 
     def flops(
-        self, model: PreTrainedModel, counts: list[NeuronCount], tokens: int, length: int
+        self,
+        model: PreTrainedModel,
+        counts: list[NeuronCount],
+        tokens: int,
+        length: int,
+        inputs: Sequence[InputCount] = (),
     ) -> Flops:
-        """FLOPs per token of a run over `tokens` tokens in blocks of `length`."""
+        """FLOPs per token of a run over `tokens` tokens in blocks of `length`.
+
+        Args:
+            model: that ran.
+            counts: of its FFNs.
+            tokens: of the run.
+            length: of a block.
+            inputs: which of them thresholds dropped.
+        """
         dense = sum(2 * count.weights * count.tokens for count in counts)
         on = sum(2 * count.weights * count.on / count.neurons for count in counts)
         on += sum(2 * count.constant * count.unions[1].experts for count in counts)
-        rest = self.others / tokens + attention_flops(model, length)
+        saved = {inside: 2 * saved_weights(inputs, ffn=inside) for inside in (True, False)}
+        rest = (self.others - saved[False]) / tokens + attention_flops(model, length)
         scored = [(c.scoring, c.tokens, c.known(c.unions[1])) for c in counts if c.scoring]
         known = sum(scoring.known_flops * neurons for scoring, _, neurons in scored)
         router = sum(scoring.flops * seen for scoring, seen, _ in scored)
         few_bit = sum(scoring.few_bit_ops * seen for scoring, seen, _ in scored)
-        parts = (dense / tokens, (on - known) / tokens, router / tokens)
+        parts = (dense / tokens, (on - known - saved[True]) / tokens, router / tokens)
         return Flops(*parts, rest, few_bit / tokens)
 
 

@@ -5,7 +5,7 @@ Letters: T tokens, D numbers of a token that enter a site, G tokens of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,10 @@ class InputCount:
     """D."""
     reads_per_input: int
     """Matrix weights that one number reads."""
+    neurons: int = 0
+    """Of the FFN; 0: the site is in an attention."""
+    hidden: bool = False
+    """The numbers are the neurons."""
     tokens: int = 0
     """That the site saw: an expert of an MoE host sees those routed to it."""
     kept: int = 0
@@ -56,14 +60,12 @@ class InputCount:
         groups = self.groups[tokens]
         return self.unions[tokens] / (groups * self.width) if groups else None
 
-    def add(self, kept_TD: Tensor, on_T: Tensor | None, neurons: int, *, hidden: bool) -> None:
+    def add(self, kept_TD: Tensor, on_T: Tensor | None) -> None:
         """Counts one batch.
 
         Args:
             kept_TD: which numbers are kept.
             on_T: neurons that a router left on; None: there is no router.
-            neurons: of the FFN.
-            hidden: the numbers are the neurons.
         """
         tokens, kept_T = len(kept_TD), kept_TD.sum(-1)
         self.tokens += tokens
@@ -71,11 +73,11 @@ class InputCount:
         if on_T is None:
             self.read += self.reads_per_input * int(kept_T.sum())
             self.read_without += self.reads_per_input * self.width * tokens
-        elif hidden:
+        elif self.hidden:
             self.read += self.reads_per_input * int(kept_T.sum())
             self.read_without += self.reads_per_input * int(on_T.sum())
         else:
-            matrices = self.reads_per_input // neurons
+            matrices = self.reads_per_input // self.neurons
             self.read += matrices * int((kept_T * on_T).sum())
             self.read_without += matrices * self.width * int(on_T.sum())
         for size in GROUPS:
@@ -83,6 +85,11 @@ class InputCount:
             apart_GTD = kept_TD[: groups * size].view(size, groups, self.width)
             self.unions[size] += int(apart_GTD.any(0).sum())
             self.groups[size] += groups
+
+
+def saved_weights(counts: Sequence[InputCount], *, ffn: bool) -> int:
+    """Matrix weights that went unread, summed over tokens: of FFNs, or of attentions."""
+    return sum(count.read_without - count.read for count in counts if bool(count.ffn) is ffn)
 
 
 @contextmanager
@@ -93,6 +100,7 @@ def count_inputs(model: nn.Module) -> Iterator[list[InputCount]]:
     is after the rotation, whose own work is left out: a kernel has it in the weights.
     """
     routed = {ffn.name: ffn for ffn in expert_ffns(model)}
+    neurons = {name: ffn.division.neurons for name, ffn in routed.items()}
     found = thresholds_in(model)
     counts = []
     with valid_tokens(model) as tokens, ExitStack() as stack:
@@ -102,10 +110,14 @@ def count_inputs(model: nn.Module) -> Iterator[list[InputCount]]:
         for path, threshold in found.items():
             linear = model.get_submodule(path.rpartition(".")[0])
             name, _, role = threshold.site.rpartition(":")
-            count = InputCount(threshold.site, name, _width(linear), threshold.reads)
+            count = InputCount(
+                *(threshold.site, name, _width(linear), threshold.reads),
+                neurons=neurons.get(name, 0),
+                hidden=role == "hidden",
+            )
             counts.append(count)
             module = model.get_submodule(name) if name else linear
-            see = _seeing(threshold, count, watches.get(name), module, tokens, role == "hidden")
+            see = _seeing(threshold, count, watches.get(name), module, tokens)
             stack.enter_context(_listening(threshold.observers, see))
         yield counts
 
@@ -116,16 +128,15 @@ def _seeing(
     watch: _Watch | None,
     module: nn.Module,
     tokens: ValidTokens,
-    hidden: bool,
 ) -> Callable[[Tensor], None]:
     def see(x_TD: Tensor) -> None:
         valid_T = tokens.of_ffn(module, x_TD)
         rows_TD = x_TD.detach().flatten(0, -2) if valid_T is None else x_TD.detach()[valid_T]
         kept_TD = rows_TD.abs() > threshold.at
         if watch is None:
-            count.add(kept_TD, None, 0, hidden=hidden)
+            count.add(kept_TD, None)
         else:
-            watch.see_inputs(count, kept_TD, hidden=hidden)
+            watch.see_inputs(count, kept_TD)
 
     return see
 
@@ -145,16 +156,16 @@ class _Watch:
         mask_TE = routing._replace(valid_T=valid_T).of_tokens(routing.mask_TE)
         self._on_T = self.ffn.division.spread_TF(mask_TE).sum(-1)
         for count, kept_TD in self._waiting:
-            count.add(kept_TD, self._on_T, self.ffn.division.neurons, hidden=False)
+            count.add(kept_TD, self._on_T)
         self._waiting.clear()
 
-    def see_inputs(self, count: InputCount, kept_TD: Tensor, *, hidden: bool) -> None:
+    def see_inputs(self, count: InputCount, kept_TD: Tensor) -> None:
         """The inputs of one batch: before its decisions, where the host itself computes h."""
-        if self.ffn.layout.masked and not hidden:
+        if self.ffn.layout.masked and not count.hidden:
             self._waiting.append((count, kept_TD))
             return
         assert self._on_T is not None
-        count.add(kept_TD, self._on_T, self.ffn.division.neurons, hidden=hidden)
+        count.add(kept_TD, self._on_T)
 
 
 def _width(linear: nn.Module) -> int:

@@ -10,11 +10,12 @@ weight: both are left out, like the vectors that FLOPs leave out, too (biases, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_tools.kernels.few_bits import bits_each
 from moe_tools.measure.flops import FlopCounter
+from moe_tools.measure.inputs import InputCount, saved_weights
 from moe_tools.measure.neurons import NeuronCount
 from moe_tools.measure.unions import SIZES, Union
 
@@ -53,7 +54,10 @@ class Traffic:
 
 
 def traffic(
-    counts: Sequence[NeuronCount], others: FlopCounter, weight_bits: int | None = None
+    counts: Sequence[NeuronCount],
+    others: FlopCounter,
+    weight_bits: int | None = None,
+    inputs: Sequence[InputCount] = (),
 ) -> dict[int, Traffic]:
     """Tokens of a pass -> what it reads, from what was counted while a model ran.
 
@@ -61,9 +65,12 @@ def traffic(
         counts: of the FFNs.
         others: of everything else.
         weight_bits: 8 or 4: those of the FFNs' matrices; None: bf16.
+        inputs: what thresholds dropped, whose columns then go unread. A group reads the columns
+            that one of its tokens keeps, of the neurons that one of them runs.
 
     Returns:
-        An entry for each of `SIZES`, but for those above the tokens of every pass.
+        An entry for each of `SIZES`, but for those above the tokens of every pass; and for 1 alone
+        where thresholds are inside an MoE host's experts, each of which sees other tokens.
     """
     found = {}
     for size in SIZES:
@@ -73,8 +80,40 @@ def traffic(
         parts = [_of_ffn(count, union, others.passes, weight_bits) for count, union in seen]
         dense, ffn, scoring = (sum(part) for part in zip(*parts, strict=True))
         rest = 2 * others.read / others.passes
+        if inputs:
+            if size > 1 and any(count.elsewhere for count in counts):
+                continue
+            unions = {count.name: union for count, union in seen}
+            ffn -= bits_each(weight_bits) / 8 * _unread(inputs, unions, size, ffn=True)
+            rest -= 2 * _unread(inputs, unions, size, ffn=False)
         found[size] = Traffic(size, dense, ffn, scoring, rest)
     return found
+
+
+def _unread(
+    inputs: Sequence[InputCount], unions: Mapping[str, Union], size: int, *, ffn: bool
+) -> float:
+    """Matrix weights of FFNs, or of attentions, that a pass does not read for dropped inputs."""
+    some = next(iter(unions.values()))
+    if size == 1:
+        return saved_weights(inputs, ffn=ffn) / some.groups
+    return sum(
+        _unread_together(count, unions.get(count.ffn), size)
+        for count in inputs
+        if bool(count.ffn) is ffn
+    )
+
+
+def _unread_together(count: InputCount, union: Union | None, size: int) -> float:
+    """The same at one site, for a group of tokens."""
+    kept, whole = count.union(size), count.reads_per_input * count.width
+    assert kept is not None
+    if union is None or not union.neurons:  # an attention, or a dense FFN
+        return whole * (1 - kept)
+    neurons = union.neurons / union.groups
+    if count.hidden:  # a number is a neuron, and 0 where a router turned it off
+        return count.reads_per_input * (neurons - kept * count.width)
+    return whole * (1 - kept) * neurons / count.neurons
 
 
 def _of_ffn(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.inference.prompt import prompt_selected
 from moe_tools.inference.prompt_ffn import energy_BF, places_of, prompt_ffns, top_share_BF
 from moe_tools.measure.evaluate import Evaluation
-from moe_tools.measure.teal import with_reads
 from moe_tools.measure.unions import SIZES, union
 
 
@@ -48,7 +47,24 @@ def measured_by_prompt(
         # registered before what cuts h: it sees all of it
         watches = (one.ffn.down.register_forward_pre_hook(one.watch(tokens)) for one in kept)
         with hooked(watches), prompt_selected(model, share, after):
-            yield lambda seen: with_reads(seen, _shares(kept))
+            yield lambda seen: _with_reads(seen, _shares(kept))
+
+
+def _with_reads(seen: Evaluation, shares: dict[int, float]) -> Evaluation:
+    """The figures of a dense model of whose FFNs such shares were computed and read.
+
+    Args:
+        seen: measured as if all was.
+        shares: tokens of a group -> share; sizes that are missing are left out.
+    """
+    one = shares[1]
+    flops = replace(seen.flops, ffn=seen.flops.ffn_dense * one)
+    read = {
+        size: replace(traffic, ffn=traffic.ffn * shares[size])
+        for size, traffic in seen.traffic.items()
+        if size in shares
+    }
+    return replace(seen, flops=flops, ffn_sparsity=1 - one, traffic=read)
 
 
 @dataclass

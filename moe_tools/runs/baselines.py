@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.data.packing import blocks_for
+from moe_tools.experts.conversion import read_block, write_conversion
+from moe_tools.hosts.input_threshold import remove_thresholds, thresholds_in
 from moe_tools.measure.evaluate import Evaluation
-from moe_tools.measure.teal import inputs_dropped, read_shares, with_reads
 from moe_tools.recipe import Recipe, parse_recipe, read_recipe, recipe_path
 from moe_tools.report.by_prompt import measured_by_prompt
 from moe_tools.report.compare import Bench
@@ -101,16 +102,19 @@ class ByRecipe(Baseline):
         return [step for step in steps if step.takes("target_sparsity") is budget]
 
 
-class Teal(Baseline):
-    """One share for all matrices."""
-
-    title = "TEAL"
+class Teal(ByRecipe):
+    """Thresholds, which another budget finds again from the start."""
 
     @contextmanager
     def at(self, model: PreTrainedModel, off: float, given: Given) -> Iterator[Correct]:
-        """Drops inputs while the text runs."""
-        with inputs_dropped(model, off, given.calibration_BT) as sites:
-            yield lambda seen: with_reads(seen, read_shares(sites))
+        """Drops inputs while it lasts."""
+        before = read_block(model.config)
+        try:
+            with super().at(model, off, given) as correct:
+                yield correct
+        finally:
+            remove_thresholds(model, thresholds_in(model).values())
+            write_conversion(model, before)
 
 
 class Griffin(Baseline):
@@ -139,7 +143,7 @@ def quantized(bits: int) -> Callable[[], Recipe]:
 BASELINES: dict[str, Baseline] = {
     "int8": ByRecipe("dense int8", quantized(8), takes_budget=False),
     "int4": ByRecipe("dense int4", quantized(4), takes_budget=False),
-    "teal": Teal(),
+    "teal": Teal("TEAL", method("teal")),
     "cats": ByRecipe("CATS", method("cats")),
     "few_bits": ByRecipe("few bits", method("prox")),
     "griffin": Griffin(),

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.experts.conversion import Conversion, attach_experts, write_conversion
+from moe_tools.experts.conversion import (
+    Conversion,
+    attach_experts,
+    read_block,
+    write_conversion,
+)
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routers import ROUTERS
+from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import FFN, find_ffns, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.kernels.weights import FFNWeights
 from moe_tools.measure.evaluate import evaluate, tally
 from moe_tools.steps.quantize import quantize
 from tests.families import UNEVEN, build, randomize, routed
+from tests.measure.test_inputs import converted, seen_of
 
 WIDTH, BATCH, LENGTH = 32, 3, 7
 """21 tokens in a pass: with 16 in a group, 5 of them are in none."""
@@ -436,3 +443,66 @@ def test_every_neuron_on_is_never_cheaper_than_dense() -> None:
         assert traffic.ffn == traffic.ffn_dense
         assert traffic.scoring == 2 * 2 * 6 * (16 + 1)  # two layers of six experts, a bias each
     assert replace(seen[1], tokens=4).total == seen[4].total
+
+
+# --- thresholds
+
+
+def kept(rows_TD: Tensor, size: int) -> Tensor:
+    """Numbers that one of a group of tokens keeps, for each group of the text's one pass."""
+    groups = len(rows_TD) // size
+    return (rows_TD[: groups * size] != 0).view(size, groups, -1).any(0)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "routed"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_columns_of_dropped_inputs_go_unread(family: str, sparse: bool, bits: int | None) -> None:
+    """A group reads, of the neurons of one token, the columns of one token, perhaps another."""
+    model = converted(family, routed=sparse)
+    block = read_block(model.config)
+    assert block is not None
+    write_conversion(model, replace(block, weight_bits=bits))
+    seen, numbers = evaluate(model, TEXT_BT, batch_size=len(TEXT_BT)), seen_of(model, TEXT_BT)
+    on: dict[str, Tensor] = {}
+    if sparse:
+        with record_routing(model) as records, torch.no_grad():
+            model(input_ids=TEXT_BT)
+        on = {one.ffn: one.division.spread_TF(one.mask_TE).flatten(0, -2) for one in records}
+    for size in (1, 4, 16):
+        read = 0.0
+        for name in dict.fromkeys(site.rpartition(":")[0] for site in numbers):
+            h_TF, x_TD = numbers[f"{name}:hidden"], numbers[f"{name}:input"]
+            runs_GF = kept(on.get(name, torch.ones_like(h_TF)), size)
+            x_GD, h_GF = kept(x_TD, size), kept(h_TF, size)
+            matrices = 1 if family == "gpt2" else 2
+            if size == 1 or not sparse:
+                first = (x_GD.sum(1) * runs_GF.sum(1)).float().mean()
+            else:  # the mean of each: what is on and what is kept are counted apart
+                first = x_GD.sum(1).float().mean() * runs_GF.sum(1).float().mean()
+            read += float(matrices * first + 16 * h_GF.sum(1).float().mean())
+        found = seen.traffic[size].ffn
+        assert found == pytest.approx(read * (16 if bits is None else 8.5) / 8, rel=1e-5)
+    assert seen.flops.ffn == pytest.approx(
+        seen.traffic[1].ffn / (2 if bits is None else 1.0625) * 2
+    )
+
+
+def test_attention_may_read_less_too() -> None:
+    plain = evaluate(build("llama"), TEXT_BT)
+    model = converted("llama", routed=False, where="all")
+    seen = evaluate(model, TEXT_BT)
+    attention = 2 * 2 * 4 * 16 * 16
+    for size in (1, 4, 16):
+        saved = plain.traffic[size].rest - seen.traffic[size].rest
+        assert 0 <= saved < attention  # all of sixteen numbers, to one of sixteen tokens
+    saved = plain.traffic[1].rest - seen.traffic[1].rest
+    assert saved == pytest.approx(0.4 * attention, rel=0.2)
+    less = plain.flops.attention_and_rest - seen.flops.attention_and_rest
+    assert less == pytest.approx(saved)  # two FLOPs and two bytes a weight
+
+
+def test_thresholds_inside_experts_have_figures_for_one_token_alone() -> None:
+    seen = evaluate(converted("mixtral", routed=False), TEXT_BT)
+    assert list(seen.traffic) == [1]
+    assert seen.traffic[1].ffn_share == pytest.approx(0.6, abs=0.1)

@@ -51,8 +51,8 @@ def test_the_command_line_knows_them() -> None:
 )
 def test_bytes_of_each(name: str, share: float) -> None:
     seen = measured(name)
-    # thresholds are those of other text
-    assert seen.traffic[1].ffn_share == pytest.approx(share, abs=0.04)
+    # thresholds are those of other text, and TEAL's budget is that of attention, too
+    assert seen.traffic[1].ffn_share == pytest.approx(share, abs=0.15 if name == "teal" else 0.04)
     takes = BASELINES[name].takes_budget
     if name in ("few_bits", "griffin"):
         assert seen.ffn_sparsity == pytest.approx(0.5, abs=0.05)
@@ -169,7 +169,7 @@ def test_only_what_follows_is_predicted(run: Run) -> None:
             "after the first 16 tokens of a block of 16 there is nothing to predict",
         ),
         (("--baselines", "griffin", "--after", "0"), "give --after"),
-        (("--baselines", "teal", "--budgets", "1.0"), "but must be in [0, 1)"),
+        (("--baselines", "teal", "--budgets", "1.0"), "but must be in [0, 0.99]"),
         (("--baselines", "few_bits", "--budgets", "0"), "target_sparsity"),
         (("--baselines", "int3"), "invalid choice: 'int3'"),
     ],
