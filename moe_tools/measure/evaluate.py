@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from moe_tools.data.limits import check_text
 from moe_tools.data.progress import progress
 from moe_tools.experts.prediction import Prediction
 from moe_tools.hosts.inputs import model_inputs
+from moe_tools.kernels.few_bits import bits_each
 from moe_tools.measure.flops import FlopCounter, Flops, count_flops
+from moe_tools.measure.inputs import InputCount, count_inputs, spared
 from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, weight_bits, zeros
 from moe_tools.measure.predictions import count_predictions
 from moe_tools.measure.traffic import Traffic, traffic
@@ -128,6 +130,7 @@ class Tally:
     counts: list[NeuronCount]
     predictions: dict[str, Prediction]
     others: FlopCounter
+    inputs: list[InputCount]
     began: float = field(default_factory=time.perf_counter)
 
     def evaluation(
@@ -150,7 +153,7 @@ class Tally:
             name = type(self.model).__name__
             what = "token" if accuracy is None else "text"
             raise FloatingPointError(f"{name} has a loss of {mean} nats per {what}")
-        return Evaluation(
+        made = Evaluation(
             perplexity=math.exp(mean),
             nats_per_token=mean,
             tokens=predicted,
@@ -165,6 +168,21 @@ class Tally:
             seconds=time.perf_counter() - self.began,
             predictions=self.predictions,
         )
+        return self._without_dropped(made, tokens) if self.inputs else made
+
+    def _without_dropped(self, seen: Evaluation, tokens: int) -> Evaluation:
+        """Takes what thresholds on inputs save from the figures of a single token.
+
+        What several tokens read together is left out: which of the inputs and which of the neurons
+        they share would have to be known at once.
+        """
+        ffn, rest = spared(self.inputs, tokens)
+        one, bits = seen.traffic[1], bits_each(weight_bits(self.model))
+        flops = replace(seen.flops, ffn=seen.flops.ffn - 2 * ffn, spared=2 * rest)
+        read = replace(one, ffn=one.ffn - bits * ffn / 8, spared=2 * rest)
+        routed = any(count.routed for count in self.counts)
+        off = seen.ffn_sparsity if routed else 1 - flops.ffn / flops.ffn_dense
+        return replace(seen, flops=flops, traffic={1: read}, ffn_sparsity=off)
 
 
 @contextmanager
@@ -174,8 +192,9 @@ def tally(model: PreTrainedModel) -> Iterator[Tally]:
         count_neurons(model) as counts,
         count_predictions(model) as predictions,
         count_flops(model) as others,
+        count_inputs(model) as inputs,
     ):
-        yield Tally(model, counts, predictions, others)
+        yield Tally(model, counts, predictions, others, inputs)
 
 
 def check_evaluable(

@@ -44,10 +44,13 @@ class Flops:
     router: float
     """FLOPs of our routers; an MoE host's own router counts as the rest."""
     attention_and_rest: float
+    """With all inputs."""
     few_bit_ops: float = 0.0
     """What our routers multiply and add in whole numbers of 8 bits and fewer; in no total."""
+    spared: float = 0.0
+    """FLOPs outside the FFNs of inputs that thresholds drop."""
     total: float = field(init=False)
-    """ffn + router + attention_and_rest."""
+    """ffn + router + attention_and_rest - spared."""
     total_dense: float = field(init=False)
     """ffn_dense + attention_and_rest."""
 
@@ -58,7 +61,7 @@ class Flops:
 
     def __post_init__(self) -> None:
         rest = self.attention_and_rest
-        object.__setattr__(self, "total", self.ffn + self.router + rest)
+        object.__setattr__(self, "total", self.ffn + self.router + rest - self.spared)
         object.__setattr__(self, "total_dense", self.ffn_dense + rest)
 
 

@@ -5,7 +5,7 @@ Letters: T tokens, D numbers of a token that enter a site, G tokens of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +83,19 @@ class InputCount:
             apart_GTD = kept_TD[: groups * size].view(size, groups, self.width)
             self.unions[size] += int(apart_GTD.any(0).sum())
             self.groups[size] += groups
+
+
+def spared(counts: Sequence[InputCount], tokens: int) -> tuple[float, float]:
+    """Matrix weights that a token does not read for the sake of thresholds: of FFNs, of the rest.
+
+    Args:
+        counts: of a run.
+        tokens: of the run.
+    """
+    saved = {inside: 0 for inside in (True, False)}
+    for count in counts:
+        saved[bool(count.ffn)] += count.read_without - count.read
+    return saved[True] / tokens, saved[False] / tokens
 
 
 @contextmanager

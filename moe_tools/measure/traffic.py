@@ -31,9 +31,11 @@ class Traffic:
     scoring: float
     """What our routers read to decide."""
     rest: float
-    """Attention, the head, an MoE host's own router; not the KV cache."""
+    """Attention, the head, an MoE host's own router, with all inputs; not the KV cache."""
+    spared: float = 0.0
+    """What of the rest is not read, as thresholds drop its inputs."""
     total: float = field(init=False)
-    """ffn + scoring + rest."""
+    """ffn + scoring + rest - spared."""
     total_dense: float = field(init=False)
     """ffn_dense + rest."""
 
@@ -48,7 +50,7 @@ class Traffic:
         return self.total / self.tokens
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "total", self.ffn + self.scoring + self.rest)
+        object.__setattr__(self, "total", self.ffn + self.scoring + self.rest - self.spared)
         object.__setattr__(self, "total_dense", self.ffn_dense + self.rest)
 
 

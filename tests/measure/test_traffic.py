@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import Conversion, attach_experts, write_conversion
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routers import ROUTERS
+from moe_tools.experts.threshold_calibration import Plan, thresholded
 from moe_tools.hosts.ffn import FFN, find_ffns, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.kernels.weights import FFNWeights
 from moe_tools.measure.evaluate import evaluate, tally
+from moe_tools.measure.inputs import count_inputs
 from moe_tools.steps.quantize import quantize
 from tests.families import UNEVEN, build, randomize, routed
 
@@ -436,3 +438,22 @@ def test_every_neuron_on_is_never_cheaper_than_dense() -> None:
         assert traffic.ffn == traffic.ffn_dense
         assert traffic.scoring == 2 * 2 * 6 * (16 + 1)  # two layers of six experts, a bias each
     assert replace(seen[1], tokens=4).total == seen[4].total
+
+
+def test_a_folder_with_thresholds_is_charged_for_what_it_reads() -> None:
+    """By the count of its inputs, which has a naive twin of its own (test_inputs)."""
+    model = build("llama")
+    blocks_BT = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    dense = evaluate(model, blocks_BT)
+    plan = Plan(0.5, where="all")
+    with thresholded(model, plan, blocks_BT), count_inputs(model) as counts:
+        seen = evaluate(model, blocks_BT)
+    tokens = blocks_BT.numel()
+    whole = sum(count.reads_per_input * count.width * count.tokens for count in counts)
+    assert 0.4 < 1 - sum(count.read for count in counts) / whole < 0.6
+    saved = (dense.flops.total - seen.flops.total) / 2
+    assert saved == pytest.approx(sum(c.read_without - c.read for c in counts) / tokens)
+    assert dense.traffic[1].total - seen.traffic[1].total == pytest.approx(2 * saved)
+    assert seen.flops.total_dense == dense.flops.total == seen.flops.total + 2 * saved
+    assert set(seen.traffic) == {1}
+    assert seen.ffn_sparsity == pytest.approx(1 - seen.flops.ffn / dense.flops.ffn)
