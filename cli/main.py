@@ -24,6 +24,7 @@ VERBS = (
     "convert",
     "train",
     "evaluate",
+    "recommend",
     "inspect",
     "compare",
     "grid",

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_tools.bench.ffn import widths
+from moe_tools.bench.read_rate import read_rate
 from moe_tools.bench.rounds import in_turn, seconds
 from moe_tools.bench.ways import (
     BASELINE,
@@ -86,7 +87,7 @@ def bench_kernels(
     """
     width, neurons = widths(shape)
     Division.of_size(neurons, expert_size)
-    bandwidth = _read_bandwidth(rotated)
+    bandwidth = read_rate("cpu", rotated)
     for kind in packed or (dtype,):
         layers = _Layers(width, neurons, dtype, kind, rotated)
         for tokens in batches:
@@ -192,9 +193,3 @@ class _Layers:
         """Draws at least one random choice for each layer."""
         count = max(64 if self.tokens == 1 else 4, len(self._layers))
         return random_masks(count, self.tokens, experts, sparsity)
-
-
-def _read_bandwidth(size: int) -> float:
-    """Measures how many bytes a second a sum over `size` bytes reads, at best of five."""
-    buffer = torch.ones(max(1, size // 4))
-    return size / min(seconds(buffer.sum) for _ in range(5))

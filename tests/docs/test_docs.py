@@ -80,7 +80,7 @@ def test_the_tutorial_runs_from_top_to_bottom(
         elif language == "python":
             exec(compile(block, str(page), "exec"), names)
             ran += 1
-    assert ran == 11  # eight commands, three pieces of Python
+    assert ran == 12  # nine commands, three pieces of Python
     assert "## Figures" in (tmp_path / "fast" / "README.md").read_text()
 
 
