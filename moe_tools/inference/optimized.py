@@ -96,7 +96,7 @@ def optimize(
             cannot fire, with a margin in standard deviations of its error (4 misses next to
             nothing, `inf` nothing at all). Half of the gate's bytes, and as much memory more.
         linears: quantize the linears outside the FFNs as well, in eight or four bits (attention
-            and head; see `quantize_linears`).
+            and head; see `quantize_linears`), and those of dense FFNs that cannot be packed.
 
     Raises:
         ValueError: a model that is being trained, scores softly or has no FFN to pack, an unknown
@@ -107,7 +107,7 @@ def optimize(
     settle(model)
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
     packing = _Packing(dtype, backend, screen)
-    packable = _packable(model, ffns)
+    packable = _packable(model, ffns, needed=linears is None)
     for ffn in packable:
         packing.check(ffn)
     if linears is not None and thresholds_in(model):
@@ -115,7 +115,8 @@ def optimize(
             "linears cannot be quantized here where inputs have thresholds: leave linears away"
         )
     if linears is not None:
-        projections = [linear for ffn in ffns for linear in ffn.projections.linears()]
+        own = [ffn for ffn in ffns if ffn in packable or isinstance(ffn, ExpertFFN)]
+        projections = [linear for ffn in own for linear in ffn.projections.linears()]
         quantize_linears(model, linears, besides=projections)
     for ffn in packable:
         if isinstance(ffn, ExpertFFN) and isinstance(ffn.router, FewBitsRouter):
@@ -136,20 +137,27 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
         )
 
 
-def _packable(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> list[ExpertFFN | FFN]:
+def _packable(
+    model: nn.Module, ffns: Sequence[ExpertFFN | FFN], *, needed: bool
+) -> list[ExpertFFN | FFN]:
     """Returns the FFNs that can be packed; one warning says why the others stay as they are.
 
     Raises:
-        ValueError: there are only others.
+        ValueError: there are only others, and one is needed.
     """
     obstacles = [_obstacle(ffn) for ffn in ffns]
-    reasons = Counter(obstacle for obstacle in obstacles if obstacle is not None)
+    pairs = list(zip(ffns, obstacles, strict=True))
+    reasons = Counter(
+        obstacle
+        for ffn, obstacle in pairs
+        if obstacle is not None and (needed or isinstance(ffn, ExpertFFN))
+    )
     why = "; ".join(f"{reason} ({count} FFNs)" for reason, count in reasons.items())
-    if None not in obstacles:
+    if needed and None not in obstacles:
         raise ValueError(f"{type(model).__name__} has no FFN to optimise: {why}")
     if reasons:
         _log.warning("%s: left as they are: %s", type(model).__name__, why)
-    return [ffn for ffn, obstacle in zip(ffns, obstacles, strict=True) if obstacle is None]
+    return [ffn for ffn, obstacle in pairs if obstacle is None]
 
 
 def _obstacle(ffn: ExpertFFN | FFN) -> str | None:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from moe_tools.data.progress import progress
 from moe_tools.experts.prediction import Prediction
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.measure.flops import FlopCounter, Flops, count_flops
-from moe_tools.measure.inputs import InputCount, count_inputs
+from moe_tools.measure.inputs import InputCount, count_inputs, spared
 from moe_tools.measure.neurons import NeuronCount, count_neurons, sparsity, weight_bits, zeros
 from moe_tools.measure.predictions import count_predictions
 from moe_tools.measure.traffic import Traffic, traffic
@@ -152,7 +152,7 @@ class Tally:
             name = type(self.model).__name__
             what = "token" if accuracy is None else "text"
             raise FloatingPointError(f"{name} has a loss of {mean} nats per {what}")
-        return Evaluation(
+        made = Evaluation(
             perplexity=math.exp(mean),
             nats_per_token=mean,
             tokens=predicted,
@@ -162,11 +162,20 @@ class Tally:
             moe_layers=moe_layers(self.counts),
             zeros=zeros(self.counts),
             layer_sparsity={c.name: c.sparsity for c in self.counts if c.routed and c.tokens},
-            flops=self.others.flops(self.model, self.counts, tokens, length, self.inputs),
+            flops=self.others.flops(self.model, self.counts, tokens, length),
             traffic=traffic(self.counts, self.others, weight_bits(self.model), self.inputs),
             seconds=time.perf_counter() - self.began,
             predictions=self.predictions,
         )
+        return self._without_dropped(made, tokens) if self.inputs else made
+
+    def _without_dropped(self, seen: Evaluation, tokens: int) -> Evaluation:
+        """Takes what thresholds on inputs save from the FLOPs; of a dense model, it is off."""
+        ffn, rest = spared(self.inputs, tokens)
+        flops = replace(seen.flops, ffn=seen.flops.ffn - 2 * ffn, spared=2 * rest)
+        routed = any(count.routed for count in self.counts)
+        off = seen.ffn_sparsity if routed else 1 - flops.ffn / flops.ffn_dense
+        return replace(seen, flops=flops, ffn_sparsity=off)
 
 
 @contextmanager

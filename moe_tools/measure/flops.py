@@ -14,7 +14,7 @@ Letters: T tokens of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,6 @@ from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.linears import numbers_of
 from moe_tools.hosts.moe_host import chosen_share
-from moe_tools.measure.inputs import InputCount, saved_weights
 from moe_tools.measure.neurons import NeuronCount
 
 
@@ -45,10 +44,13 @@ class Flops:
     router: float
     """FLOPs of our routers; an MoE host's own router counts as the rest."""
     attention_and_rest: float
+    """With all inputs."""
     few_bit_ops: float = 0.0
     """What our routers multiply and add in whole numbers of 8 bits and fewer; in no total."""
+    spared: float = 0.0
+    """FLOPs outside the FFNs of inputs that thresholds drop."""
     total: float = field(init=False)
-    """ffn + router + attention_and_rest."""
+    """ffn + router + attention_and_rest - spared."""
     total_dense: float = field(init=False)
     """ffn_dense + attention_and_rest."""
 
@@ -59,7 +61,7 @@ class Flops:
 
     def __post_init__(self) -> None:
         rest = self.attention_and_rest
-        object.__setattr__(self, "total", self.ffn + self.router + rest)
+        object.__setattr__(self, "total", self.ffn + self.router + rest - self.spared)
         object.__setattr__(self, "total_dense", self.ffn_dense + rest)
 
 
@@ -74,32 +76,18 @@ class FlopCounter:
     """Forward passes of the model."""
 
     def flops(
-        self,
-        model: PreTrainedModel,
-        counts: list[NeuronCount],
-        tokens: int,
-        length: int,
-        inputs: Sequence[InputCount] = (),
+        self, model: PreTrainedModel, counts: list[NeuronCount], tokens: int, length: int
     ) -> Flops:
-        """FLOPs per token of a run over `tokens` tokens in blocks of `length`.
-
-        Args:
-            model: that ran.
-            counts: of its FFNs.
-            tokens: of the run.
-            length: of a block.
-            inputs: which of them thresholds dropped.
-        """
+        """FLOPs per token of a run over `tokens` tokens in blocks of `length`."""
         dense = sum(2 * count.weights * count.tokens for count in counts)
         on = sum(2 * count.weights * count.on / count.neurons for count in counts)
         on += sum(2 * count.constant * count.unions[1].experts for count in counts)
-        saved = {inside: 2 * saved_weights(inputs, ffn=inside) for inside in (True, False)}
-        rest = (self.others - saved[False]) / tokens + attention_flops(model, length)
+        rest = self.others / tokens + attention_flops(model, length)
         scored = [(c.scoring, c.tokens, c.known(c.unions[1])) for c in counts if c.scoring]
         known = sum(scoring.known_flops * neurons for scoring, _, neurons in scored)
         router = sum(scoring.flops * seen for scoring, seen, _ in scored)
         few_bit = sum(scoring.few_bit_ops * seen for scoring, seen, _ in scored)
-        parts = (dense / tokens, (on - known - saved[True]) / tokens, router / tokens)
+        parts = (dense / tokens, (on - known) / tokens, router / tokens)
         return Flops(*parts, rest, few_bit / tokens)
 
 

@@ -51,14 +51,19 @@ class InputCount:
     """G -> groups of so many tokens."""
 
     @property
+    def weights(self) -> int:
+        """Matrix weights that all of its numbers read."""
+        return self.reads_per_input * self.width
+
+    @property
     def sparsity(self) -> float:
         """Share of the numbers that are dropped or 0; 0 before the first token."""
         return 1 - self.kept / (self.tokens * self.width) if self.tokens else 0.0
 
-    def union(self, tokens: int) -> float | None:
-        """Share of D that so many tokens keep together; None: no batch had so many tokens."""
+    def union(self, tokens: int) -> float:
+        """Share of D that so many tokens keep together; 1 if no batch had so many tokens."""
         groups = self.groups[tokens]
-        return self.unions[tokens] / (groups * self.width) if groups else None
+        return self.unions[tokens] / (groups * self.width) if groups else 1.0
 
     def add(self, kept_TD: Tensor, on_T: Tensor | None) -> None:
         """Counts one batch.
@@ -87,9 +92,17 @@ class InputCount:
             self.groups[size] += groups
 
 
-def saved_weights(counts: Sequence[InputCount], *, ffn: bool) -> int:
-    """Matrix weights that went unread, summed over tokens: of FFNs, or of attentions."""
-    return sum(count.read_without - count.read for count in counts if bool(count.ffn) is ffn)
+def spared(counts: Sequence[InputCount], tokens: int) -> tuple[float, float]:
+    """Matrix weights that a token does not read for the sake of thresholds: of FFNs, of the rest.
+
+    Args:
+        counts: of a run.
+        tokens: of the run.
+    """
+    saved = {inside: 0 for inside in (True, False)}
+    for count in counts:
+        saved[bool(count.ffn)] += count.read_without - count.read
+    return saved[True] / tokens, saved[False] / tokens
 
 
 @contextmanager

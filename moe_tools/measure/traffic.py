@@ -10,12 +10,12 @@ weight: both are left out, like the vectors that FLOPs leave out, too (biases, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moe_tools.kernels.few_bits import bits_each
 from moe_tools.measure.flops import FlopCounter
-from moe_tools.measure.inputs import InputCount, saved_weights
+from moe_tools.measure.inputs import InputCount, spared
 from moe_tools.measure.neurons import NeuronCount
 from moe_tools.measure.unions import SIZES, Union
 
@@ -32,9 +32,11 @@ class Traffic:
     scoring: float
     """What our routers read to decide."""
     rest: float
-    """Attention, the head, an MoE host's own router; not the KV cache."""
+    """Attention, the head, an MoE host's own router, with all inputs; not the KV cache."""
+    spared: float = 0.0
+    """What of the rest is not read, as thresholds drop its inputs."""
     total: float = field(init=False)
-    """ffn + scoring + rest."""
+    """ffn + scoring + rest - spared."""
     total_dense: float = field(init=False)
     """ffn_dense + rest."""
 
@@ -49,7 +51,7 @@ class Traffic:
         return self.total / self.tokens
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "total", self.ffn + self.scoring + self.rest)
+        object.__setattr__(self, "total", self.ffn + self.scoring + self.rest - self.spared)
         object.__setattr__(self, "total_dense", self.ffn_dense + self.rest)
 
 
@@ -66,11 +68,12 @@ def traffic(
         others: of everything else.
         weight_bits: 8 or 4: those of the FFNs' matrices; None: bf16.
         inputs: what thresholds dropped, whose columns then go unread. A group reads the columns
-            that one of its tokens keeps, of the neurons that one of them runs.
+            that one of its tokens keeps.
 
     Returns:
         An entry for each of `SIZES`, but for those above the tokens of every pass; and for 1 alone
-        where thresholds are inside an MoE host's experts, each of which sees other tokens.
+        where thresholds are in routed FFNs, or in an MoE host's experts: which of the inputs and
+        which of the neurons tokens share would have to be known at once.
     """
     found = {}
     for size in SIZES:
@@ -80,40 +83,32 @@ def traffic(
         parts = [_of_ffn(count, union, others.passes, weight_bits) for count, union in seen]
         dense, ffn, scoring = (sum(part) for part in zip(*parts, strict=True))
         rest = 2 * others.read / others.passes
-        if inputs:
-            if size > 1 and any(count.elsewhere for count in counts):
-                continue
-            unions = {count.name: union for count, union in seen}
-            ffn -= bits_each(weight_bits) / 8 * _unread(inputs, unions, size, ffn=True)
-            rest -= 2 * _unread(inputs, unions, size, ffn=False)
-        found[size] = Traffic(size, dense, ffn, scoring, rest)
+        unread = _unread(inputs, counts, size)
+        if unread is None:
+            continue
+        ffn -= unread[0] * bits_each(weight_bits) / 8
+        found[size] = Traffic(size, dense, ffn, scoring, rest, spared=2 * unread[1])
     return found
 
 
 def _unread(
-    inputs: Sequence[InputCount], unions: Mapping[str, Union], size: int, *, ffn: bool
-) -> float:
-    """Matrix weights of FFNs, or of attentions, that a pass does not read for dropped inputs."""
-    some = next(iter(unions.values()))
+    inputs: Sequence[InputCount], counts: Sequence[NeuronCount], size: int
+) -> tuple[float, float] | None:
+    """Matrix weights of FFNs, and of attentions, that a pass does not read for dropped inputs.
+
+    None: not known of so many tokens.
+    """
+    if not inputs:
+        return 0.0, 0.0
     if size == 1:
-        return saved_weights(inputs, ffn=ffn) / some.groups
-    return sum(
-        _unread_together(count, unions.get(count.ffn), size)
-        for count in inputs
-        if bool(count.ffn) is ffn
-    )
-
-
-def _unread_together(count: InputCount, union: Union | None, size: int) -> float:
-    """The same at one site, for a group of tokens."""
-    kept, whole = count.union(size), count.reads_per_input * count.width
-    assert kept is not None
-    if union is None or not union.neurons:  # an attention, or a dense FFN
-        return whole * (1 - kept)
-    neurons = union.neurons / union.groups
-    if count.hidden:  # a number is a neuron, and 0 where a router turned it off
-        return count.reads_per_input * (neurons - kept * count.width)
-    return whole * (1 - kept) * neurons / count.neurons
+        return spared(inputs, counts[0].unions[1].groups)
+    if any(count.routed or count.elsewhere for count in counts):
+        return None
+    parts = [
+        sum(one.weights * (1 - one.union(size)) for one in inputs if bool(one.ffn) is inside)
+        for inside in (True, False)
+    ]
+    return parts[0], parts[1]
 
 
 def _of_ffn(

@@ -178,7 +178,7 @@ def commands(row: Row, source: str, data: str) -> tuple[tuple[str, ...], str]:
     generate = "moe-tools generate DIR"
     if not off:
         bits = 8 if name.endswith("int8") else 4
-        recipe, generate = quantized(bits)(), f"{generate} --optimize --packed-dtype int{bits}"
+        recipe, generate = quantized(bits)(), f"{generate} --optimize --linears int{bits}"
     elif name in ON_GRID:
         recipe = on_grid(*ON_GRID[name])
     else:

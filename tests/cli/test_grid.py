@@ -27,10 +27,10 @@ def grid(run: Run, *words: str) -> list[dict[str, Any]]:
 def test_every_combination_has_a_line(run: Run, work: Path) -> None:
     words = ("--output", "all.jsonl", "--splits", "random", "kmeans:marks")
     routers = ("--routers", *ROUTERS, "--target-sparsity", "0.5")
-    donor, *cells = grid(run, *words, *routers, "--baselines", "teal")
+    donor, *cells = grid(run, *words, *routers, "--baselines", "cats")
     assert (donor["router"], donor["sparsity"], donor["ffn_share"]) == ("dense", 0.0, 1.0)
     assert [(cell["split"], cell["router"]) for cell in cells] == [
-        ("-", "teal"),
+        ("-", "cats"),
         *[(split, router) for split in ("random", "kmeans:marks") for router in ROUTERS],
     ]
     for cell in cells:

@@ -36,7 +36,6 @@ def test_every_method_is_measured_and_the_cheapest_chosen(run: Run, work: Path) 
     )
     cheapest = min(rows, key=lambda row: row["total_bytes"])
     assert found["chosen"] == cheapest
-    assert cheapest["model"] == "few_bits_int4 at 0.6"
     said = found["said"]
     assert f"{cheapest['total_bytes'] / rows[0]['total_bytes']:.2f}x of the dense model's" in said
     assert "not a measured speed" in said

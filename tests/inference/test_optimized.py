@@ -24,7 +24,7 @@ import moe_tools
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.experts.conversion import Conversion, set_mode
+from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.experts.swapped import swap_activations
@@ -469,6 +469,36 @@ def test_linears_that_stay_are_named_once(caplog: pytest.LogCaptureFixture) -> N
         "LlamaForCausalLM: linears that stay as they are: "
         "int4 takes 32s of columns and 16s of rows (1 linears)"
     )
+
+
+@pytest.mark.parametrize("linears", ["int8", "int4"])
+def test_a_dense_model_has_all_its_linears_quantized(
+    linears: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("llama", hidden_size=32, intermediate_size=64)
+    fast = optimize(copy.deepcopy(model), linears=linears)
+    left = [name for name, module in fast.named_modules() if type(module) is nn.Linear]
+    assert left == [] and not caplog.records
+    error = (logits(fast) - logits(model)).norm() / logits(model).norm()
+    assert 0 < error < {"int8": 0.02, "int4": 0.3}[linears]
+
+
+def test_few_bits_propose_from_packed_copies() -> None:
+    """The FFN's own rows are freed; what proposes keeps its few bits, and masks are the same."""
+    model = build("llama", hidden_size=32)
+    spec = {"kind": "threshold", "tau": 0.05}
+    attach_experts(model, Conversion("donor", 1, "few_bits", spec, router_options={"bits": 3}))
+    before, plain = logits(model), copy.deepcopy(model)
+    fast = optimize(model)
+    x_TD = torch.randn(5, 32)
+    for mine, other in zip(expert_ffns(fast), expert_ffns(plain), strict=True):
+        masks = [ffn.route(x_TD).mask_TE for ffn in (mine, other)]
+        assert (masks[0] != masks[1]).float().mean() < 0.02  # the kernel rounds scales to bf16
+        assert 0 < masks[0].float().mean() < 1
+    assert torch.allclose(logits(fast), before, atol=0.05)
+    eight = build("llama", hidden_size=32)
+    attach_experts(eight, Conversion("donor", 1, "few_bits", spec, router_options={"bits": 8}))
+    refuse(eight, "proposals in 8 bits: there is no kernel for them yet, take 4 or fewer")
 
 
 def test_linears_of_an_unknown_kind_are_refused() -> None:

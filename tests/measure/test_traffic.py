@@ -21,10 +21,12 @@ from moe_tools.experts.conversion import (
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.routing import record_routing
+from moe_tools.experts.threshold_calibration import Plan, thresholded
 from moe_tools.hosts.ffn import FFN, find_ffns, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.kernels.weights import FFNWeights
 from moe_tools.measure.evaluate import evaluate, tally
+from moe_tools.measure.inputs import count_inputs
 from moe_tools.steps.quantize import quantize
 from tests.families import UNEVEN, build, randomize, routed
 from tests.measure.test_inputs import converted, seen_of
@@ -458,7 +460,7 @@ def kept(rows_TD: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "routed"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_columns_of_dropped_inputs_go_unread(family: str, sparse: bool, bits: int | None) -> None:
-    """A group reads, of the neurons of one token, the columns of one token, perhaps another."""
+    """A group reads the columns that one of its tokens keeps, of the neurons that are on."""
     model = converted(family, routed=sparse)
     block = read_block(model.config)
     assert block is not None
@@ -469,17 +471,15 @@ def test_columns_of_dropped_inputs_go_unread(family: str, sparse: bool, bits: in
         with record_routing(model) as records, torch.no_grad():
             model(input_ids=TEXT_BT)
         on = {one.ffn: one.division.spread_TF(one.mask_TE).flatten(0, -2) for one in records}
-    for size in (1, 4, 16):
+    assert list(seen.traffic) == ([1] if sparse else [1, 4, 16])
+    for size in seen.traffic:
         read = 0.0
         for name in dict.fromkeys(site.rpartition(":")[0] for site in numbers):
             h_TF, x_TD = numbers[f"{name}:hidden"], numbers[f"{name}:input"]
             runs_GF = kept(on.get(name, torch.ones_like(h_TF)), size)
             x_GD, h_GF = kept(x_TD, size), kept(h_TF, size)
             matrices = 1 if family == "gpt2" else 2
-            if size == 1 or not sparse:
-                first = (x_GD.sum(1) * runs_GF.sum(1)).float().mean()
-            else:  # the mean of each: what is on and what is kept are counted apart
-                first = x_GD.sum(1).float().mean() * runs_GF.sum(1).float().mean()
+            first = (x_GD.sum(1) * runs_GF.sum(1)).float().mean()
             read += float(matrices * first + 16 * h_GF.sum(1).float().mean())
         found = seen.traffic[size].ffn
         assert found == pytest.approx(read * (16 if bits is None else 8.5) / 8, rel=1e-5)
@@ -493,16 +493,36 @@ def test_attention_may_read_less_too() -> None:
     model = converted("llama", routed=False, where="all")
     seen = evaluate(model, TEXT_BT)
     attention = 2 * 2 * 4 * 16 * 16
+    saved = []
     for size in (1, 4, 16):
-        saved = plain.traffic[size].rest - seen.traffic[size].rest
-        assert 0 <= saved < attention  # all of sixteen numbers, to one of sixteen tokens
-    saved = plain.traffic[1].rest - seen.traffic[1].rest
-    assert saved == pytest.approx(0.4 * attention, rel=0.2)
-    less = plain.flops.attention_and_rest - seen.flops.attention_and_rest
-    assert less == pytest.approx(saved)  # two FLOPs and two bytes a weight
+        one, other = plain.traffic[size], seen.traffic[size]
+        assert (other.rest, other.total_dense) == (one.rest, one.total_dense)
+        assert other.total == pytest.approx(other.ffn + other.rest - other.spared)
+        saved.append(other.spared)
+    assert attention > saved[0] > saved[1] >= saved[2] >= 0
+    assert saved[0] == pytest.approx(0.4 * attention, rel=0.2)
+    assert seen.flops.spared == pytest.approx(saved[0])  # two FLOPs and two bytes a weight
 
 
 def test_thresholds_inside_experts_have_figures_for_one_token_alone() -> None:
     seen = evaluate(converted("mixtral", routed=False), TEXT_BT)
     assert list(seen.traffic) == [1]
     assert seen.traffic[1].ffn_share == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_folder_with_thresholds_is_charged_for_what_it_reads() -> None:
+    """By the count of its inputs, which has a naive twin of its own (test_inputs)."""
+    model = build("llama")
+    blocks_BT = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+    dense = evaluate(model, blocks_BT)
+    plan = Plan(0.5, where="all")
+    with thresholded(model, plan, blocks_BT), count_inputs(model) as counts:
+        seen = evaluate(model, blocks_BT)
+    tokens = blocks_BT.numel()
+    whole = sum(count.reads_per_input * count.width * count.tokens for count in counts)
+    assert 0.4 < 1 - sum(count.read for count in counts) / whole < 0.6
+    saved = (dense.flops.total - seen.flops.total) / 2
+    assert saved == pytest.approx(sum(c.read_without - c.read for c in counts) / tokens)
+    assert dense.traffic[1].total - seen.traffic[1].total == pytest.approx(2 * saved)
+    assert seen.flops.total_dense == dense.flops.total == seen.flops.total + 2 * saved
+    assert seen.ffn_sparsity == pytest.approx(1 - seen.flops.ffn / dense.flops.ffn)
