@@ -274,9 +274,10 @@ def _total_bytes(row: Row) -> str:
 
 
 def _together(row: Row) -> str:
-    shares = [row.together_share(sequences) for sequences in (4, 16)]
-    known = [f"{share:.2f}" for share in shares if share is not None]
-    return ", ".join(known) or "-"
+    if not row.together:
+        return "-"
+    shares = (row.together_share(sequences) for sequences in (4, 16))
+    return ", ".join("-" if share is None else f"{share:.2f}" for share in shares)
 
 
 def _flops(row: Row) -> str:

@@ -180,7 +180,7 @@ def test_what_a_decoder_gets_from_its_encoder_is_counted_by_the_encoders_mask() 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", ["opt", "mixtral"])
 def test_predictions_are_counted_as_text_by_text(family: str, side: str) -> None:
-    model = build(family)
+    model = build(family, **RELU.get(family, {}))
     conversion = Conversion("donor", 1, "sign", {"kind": "threshold", "tau": 0.5})
     attach_experts(model, conversion)
 

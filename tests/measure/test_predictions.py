@@ -30,7 +30,7 @@ def predicted(
     tau: float = 0.5,
     **options: Any,
 ) -> PreTrainedModel:
-    model = build(family)
+    model = build(family, **({"hidden_act": "relu"} if family == "mixtral" else {}))
     selector = {"kind": "threshold", "tau": tau}
     conversion = Conversion(
         "donor", size, kind, selector, shared_experts=shared, router_options=options
@@ -80,6 +80,12 @@ def test_an_evaluation_has_every_predictor(family: str) -> None:
     for name, sparsity in seen.layer_sparsity.items():
         assert seen.predictions[name].sparsity == pytest.approx(sparsity)
     assert 0 < overall.recall < 1
+
+
+def test_where_nothing_is_0_nothing_is_predicted() -> None:
+    model = build("llama")
+    attach_experts(model, Conversion("donor", 1, "sign", {"kind": "threshold", "tau": 0.5}))
+    assert evaluate(model, text()).predictions == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -232,6 +232,8 @@ def test_together_reads_what_one_of_them_needs() -> None:
     assert ROW.together_share(4) == 132 / 160
     assert ROW.together_share(16) == 1
     assert ROW.together_share(3) is None
+    few = replace(ROW, together={"4": ROW.together["4"]})  # eight sequences are no sixteen
+    assert any("0.82, - 0.53, 0.71" in " ".join(line) for line in shown(DENSE, few))
 
 
 def test_a_plot_has_both_prices(tmp_path: Path) -> None:
