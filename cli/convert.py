@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-tokens",
         type=zero_or_more,
-        default=32768,
+        default=8192,
         help="0 skips the closing table; a streamed model has none, for it is needed whole",
     )
 

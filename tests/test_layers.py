@@ -19,7 +19,7 @@ ARROWS = (
 )
 """A folder imports from those left of its `<`, and not from its neighbours."""
 RANKS = {layer: rank for rank, group in enumerate(ARROWS.split("<")) for layer in group.split()}
-KERNEL_USERS = {"hosts", "experts", "inference", "bench", "measure"}
+KERNEL_USERS = {"hosts", "experts", "inference", "bench", "measure", "steps"}
 """Folders that may import `kernels`: all others leave the arithmetic to them."""
 WITHOUT_TORCH = [
     "moe_tools.registry",

@@ -96,9 +96,10 @@ class FewBitsRouter(RowReader):
     @torch.no_grad()
     def forward(self, x_TD: Tensor) -> Tensor:
         """scores_TR, 0 or more, in fp32."""
-        h_TF = self.proposed_TF(x_TD)
-        energy_TF = (h_TF.float() * self.norm_F.float()).square()
-        return self.division.sum_TE(energy_TF)[..., self.shared :].sqrt()
+        size_TF = self.proposed_TF(x_TD).float().abs_().mul_(self.norm_F)
+        if self.division.of_neurons:
+            return size_TF[..., self.shared :]
+        return self.division.sum_TE(size_TF.square_())[..., self.shared :].sqrt()
 
     def proposed_TF(self, x_TD: Tensor) -> Tensor:
         """h~_TF, in the dtype of x."""
