@@ -51,6 +51,10 @@ class Baseline(ABC):
     """The line of a plot."""
     takes_budget: bool = True
 
+    def reusable(self) -> bool:
+        """Whether a prepared model can be measured at one budget after another."""
+        return True
+
     def prepare(self, model: PreTrainedModel, given: Given) -> None:
         """Does once what no budget changes, to a dense model that was just loaded; or nothing.
 
@@ -83,23 +87,31 @@ class ByRecipe(Baseline):
     recipe: Callable[[], Recipe]
     takes_budget: bool = True
 
+    def reusable(self) -> bool:
+        """Not where steps follow the one that the budget changes, which nothing undoes."""
+        return len(self._steps()[1]) <= 1
+
     def prepare(self, model: PreTrainedModel, given: Given) -> None:
-        """Does all steps but those that the budget changes."""
-        for step in self._steps(budget=False):
+        """Does all steps before the one that the budget changes."""
+        for step in self._steps()[0]:
             apply(step, model, given)
 
     @contextmanager
     def at(self, model: PreTrainedModel, off: float, given: Given) -> Iterator[Correct]:
-        """Does the steps that the budget changes."""
-        for step in self._steps(budget=True):
-            step = step.changed("target_sparsity", off)
-            step.check()
+        """Does the step that the budget changes, and all that follow it."""
+        for step in self._steps()[1]:
+            if step.takes("target_sparsity"):
+                step = step.changed("target_sparsity", off)
+                step.check()
             apply(step, model, given)
         yield lambda seen: seen
 
-    def _steps(self, *, budget: bool) -> list[Step]:
-        steps = (step for step in self.recipe().steps if not step.trains)
-        return [step for step in steps if step.takes("target_sparsity") is budget]
+    def _steps(self) -> tuple[list[Step], list[Step]]:
+        """Those before the first that a budget changes, and the others."""
+        steps = [step for step in self.recipe().steps if not step.trains]
+        takes = (at for at, step in enumerate(steps) if step.takes("target_sparsity"))
+        first = next(takes, len(steps))
+        return steps[:first], steps[first:]
 
 
 class Teal(ByRecipe):
@@ -208,10 +220,12 @@ def measure_baseline(
     control: str | None = None,
 ) -> None:
     """Adds the rows of one baseline; arguments are those of `measure_baselines`."""
-    model = bench.load(control or donor)
     given = Given(donor, bench.calibration_BT, bench.setup.after, bench.setup.seed)
-    bar.prepare(model, given)
+    model: PreTrainedModel | None = None
     for off in budgets if bar.takes_budget else (0.0,):
+        if model is None or not bar.reusable():
+            model = bench.load(control or donor)
+            bar.prepare(model, given)
         title = f"{name} at {off:g}" if bar.takes_budget else bar.title
         with bar.at(model, off, given) as correct:
             bench.measure_changed(title, bar.title, model, correct, donor, control)
