@@ -208,7 +208,11 @@ def test_ratio_scale_scores_are_never_negative(kind: str) -> None:
     assert ffn.router.ratio_scale == (kind != "similarity")
 
 
-@pytest.mark.parametrize("kind", sorted(set(ROUTERS) - {"representative", "oracle"}))
+IN_HOST_DTYPE = ["cats", "few_bits", "oracle", "representative"]
+"""Routers that run rows of the FFN."""
+
+
+@pytest.mark.parametrize("kind", sorted(set(ROUTERS) - set(IN_HOST_DTYPE)))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_scores_are_float32_under_any_dtype(kind: str, dtype: torch.dtype) -> None:
@@ -222,7 +226,7 @@ def test_scores_are_float32_under_any_dtype(kind: str, dtype: torch.dtype) -> No
         assert torch.equal(ffn.router(x_TD.float()), expected)
 
 
-@pytest.mark.parametrize("kind", ["representative", "oracle"])
+@pytest.mark.parametrize("kind", IN_HOST_DTYPE)
 @torch.no_grad()
 def test_neurons_run_in_the_dtype_of_the_host(kind: str) -> None:
     _, ffn = shaken(kind)
