@@ -24,7 +24,7 @@ from moe_tools.report.setup import Setup
 from moe_tools.runs.baselines import BASELINES, Baseline, ByRecipe, measure_baseline, quantized
 from moe_tools.steps.attach import Attach
 
-ON_GRID = {"few_bits_int8": (4, 8), "few_bits_int4": (2, 4)}
+ON_GRID = {"few_bits_int8": (4, 8), "few_bits_int4": (3, 4)}
 """Method -> bits of the proposal, the high ones, and bits of the weights that they are part of."""
 PREFILL = (
     "Keep the model dense for prefill. Each token needs other neurons, and the tokens of a prompt "
