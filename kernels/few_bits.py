@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GROUP = 32
-"""Columns that share a scale."""
+"""Columns that share a scale, as in llama.cpp's Q4_0; as many as csrc/dtype.h says."""
 SCALE_BITS = 16
 """A scale is a bf16 number."""
 CopyBits = Literal[2, 3, 4, 8]
@@ -53,7 +53,7 @@ class FewBits:
 
     def values_FD(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weights that the codes stand for."""
-        levels_FGN = _groups(self.codes_FD.float()) + self.offset
+        levels_FGN = groups(self.codes_FD.float()) + self.offset
         values_FGN = levels_FGN * self.scale_FG.float()[..., None]
         return values_FGN.flatten(1)[:, : self.codes_FD.shape[1]].to(dtype)
 
@@ -119,9 +119,11 @@ def bits_each(bits: int | None) -> float:
 
 def group_int8(x_TD: Tensor) -> Tensor:
     """x rounded to int8, a scale for each 32 numbers of a token; in the dtype of x."""
-    groups = _groups(x_TD.float())
-    scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return ((groups / scale).round() * scale).flatten(-2)[..., : x_TD.shape[-1]].to(x_TD.dtype)
+    x_TGN = groups(x_TD.float())
+    scale_TG1 = x_TGN.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return (
+        ((x_TGN / scale_TG1).round() * scale_TG1).flatten(-2)[..., : x_TD.shape[-1]].to(x_TD.dtype)
+    )
 
 
 def _searched(
@@ -134,11 +136,11 @@ def _searched(
     offset: float,
 ) -> FewBits:
     """For each group the fraction of its largest scale that errs least."""
-    groups_FGN = _groups(weight_FD.detach().float())
+    groups_FGN = groups(weight_FD.detach().float())
     most_FG1 = groups_FGN.abs().amax(-1, keepdim=True) / largest
     most_FG1 = torch.where(most_FG1 > 0, most_FG1, 1.0)
     moment_D = torch.ones_like(weight_FD[0]) if moment_D is None else moment_D
-    weigh_GN = _groups(moment_D.float())  # what pads a row weighs nothing
+    weigh_GN = groups(moment_D.float())  # what pads a row weighs nothing
     best_FG1 = codes_FGN = error_FG1 = None
     for fraction in FRACTIONS[bits]:
         scale_FG1 = (most_FG1 * fraction).bfloat16().float()
@@ -157,7 +159,7 @@ def _searched(
     return FewBits(codes_FD, best_FG1.squeeze(-1).bfloat16(), bits, offset)
 
 
-def _groups(rows: Tensor) -> Tensor:
+def groups(rows: Tensor) -> Tensor:
     """Splits the last dimension into (G, 32), with zeros behind column D."""
     return pad(rows, (0, -rows.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
 

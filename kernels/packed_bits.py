@@ -16,13 +16,16 @@ TILE = 16
 """Rows that PyTorch packs together."""
 
 
-def cannot_pack(few: FewBits) -> str | None:
-    """Why rows cannot be packed; None: they can."""
-    rows, columns = few.codes_FD.shape
-    if few.codes_FD.device.type != "cpu":
-        return f"rows in few bits on {few.codes_FD.device}: they are packed on a CPU alone"
-    if few.bits > 4:
-        return f"proposals in {few.bits} bits: there is no kernel for them yet, take 4 or fewer"
+def cannot_pack(rows_FD: Tensor, bits: int) -> str | None:
+    """Why the copy of some rows in so many bits cannot be packed; None: it can.
+
+    Nothing is copied to find out: shape and device tell.
+    """
+    rows, columns = rows_FD.shape
+    if rows_FD.device.type != "cpu":
+        return f"rows in few bits on {rows_FD.device}: they are packed on a CPU alone"
+    if bits > 4:
+        return f"proposals in {bits} bits: there is no kernel for them yet, take 4 or fewer"
     if columns % GROUP or rows % TILE:
         return f"proposals of {rows} x {columns}: the kernel takes {TILE}s x {GROUP}s"
     return None

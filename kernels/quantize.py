@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from moe_tools.kernels.few_bits import groups
 from moe_tools.kernels.weights import FFNWeights
 
-GROUP = 32
-"""Columns that share a scale in int4, as in llama.cpp's Q4_0; as many as csrc/dtype.h says."""
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # the stubs lack it
 QUANTIZED = (torch.int8, INT4)
 
@@ -31,7 +29,7 @@ def quantize_groups(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
     Codes go from -7 to 7; the largest entry of a group is at 7, but for the rounding of the scale
     (one in 256).
     """
-    groups_FGN = _grouped(weight_FD.float())
+    groups_FGN = groups(weight_FD.float())
     scale_FG = (groups_FGN.abs().amax(dim=2) / 7).bfloat16()
     scale_FG = torch.where(scale_FG > 0, scale_FG, 1.0)
     codes_FGN = (groups_FGN / scale_FG[..., None].float()).round().clamp(-7, 7).to(torch.int8)
@@ -40,7 +38,7 @@ def quantize_groups(weight_FD: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_groups(codes_FD: Tensor, scale_FG: Tensor) -> Tensor:
     """Returns weight_FD in fp32."""
-    weight_FGN = _grouped(codes_FD.float()) * scale_FG[..., None].float()
+    weight_FGN = groups(codes_FD.float()) * scale_FG[..., None].float()
     return weight_FGN.flatten(1)[:, : codes_FD.shape[1]]
 
 
@@ -57,8 +55,3 @@ def rounded(weights: FFNWeights, dtype: torch.dtype) -> FFNWeights:
         return weight_FD.to(dtype)
 
     return weights.changed(matrix, lambda bias_F: bias_F.to(kept))
-
-
-def _grouped(rows_FD: Tensor) -> Tensor:
-    """Splits rows into groups (F, G, 32), with zeros behind column D."""
-    return pad(rows_FD, (0, -rows_FD.shape[1] % GROUP)).unflatten(1, (-1, GROUP))

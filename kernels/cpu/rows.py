@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moe_tools.kernels.cpu.native import extension
+from moe_tools.kernels.few_bits import GROUP
 from moe_tools.kernels.quantize import (
-    GROUP,
     INT4,
     dequantize_groups,
     quantize_groups,

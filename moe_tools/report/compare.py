@@ -142,14 +142,14 @@ class Bench:
     def _entry(self, name: str, model: PreTrainedModel, folder: str) -> Entry:
         """Evaluates a model as it stands."""
         setup, conversion, tasks = self.setup, read_conversion(model), dict[str, float]()
-        share = prompt_share(folder) if setup.after else None
-        if conversion is None or conversion.prompt_share is None or share is None:
+        share = prompt_share(folder)
+        selects = conversion is not None and conversion.prompt_share is not None
+        if share is None or not selects or not setup.after:
             seen = self._evaluate(name, model)
         else:
             with measured_by_prompt(model, share, setup.after) as correct:
                 seen = correct(self._evaluate(name, model))
         if setup.tasks.names:
-            share = prompt_share(folder)
             with nullcontext() if share is None else select_by_prompt(model, share):
                 tasks = run_tasks(
                     model, self.tokenizer, setup.tasks, batch_size=setup.batch_size, seed=setup.seed

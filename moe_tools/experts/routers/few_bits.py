@@ -12,6 +12,7 @@ Letters: T tokens, D model width, F neurons, R experts that are routed, K inputs
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.linears import tensors_of
 from moe_tools.hosts.projections import hidden_TF
 from moe_tools.kernels.few_bits import (
+    GROUP,
     CopyBits,
     FewBits,
     StoredBits,
@@ -107,22 +109,16 @@ class FewBitsRouter(RowReader):
             x_TD = group_int8(x_TD)
         if self.inputs < 1:
             x_TD = _largest(x_TD, self.inputs)
-        projections = self.projections
-        weights = projections.weights()
         up, gate = self._packed or self._products(x_TD.dtype)
-        up_TF = _plus(up(x_TD), weights.up_F)
-        if gate is None:
-            return hidden_TF(projections.act, up_TF)
-        return hidden_TF(projections.act, up_TF, _plus(gate(x_TD), weights.gate_F))
+        return hidden_TF(self.projections.act, up(x_TD), None if gate is None else gate(x_TD))
 
     def pack(self, dtype: torch.dtype) -> None:
         """Takes the copies once for inputs of a dtype: the FFN's own rows can then be freed."""
-        up, gate = self._copies()
-        self._packed = PackedBits(up, dtype), None if gate is None else PackedBits(gate, dtype)
+        self._packed = self._made_of(lambda few: PackedBits(few, dtype))
 
     def cannot_pack(self) -> str | None:
         """Why `pack` cannot be called; None: it can."""
-        return cannot_pack(self._copies()[0])
+        return cannot_pack(self.projections.weights().up_FD, self.bits)
 
     def few_bits(self, rows_FD: Tensor) -> FewBits:
         """The copy of some rows: of their own, or the high bits of what is stored."""
@@ -156,21 +152,20 @@ class FewBitsRouter(RowReader):
 
     def _products(self, dtype: torch.dtype) -> Products:
         """Made once for weights that stay as they are."""
-        if self.training:
-            return self._unpacked(dtype)
-        state = (dtype, self._state())
+        state = None if self.training else (dtype, self._state())
+        if state is None:
+            return self._made_of(lambda few: _plain(few, dtype))
         if self._made is None or self._made[0] != state:
-            self._made = (state, self._unpacked(dtype))
+            self._made = (state, self._made_of(lambda few: _plain(few, dtype)))
         return self._made[1]
 
-    def _unpacked(self, dtype: torch.dtype) -> Products:
-        up, gate = self._copies()
-        return _plain(up, dtype), None if gate is None else _plain(gate, dtype)
-
-    def _copies(self) -> tuple[FewBits, FewBits | None]:
+    def _made_of(self, product: Callable[[FewBits], Product]) -> Products:
+        """What multiplies by the copies, and adds the biases, which are exact."""
         weights = self.projections.computed()
-        gate_FD = weights.gate_FD
-        return self.few_bits(weights.up_FD), None if gate_FD is None else self.few_bits(gate_FD)
+        up = _Biased(product(self.few_bits(weights.up_FD)), weights.up_F)
+        if weights.gate_FD is None:
+            return up, None
+        return up, _Biased(product(self.few_bits(weights.gate_FD)), weights.gate_F)
 
     def _state(self) -> list[tuple[int, int]]:
         """Tells whether a weight, or an adapter of it, is another one or was changed in place."""
@@ -217,7 +212,7 @@ def _check_stored(ffn: FFN, bits: StoredBits) -> None:
         if rows_FD.is_meta:
             return
         stored = store_rows(rows_FD, bits)
-        step_FD = stored.scale_FG.float().repeat_interleave(32, 1)[:, : rows_FD.shape[1]]
+        step_FD = stored.scale_FG.float().repeat_interleave(GROUP, 1)[:, : rows_FD.shape[1]]
         missed = ((rows_FD.float() - stored.values_FD()) / step_FD).square().mean().sqrt()
         if missed > OFF_GRID:
             raise ValueError(
@@ -238,5 +233,13 @@ def _plain(few: FewBits, dtype: torch.dtype) -> Product:
     return lambda x_TD: nn.functional.linear(x_TD, rows_FD)
 
 
-def _plus(values_TF: Tensor, bias_F: Tensor | None) -> Tensor:
-    return values_TF if bias_F is None else values_TF + bias_F.to(values_TF.dtype)
+@dataclass(frozen=True)
+class _Biased:
+    """A product and a bias."""
+
+    product: Product
+    bias_F: Tensor | None
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        values_TF = self.product(x_TD)
+        return values_TF if self.bias_F is None else values_TF + self.bias_F.to(values_TF.dtype)
