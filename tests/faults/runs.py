@@ -61,6 +61,23 @@ steps:
   - attach: {start_sparsity: 0.1, tokens: 256}
   - train: {mode: straight, tokens: 1024, target_sparsity: 0.4, checkpoint_every: 2, lr: 1.0e-3}
 """
+FEW = """
+name: few
+steps:
+  - quantize: {bits: 8}
+  - split: {expert_size: 1, method: contiguous}
+  - attach: {router: few_bits, router_options: {bits: 4, of: 8}, selector: {kind: threshold, tau: 0},
+      tokens: 256}
+  - budget: {target_sparsity: 0.5, tokens: 256}
+  - refit: {tokens: 512}
+  - threshold: {target_sparsity: 0.2, where: all, spend: greedy, rotate: true, tokens: 256}
+"""
+PROMPT = """
+name: prompt
+steps:
+  - train: {mode: dense, tokens: 256, checkpoint_every: 1}
+  - select: {by: prompt, share: 0.5}
+"""
 CLOCKS = ("seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 COMPLETE = "complete, at most its table is not printed"
 RESTARTED = ("loss", "train_loss")
@@ -118,6 +135,8 @@ RUNS = (
     Run("whole", WHOLE),
     Run("samples", SAMPLES),
     Run("layers", LAYERS, options=("--stream",)),
+    Run("few", FEW, options=()),
+    Run("prompt", PROMPT),
     Run("pair", PAIR, verb="train", processes=2),
 )
 

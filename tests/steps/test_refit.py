@@ -384,7 +384,7 @@ def test_thresholds_are_refused() -> None:
     model = Case().model()
     conversion = read_conversion(model)
     assert conversion is not None
-    write_conversion(model, replace(conversion, thresholds={"h": 0.5}))
+    write_conversion(model, replace(conversion, thresholds={"model.layers.0.mlp": {}}))
     with pytest.raises(ValueError, match="has thresholds as well: put `refit` before `threshold`"):
         Refit().rehearse(model, "donor")
 
