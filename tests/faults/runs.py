@@ -66,8 +66,8 @@ name: few
 steps:
   - quantize: {bits: 8}
   - split: {expert_size: 1, method: contiguous}
-  - attach: {router: few_bits, router_options: {bits: 4, of: 8}, selector: {kind: threshold, tau: 0},
-      tokens: 256}
+  - attach: {router: few_bits, router_options: {bits: 4, of: 8},
+      selector: {kind: threshold, tau: 0}, tokens: 256}
   - budget: {target_sparsity: 0.5, tokens: 256}
   - refit: {tokens: 512}
   - threshold: {target_sparsity: 0.2, where: all, spend: greedy, rotate: true, tokens: 256}
