@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 ARROWS = (
     "registry names processes waiting disk extras versions typed kernels < data < hosts < experts "
-    "< inference measure < checkpoint < steps report < training inspection < recipe "
+    "< thresholds inference measure < checkpoint < steps report < training inspection < recipe "
     "< runs bench export < cli patched"
 )
 """A folder imports from those left of its `<`, and not from its neighbours."""

@@ -20,8 +20,8 @@ from moe_tools.checkpoint.atomic import new_file
 from moe_tools.checkpoint.class_names import only_ours
 from moe_tools.data.sources import shortened
 from moe_tools.experts.conversion import Conversion
-from moe_tools.experts.thresholds import input_sparsity, read_rows
 from moe_tools.names import CONFIG, FIGURES, METRICS, README, RECIPE
+from moe_tools.thresholds.rows import input_sparsity, read_rows
 
 MARK = "<!-- Written by moe-tools, which may write it again. -->"
 """A mark in every card that moe-tools wrote; a card without it was written by someone else."""

@@ -29,7 +29,6 @@ from moe_tools.experts.conversion import (
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.swapped import Unswapped, replace_stand_ins, swap_activations
-from moe_tools.experts.thresholds import put_rows, read_rows
 from moe_tools.hosts.ffn import (
     GraftedFFN,
     find_ffns,
@@ -42,6 +41,7 @@ from moe_tools.hosts.input_threshold import CHILD, InputThreshold, thresholds_in
 from moe_tools.hosts.linears import device_of
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.inference.prompt import install
+from moe_tools.thresholds.rows import put_rows, read_rows
 
 Tensors = Sequence[str | Path] | Mapping[str, Tensor]
 """Weight files, or the tensors themselves."""

@@ -67,7 +67,7 @@ class Conversion:
     came."""
     thresholds: dict[str, dict[str, Any]] | None = None
     """Which inputs of which linears are dropped (`threshold`): site -> its `Row`
-    (`moe_tools.experts.thresholds`); None: none."""
+    (`moe_tools.thresholds.rows`); None: none."""
     constants: bool = False
     """Every FFN adds a bias, and a constant for each expert of more than one neuron that is off
     (`refit`)."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from moe_tools.experts.conversion import read_conversion, set_selectors
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.thresholds import read_rows, set_input_sparsity
 from moe_tools.hosts.input_threshold import thresholds_in
 from moe_tools.report.compare import Bench
 from moe_tools.report.report import Row
 from moe_tools.report.setup import Setup
+from moe_tools.thresholds.rows import read_rows, set_input_sparsity
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 KNOBS = {"tau": TENTHS, "share": (*TENTHS, 1.0), "p": (*TENTHS, 0.95, 1.0)}

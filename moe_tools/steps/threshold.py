@@ -8,11 +8,11 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import conversion_so_far
-from moe_tools.experts.threshold_calibration import Plan, calibrate_thresholds, check_plan
-from moe_tools.experts.thresholds import Row, put_row, write_rows
 from moe_tools.hosts.input_threshold import MOST
 from moe_tools.steps.rules import at_least, require
 from moe_tools.steps.step import Option, Step, Work
+from moe_tools.thresholds.calibration import Plan, calibrate_thresholds, check_plan
+from moe_tools.thresholds.rows import Row, put_row, write_rows
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from moe_tools.experts.conversion import attach_experts
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing
-from moe_tools.experts.sites import ffn_sites
 from moe_tools.measure.inputs import GROUPS, InputCount, count_inputs
 from moe_tools.recipe import Threshold
+from moe_tools.thresholds.sites import ffn_sites
 from tests.families import THRESHOLD, build, logits
 from tests.steps.test_threshold import given_to, text
 

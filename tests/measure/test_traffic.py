@@ -21,13 +21,13 @@ from moe_tools.experts.conversion import (
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.routing import record_routing
-from moe_tools.experts.threshold_calibration import Plan, thresholded
 from moe_tools.hosts.ffn import FFN, find_ffns, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.kernels.weights import FFNWeights
 from moe_tools.measure.evaluate import evaluate, tally
 from moe_tools.measure.inputs import count_inputs
 from moe_tools.steps.quantize import quantize
+from moe_tools.thresholds.calibration import Plan, thresholded
 from tests.families import UNEVEN, build, randomize, routed
 from tests.measure.test_inputs import converted, seen_of
 

@@ -24,14 +24,14 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
-from moe_tools.experts.greedy_shares import greedy_shares
-from moe_tools.experts.threshold_calibration import Plan, thresholded
-from moe_tools.experts.thresholds import input_sparsity, read_rows, set_input_sparsity
 from moe_tools.hosts.input_threshold import MOST, thresholds_in
 from moe_tools.inference.optimized import optimize
 from moe_tools.measure.inputs import count_inputs
 from moe_tools.recipe import Attach, Lora, Split, Swap, Threshold, Train
 from moe_tools.steps.step import Work
+from moe_tools.thresholds.calibration import Plan, thresholded
+from moe_tools.thresholds.greedy_shares import greedy_shares
+from moe_tools.thresholds.rows import input_sparsity, read_rows, set_input_sparsity
 from moe_tools.training.checkpointing import NAME
 from moe_tools.training.train import train
 from tests.families import FUSED, MOE, TABLE, THRESHOLD, build, logits, model_inputs, of_size

@@ -19,16 +19,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe_tools.experts.greedy_shares import greedy_shares
-from moe_tools.experts.layer_visits import by_key, visit_layers
-from moe_tools.experts.sites import ROLES, Role, Site, attention_linears, attention_sites, ffn_sites
-from moe_tools.experts.thresholds import Row, check_droppable, put_row
 from moe_tools.hosts.input_threshold import (
     POINTS,
     InputThreshold,
     remove_thresholds,
     switched_on,
     thresholds_in,
+)
+from moe_tools.thresholds.greedy_shares import greedy_shares
+from moe_tools.thresholds.layer_visits import by_key, visit_layers
+from moe_tools.thresholds.rows import Row, check_droppable, put_row
+from moe_tools.thresholds.sites import (
+    ROLES,
+    Role,
+    Site,
+    attention_linears,
+    attention_sites,
+    ffn_sites,
 )
 
 BATCH = 4

@@ -14,7 +14,6 @@ from torch import nn
 
 from moe_tools.experts.conversion import Conversion, read_block, write_conversion
 from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.sites import Site, restored_sites
 from moe_tools.hosts.input_threshold import (
     MOST,
     InputThreshold,
@@ -23,6 +22,7 @@ from moe_tools.hosts.input_threshold import (
     thresholds_in,
 )
 from moe_tools.registry import short
+from moe_tools.thresholds.sites import Site, restored_sites
 from moe_tools.typed import fits
 
 
