@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,7 +137,8 @@ def _say(donor: str, models: dict[str, str]) -> None:
     chat = bool(load_tokenizer(donor).chat_template)
     for title, model in models.items():
         print(f"{title}:", flush=True)
-        generate(Request(model, PROMPT, chat=chat, max_new_tokens=NEW_TOKENS))
+        request = Request(model, PROMPT, chat=chat, max_new_tokens=NEW_TOKENS)
+        generate(replace(request, optimize=model != donor))
         print(flush=True)
 
 
