@@ -113,11 +113,11 @@ def _time(donor: str, prox: str) -> None:
     from moe_tools.checkpoint.loading import load
     from moe_tools.checkpoint.quiet import quiet_transformers
     from moe_tools.inference.optimized import optimize
-    from moe_tools.inference.quantized_linear import quantize_linears
+    from moe_tools.inference.packed_linear import pack_linears
 
     with quiet_transformers():
         four_bits = load(donor, dtype=torch.bfloat16)
-        quantize_linears(four_bits, "int4", besides=())
+        pack_linears(four_bits, "int4")
         models = {
             "dense": load(donor, dtype=torch.bfloat16),
             "dense, all linears int4": four_bits,

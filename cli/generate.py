@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from moe_tools.inference.packed_linear import Kind
     from moe_tools.inference.prompt_ffn import PromptFFN
-    from moe_tools.inference.quantized_linear import Kind
 
 NOT_PACKED = (
     "after the prompt a smaller dense FFN runs, which --optimize does not pack: leave --optimize "

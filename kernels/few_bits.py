@@ -120,10 +120,11 @@ def bits_each(bits: int | None) -> float:
 def group_int8(x_TD: Tensor) -> Tensor:
     """x rounded to int8, a scale for each 32 numbers of a token; in the dtype of x."""
     x_TGN = groups(x_TD.float())
-    scale_TG1 = x_TGN.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return (
-        ((x_TGN / scale_TG1).round() * scale_TG1).flatten(-2)[..., : x_TD.shape[-1]].to(x_TD.dtype)
-    )
+    most_TG1 = x_TGN.abs().amax(-1, keepdim=True)
+    # not 127 / most, which PyTorch computes as 127 * (1 / most): the kernels divide
+    inverse_TG1 = torch.where(most_TG1 > 0, torch.tensor(127.0) / most_TG1, 0.0)
+    rounded_TGN = (x_TGN * inverse_TG1).round() * (most_TG1 / 127)
+    return rounded_TGN.flatten(-2)[..., : x_TD.shape[-1]].to(x_TD.dtype)
 
 
 def _searched(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from moe_tools.kernels.few_bits import group_int8
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
 
@@ -52,16 +53,24 @@ class PackedFFN(ABC):
 
 
 class ReferenceFFN(PackedFFN):
-    """Computes what the reference defines, on the weights as they are given."""
+    """Computes what the reference defines, on the weights as they are given.
+
+    Args:
+        weights: not copied.
+        integers: round x to int8 in groups of 32, as the native kernels do where the weights are
+            int8 or int4.
+    """
 
     backend = "reference"
 
-    def __init__(self, weights: FFNWeights) -> None:
+    def __init__(self, weights: FFNWeights, *, integers: bool = False) -> None:
         super().__init__(weights.changed(Tensor.detach, Tensor.detach))
+        self._integers = integers
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(x_TD.dtype)
 
         with torch.no_grad():
+            x_TD = group_int8(x_TD) if self._integers else x_TD
             return sparse_ffn_reference(self.weights.changed(cast, cast), x_TD, mask_TE)

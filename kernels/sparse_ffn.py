@@ -90,8 +90,8 @@ def pack(
 
     Args:
         weights: of one FFN.
-        dtype: in which they are stored, theirs by default; int8 has one scale a row, int4 one for
-            each 32 of a row.
+        dtype: in which they are stored, theirs by default; int8 and int4 have a scale for each 32
+            of a row (Triton's int8 one a row), and x is rounded to int8 in such groups, too.
         backend: auto takes the fastest that can run this, and goes through matrix products where
             those are faster. A named backend runs whatever the speed.
         sole: let go of `weights`, so that whoever owns them can free them: matrix products, too,
@@ -119,7 +119,7 @@ def pack(
         return CpuFFN(weights, dtype, or_dense=False, screen=screen)
     if backend == "triton":
         return _triton(weights).TritonFFN(weights, dtype)
-    return ReferenceFFN(rounded(weights, dtype))
+    return ReferenceFFN(rounded(weights, dtype), integers=dtype in QUANTIZED)
 
 
 @functools.cache

@@ -8,7 +8,6 @@ Handle = object
 def prepare(
     *,
     rows_FPB: int,
-    scales_FP: int,
     biases_FP: int,
     off_F: int,
     down_D: int,
@@ -42,5 +41,19 @@ def run(
     most_few: float,
     most_many: float,
 ) -> int: ...
+def prepare_linear(
+    *,
+    rows_NB: int,
+    bias_N: int,
+    rows: int,
+    width: int,
+    lines: int,
+    dtype: int,
+    zero: float,
+    isa: int,
+) -> Handle: ...
+def multiply(
+    linear: Handle, /, *, threads: int, x_TD: int, dtype: int, tokens: int, y_TN: int
+) -> None: ...
 def isas() -> list[str]: ...
 def advise_huge_pages(start: int, size: int, /) -> None: ...

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import Act, ActName
-from moe_tools.kernels.cpu.rows import DTYPES, PackedRows
+from moe_tools.kernels.cpu.ffn_rows import PackedRows
+from moe_tools.kernels.cpu.rows import DTYPES
 from moe_tools.kernels.cpu.screen import Screen
 from moe_tools.kernels.cpu.stored import Kernel, StoredFFN
 
@@ -31,7 +32,6 @@ def sparse_ffn_cpu(
     bytes_FPB: Tensor,
     dtype: str,
     width: int,
-    scales_FP: Tensor | None,
     biases_FP: Tensor | None,
     off_F: Tensor | None,
     bias_D: Tensor | None,
@@ -49,7 +49,7 @@ def sparse_ffn_cpu(
 ) -> Tensor:
     """Computes y_TD; the operands are the fields of `StoredFFN`, `PackedRows` and `Screen`."""
     stored = DTYPES[NAMES.index(dtype)]
-    rows = PackedRows(bytes_FPB, stored, width, scales_FP, biases_FP, off_F, bias_D, down_D)
+    rows = PackedRows(bytes_FPB, stored, width, biases_FP, off_F, bias_D, down_D)
     screen = None
     if screen_FB is not None and screen_scale_F is not None and screen_error_F is not None:
         screen = Screen(screen_FB, screen_scale_F, screen_error_F, screen_reach)
@@ -69,7 +69,6 @@ def operands(stored: StoredFFN) -> dict[str, Any]:
         "bytes_FPB": rows.bytes_FPB,
         "dtype": NAMES[DTYPES.index(rows.dtype)],
         "width": rows.width,
-        "scales_FP": rows.scales_FP,
         "biases_FP": rows.biases_FP,
         "off_F": rows.off_F,
         "bias_D": rows.bias_D,

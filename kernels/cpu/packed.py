@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import Act, named
+from moe_tools.kernels.cpu.ffn_rows import pack_rows
 from moe_tools.kernels.cpu.op import operands, sparse_ffn_cpu
-from moe_tools.kernels.cpu.rows import DTYPES, FLOATS, pack_rows
+from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
 from moe_tools.kernels.cpu.screen import make_screen, no_screen
 from moe_tools.kernels.cpu.stored import Kernel, StoredFFN
 from moe_tools.kernels.packed import PackedFFN
@@ -34,8 +35,10 @@ class CpuFFN(PackedFFN):
         weights: copied; the dense path reads the original where that has the dtype of the copy.
             After a change of the weights, pack again.
         sole: hold on to none of them: the dense path, too, reads the copy.
-        dtype: of the copy: fp32, bf16, fp16, int8 with one scale a row, or int4 with one scale for
-            each 32 of a row.
+        dtype: of the copy: fp32, bf16, fp16, or int8 and int4 with a scale for each 32 of a row.
+            With these two, x is rounded to int8 in such groups, too, and products are of integers:
+            some 0.4 % of a product's size (`group_int8`). With int4, h times a scale is rounded to
+            bf16 where the CPU multiplies bf16.
         or_dense: go through matrix products where they are faster, and for soft masks.
         isa: one of `isas()`; by default the fastest that this CPU runs.
         screen: skip neurons that a copy of the gate in int8 says cannot fire, for few tokens; a

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import GIVES_ZEROS, Act, ActivationLike, named
-from moe_tools.kernels.cpu.rows import PackedRows, allocate, row_bytes
+from moe_tools.kernels.cpu.ffn_rows import PackedRows
+from moe_tools.kernels.cpu.memory import LINE, allocate
 from moe_tools.kernels.quantize import QUANTIZED, quantize_rows
 
 ROUNDING = 2.0**-24
@@ -39,7 +40,7 @@ def make_screen(rows: PackedRows, sigmas: float) -> Screen:
     """Makes the screen of the rows of the first part; with `inf` sigmas it misses nothing."""
     row_FD = rows.matrix_FD(0, torch.float32)
     copy_FD, scale_F = quantize_rows(row_FD)
-    rows_FB = allocate((len(row_FD), row_bytes(rows.width, torch.int8))).zero_()
+    rows_FB = allocate((len(row_FD), -(-rows.width // LINE) * LINE)).zero_()
     rows_FB[:, : rows.width] = copy_FD.view(torch.uint8)
     near_FD = copy_FD * scale_F[:, None]
     norms_F = row_FD.norm(dim=1) + near_FD.norm(dim=1)

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.dense import dense_ffn
+from moe_tools.kernels.cpu.ffn_rows import PackedRows
 from moe_tools.kernels.cpu.limits import Limits, limits_for
+from moe_tools.kernels.cpu.memory import aligned
 from moe_tools.kernels.cpu.native import extension, isas
-from moe_tools.kernels.cpu.rows import DTYPES, PackedRows, aligned
+from moe_tools.kernels.cpu.rows import BITS, DTYPES
 from moe_tools.kernels.cpu.screen import Screen
+from moe_tools.kernels.few_bits import group_int8
 from moe_tools.kernels.weights import FFNWeights
 
 
@@ -66,7 +69,6 @@ class StoredFFN:
         rows, screen = self.rows, self.screen
         return extension().prepare(
             rows_FPB=rows.bytes_FPB.data_ptr(),
-            scales_FP=_address(rows.scales_FP),
             biases_FP=_address(rows.biases_FP),
             off_F=_address(rows.off_F),
             down_D=_address(rows.down_D),
@@ -139,6 +141,7 @@ class Kernel:
 
     def _dense(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         with torch.no_grad():
+            x_TD = group_int8(x_TD) if self.stored.rows.dtype in BITS else x_TD
             return dense_ffn(self._in(x_TD.dtype), x_TD, mask_TE)
 
     def _in(self, dtype: torch.dtype) -> FFNWeights:

@@ -49,24 +49,24 @@ struct Activation {
     Act kind = Act::identity;
     float threshold = 0;
 
-    // z = act(z * by + bias)
-    void operator()(float* z, std::size_t count, float by, float bias) const {
+    // z = act(z + bias)
+    void operator()(float* z, std::size_t count, float bias) const {
         switch (kind) {
-            case Act::relu: return all<Act::relu>(z, count, by, bias);
-            case Act::relu2: return all<Act::relu2>(z, count, by, bias);
-            case Act::fatrelu: return all<Act::fatrelu>(z, count, by, bias);
-            case Act::shifted_relu: return all<Act::shifted_relu>(z, count, by, bias);
-            case Act::silu: return all<Act::silu>(z, count, by, bias);
-            case Act::gelu: return all<Act::gelu>(z, count, by, bias);
-            case Act::gelu_tanh: return all<Act::gelu_tanh>(z, count, by, bias);
-            case Act::identity: return all<Act::identity>(z, count, by, bias);
+            case Act::relu: return all<Act::relu>(z, count, bias);
+            case Act::relu2: return all<Act::relu2>(z, count, bias);
+            case Act::fatrelu: return all<Act::fatrelu>(z, count, bias);
+            case Act::shifted_relu: return all<Act::shifted_relu>(z, count, bias);
+            case Act::silu: return all<Act::silu>(z, count, bias);
+            case Act::gelu: return all<Act::gelu>(z, count, bias);
+            case Act::gelu_tanh: return all<Act::gelu_tanh>(z, count, bias);
+            case Act::identity: return all<Act::identity>(z, count, bias);
         }
     }
 
   private:
     template <Act known>
-    void all(float* z, std::size_t count, float by, float bias) const {
-        for (std::size_t i = 0; i < count; ++i) z[i] = activate<known>(z[i] * by + bias, threshold);
+    void all(float* z, std::size_t count, float bias) const {
+        for (std::size_t i = 0; i < count; ++i) z[i] = activate<known>(z[i] + bias, threshold);
     }
 };
 

@@ -31,6 +31,7 @@ struct Avx512 {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     }
+    static F load(const Int8* p) { return load(&p->code); }
     static F nibbles(const Int4* p, int n) {
         const __m512 values = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
         const __m512i at = _mm512_srlv_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(4 * n));

@@ -2,6 +2,7 @@
 // shape against two plain loops, alone and from two threads at once, and without memory. Exits with
 // 1 on a difference.
 #include <algorithm>
+#include <cmath>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "failing_new.h"
+#include "linear.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -28,7 +30,8 @@ struct Problem {
     std::int64_t lines, padded, bytes;  // of a row
     std::vector<float> values;          // of rows_FPD, as stored
     std::vector<std::byte> rows;
-    std::vector<float> scales, biases, off, down, x, errors;
+    std::vector<float> biases, off, down, x, errors;
+    std::vector<float> seen;  // x as the rows meet it
     std::vector<std::byte> screen;
     std::vector<std::uint8_t> mask;
 };
@@ -40,20 +43,36 @@ void store(float& value, std::byte* row, std::int64_t d) {
     value = to_float(to);
 }
 
-void store_int8(float& value, std::byte* row, std::int64_t d) {
-    const auto rounded = std::int8_t(value * 50);
-    reinterpret_cast<std::int8_t*>(row)[d] = rounded;
-    value = rounded / 64.0f;
+// The scale of column d: another one for every second group.
+float scale(std::int64_t d) { return d / kGroup % 2 ? 1 / 64.0f : 1 / 32.0f; }
+
+// Writes the scale of column d; where the row's numbers begin.
+std::byte* store_scale(std::byte* row, std::int64_t d, DType dtype, std::int64_t lines, float by) {
+    from_float(scale(d) * by, reinterpret_cast<Bf16*>(row)[d / kGroup]);
+    return row + scale_lines(dtype, lines) * kLine;
 }
 
-void store_int4(float& value, std::byte* row, std::int64_t d, std::int64_t lines) {
-    const int code = std::clamp(int(value * 8), -7, 7);
-    auto* words = reinterpret_cast<std::uint32_t*>(row + d / 128 * kLine);
-    words[d % 16] |= std::uint32_t(code + 8) << (d % 128 / 16 * 4);
-    auto* scales = reinterpret_cast<Bf16*>(row + lines * kLine);
-    from_float(d / kGroup % 2 ? 0.125f : 0.25f, scales[d / kGroup]);
-    value = float(code) * to_float(scales[d / kGroup]);
+void store_int8(float& value, std::byte* row, std::int64_t d, std::int64_t lines) {
+    const int code = std::clamp(int(value * 50), -127, 127);
+    std::byte* numbers = store_scale(row, d, DType::i8, lines, 1);
+    reinterpret_cast<std::int8_t*>(numbers)[d] = std::int8_t(code);
+    value = float(code) * scale(d);
 }
+
+void store_int4(float& value, std::byte* row, std::int64_t d, std::int64_t lines, bool added) {
+    const int code = std::clamp(int(value * 8), -7, 7);
+    std::byte* line = store_scale(row, d, DType::i4, lines, 8) + d / 128 * kLine;
+    if (added) {
+        const auto nibble = std::uint32_t(code + 8) << (d % 128 / 16 * 4);
+        reinterpret_cast<std::uint32_t*>(line)[d % 16] |= nibble;
+    } else {
+        line[d % 64] |= std::byte((code + 8) << (d % 128 / 64 * 4));
+    }
+    value = float(code) * 8 * scale(d);
+}
+
+// Of a screen: without scales.
+std::int8_t screened(float value) { return std::int8_t(value * 50); }
 
 void store_all(Problem& p) {
     for (std::size_t i = 0; i < p.values.size(); ++i) {
@@ -63,21 +82,29 @@ void store_all(Problem& p) {
         if (p.c.dtype == DType::f32) store<float>(value, row, d);
         if (p.c.dtype == DType::bf16) store<Bf16>(value, row, d);
         if (p.c.dtype == DType::f16) store<Half>(value, row, d);
-        if (p.c.dtype == DType::i8) store_int8(value, row, d);
-        if (p.c.dtype == DType::i4) store_int4(value, row, d, p.lines);
+        const bool added = std::int64_t(i) / p.padded % (p.c.inputs + 1) == p.c.inputs;
+        if (p.c.dtype == DType::i8) store_int8(value, row, d, p.lines);
+        if (p.c.dtype == DType::i4) store_int4(value, row, d, p.lines, added);
     }
 }
 
 // The first rows in eight bits, with errors so large that nothing may be left out but by the gate.
 void make_screen(Problem& p) {
-    const std::int64_t bytes = row_bytes(DType::i8, (p.c.width + kLine - 1) / kLine);
+    const std::int64_t bytes = (p.c.width + kLine - 1) / kLine * kLine;
     p.screen.resize(std::size_t(p.c.neurons * bytes));
     for (int n = 0; n < p.c.neurons; ++n)
         for (int d = 0; d < p.c.width; ++d) {
-            float value = p.values[std::size_t(n * (p.c.inputs + 1) * p.padded + d)];
-            store_int8(value, p.screen.data() + n * bytes, d);
+            const float value = p.values[std::size_t(n * (p.c.inputs + 1) * p.padded + d)];
+            p.screen[std::size_t(n * bytes + d)] = std::byte(screened(value));
         }
     p.errors.assign(std::size_t(p.c.neurons), 1.0f * float(p.c.width));
+}
+
+// x as it meets rows of int8 and int4.
+void round_group(float* x, int count) {
+    float most = 0;
+    for (int i = 0; i < count; ++i) most = std::max(most, std::abs(x[i]));
+    for (int i = 0; i < count && most > 0; ++i) x[i] = std::nearbyint(x[i] * (127 / most)) * (most / 127);
 }
 
 Problem make(const Case& c, unsigned seed) {
@@ -92,12 +119,15 @@ Problem make(const Case& c, unsigned seed) {
         p.values[i] = std::int64_t(i) % p.padded < c.width ? normal(random) / 4 : 0;
     p.rows.resize(rows * std::size_t(p.bytes));
     store_all(p);
-    if (c.dtype == DType::i8) p.scales.assign(rows, 1 / 64.0f);
     for (int i = 0; c.off && i < c.neurons; ++i) p.off.push_back(normal(random));
     if (c.screened) make_screen(p);
     for (int i = 0; c.biased && i < c.neurons * c.inputs; ++i) p.biases.push_back(normal(random));
     for (int i = 0; c.biased && i < c.width; ++i) p.down.push_back(normal(random));
     for (int i = 0; i < c.tokens * c.width; ++i) p.x.push_back(normal(random) / 4);
+    p.seen = p.x;
+    for (int t = 0; grouped(c.dtype) && t < c.tokens; ++t)
+        for (int d = 0; d < c.width; d += kGroup)
+            round_group(&p.seen[std::size_t(t * c.width + d)], std::min(kGroup, c.width - d));
     for (int i = 0; c.masked && i < c.tokens * c.experts; ++i) p.mask.push_back(random() % 2);
     return p;
 }
@@ -107,8 +137,8 @@ float hidden(const Problem& p, int token, int neuron) {
     for (int part = 0; part < p.c.inputs; ++part) {
         float z = p.biases.empty() ? 0 : p.biases[neuron * p.c.inputs + part];
         const float* row = &p.values[(neuron * (p.c.inputs + 1) + part) * p.padded];
-        for (int d = 0; d < p.c.width; ++d) z += row[d] * p.x[token * p.c.width + d];
-        if (!part) Activation{p.c.act, 0}(&z, 1, 1, 0);
+        for (int d = 0; d < p.c.width; ++d) z += row[d] * p.seen[token * p.c.width + d];
+        if (!part) Activation{p.c.act, 0}(&z, 1, 0);
         h *= z;
     }
     return h;
@@ -135,8 +165,8 @@ std::vector<float> fast(const Problem& p, const Isa& isa) {
     std::vector<float> y(p.x.size());
     const auto data = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
     const std::vector<float> scales(std::size_t(p.c.neurons), 1 / 64.0f);
-    const Weights weights{p.rows.data(), data(p.scales), data(p.biases), data(p.off), data(p.down),
-                          p.c.neurons,   p.c.width,      p.lines,        p.c.inputs,
+    const Weights weights{p.rows.data(), data(p.biases), data(p.off), data(p.down),
+                          p.c.neurons,   p.c.width,      p.lines,     p.c.inputs,
                           p.c.dtype,     {Activation{p.c.act, 0}, Activation{}},
                           {data(p.screen), scales.data(), data(p.errors), 1}};
     const Batch batch{p.x.data(), y.data(), DType::f32, p.c.tokens, data(p.mask), p.c.experts};
@@ -153,6 +183,32 @@ void compare(const Problem& p, const Isa& isa, const std::vector<float>& y) {
                      int(p.c.dtype));
         std::exit(1);
     }
+}
+
+// The first rows of the FFN as a linear.
+void check_linear(const Problem& p, const Isa& isa) {
+    const std::int64_t apart = p.c.inputs + 1, rows = p.c.neurons;
+    std::vector<std::byte> packed;
+    for (std::int64_t n = 0; n < rows; ++n) {
+        const auto* row = p.rows.data() + n * apart * p.bytes;
+        packed.insert(packed.end(), row, row + p.bytes);
+    }
+    const bool biased = !p.biases.empty() && p.c.inputs == 1;
+    const Linear linear{packed.data(), biased ? p.biases.data() : nullptr, rows, p.c.width,
+                        p.lines,       p.c.dtype};
+    std::vector<float> y(std::size_t(p.c.tokens * rows));
+    ffn::linear(linear, {p.x.data(), y.data(), DType::f32, p.c.tokens}, isa, p.c.threads);
+    for (std::int64_t t = 0; t < p.c.tokens; ++t)
+        for (std::int64_t n = 0; n < rows; ++n) {
+            float expected = biased ? p.biases[n] : 0;
+            for (int d = 0; d < p.c.width; ++d)
+                expected += p.values[n * apart * p.padded + d] * p.seen[t * p.c.width + d];
+            if (std::abs(y[t * rows + n] - expected) <= 1e-4f * (1 + std::abs(expected))) continue;
+            std::fprintf(stderr, "%s: a linear gives %g, should be %g (T %d, D %d, dtype %d)\n",
+                         isa.name, y[t * rows + n], expected, p.c.tokens, p.c.width,
+                         int(p.c.dtype));
+            std::exit(1);
+        }
 }
 
 Case draw(std::mt19937& random) {
@@ -181,7 +237,10 @@ void check_all(unsigned seed, int cases) {
     for (int i = 0; i < cases; ++i) {
         const Problem problem = make(draw(random), random());
         for (const Isa* isa : kIsas)
-            if (isa->runs_here()) compare(problem, *isa, fast(problem, *isa));
+            if (isa->runs_here()) {
+                compare(problem, *isa, fast(problem, *isa));
+                check_linear(problem, *isa);
+            }
     }
 }
 

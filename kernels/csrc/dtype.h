@@ -10,24 +10,36 @@ enum class DType : int { f32, bf16, f16, i8, i4 };
 constexpr int kDTypes = 5;
 
 constexpr int kLine = 64;  // bytes of a cache line, to which rows are padded
-constexpr int kGroup = 32; // numbers of int4 that share a scale
+constexpr int kGroup = 32; // numbers of int8 and int4 that share a scale
 
-// Numbers in a line of a row.
-constexpr int per_line(DType dtype) {
+// Numbers in a line of a row. These are static for the files that are compiled for one instruction
+// set: see rows.h.
+static inline constexpr int per_line(DType dtype) {
     constexpr int numbers[] = {16, 32, 32, 64, 128};
     return numbers[int(dtype)];
 }
 
-// Bytes of a row of so many lines. Behind those of int4 stand the scales, a bf16 for each group.
-constexpr std::int64_t row_bytes(DType dtype, std::int64_t lines) {
-    if (dtype != DType::i4) return lines * kLine;
-    const std::int64_t scales = lines * per_line(dtype) / kGroup * 2;
-    return (lines + (scales + kLine - 1) / kLine) * kLine;
+static inline constexpr bool grouped(DType dtype) { return dtype == DType::i8 || dtype == DType::i4; }
+
+// Lines of scales in front of a row's numbers: in int8 and int4 a bf16 for each group.
+static inline constexpr std::int64_t scale_lines(DType dtype, std::int64_t lines) {
+    if (!grouped(dtype)) return 0;
+    return (lines * per_line(dtype) / kGroup * 2 + kLine - 1) / kLine;
 }
 
-// Sixteen words of eight nibbles: number i of a line is nibble i / 16 of word i % 16, plus 8.
+// Bytes of a row of so many lines of numbers.
+static inline constexpr std::int64_t row_bytes(DType dtype, std::int64_t lines) {
+    return (scale_lines(dtype, lines) + lines) * kLine;
+}
+
+// A line of 128 numbers of four bits, each plus 8, in one of two orders. As a row that meets x:
+// number i is the low half of byte i, number 64 + i the high half. As a row of W_down, which is
+// added to y: sixteen words of eight nibbles, number i being nibble i / 16 of word i % 16.
 struct Int4 {
     std::uint32_t nibbles;
+};
+struct Int8 {
+    std::int8_t code;
 };
 struct Bf16 {
     std::uint16_t bits;
@@ -36,7 +48,7 @@ struct Half {
     std::uint16_t bits;
 };
 
-inline float from_bits(std::uint32_t bits) {
+static inline float from_bits(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
@@ -50,7 +62,7 @@ inline std::uint32_t to_bits(float value) {
 
 inline float to_float(float value) { return value; }
 inline float to_float(std::int8_t value) { return value; }
-inline float to_float(Bf16 value) { return from_bits(std::uint32_t{value.bits} << 16); }
+static inline float to_float(Bf16 value) { return from_bits(std::uint32_t{value.bits} << 16); }
 
 inline float to_float(Half value) {
     const std::uint32_t sign = std::uint32_t(value.bits & 0x8000) << 16;

@@ -44,7 +44,7 @@ class Job {
           tokens_(int(batch.tokens)),
           padded_(weights.padded()),
           kernels_(kernels_for(isa, weights.dtype, batch.dtype)),
-          screen_(isa.of[int(DType::i8)]) {}
+          screen_(isa.screen) {}
 
     std::int64_t run(int threads, Scratch& scratch) {
         const std::int64_t neuron_bytes = (w_.inputs + 1) * row_bytes(w_.dtype, w_.lines);
@@ -125,16 +125,16 @@ class Job {
         for (int i = 0; i < hidden.count; ++i) {
             const std::int64_t n = chosen_.neurons[hidden.live[i]];
             float* z = hidden.z + i * tokens_;
-            w_.acts[part](z, std::size_t(tokens_), w_.scale(n, part), w_.bias(n, part));
+            w_.acts[part](z, std::size_t(tokens_), w_.bias(n, part));
         }
         keep(hidden);
     }
 
     // 1 where the activation's threshold may be reached. Not `< : 0`: NaN stays in.
     void screen(Hidden& hidden) const {
-        const std::int64_t bytes = row_bytes(DType::i8, screen_lines());
+        const std::int64_t bytes = screen_lines() * kLine;
         list(hidden, hidden.count, [&](std::int64_t n) { return w_.screen.rows_FD + n * bytes; });
-        screen_.dot({hidden.rows, hidden.count, screen_lines()}, screen_x_.data(), tokens_,
+        screen_({hidden.rows, hidden.count, screen_lines()}, screen_x_.data(), tokens_,
                     hidden.z);
         for (int i = 0; i < hidden.count; ++i) {
             const std::int64_t n = chosen_.neurons[hidden.live[i]];
@@ -170,12 +170,12 @@ class Job {
 
     void add(Hidden& hidden, float* y) const {
         const RowList rows = rows_of(w_.inputs, hidden);
-        for (int i = 0; i < hidden.count && (w_.off_F || w_.scales_FP); ++i) {
+        for (int i = 0; i < hidden.count && w_.off_F; ++i) {
             const int live = hidden.live[i];
             const std::int64_t n = chosen_.neurons[live];
             for (int t = 0; t < tokens_; ++t) {
                 float& h = hidden.h[i * tokens_ + t];
-                h = (h - (wants(t, live) ? w_.off(n) : 0)) * w_.scale(n, w_.inputs);
+                h -= wants(t, live) ? w_.off(n) : 0;
             }
         }
         const int numbers = per_line(w_.dtype);
@@ -228,7 +228,7 @@ class Job {
     const int tokens_;
     const std::int64_t padded_;
     const RowKernels& kernels_;
-    const RowKernels& screen_;
+    const Dot screen_;
     Inputs x_, screen_x_;
     float reach_[kFew];  // times a row's error: how far its product may be off
 };

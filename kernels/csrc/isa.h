@@ -4,18 +4,24 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "grouped_x.h"  // here, before any `target` pragma
 
 namespace ffn {
 
-// Rows of one matrix, each so many cache lines long, with zeros behind the last column. Behind
-// `count` pointers stand `kAhead` more: the rows that are likely to be read next, for prefetching.
-constexpr int kAhead = 4;
+// Rows of one matrix, each so many cache lines of numbers long, with zeros behind the last column.
+// Behind `count` pointers stand `kAhead` more: the rows that are likely to be read next, for
+// prefetching.
+constexpr int kAhead = 32;
 
 struct RowList {
     const void* const* data;
     int count;
     std::int64_t lines;
+    float zero = 8;  // of int4 that meets x: the code that stands for 0
 };
+
+// z[row * tokens + token] = row . x[token]
+using Dot = void (*)(const RowList& rows, const void* const* x, int tokens, float* z);
 
 // y[token] += sum over rows of h[row * tokens + token] * row, in the columns of lines from `begin`
 // to `end`; y[token] is where the first of these columns goes.
@@ -23,17 +29,17 @@ using Add = void (*)(const RowList& rows, const float* h, float* const* y, int t
                      std::int64_t begin, std::int64_t end);
 
 struct RowKernels {
-    // z[row * tokens + token] = row . x[token]
-    void (*dot)(const RowList& rows, const void* const* x, int tokens, float* z);
+    Dot dot;
     Add add;
     Add add_rounded;  // faster, and rounds h to the format of x
-    DType x;          // in which format `dot` wants x
+    DType x;          // in which format `dot` wants x; i8 is that of GroupedX
 };
 
 struct Isa {
     const char* name;
     bool (*runs_here)();
     RowKernels of[kDTypes];  // by DType of the weights
+    Dot screen;              // of rows of int8 without scales with floats
     const Isa* widened;  // for x in another format than `of` wants; may be itself
 };
 

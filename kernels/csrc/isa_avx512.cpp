@@ -16,8 +16,10 @@ bool runs_here() { return __builtin_cpu_supports("avx512f"); }
 }  // namespace ffn
 
 FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f")
+#include "avx2.h"
 #include "avx512.h"
 #include "rows.h"
+#include "grouped.h"
 
 namespace ffn {
 
@@ -25,7 +27,8 @@ extern const Isa kAvx512 = {
     "avx512",
     runs_here,
     {row_kernels<Avx512, float>(), row_kernels<Avx512, Bf16>(), row_kernels<Avx512, Half>(),
-     row_kernels<Avx512, std::int8_t>(), row_kernels<Avx512, Int4>()},
+     int8_kernels<Avx512, Avx2>(), int4_kernels<Avx512, Avx2>()},
+    dot<Avx512, std::int8_t>,
     &kAvx512,
 };
 

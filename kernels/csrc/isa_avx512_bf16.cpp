@@ -1,4 +1,4 @@
-// AVX-512 with products of bf16 pairs: exact products, sums in fp32.
+// AVX-512 with products of bf16 pairs and of integers: exact products, sums in fp32 and int32.
 #include "isa.h"
 
 #ifdef FFN_X86
@@ -10,14 +10,19 @@ namespace ffn {
 namespace {
 
 // Every CPU runs this one: it stands before the pragma.
-bool runs_here() { return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_here() {
+    return kAvx512.runs_here() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
+}
 
 }  // namespace
 }  // namespace ffn
 
-FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")
+FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")
 #include "avx512.h"
 #include "rows.h"
+#include "added.h"
+#include "grouped.h"
 
 namespace ffn {
 namespace {
@@ -27,14 +32,51 @@ struct Bf16Pairs {
     using Row = __m512bh;
     static constexpr int step = 32;
 
-    explicit Bf16Pairs(const void* row, std::int64_t line, std::int64_t)
-        : row_((__m512bh)_mm512_loadu_si512(static_cast<const char*>(row) + line * kLine)) {}
+    explicit Bf16Pairs(const char* line) : row_((__m512bh)_mm512_loadu_si512(line)) {}
     Row operator()(int) const { return row_; }
     static Row x(const Bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static __m512 add(__m512 sum, Row w, Row x) { return _mm512_dpbf16_ps(sum, w, x); }
 
   private:
     Row row_;
+};
+
+// Integers, 64 at a time: two groups. One of the factors has to be unsigned: codes of int8 are
+// multiplied as code + 128.
+struct Vnni : Avx512 {
+    static constexpr int unit = 64;
+    static constexpr float shift = 128;
+    using Codes = __m512i;
+    using Scales = __m512;
+
+    static Codes shifted(const char* p) {
+        return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(char(0x80)));
+    }
+    static Codes low(const char* p) {
+        return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15));
+    }
+    static Codes high(const char* p) {
+        const Codes moved = _mm512_srli_epi16(_mm512_loadu_si512(p), 4);
+        return _mm512_and_si512(moved, _mm512_set1_epi8(15));
+    }
+    static F product(Codes w, const std::int8_t* x) {
+        const __m512i zero = _mm512_setzero_si512();
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, w, _mm512_loadu_si512(x)));
+    }
+    static F small_product(Codes w, const std::int8_t* x) { return product(w, x); }
+    static Scales scales(const Bf16* w, const float* x) { return mul(load(w), load(x)); }
+    static F spread(Scales scales, int unit) {
+        alignas(64) static constexpr std::int32_t order[8][16] = {
+            {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1},
+            {2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3},
+            {4, 4, 4, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5},
+            {6, 6, 6, 6, 6, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7, 7},
+            {8, 8, 8, 8, 8, 8, 8, 8, 9, 9, 9, 9, 9, 9, 9, 9},
+            {10, 10, 10, 10, 10, 10, 10, 10, 11, 11, 11, 11, 11, 11, 11, 11},
+            {12, 12, 12, 12, 12, 12, 12, 12, 13, 13, 13, 13, 13, 13, 13, 13},
+            {14, 14, 14, 14, 14, 14, 14, 14, 15, 15, 15, 15, 15, 15, 15, 15}};
+        return _mm512_permutexvar_ps(_mm512_load_si512(order[unit]), scales);
+    }
 };
 
 // The numbers of two rows in turn, for sixteen columns from `first` on.
@@ -93,6 +135,9 @@ void add_rounded(const RowList& list, const float* h, float* const* y, int token
     if (rest.count) add_exact(rest, h + i * tokens, y, tokens, begin, end);
 }
 
+constexpr Add add_int8 = add_groups<AddInt8, Int8>, add_int4 = add_groups<AddInt4, Int4>;
+constexpr RowKernels kInt8 = {dot_grouped<Vnni, Int8Units<Vnni>>, add_int8, add_int8, DType::i8};
+constexpr RowKernels kInt4 = {dot_grouped<Vnni, Int4Units<Vnni>>, add_int4, add_int4, DType::i8};
 constexpr RowKernels kBf16Pairs = {dot<Avx512, Bf16, Bf16Pairs>, add<Avx512, Bf16>, add_rounded,
                                    DType::bf16};
 
@@ -102,7 +147,8 @@ extern const Isa kAvx512Bf16 = {
     "avx512_bf16",
     runs_here,
     {row_kernels<Avx512, float>(), kBf16Pairs, row_kernels<Avx512, Half>(),
-     row_kernels<Avx512, std::int8_t>(), row_kernels<Avx512, Int4>()},
+     kInt8, kInt4},
+    dot<Avx512, std::int8_t>,
     &kAvx512,
 };
 

@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include "rows.h"
+#include "grouped.h"
 
 namespace ffn {
 namespace {
@@ -27,6 +28,7 @@ struct Portable {
     static F load(const float* p) { return read<F>(p); }
     static F load(const Bf16* p) { return as_floats(widened(p) << 16); }
     static F load(const std::int8_t* p) { return __builtin_convertvector(read<I8>(p), F); }
+    static F load(const Int8* p) { return load(&p->code); }
     static F nibbles(const Int4* p, int n) {
         const U codes = read<U>(p) >> std::uint32_t(4 * n) & 15;
         return __builtin_convertvector(codes, F) - 8;
@@ -37,6 +39,43 @@ struct Portable {
         const F scaled = as_floats(rest) * 0x1p112f;
         return as_floats(bits_of(scaled) | special | (bits & 0x8000) << 16);
     }
+
+    // Integers, 32 at a time: a group.
+    static constexpr int unit = 32;
+    static constexpr float shift = 0;
+    using I = std::int32_t __attribute__((vector_size(16)));
+    struct Codes {
+        std::int8_t of[unit];
+    };
+    struct Scales {
+        float of[kScales];
+    };
+
+    static Codes shifted(const char* p) { return read<Codes>(p); }
+    static Codes low(const char* p) {
+        Codes codes = shifted(p);
+        for (std::int8_t& code : codes.of) code &= 15;
+        return codes;
+    }
+    static Codes high(const char* p) {
+        Codes codes = shifted(p);
+        for (std::int8_t& code : codes.of) code = std::int8_t(std::uint8_t(code) >> 4);
+        return codes;
+    }
+    static F product(const Codes& w, const std::int8_t* x) {
+        I sum{};
+        for (int k = 0; k < unit; k += lanes)
+            sum += __builtin_convertvector(read<I8>(w.of + k), I) *
+                   __builtin_convertvector(read<I8>(x + k), I);
+        return __builtin_convertvector(sum, F);
+    }
+    static F small_product(const Codes& w, const std::int8_t* x) { return product(w, x); }
+    static Scales scales(const Bf16* w, const float* x) {
+        Scales made;
+        for (int g = 0; g < kScales; ++g) made.of[g] = to_float(w[g]) * x[g];
+        return made;
+    }
+    static F spread(const Scales& scales, int unit) { return set(scales.of[unit]); }
 
   private:
     template <class T>
@@ -61,7 +100,8 @@ extern const Isa kPortable = {
     "portable",
     runs_here,
     {row_kernels<Portable, float>(), row_kernels<Portable, Bf16>(), row_kernels<Portable, Half>(),
-     row_kernels<Portable, std::int8_t>(), row_kernels<Portable, Int4>()},
+     int8_kernels<Portable, Portable>(), int4_kernels<Portable, Portable>()},
+    dot<Portable, std::int8_t>,
     &kPortable,
 };
 

@@ -128,7 +128,7 @@ class Prompt {
         for (int i = 0; i < piece.neurons; ++i) {
             const std::int64_t n = piece.neuron + i;
             float* z = work.z.data() + i * count;
-            w_.acts[part](z, count, w_.scale(n, part), w_.bias(n, part));
+            w_.acts[part](z, count, w_.bias(n, part));
             ffn::multiply(piece.h.data() + i * count, z, count);
         }
         if (!w_.off_F) compact(piece, work.live);
@@ -154,13 +154,13 @@ class Prompt {
     // What the way down takes in place of h.
     void finish(Piece& piece) const {
         const std::size_t count = piece.tokens.size();
-        for (int i = 0; i < piece.neurons && (w_.off_F || w_.scales_FP); ++i) {
+        for (int i = 0; i < piece.neurons && w_.off_F; ++i) {
             const std::int64_t n = piece.neuron + i;
             const Tokens& own = wanted_.of(n);
             for (std::size_t t = 0; t < count; ++t) {
                 float& h = piece.h[i * count + t];
                 const bool on = own[std::size_t(piece.tokens[t])];
-                h = (h - (on ? w_.off(n) : 0)) * w_.scale(n, w_.inputs);
+                h -= on ? w_.off(n) : 0;
             }
         }
     }

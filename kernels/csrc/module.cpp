@@ -13,7 +13,9 @@
 #include <iterator>
 #include <memory>
 #include <new>
+#include <utility>
 
+#include "linear.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -26,7 +28,7 @@ using ffn::Isa;
 using ffn::Limits;
 using ffn::Weights;
 
-constexpr const char* kCapsule = "moe_tools.ffn";
+constexpr const char *kCapsule = "moe_tools.ffn", *kLinear = "moe_tools.linear";
 
 struct PythonError {};  // thrown where Python's own error is set already
 
@@ -113,21 +115,40 @@ PyObject* guarded(const Body& body) {
     }
 }
 
-// An FFN and what to run it with.
+// Weights and what to run them with.
 struct Prepared {
     Weights weights;
     const Isa* isa;
 };
 
-void forget(PyObject* capsule) {
-    delete static_cast<Prepared*>(PyCapsule_GetPointer(capsule, kCapsule));
+struct PreparedLinear {
+    ffn::Linear weights;
+    const Isa* isa;
+};
+
+// Hands what was prepared to Python, which deletes it.
+template <class Kind>
+PyObject* capsule(Kind made, const char* name) {
+    auto owned = std::make_unique<Kind>(std::move(made));
+    PyObject* capsule = PyCapsule_New(owned.get(), name, [](PyObject* self) {
+        delete static_cast<Kind*>(PyCapsule_GetPointer(self, PyCapsule_GetName(self)));
+    });
+    if (capsule) owned.release();
+    return capsule;
+}
+
+// An instruction set that runs here.
+const Isa* read_isa(Arguments& from) {
+    const Isa* isa = ffn::kIsas[from.code<int>("isa", int(std::size(ffn::kIsas)))];
+    if (isa->runs_here()) return isa;
+    PyErr_Format(PyExc_ValueError, "this CPU does not run %s", isa->name);
+    throw PythonError();
 }
 
 Prepared read_prepared(Arguments from) {
     Prepared made{};
     Weights& weights = made.weights;
     weights.rows_FPD = from.tensor<const std::byte>("rows_FPB");
-    weights.scales_FP = from.tensor<const float>("scales_FP");
     weights.biases_FP = from.tensor<const float>("biases_FP");
     weights.off_F = from.tensor<const float>("off_F");
     weights.down_D = from.tensor<const float>("down_D");
@@ -144,20 +165,36 @@ Prepared read_prepared(Arguments from) {
     weights.screen.scales_F = from.tensor<const float>("screen_scale_F");
     weights.screen.errors_F = from.tensor<const float>("screen_error_F");
     weights.screen.reach = float(from.real("screen_reach"));
-    made.isa = ffn::kIsas[from.code<int>("isa", int(std::size(ffn::kIsas)))];
+    made.isa = read_isa(from);
     from.finish();
-    if (made.isa->runs_here()) return made;
-    PyErr_Format(PyExc_ValueError, "this CPU does not run %s", made.isa->name);
-    throw PythonError();
+    return made;
+}
+
+PreparedLinear read_linear(Arguments from) {
+    PreparedLinear made{};
+    made.weights.rows_ND = from.tensor<const std::byte>("rows_NB");
+    made.weights.bias_N = from.tensor<const float>("bias_N");
+    made.weights.rows = from.integer("rows");
+    made.weights.width = from.integer("width");
+    made.weights.lines = from.integer("lines");
+    made.weights.dtype = from.code<DType>("dtype", ffn::kDTypes);
+    made.weights.zero = float(from.real("zero"));
+    made.isa = read_isa(from);
+    from.finish();
+    return made;
 }
 
 PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
         if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
-        std::unique_ptr<Prepared> made(new Prepared(read_prepared(Arguments(args, names))));
-        PyObject* capsule = PyCapsule_New(made.get(), kCapsule, forget);
-        if (capsule) made.release();
-        return capsule;
+        return capsule(read_prepared(Arguments(args, names)), kCapsule);
+    });
+}
+
+PyObject* prepare_linear(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
+        return capsule(read_linear(Arguments(args, names)), kLinear);
     });
 }
 
@@ -184,29 +221,50 @@ Call read_call(Arguments from) {
     return made;
 }
 
-// Without the interpreter's lock.
-std::int64_t run_unlocked(const Prepared& ffn, const Call& call) {
-    std::int64_t read = 0;
+// Runs the body without the interpreter's lock.
+template <class Body>
+void unlocked(const Body& body) {
     std::exception_ptr error;
     Py_BEGIN_ALLOW_THREADS;
     try {
-        read = ffn::sparse_ffn(ffn.weights, call.batch, *ffn.isa, call.threads, call.limits);
+        body();
     } catch (...) {
         error = std::current_exception();
     }
     Py_END_ALLOW_THREADS;
     if (error) std::rethrow_exception(error);
-    return read;
 }
 
 // Once a token and layer, hence without Python's parser of format strings.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
         if (count != 1) return PyErr_Format(PyExc_TypeError, "give the FFN, then names");
-        const void* ffn = PyCapsule_GetPointer(args[0], kCapsule);
+        const auto* ffn = static_cast<Prepared*>(PyCapsule_GetPointer(args[0], kCapsule));
         if (!ffn) throw PythonError();
         const Call call = read_call(Arguments(args + 1, names));
-        return PyLong_FromLongLong(run_unlocked(*static_cast<const Prepared*>(ffn), call));
+        std::int64_t read = 0;
+        unlocked([&] {
+            read = ffn::sparse_ffn(ffn->weights, call.batch, *ffn->isa, call.threads, call.limits);
+        });
+        return PyLong_FromLongLong(read);
+    });
+}
+
+PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the linear, then names");
+        const auto* made = static_cast<PreparedLinear*>(PyCapsule_GetPointer(args[0], kLinear));
+        if (!made) throw PythonError();
+        Arguments from(args + 1, names);
+        const int threads = int(from.integer("threads"));
+        ffn::Product product{};
+        product.x_TD = from.tensor<const void>("x_TD");
+        product.dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+        product.tokens = from.integer("tokens");
+        product.y_TN = from.tensor<void>("y_TN");
+        from.finish();
+        unlocked([&] { ffn::linear(made->weights, product, *made->isa, threads); });
+        Py_RETURN_NONE;
     });
 }
 
@@ -244,6 +302,9 @@ PyMethodDef methods[] = {
      "The handle of an FFN whose tensors the caller keeps."},
     {"run", with_names(run), METH_FASTCALL | METH_KEYWORDS,
      "Writes y; the number of rows read, or -1 if the tokens want more than the limits."},
+    {"prepare_linear", with_names(prepare_linear), METH_FASTCALL | METH_KEYWORDS,
+     "The handle of a linear whose tensors the caller keeps."},
+    {"multiply", with_names(multiply), METH_FASTCALL | METH_KEYWORDS, "Writes y = x W^T + b."},
     {"isas", isas, METH_NOARGS, "Instruction sets that run here, the fastest last."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages; may be ignored."},
     {nullptr, nullptr, 0, nullptr},

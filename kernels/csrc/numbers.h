@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "grouped_x.h"
 #include "sparse_ffn.h"
 
 namespace ffn {
@@ -52,13 +53,17 @@ class Inputs {
         for (std::int64_t t = 0; t < batch.tokens; ++t) {
             std::byte* to = memory + std::size_t(t) * stride(padded);
             const char* from = element(batch.x_TD, batch.dtype, t * width);
+            x_[std::size_t(t)] = to;
+            if (format == DType::i8) {
+                to_groups(from, batch.dtype, width, padded, to);
+                continue;
+            }
             if (format == batch.dtype)
                 std::memcpy(to, from, std::size_t(element(nullptr, format, width) - (char*)nullptr));
             else
                 to_floats(from, batch.dtype, width, reinterpret_cast<float*>(to));
             const char* behind = element(to, format, width);
             std::memset(const_cast<char*>(behind), 0, element(to, format, padded) - behind);
-            x_[std::size_t(t)] = to;
         }
     }
 

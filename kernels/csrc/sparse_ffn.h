@@ -24,7 +24,6 @@ struct Screen {
 // transposed, each of whole cache lines, with zeros behind column D.
 struct Weights {
     const std::byte* rows_FPD;
-    const float* scales_FP;  // what a row of int8 is multiplied with; null: 1
     const float* biases_FP;  // of every part but down; null: 0
     const float* off_F;      // what is taken from h of a neuron that is on; null: 0
     const float* down_D;     // the bias of the output; null: 0
@@ -37,9 +36,6 @@ struct Weights {
     std::int64_t padded() const { return lines * per_line(dtype); }
     const std::byte* row(std::int64_t neuron, int part) const {
         return rows_FPD + (neuron * (inputs + 1) + part) * row_bytes(dtype, lines);
-    }
-    float scale(std::int64_t neuron, int part) const {
-        return scales_FP ? scales_FP[neuron * (inputs + 1) + part] : 1;
     }
     float off(std::int64_t neuron) const { return off_F ? off_F[neuron] : 0; }
     float bias(std::int64_t neuron, int part) const {
@@ -87,7 +83,8 @@ std::int64_t many_tokens(const Weights& weights, const Batch& batch, const Isa& 
 // What to multiply with: the fastest, or what takes x in a format that this would lose digits of.
 inline const RowKernels& kernels_for(const Isa& isa, DType weights, DType x) {
     const RowKernels& found = isa.of[int(weights)];
-    return found.x == DType::f32 || found.x == x ? found : isa.widened->of[int(weights)];
+    const bool any = found.x == DType::f32 || found.x == DType::i8;
+    return any || found.x == x ? found : isa.widened->of[int(weights)];
 }
 
 }  // namespace ffn

@@ -30,7 +30,7 @@ from moe_tools.data.limits import context_length, continues_text, text_config
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.inference.optimized import optimize
-from moe_tools.inference.quantized_linear import Kind
+from moe_tools.inference.packed_linear import Kind
 from moe_tools.measure.neurons import count_neurons
 
 LAYERS, VOCABULARY, HEAD = 10, 32000, 64

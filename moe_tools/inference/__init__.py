@@ -1,1 +1,1 @@
-"""Makes models ready for inference: packed FFNs, quantised linears, kernels in MoE hosts."""
+"""Makes models ready for inference: packed FFNs and linears, kernels in MoE hosts."""

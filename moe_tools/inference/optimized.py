@@ -1,4 +1,4 @@
-"""Optimises a model for inference, in place: its FFNs are packed for the sparse kernels.
+"""Optimises a model for inference, in place: FFNs and linears are packed for the native kernels.
 
 Letters: T tokens (any leading dimensions), D model width.
 """
@@ -21,10 +21,9 @@ from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.hosts.ffn import FFN, graft, unfused_ffns
 from moe_tools.hosts.input_threshold import threshold_of, thresholds_in
 from moe_tools.hosts.kernel_refusal import refusal
-from moe_tools.hosts.linears import dtype_of
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
-from moe_tools.inference.quantized_linear import Kind, quantize_linears
+from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
 from moe_tools.inference.state import free_matrices, widen_router
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import INT4
@@ -70,7 +69,10 @@ def optimize(
     screen: float | None = None,
     linears: Kind | None = None,
 ) -> Model:
-    """Packs the FFNs for the sparse kernels, in place, and returns the model: for inference alone.
+    """Packs a model for the sparse kernels, in place, and returns it: for inference alone.
+
+    On a CPU every plain linear outside the FFNs runs on the native kernels too, in its own dtype:
+    attention and head, and those of dense FFNs that give no zeros.
 
     A routed FFN computes the experts that its router selects; a dense one whose activation gives
     exact zeros stops at the neurons that its gate turns off. Logits are what they were, but for
@@ -80,23 +82,24 @@ def optimize(
 
     Routers that propose neurons in up to four bits keep their copies in these. FFNs whose
     activation no kernel knows, whose linears are not plain, or whose router reads the FFN's own
-    rows (all others that do) stay as they are, with one warning that says why; a model without any
-    other is refused. A deep copy shares what is packed; `to` casts the rest, and refuses another
-    device.
-    torch.compile makes one graph of the model; pickle and torch.save keep it optimised.
+    rows (all others that do) stay as they are, with one warning that says why; a routed model
+    without any other is refused. A deep copy shares what is packed; `to` casts the rest, and
+    refuses another device. torch.compile makes one graph of the model; pickle and torch.save keep
+    it optimised.
 
     Args:
-        model: routed, or dense with ReLU or a relative; in eval mode.
-        dtype: of the packed matrices: fp32, bf16, fp16, int8 (a scale a row) or int4 (a scale for
-            each 32 of a row); the model's own by default. int8 and int4 need a kernel that reads
-            them.
+        model: routed, or dense; in eval mode.
+        dtype: of the packed FFNs: fp32, bf16, fp16, or int8 and int4 with a scale for each 32 of a
+            row (`few_bits.store_rows`: what the step `quantize` stored stays as it is); the model's
+            own by default. With int8 and int4 products are of integers, and x is rounded to int8;
+            they need a kernel that reads them.
         backend: see `moe_tools.kernels.sparse_ffn.pack`. `auto` takes the native kernels on a CPU
             and PyTorch elsewhere.
         screen: of FFNs with ReLU or a relative: a copy of the gate in int8 says which neurons
             cannot fire, with a margin in standard deviations of its error (4 misses next to
             nothing, `inf` nothing at all). Half of the gate's bytes, and as much memory more.
-        linears: quantize the linears outside the FFNs as well, in eight or four bits (attention
-            and head; see `quantize_linears`), and those of dense FFNs that cannot be packed.
+        linears: round the linears outside the FFNs, too, to eight or four bits (attention and head;
+            see `pack_linears`), and those of dense FFNs that cannot be packed.
 
     Raises:
         ValueError: a model that is being trained, scores softly or has no FFN to pack, an unknown
@@ -107,20 +110,22 @@ def optimize(
     settle(model)
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
     packing = _Packing(dtype, backend, screen)
-    packable = _packable(model, ffns, needed=linears is None)
+    native = backend in ("auto", "cpu")
+    needed = linears is None and not (native and can_pack(model) and not expert_ffns(model))
+    packable = _packable(model, ffns, needed=needed)
     for ffn in packable:
         packing.check(ffn)
     if linears is not None and thresholds_in(model):
         raise ValueError(
             "linears cannot be quantized here where inputs have thresholds: leave linears away"
         )
-    if linears is not None:
-        own = [ffn for ffn in ffns if ffn in packable or isinstance(ffn, ExpertFFN)]
-        projections = [linear for ffn in own for linear in ffn.projections.linears()]
-        quantize_linears(model, linears, besides=projections)
+    own = [ffn for ffn in ffns if ffn in packable or isinstance(ffn, ExpertFFN)]
+    if native or linears is not None:
+        besides = [linear for ffn in own for linear in ffn.projections.linears()]
+        pack_linears(model, linears, besides)
     for ffn in packable:
         if isinstance(ffn, ExpertFFN) and isinstance(ffn.router, FewBitsRouter):
-            ffn.router.pack(_dtype(ffn))
+            ffn.router.pack()
         free_matrices(_put(model, ffn, packing.pack(ffn)), dtype)
     for routed in expert_ffns(model):
         widen_router(routed)
@@ -206,11 +211,6 @@ class _Packing:
 
     def _pack(self, weights: FFNWeights) -> PackedFFN:
         return pack(weights, dtype=self.dtype, backend=self.backend, sole=True, screen=self.screen)
-
-
-def _dtype(ffn: ExpertFFN) -> torch.dtype:
-    """Returns the dtype of the inputs."""
-    return dtype_of(ffn.projections.up) or torch.float32
 
 
 def _weights(ffn: ExpertFFN | FFN) -> FFNWeights:

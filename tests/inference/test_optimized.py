@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import math
+import pickle
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,7 +32,7 @@ from moe_tools.experts.swapped import swap_activations
 from moe_tools.hosts.ffn import find_ffns, grafted_ffns, host_state_dict
 from moe_tools.inference import optimized
 from moe_tools.inference.optimized import optimize
-from moe_tools.inference.quantized_linear import QuantizedLinear
+from moe_tools.inference.packed_linear import PackedLinear
 from moe_tools.kernels.sparse_ffn import native_cpu
 from tests.families import (
     EXPERT_SIZE,
@@ -288,7 +289,6 @@ def refuse(model: PreTrainedModel, message: str, **options: Any) -> None:
 
 def test_refusals_change_nothing_and_say_why() -> None:
     refuse(make("llama").train(), r"is in training mode: call model.eval\(\) first")
-    refuse(build("llama"), r"no FFN to optimise: dense, and \w+ gives no exact zeros \(2 FFNs\)")
     refuse(make("llama"), "cannot be packed as torch.float64", dtype=torch.float64)
     refuse(make("llama"), "unknown backend 'gpu'", backend="gpu")
     soft = make("llama")
@@ -419,7 +419,7 @@ def test_quantized_linears_are_close_and_not_saved(
 ) -> None:
     model = make("llama", hidden_size=64, vocab_size=64)
     fast = optimised(model, linears=linears)
-    names = {name for name, m in fast.named_modules() if isinstance(m, QuantizedLinear)}
+    names = {name for name, m in fast.named_modules() if isinstance(m, PackedLinear)}
     assert "lm_head" in names and "model.layers.1.self_attn.o_proj" in names
     assert len(names) == 1 + 4 * 2  # neither FFNs nor routers
     ids = torch.randint(3, 64, (1, tokens))
@@ -443,12 +443,6 @@ def test_a_refusal_comes_before_the_first_change() -> None:
 
 
 def test_where_no_linear_can_be_quantized_that_is_said() -> None:
-    model = make("llama", vocab_size=60)  # neither width nor rows are multiples
-    refuse(
-        model,
-        "no linear to quantize as int4: int4 takes 32s of columns and 16s of rows",
-        linears="int4",
-    )
     headless = make("gpt2")
     headless.lm_head = nn.Identity()
     refuse(headless, "no linear to quantize as int8", linears="int8")
@@ -460,15 +454,47 @@ def test_where_no_linear_can_be_quantized_that_is_said() -> None:
 
 
 def test_linears_that_stay_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = make("llama", hidden_size=64, vocab_size=60)
+    class Adapted(nn.Linear):
+        pass
+
+    model = make("llama", hidden_size=64)
+    model.lm_head = Adapted(64, 64)
     with caplog.at_level(logging.WARNING, "moe_tools"):
         fast = optimised(model, linears="int4")
-    assert type(fast.lm_head) is nn.Linear
+    assert type(fast.lm_head) is Adapted
     (record,) = caplog.records
     assert record.getMessage() == (
-        "LlamaForCausalLM: linears that stay as they are: "
-        "int4 takes 32s of columns and 16s of rows (1 linears)"
+        "LlamaForCausalLM: linears that stay as they are: a Adapted, no plain linear (1 linears)"
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_linears_that_keep_their_dtype_compute_the_same(tokens: int, tmp_path: Path) -> None:
+    model = build("llama", tie_word_embeddings=True)
+    fast = optimised(model)
+    assert not [name for name, module in fast.named_modules() if type(module) is nn.Linear]
+    assert fast.lm_head.weight is fast.model.embed_tokens.weight
+    ids = torch.randint(3, 64, (1, tokens))
+    for made in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        with torch.no_grad():
+            torch.testing.assert_close(made(ids).logits, model(ids).logits, atol=2e-5, rtol=1e-5)
+        assert made.lm_head.weight is made.model.embed_tokens.weight
+    before, after = model.state_dict(), fast.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    save(fast, tmp_path / "out")
+    assert torch.equal(logits(load(str(tmp_path / "out"), dtype=torch.float32)), logits(model))
+
+
+def test_a_packed_linear_has_no_gradients() -> None:
+    linear = optimised(build("llama")).lm_head
+    with pytest.raises(ValueError, match="has no gradients: call it under"):
+        linear(torch.randn(1, 16, requires_grad=True))
+
+
+def test_linears_of_a_named_backend_stay() -> None:
+    fast = optimised(make("llama"), backend="reference")
+    assert type(fast.lm_head) is nn.Linear
 
 
 @pytest.mark.parametrize("linears", ["int8", "int4"])
@@ -498,7 +524,7 @@ def test_few_bits_propose_from_packed_copies() -> None:
     assert torch.allclose(logits(fast), before, atol=0.05)
     eight = build("llama", hidden_size=32)
     attach_experts(eight, Conversion("donor", 1, "few_bits", spec, router_options={"bits": 8}))
-    refuse(eight, "proposals in 8 bits: there is no kernel for them yet, take 4 or fewer")
+    refuse(eight, "proposals in 8 bits: there is no kernel for them, take 4 or fewer")
 
 
 def test_linears_of_an_unknown_kind_are_refused() -> None:

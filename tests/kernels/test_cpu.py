@@ -21,6 +21,7 @@ from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.native import isas
 from moe_tools.kernels.cpu.packed import CpuFFN
 from moe_tools.kernels.cpu.rows import DTYPES
+from moe_tools.kernels.few_bits import group_int8
 from moe_tools.kernels.quantize import QUANTIZED, rounded
 from moe_tools.kernels.reference import neuron_mask, sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
@@ -42,6 +43,8 @@ TOLERANCES = {
 }
 # Where h is rounded to bf16, as a matrix product in bf16 does.
 ROUNDED_H = {"rtol": 1e-2, "atol": 2e-2}
+# Where h times a scale is, beside weights of four bits that are not scaled by their number.
+ROUNDED_INT4 = {"rtol": 1e-2, "atol": 1e-1}
 every_isa = pytest.mark.parametrize("isa", isas())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -68,8 +71,14 @@ def exact(
     stored = rounded(weights, dtype)
     matrices = {name: getattr(stored, name) for name in ("up_FD", "down_FD", "gate_FD")}
     stored = replace(weights, **matrices)  # biases stay in fp32
+    x_TD = group_int8(x_TD.float()) if dtype in QUANTIZED else x_TD
     double = stored.changed(Tensor.double, Tensor.double)
     return sparse_ffn_reference(double, x_TD.double(), mask_TE)
+
+
+def rounds_h(dtype: torch.dtype, isa: str | None = None) -> bool:
+    """Whether h is rounded to bf16 for weights of four bits."""
+    return dtype == torch.int4 and (isa or isas()[-1]) == "avx512_bf16"
 
 
 @contextmanager
@@ -124,8 +133,10 @@ def test_the_output_equals_the_reference(case: dict[str, Any]) -> None:
         y_TD = packed(x_TD, mask_TE)
     assert (y_TD.shape, y_TD.dtype) == (x_TD.shape, x_TD.dtype)
     expected_TD = exact(weights, case["dtype"], x_TD, mask_TE)
-    in_bf16 = case["dtype"] == case["x_dtype"] == torch.bfloat16
-    tolerance = ROUNDED_H if in_bf16 and limits.few < 300 else TOLERANCES[case["x_dtype"]]
+    in_bf16 = case["dtype"] == case["x_dtype"] == torch.bfloat16 and limits.few < 300
+    tolerance = ROUNDED_H if in_bf16 else TOLERANCES[case["x_dtype"]]
+    if rounds_h(case["dtype"], case["isa"]):
+        tolerance = ROUNDED_INT4
     torch.testing.assert_close(y_TD.double(), expected_TD, **tolerance)
 
 
@@ -139,7 +150,8 @@ def test_one_expert_at_a_time_adds_up_to_the_dense_ffn(
     packed = CpuFFN(weights, dtype, or_dense=False, isa=isa)
     parts = [packed(x_TD, torch.eye(7, dtype=torch.bool)[e].expand(tokens, 7)) for e in range(7)]
     expected_TD = exact(weights, dtype, x_TD).float()
-    torch.testing.assert_close(torch.stack(parts).sum(0), expected_TD, rtol=2e-5, atol=2e-5)
+    tolerance = ROUNDED_H if rounds_h(dtype, isa) else {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(torch.stack(parts).sum(0), expected_TD, **tolerance)
 
 
 @every_isa
@@ -258,7 +270,8 @@ def test_where_dense_is_faster_the_output_is_the_same(
     mask_TE = masks_TE[mask]
     y_TD = CpuFFN(weights, dtype)(x_TD, mask_TE)
     expected_TD = exact(weights, dtype, x_TD, mask_TE).float()
-    torch.testing.assert_close(y_TD, expected_TD, rtol=2e-5, atol=2e-5)
+    tolerance = ROUNDED_H if rounds_h(dtype) else {"rtol": 2e-5, "atol": 2e-5}
+    torch.testing.assert_close(y_TD, expected_TD, **tolerance)
 
 
 @pytest.mark.parametrize(

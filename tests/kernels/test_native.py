@@ -97,7 +97,7 @@ def test_so_they_are_where_the_kernels_do_not_know_the_activation(dtype: torch.d
 
 def prepare_arguments() -> dict[str, Any]:
     """Of an FFN of no neurons: nothing is read."""
-    tensors = ("rows_FPB", "scales_FP", "biases_FP", "off_F", "down_D")
+    tensors = ("rows_FPB", "biases_FP", "off_F", "down_D")
     screen = ("screen_FB", "screen_scale_F", "screen_error_F")
     numbers = ("neurons", "width", "lines", "gated", "dtype", "act", "up_act", "isa")
     zeros = dict.fromkeys((*tensors, *screen, *numbers), 0)

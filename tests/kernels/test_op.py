@@ -15,10 +15,11 @@ from torch import Tensor
 
 import moe_tools.kernels.cpu.stored as backend
 from moe_tools.kernels.activations import Act
+from moe_tools.kernels.cpu.memory import HUGE_PAGE, LINE
 from moe_tools.kernels.cpu.native import isas
 from moe_tools.kernels.cpu.op import operands, sparse_ffn_cpu
 from moe_tools.kernels.cpu.packed import CpuFFN
-from moe_tools.kernels.cpu.rows import DTYPES, FLOATS, HUGE_PAGE, LINE
+from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
 from moe_tools.kernels.weights import FFNWeights
 
 # What the operands depend on: gates, biases, activations with a threshold, a screen.

@@ -23,7 +23,8 @@ def mergeable_symbols(binary: Path) -> set[str]:
     names = set()
     for line in listed.splitlines():
         name, kind, *_ = line.rsplit(maxsplit=3)
-        names |= {name} if kind in "WVu" else set()
+        pointer = name.startswith("DW.ref.")  # to the one personality routine: no code
+        names |= {name} if kind in "WVu" and not pointer else set()
     return names
 
 

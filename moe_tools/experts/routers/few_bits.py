@@ -23,6 +23,7 @@ from moe_tools.experts.routers.base import Router, RowReader, Scoring, Start, St
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.linears import tensors_of
 from moe_tools.hosts.projections import hidden_TF
+from moe_tools.kernels.cpu.linear import CpuLinear
 from moe_tools.kernels.few_bits import (
     GROUP,
     CopyBits,
@@ -33,7 +34,7 @@ from moe_tools.kernels.few_bits import (
     group_int8,
     store_rows,
 )
-from moe_tools.kernels.packed_bits import PackedBits, cannot_pack
+from moe_tools.kernels.sparse_ffn import native_cpu
 
 OFF_GRID = 0.15
 """Steps of the grid, root mean square: bf16 moves stored weights by 0.05, others lie 0.29 off."""
@@ -112,13 +113,21 @@ class FewBitsRouter(RowReader):
         up, gate = self._packed or self._products(x_TD.dtype)
         return hidden_TF(self.projections.act, up(x_TD), None if gate is None else gate(x_TD))
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Takes the copies once for inputs of a dtype: the FFN's own rows can then be freed."""
-        self._packed = self._made_of(lambda few: PackedBits(few, dtype))
+    def pack(self) -> None:
+        """Takes the copies once, in int4: the FFN's own rows can then be freed.
+
+        The kernel rounds x to int8, as `x_bits: 8` does.
+        """
+        self._packed = self._made_of(CpuLinear.of_codes)
 
     def cannot_pack(self) -> str | None:
         """Why `pack` cannot be called; None: it can."""
-        return cannot_pack(self.projections.weights().up_FD, self.bits)
+        rows_FD = self.projections.weights().up_FD
+        if self.bits > 4:
+            return f"proposals in {self.bits} bits: there is no kernel for them, take 4 or fewer"
+        if rows_FD.device.type != "cpu" or not native_cpu():
+            return f"proposals in few bits on {rows_FD.device}: only native CPU kernels read them"
+        return None
 
     def few_bits(self, rows_FD: Tensor) -> FewBits:
         """The copy of some rows: of their own, or the high bits of what is stored."""
