@@ -23,13 +23,12 @@ from moe_tools.kernels.cpu.rows import (
     write_codes,
     write_rows,
 )
-from moe_tools.kernels.few_bits import FewBits, group_int8
+from moe_tools.kernels.few_bits import FewBits
 from moe_tools.kernels.quantize import INT4
 
-FEW = 8
-"""Tokens for which the rows are read once, by the kernels; more go through matrix products."""
-AT_ONCE = 4096
-"""Rows that a matrix product of many tokens widens at once, of those stored in int8 and int4."""
+FEW = 32
+"""Tokens for which the kernels read rows of floats; PyTorch's matrix product is faster for more.
+Rows of int8 and int4, which it would have to widen, they multiply with any number."""
 
 
 class CpuLinear:
@@ -114,8 +113,9 @@ class CpuLinear:
             made: Tensor = linear_cpu(x_TD, *self.operands)
             return made
         tokens = x_TD.numel() // self.width
-        if tokens > FEW:
-            return self._many(x_TD)
+        if tokens > FEW and self.dtype not in BITS:
+            bias_N = None if self.bias_N is None else self.bias_N.to(x_TD.dtype)
+            return linear(x_TD, self.weight_ND().to(x_TD.dtype), bias_N)
         x_TD = x_TD.contiguous()  # stays alive until the kernel is done
         y_TN = torch.empty((*x_TD.shape[:-1], len(self.rows_NB)), dtype=x_TD.dtype)
         self._native.multiply(
@@ -137,18 +137,6 @@ class CpuLinear:
     def weight_ND(self, rows: slice = slice(None)) -> Tensor:
         """Returns some rows in fp32, or a view where they are stored as floats."""
         return read_rows(self.rows_NB[rows], self.width, self.dtype, offset=self.offset)
-
-    def _many(self, x_TD: Tensor) -> Tensor:
-        bias_N = None if self.bias_N is None else self.bias_N.to(x_TD.dtype)
-        x_TD = group_int8(x_TD) if self.dtype in BITS else x_TD
-        if self.dtype not in BITS:
-            return linear(x_TD, self.weight_ND().to(x_TD.dtype), bias_N)
-        y_TN = torch.empty((*x_TD.shape[:-1], len(self.rows_NB)), dtype=x_TD.dtype)
-        for begin in range(0, len(self.rows_NB), AT_ONCE):
-            part = slice(begin, begin + AT_ONCE)
-            some_N = None if bias_N is None else bias_N[part]
-            y_TN[..., part] = linear(x_TD, self.weight_ND(part).to(x_TD.dtype), some_N)
-        return y_TN
 
 
 def _unpickled(rows_NB: Tensor, *others: Any) -> CpuLinear:

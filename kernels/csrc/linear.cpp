@@ -11,6 +11,7 @@
 namespace ffn {
 namespace {
 
+constexpr std::int64_t kTokens = 256;         // whose x is prepared at a time
 constexpr int kRows = 64;                     // that are multiplied at a time
 constexpr std::int64_t kPieceBytes = 131072;  // of W that a thread takes at a time
 
@@ -72,8 +73,14 @@ class Job {
 }  // namespace
 
 void linear(const Linear& weights, const Product& product, const Isa& isa, int threads) {
-    if (product.tokens == 0 || weights.rows == 0) return;
-    Job(weights, product, isa).run(std::max(threads, 1));
+    if (weights.rows == 0) return;
+    for (std::int64_t t = 0; t < product.tokens; t += kTokens) {
+        Product part = product;
+        part.x_TD = element(product.x_TD, product.dtype, t * weights.width);
+        part.y_TN = const_cast<char*>(element(product.y_TN, product.dtype, t * weights.rows));
+        part.tokens = std::min(kTokens, product.tokens - t);
+        Job(weights, part, isa).run(std::max(threads, 1));
+    }
 }
 
 }  // namespace ffn

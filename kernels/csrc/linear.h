@@ -1,4 +1,4 @@
-// y = x W^T + b: the dense product of few tokens, at the speed at which W is read.
+// y = x W^T + b. Of few tokens it is as fast as W is read; of many, four rows meet all of them.
 // Letters: T tokens, D columns, N rows of W.
 #pragma once
 
