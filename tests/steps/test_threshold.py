@@ -26,6 +26,7 @@ from moe_tools.experts.conversion import Conversion, attach_experts, read_conver
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.hosts.input_threshold import MOST, thresholds_in
 from moe_tools.inference.optimized import optimize
+from moe_tools.inference.packed_linear import PackedLinear
 from moe_tools.measure.inputs import count_inputs
 from moe_tools.recipe import Attach, Lora, Split, Swap, Threshold, Train
 from moe_tools.steps.step import Work
@@ -443,12 +444,16 @@ def test_a_share_out_of_range_is_refused(sparsity: float) -> None:
         Threshold(0.5, rotate=True, sites="hidden").check()
 
 
-def test_no_kernel_takes_an_ffn_with_thresholds() -> None:
+def test_linears_keep_their_thresholds_on_packed_rows() -> None:
     model = made(hidden_act="relu")
-    expected = logits(model)
-    with pytest.raises(ValueError, match="inputs have thresholds, which no kernel runs"):
-        optimize(model)
-    assert torch.equal(logits(model), expected)
+    dropped, expected = thresholds_in(model).keys(), logits(model)
+    fast = optimize(model)
+    assert dropped and thresholds_in(fast).keys() == dropped
+    assert type(fast.model.layers[0].mlp.up_proj) is PackedLinear
+    torch.testing.assert_close(logits(fast), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_no_kernel_takes_an_ffn_with_thresholds() -> None:
     routed = chosen()
     given_to(replace(HALF, sites="hidden"), routed)
     with pytest.raises(ValueError, match="inputs have thresholds, which no kernel runs"):
