@@ -17,7 +17,8 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
     Two panels have one quality over two prices: the bytes that a token reads of the FFNs, over
     those in bf16, and their FLOPs. Rows of the same recipe or folder are one series; donors and
     controls are points, and lines to compare with. The better points lie below and to the left,
-    those of an accuracy above. Perplexities are divided by the donor's, where all have one.
+    those of an accuracy above. Perplexities are divided by the donor's, where all have one, and
+    shown up to `MOST` times it.
 
     Raises:
         ValueError: no row to draw, or rows of two texts.
@@ -33,9 +34,19 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(every, panels, strict=True):
         _draw(axes, rows, panel, quality)
+    if quality.most is not None:
+        least = min(filter(None, map(quality.of, rows)))
+        every[0].set_ylim(0.97 * least, quality.most)
+        every[0].set_yticks(TICKS, [f"{ratio:g}x" for ratio in TICKS])
+        every[0].minorticks_off()
     every[0].set_ylabel(f"{quality.name}, held-out {_plain(Path(rows[0].data).name)}")
     every[0].legend()
     figure.savefig(file)
+
+
+MOST = 3.0
+"""Perplexities above so many times the dense one leave the picture at the top."""
+TICKS = (1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0)
 
 
 class Panel(NamedTuple):
@@ -57,13 +68,18 @@ class Quality(NamedTuple):
     name: str
     scale: str
     of: Callable[[Row], float | None]
+    most: float | None = None
+    """Where the picture ends; None: behind the last point."""
 
 
 def _quality(rows: Sequence[Row]) -> Quality:
     if rows[0].accuracy is not None:
         return Quality("accuracy", "linear", lambda row: row.accuracy)
     if all(row.ratio_to_donor or row.role == "donor" for row in rows):
-        return Quality("perplexity / dense", "log", lambda row: row.ratio_to_donor or 1.0)
+        ratios = [row.ratio_to_donor or 1.0 for row in rows]
+        # What is so much worse is of no use, and would press all others into one line.
+        most = MOST if max(ratios) > MOST > min(ratios) else None
+        return Quality("perplexity / dense", "log", lambda row: row.ratio_to_donor or 1.0, most)
     return Quality("perplexity", "log", lambda row: row.perplexity)
 
 

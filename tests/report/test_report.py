@@ -244,6 +244,17 @@ def test_a_plot_has_both_prices(tmp_path: Path) -> None:
     assert "perplexity / dense" in drawn
 
 
+@pytest.mark.parametrize(("worst", "ends"), [(2.9, False), (60.0, True)])
+def test_what_is_of_no_use_leaves_a_plot_at_its_top(
+    worst: float, ends: bool, tmp_path: Path
+) -> None:
+    rows = [replace(DENSE), *(replace(ROW, ratio_to_donor=r, series="lte") for r in (1.2, worst))]
+    plot(rows, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert ("<!-- 1.05x -->" in drawn) is ends
+    assert ("<!-- 3x -->" in drawn) is ends
+
+
 def test_a_plot_needs_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no converted model to draw"):
         plot([DENSE], tmp_path / "plot.svg")
