@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from moe_tools.kernels.cpu.memory import aligned, allocate
-from moe_tools.kernels.cpu.native import extension, isas
+from moe_tools.kernels.cpu.native import address, extension, isa_index
 from moe_tools.kernels.cpu.rows import (
     BITS,
     DTYPES,
     FLOATS,
+    NAMES,
     line_count,
     read_rows,
     row_bytes,
@@ -68,16 +69,15 @@ class CpuLinear:
         self.width: int = width
         self.dtype: torch.dtype = dtype
         self._native = extension()
-        known = isas()
         self._handle = self._native.prepare_linear(
             rows_NB=rows_NB.data_ptr(),
-            bias_N=0 if bias_N is None else bias_N.data_ptr(),
+            bias_N=address(bias_N),
             rows=len(rows_NB),
             width=width,
             lines=line_count(width, dtype),
             dtype=DTYPES.index(dtype),
             zero=8 - offset,
-            isa=len(known) - 1 if isa is None else known.index(isa),
+            isa=isa_index(isa),
         )
 
     @classmethod
@@ -157,7 +157,7 @@ def linear_cpu(
     isa: str | None,
 ) -> Tensor:
     """Computes y_TN; the operands are those of `CpuLinear`. Eager calls go past it."""
-    stored = DTYPES[[str(known) for known in DTYPES].index(dtype)]
+    stored = DTYPES[NAMES.index(dtype)]
     made = CpuLinear.__new__(CpuLinear)
     made._hold(rows_NB, bias_N, width, stored, offset, isa)
     return made(x_TD)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def extension() -> ModuleType:
@@ -32,3 +36,22 @@ def isas() -> list[str]:
     """
     names: list[str] = extension().isas()
     return names
+
+
+def isa_index(isa: str | None) -> int:
+    """Returns the place of an instruction set among `isas()`; None is the fastest.
+
+    Raises:
+        ValueError: this CPU does not run it, or as `extension`.
+    """
+    known = isas()
+    if isa is None:
+        return len(known) - 1
+    if isa not in known:
+        raise ValueError(f"unknown instruction set {isa!r}; this CPU runs: {', '.join(known)}")
+    return known.index(isa)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Returns where a tensor's numbers begin; 0 stands for none."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -17,12 +17,9 @@ from torch import Tensor
 
 from moe_tools.kernels.activations import Act, ActName
 from moe_tools.kernels.cpu.ffn_rows import PackedRows
-from moe_tools.kernels.cpu.rows import DTYPES
+from moe_tools.kernels.cpu.rows import DTYPES, NAMES
 from moe_tools.kernels.cpu.screen import Screen
 from moe_tools.kernels.cpu.stored import Kernel, StoredFFN
-
-NAMES = [str(dtype) for dtype in DTYPES]
-"""The dtypes by name: torch.export cannot write down int4."""
 
 
 @torch.library.custom_op("moe_tools::sparse_ffn_cpu", mutates_args=())

@@ -22,6 +22,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of x and y."""
 DTYPES = (*FLOATS, torch.int8, INT4)
 """The dtypes of stored weights, in the order of csrc/dtype.h."""
+NAMES = [str(dtype) for dtype in DTYPES]
+"""The same by name: torch.export cannot write down int4."""
 BITS: dict[torch.dtype, StoredBits] = {torch.int8: 8, INT4: 4}
 """The bits of those in groups."""
 AT_ONCE = 1024

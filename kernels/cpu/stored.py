@@ -17,7 +17,7 @@ from moe_tools.kernels.cpu.dense import dense_ffn
 from moe_tools.kernels.cpu.ffn_rows import PackedRows
 from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.memory import aligned
-from moe_tools.kernels.cpu.native import extension, isas
+from moe_tools.kernels.cpu.native import address, extension, isa_index
 from moe_tools.kernels.cpu.rows import BITS, DTYPES
 from moe_tools.kernels.cpu.screen import Screen
 from moe_tools.kernels.few_bits import group_int8
@@ -69,9 +69,9 @@ class StoredFFN:
         rows, screen = self.rows, self.screen
         return extension().prepare(
             rows_FPB=rows.bytes_FPB.data_ptr(),
-            biases_FP=_address(rows.biases_FP),
-            off_F=_address(rows.off_F),
-            down_D=_address(rows.down_D),
+            biases_FP=address(rows.biases_FP),
+            off_F=address(rows.off_F),
+            down_D=address(rows.down_D),
             neurons=len(rows.bytes_FPB),
             width=rows.width,
             lines=rows.lines,
@@ -85,7 +85,7 @@ class StoredFFN:
             screen_scale_F=0 if screen is None else screen.scale_F.data_ptr(),
             screen_error_F=0 if screen is None else screen.error_F.data_ptr(),
             screen_reach=1.0 if screen is None else screen.reach,
-            isa=_isa_index(self.isa),
+            isa=isa_index(self.isa),
         )
 
 
@@ -151,16 +151,3 @@ class Kernel:
         rows = self.stored.rows
         made = self.stored.weights(lambda part: rows.matrix_FD(part, dtype))
         return made.changed(lambda rows_FD: rows_FD, lambda bias: bias.to(dtype))
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _isa_index(isa: str | None) -> int:
-    known = isas()
-    if isa is None:
-        return len(known) - 1
-    if isa not in known:
-        raise ValueError(f"unknown instruction set {isa!r}; this CPU runs: {', '.join(known)}")
-    return known.index(isa)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moe_tools.experts.routers import Router
 from moe_tools.kernels.cpu.linear import CpuLinear
+from moe_tools.kernels.cpu.memory import LINE
 from moe_tools.kernels.cpu.rows import FLOATS
 from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.sparse_ffn import native_cpu
@@ -130,7 +131,7 @@ def can_pack(model: nn.Module) -> bool:
 def _is_own(linear: nn.Linear) -> bool:
     """Whether the kernels read a linear in its own dtype, in the place of its weight."""
     weight = linear.weight
-    whole = weight.shape[1] * weight.element_size() % 64 == 0
+    whole = weight.shape[1] * weight.element_size() % LINE == 0
     return weight.device.type == "cpu" and weight.dtype in FLOATS and whole and bool(native_cpu())
 
 
