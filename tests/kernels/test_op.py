@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import moe_tools.kernels.cpu.stored as backend
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.memory import HUGE_PAGE, LINE
 from moe_tools.kernels.cpu.native import isas
