@@ -69,7 +69,7 @@ class CpuLinear:
         self.width: int = width
         self.dtype: torch.dtype = dtype
         self._native = extension()
-        self._handle = self._native.prepare_linear(
+        self.handle = self._native.prepare_linear(
             rows_NB=rows_NB.data_ptr(),
             bias_N=address(bias_N),
             rows=len(rows_NB),
@@ -119,7 +119,7 @@ class CpuLinear:
         x_TD = x_TD.contiguous()  # stays alive until the kernel is done
         y_TN = torch.empty((*x_TD.shape[:-1], len(self.rows_NB)), dtype=x_TD.dtype)
         self._native.multiply(
-            self._handle,
+            self.handle,
             threads=torch.get_num_threads(),
             x_TD=x_TD.data_ptr(),
             dtype=DTYPES.index(x_TD.dtype),

@@ -66,7 +66,7 @@ class Prompt {
         const auto columns = [&](int i) {
             sum_up(chunks, i * tile, std::min<std::int64_t>((i + 1) * tile, w_.lines));
         };
-        in_parallel(threads, int(chunks.size()), chunk, tiles, columns);
+        in_parallel(threads, Loop{int(chunks.size()), chunk}, Loop{tiles, columns});
         return read;
     }
 

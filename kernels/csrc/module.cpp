@@ -15,6 +15,7 @@
 #include <new>
 #include <utility>
 
+#include "decoder_layer.h"
 #include "linear.h"
 #include "sparse_ffn.h"
 
@@ -28,7 +29,8 @@ using ffn::Isa;
 using ffn::Limits;
 using ffn::Weights;
 
-constexpr const char *kCapsule = "moe_tools.ffn", *kLinear = "moe_tools.linear";
+constexpr const char *kCapsule = "moe_tools.ffn", *kLinear = "moe_tools.linear",
+                     *kLayer = "moe_tools.decoder_layer";
 
 struct PythonError {};  // thrown where Python's own error is set already
 
@@ -50,6 +52,16 @@ class Arguments {
     }
     std::int64_t integer(const char* name) { return checked(PyLong_AsLongLong(find(name))); }
     double real(const char* name) { return checked(PyFloat_AsDouble(find(name))); }
+
+    // What a capsule holds; null for None.
+    template <class Kind>
+    const Kind* prepared(const char* name, const char* capsule) {
+        PyObject* given = find(name);
+        if (given == Py_None) return nullptr;
+        const auto* made = static_cast<const Kind*>(PyCapsule_GetPointer(given, capsule));
+        if (!made) throw PythonError();
+        return made;
+    }
 
     // An integer below `end`, as what it stands for.
     template <class Code>
@@ -126,6 +138,11 @@ struct PreparedLinear {
     const Isa* isa;
 };
 
+struct PreparedLayer {
+    ffn::DecoderLayer layer;
+    const Isa* isa;
+};
+
 // Hands what was prepared to Python, which deletes it.
 template <class Kind>
 PyObject* capsule(Kind made, const char* name) {
@@ -182,6 +199,51 @@ PreparedLinear read_linear(Arguments from) {
     made.isa = read_isa(from);
     from.finish();
     return made;
+}
+
+// The caller keeps the linears.
+PreparedLayer read_layer(Arguments from) {
+    PreparedLayer made{};
+    ffn::DecoderLayer& layer = made.layer;
+    const auto linear = [&](const char* name) {
+        const auto* found = from.prepared<PreparedLinear>(name, kLinear);
+        if (found) made.isa = found->isa;
+        return found ? &found->weights : nullptr;
+    };
+    const auto norm = [&](const char* weight, const char* eps, const char* offset) {
+        const void* weight_D = from.tensor<const void>(weight);
+        return ffn::Norm{weight_D, layer.dtype, float(from.real(eps)), float(from.real(offset))};
+    };
+    layer.dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+    layer.width = from.integer("width");
+    layer.query_heads = from.integer("query_heads");
+    layer.key_heads = from.integer("key_heads");
+    layer.head = from.integer("head");
+    layer.scale = float(from.real("scale"));
+    layer.q = linear("q");
+    layer.k = linear("k");
+    layer.v = linear("v");
+    layer.o = linear("o");
+    layer.gate = linear("gate");
+    layer.up = linear("up");
+    layer.down = linear("down");
+    layer.act.kind = from.code<Act>("act", ffn::kActs);
+    layer.act.threshold = float(from.real("threshold"));
+    layer.before_attention = norm("before_attention", "before_attention_eps", "before_attention_offset");
+    layer.of_queries = norm("of_queries", "of_queries_eps", "of_queries_offset");
+    layer.of_keys = norm("of_keys", "of_keys_eps", "of_keys_offset");
+    layer.behind_attention = norm("behind_attention", "behind_attention_eps", "behind_attention_offset");
+    layer.before_ffn = norm("before_ffn", "before_ffn_eps", "before_ffn_offset");
+    layer.behind_ffn = norm("behind_ffn", "behind_ffn_eps", "behind_ffn_offset");
+    from.finish();
+    return made;
+}
+
+PyObject* prepare_layer(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
+        return capsule(read_layer(Arguments(args, names)), kLayer);
+    });
 }
 
 PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
@@ -268,6 +330,70 @@ PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject*
     });
 }
 
+const PreparedLayer& read_prepared_layer(PyObject* const* args, Py_ssize_t count) {
+    if (count != 1) {
+        PyErr_Format(PyExc_TypeError, "give the layer, then names");
+        throw PythonError();
+    }
+    const auto* made = static_cast<PreparedLayer*>(PyCapsule_GetPointer(args[0], kLayer));
+    if (!made) throw PythonError();
+    return *made;
+}
+
+PyObject* new_heads(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        const PreparedLayer& made = read_prepared_layer(args, count);
+        Arguments from(args + 1, names);
+        const int threads = int(from.integer("threads"));
+        ffn::NewHeads call{};
+        call.sequences = from.integer("sequences");
+        call.h_BD = from.tensor<const void>("h_BD");
+        call.cos_BW = from.tensor<const void>("cos_BW");
+        call.sin_BW = from.tensor<const void>("sin_BW");
+        call.positions = from.integer("positions");
+        call.q_BHW = from.tensor<void>("q_BHW");
+        call.k_BKW = from.tensor<void>("k_BKW");
+        call.v_BKW = from.tensor<void>("v_BKW");
+        from.finish();
+        unlocked([&] { ffn::new_heads(made.layer, call, *made.isa, threads); });
+        Py_RETURN_NONE;
+    });
+}
+
+ffn::Cached read_cached(Arguments& from, const char* data, const char* sequence, const char* head,
+                        const char* position) {
+    ffn::Cached made{};
+    made.data_BKSW = from.tensor<const char>(data);
+    made.sequence = from.integer(sequence);
+    made.head = from.integer(head);
+    made.position = from.integer(position);
+    return made;
+}
+
+PyObject* new_token(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        const PreparedLayer& made = read_prepared_layer(args, count);
+        Arguments from(args + 1, names);
+        const int threads = int(from.integer("threads"));
+        ffn::NewToken call{};
+        call.sequences = from.integer("sequences");
+        call.positions = from.integer("positions");
+        call.h_BD = from.tensor<const void>("h_BD");
+        call.q_BHW = from.tensor<const void>("q_BHW");
+        call.keys = read_cached(from, "keys", "keys_sequence", "keys_head", "keys_position");
+        call.values = read_cached(from, "values", "values_sequence", "values_head", "values_position");
+        call.mask = from.code<ffn::Mask>("mask", 3);
+        call.mask_dtype = from.code<DType>("mask_dtype", int(DType::i8));
+        call.mask_BS = from.tensor<const void>("mask_BS");
+        call.mask_sequence = from.integer("mask_sequence");
+        call.out_BD = from.tensor<void>("out_BD");
+        call.x_BD = from.tensor<void>("x_BD");
+        from.finish();
+        unlocked([&] { ffn::new_token(made.layer, call, *made.isa, threads); });
+        Py_RETURN_NONE;
+    });
+}
+
 PyObject* isas(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (const Isa* isa : ffn::kIsas) {
@@ -305,6 +431,12 @@ PyMethodDef methods[] = {
     {"prepare_linear", with_names(prepare_linear), METH_FASTCALL | METH_KEYWORDS,
      "The handle of a linear whose tensors the caller keeps."},
     {"multiply", with_names(multiply), METH_FASTCALL | METH_KEYWORDS, "Writes y = x W^T + b."},
+    {"prepare_layer", with_names(prepare_layer), METH_FASTCALL | METH_KEYWORDS,
+     "The handle of a decoder layer whose linears and norms the caller keeps."},
+    {"new_heads", with_names(new_heads), METH_FASTCALL | METH_KEYWORDS,
+     "Writes queries, keys and values of new tokens."},
+    {"new_token", with_names(new_token), METH_FASTCALL | METH_KEYWORDS,
+     "Writes what a layer makes of new tokens, given keys and values."},
     {"isas", isas, METH_NOARGS, "Instruction sets that run here, the fastest last."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages; may be ignored."},
     {nullptr, nullptr, 0, nullptr},

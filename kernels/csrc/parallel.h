@@ -1,4 +1,4 @@
-// Two loops, one behind the other, on a team of threads.
+// Loops, one behind the other, on a team of threads.
 //
 // With OpenMP it is the team that torch uses: a second one would fight with it for the cores. Its
 // threads sleep after a short spin, so a core that is shared costs its share and no more. Without
@@ -8,12 +8,20 @@
 // begun by then is left out, and the caller gets it once the team is done.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <exception>
 #include <thread>
 #include <vector>
 
 namespace ffn {
+
+// How many threads are worth their waking up, for so many bytes that are read once.
+inline int useful_threads(int threads, std::int64_t bytes) {
+    constexpr std::int64_t least = 32768;
+    return int(std::clamp<std::int64_t>(bytes / least, 1, threads));
+}
 
 class FirstException {
   public:
@@ -56,24 +64,35 @@ void share_out(int threads, int count, const Body& body) {
 }
 #endif
 
-// Calls first(i) for i below `firsts`; when all are done, then(j) for j below `thens`. Throws what
-// one of them threw.
-template <class First, class Then>
-void in_parallel(int threads, int firsts, const First& first, int thens, const Then& then) {
+// body(i) for every i below `count`, in any order.
+template <class Body>
+struct Loop {
+    int count;
+    Body body;
+};
+
+template <class Body>
+Loop(int, Body) -> Loop<Body>;
+
+// Runs loop after loop: one begins when the one before is done. Throws what one of them threw.
+template <class... Bodies>
+void in_parallel(int threads, const Loop<Bodies>&... loops) {
     FirstException failure;
-    const auto one = [&](int i) { failure.guard([&] { first(i); }); };
-    const auto other = [&](int j) { failure.guard([&] { then(j); }); };
+    const auto run = [&](const auto& loop) {
+        const auto one = [&](int i) { failure.guard([&] { loop.body(i); }); };
 #ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
 #pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < firsts; ++i) one(i);
-#pragma omp for schedule(static)
-        for (int j = 0; j < thens; ++j) other(j);
-    }
+        for (int i = 0; i < loop.count; ++i) one(i);
 #else
-    share_out(threads, firsts, one);
-    share_out(threads, thens, other);
+        share_out(threads, loop.count, one);
+#endif
+    };
+#ifdef _OPENMP
+    const int most = std::max({loops.count...});
+#pragma omp parallel num_threads(std::min(threads, most)) if (threads > 1 && most > 1)
+    (run(loops), ...);
+#else
+    (run(loops), ...);
 #endif
     failure.rethrow();
 }

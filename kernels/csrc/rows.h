@@ -98,7 +98,7 @@ class Ahead {
     void step() {
         if (row_ > last_) return;
         for (int r = 0; r < side; ++r)
-            __builtin_prefetch(static_cast<const char*>(rows_[row_ + r]) + line_ * kLine);
+            __builtin_prefetch(static_cast<const char*>(rows_[row_ + r]) + line_ * kLine, 0, 2);
         if (++line_ == lines_) line_ = 0, row_ += side;
     }
 

@@ -23,6 +23,7 @@ from moe_tools.hosts.input_threshold import threshold_of, thresholds_in
 from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
+from moe_tools.inference.fused_layer import fuse_layers
 from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
 from moe_tools.inference.state import free_matrices, widen_router
 from moe_tools.kernels.packed import PackedFFN
@@ -119,6 +120,11 @@ def optimize(
         raise ValueError(
             "linears cannot be quantized here where inputs have thresholds: leave linears away"
         )
+    dense = [
+        ffn
+        for ffn in ffns
+        if isinstance(ffn, FFN) and ffn not in packable and refusal(ffn.projections) is None
+    ]
     own = [ffn for ffn in ffns if ffn in packable or isinstance(ffn, ExpertFFN)]
     if native or linears is not None:
         besides = [linear for ffn in own for linear in ffn.projections.linears()]
@@ -129,6 +135,8 @@ def optimize(
         free_matrices(_put(model, ffn, packing.pack(ffn)), dtype)
     for routed in expert_ffns(model):
         widen_router(routed)
+    if native:
+        fuse_layers(model, dense)
     _fold_head(model)
     return model.requires_grad_(False)
 

@@ -1,0 +1,244 @@
+"""`CpuDecoderLayer`: a decoder layer for one new token a sequence, around its key-value cache.
+
+PyTorch spends a few dozen small operations on what stands between the products of a layer: norms,
+rotary positions, attention to the cache, sums. For one token these take longer than the products of
+a small model. Here they are done in the two native calls that make the products.
+
+Letters: B sequences, D width, H heads of queries, K heads of keys and values, W numbers of a head,
+S positions in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_tools.kernels.activations import Act
+from moe_tools.kernels.cpu.linear import CpuLinear
+from moe_tools.kernels.cpu.memory import LINE
+from moe_tools.kernels.cpu.native import address, extension
+from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
+
+MOST_SEQUENCES = 16
+"""More tokens than that, attention to long caches is better made by matrix products."""
+MOST_SHARING = 64
+"""Heads of queries to one of keys that the kernels know."""
+
+_NONE, _ALLOWED, _ADDED = 0, 1, 2  # kinds of masks, as in csrc/decoder_layer.h
+_NO_MASK = {"mask": _NONE, "mask_dtype": 0, "mask_BS": 0, "mask_sequence": 0}
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset), over the last dimension (arXiv 1910.07467)."""
+
+    weight_D: Tensor
+    """Read where it lies: changes in place are followed."""
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Linears and sizes of grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    q: CpuLinear
+    k: CpuLinear
+    v: CpuLinear
+    o: CpuLinear
+    query_heads: int
+    key_heads: int
+    head: int
+    scale: float
+    """Of queries times keys, before the softmax."""
+    of_queries: RMSNorm | None = None
+    of_keys: RMSNorm | None = None
+    """Norms of every head, before it is rotated."""
+
+
+@dataclass(frozen=True)
+class DenseFFN:
+    """down(act(gate x) * up x); without a gate, down(act(up x))."""
+
+    up: CpuLinear
+    down: CpuLinear
+    act: Act
+    gate: CpuLinear | None = None
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Where a layer has norms: in front of its two parts, and behind them."""
+
+    before_attention: RMSNorm | None = None
+    behind_attention: RMSNorm | None = None
+    before_ffn: RMSNorm | None = None
+    behind_ffn: RMSNorm | None = None
+
+
+def cannot_decode(dtype: torch.dtype, attention: Attention) -> str | None:
+    """Returns why the kernels cannot compute a layer; None when they can."""
+    if dtype not in FLOATS:
+        return f"{dtype} is none of fp32, bf16 and fp16"
+    if attention.head * dtype.itemsize % LINE or attention.head % 2:
+        return f"a head of {attention.head} numbers in {dtype} fills no whole cache lines"
+    if attention.query_heads % attention.key_heads:
+        return f"{attention.query_heads} heads do not share {attention.key_heads}"
+    if attention.query_heads // attention.key_heads > MOST_SHARING:
+        return f"more than {MOST_SHARING} heads share one of keys"
+    return None
+
+
+class CpuDecoderLayer:
+    """A layer that is prepared once and called for every token.
+
+    Sums are in fp32 and are rounded to `dtype` where a matrix product reads them: fewer roundings
+    than PyTorch makes in bf16. The result depends neither on the number of threads nor on their
+    timing.
+
+    Args:
+        attention: see there.
+        norms: see there.
+        dtype: of h, of the cache and of the norms' weights: fp32, bf16 or fp16.
+        ffn: a dense FFN that the second call ends with; None: the caller computes it.
+
+    Raises:
+        ValueError: `cannot_decode`.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        norms: Norms,
+        dtype: torch.dtype,
+        ffn: DenseFFN | None = None,
+    ) -> None:
+        if why := cannot_decode(dtype, attention):
+            raise ValueError(why)
+        self.dtype = dtype
+        self.width = attention.q.width
+        self.attention, self.norms, self.ffn = attention, norms, ffn
+        self._native = extension()
+        given = {
+            "before_attention": norms.before_attention,
+            "of_queries": attention.of_queries,
+            "of_keys": attention.of_keys,
+            "behind_attention": norms.behind_attention,
+            "before_ffn": norms.before_ffn,
+            "behind_ffn": norms.behind_ffn,
+        }
+        options: dict[str, object] = {}
+        for name, norm in given.items():
+            options[name] = 0 if norm is None else address(norm.weight_D)
+            options[f"{name}_eps"] = 0.0 if norm is None else norm.eps
+            options[f"{name}_offset"] = 0.0 if norm is None else norm.offset
+        act = Act("identity") if ffn is None else ffn.act
+        self._handle = self._native.prepare_layer(
+            dtype=DTYPES.index(dtype),
+            width=self.width,
+            query_heads=attention.query_heads,
+            key_heads=attention.key_heads,
+            head=attention.head,
+            scale=attention.scale,
+            **{name: None if one is None else one.handle for name, one in self._linears().items()},
+            act=act.code,
+            threshold=act.threshold,
+            **options,
+        )
+
+    def linears(self) -> list[CpuLinear]:
+        """Every linear that the kernels multiply by."""
+        return [one for one in self._linears().values() if one is not None]
+
+    def _linears(self) -> dict[str, CpuLinear | None]:
+        heads, ffn = self.attention, self.ffn
+        return {
+            "q": heads.q,
+            "k": heads.k,
+            "v": heads.v,
+            "o": heads.o,
+            "gate": None if ffn is None else ffn.gate,
+            "up": None if ffn is None else ffn.up,
+            "down": None if ffn is None else ffn.down,
+        }
+
+    def new_heads(
+        self, h_B1D: Tensor, cos_B1W: Tensor, sin_B1W: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes queries (B, H, 1, W), keys and values (B, K, 1, W) of the new tokens.
+
+        Args:
+            h_B1D: what enters the layer; contiguous.
+            cos_B1W: of the tokens' positions, or of one for all (1, 1, W); contiguous.
+            sin_B1W: likewise.
+        """
+        sizes, sequences = self.attention, len(h_B1D)
+        q_BH1W = h_B1D.new_empty((sequences, sizes.query_heads, 1, sizes.head))
+        k_BK1W = h_B1D.new_empty((sequences, sizes.key_heads, 1, sizes.head))
+        v_BK1W = h_B1D.new_empty((sequences, sizes.key_heads, 1, sizes.head))
+        self._native.new_heads(
+            self._handle,
+            threads=torch.get_num_threads(),
+            sequences=sequences,
+            h_BD=h_B1D.data_ptr(),
+            cos_BW=cos_B1W.data_ptr(),
+            sin_BW=sin_B1W.data_ptr(),
+            positions=len(cos_B1W),
+            q_BHW=q_BH1W.data_ptr(),
+            k_BKW=k_BK1W.data_ptr(),
+            v_BKW=v_BK1W.data_ptr(),
+        )
+        return q_BH1W, k_BK1W, v_BK1W
+
+    def new_token(
+        self,
+        h_B1D: Tensor,
+        q_BH1W: Tensor,
+        keys_BKSW: Tensor,
+        values_BKSW: Tensor,
+        mask_B11S: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Computes h behind the layer, and x; without an FFN h behind attention, and the FFN's x.
+
+        Args:
+            h_B1D: what entered the layer; contiguous.
+            q_BH1W: from `new_heads`.
+            keys_BKSW: of the whole cache, this token included; numbers of a position side by side.
+            values_BKSW: likewise.
+            mask_B11S: bool, or numbers that are added to the scores; B may be 1; None: all count.
+        """
+        out_B1D, x_B1D = torch.empty_like(h_B1D), torch.empty_like(h_B1D)
+        mask = _NO_MASK if mask_B11S is None else _mask(mask_B11S)
+        self._native.new_token(
+            self._handle,
+            threads=torch.get_num_threads(),
+            sequences=len(h_B1D),
+            positions=keys_BKSW.shape[2],
+            h_BD=h_B1D.data_ptr(),
+            q_BHW=q_BH1W.data_ptr(),
+            keys=keys_BKSW.data_ptr(),
+            keys_sequence=keys_BKSW.stride(0),
+            keys_head=keys_BKSW.stride(1),
+            keys_position=keys_BKSW.stride(2),
+            values=values_BKSW.data_ptr(),
+            values_sequence=values_BKSW.stride(0),
+            values_head=values_BKSW.stride(1),
+            values_position=values_BKSW.stride(2),
+            **mask,
+            out_BD=out_B1D.data_ptr(),
+            x_BD=x_B1D.data_ptr(),
+        )
+        return out_B1D, x_B1D
+
+
+def _mask(mask_B11S: Tensor) -> dict[str, int]:
+    """A mask, as csrc/decoder_layer.h has it."""
+    added = mask_B11S.dtype in FLOATS
+    return {
+        "mask": _ADDED if added else _ALLOWED,
+        "mask_dtype": DTYPES.index(mask_B11S.dtype) if added else 0,
+        "mask_BS": mask_B11S.data_ptr(),
+        "mask_sequence": mask_B11S.stride(0) if len(mask_B11S) > 1 else 0,
+    }

@@ -1,0 +1,383 @@
+#include "decoder_layer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <vector>
+
+#include "parallel.h"
+#include "scratch.h"
+
+namespace ffn {
+namespace {
+
+constexpr std::int64_t kChunk = 256;  // positions of a head that one thread attends to at a time
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+std::int64_t bytes_of(std::initializer_list<const Linear*> linears) {
+    std::int64_t bytes = 0;
+    for (const Linear* one : linears)
+        if (one) bytes += one->rows * row_bytes(one->dtype, one->lines);
+    return bytes;
+}
+
+// Numbers in the format of x, in the order of some tokens, that several linears multiply.
+class Prepared {
+  public:
+    void from(const float* x_BD, std::int64_t tokens, std::int64_t width, DType dtype,
+              const Linear& weights, DType format) {
+        const auto numbers = std::size_t(tokens * width);
+        const std::size_t rounded = (numbers * sizeof(float) + kLine - 1) / kLine * kLine;
+        const std::int64_t padded = weights.padded();
+        std::byte* memory = scratch_.get(rounded + std::size_t(tokens) * Inputs::stride(padded));
+        from_floats(x_BD, std::int64_t(numbers), dtype, memory);
+        const Batch batch{memory, nullptr, dtype, tokens, nullptr, 1};
+        inputs_.prepare(batch, width, padded, format, memory + rounded);
+    }
+    const Inputs& get() const { return inputs_; }
+
+  private:
+    Scratch scratch_;
+    Inputs inputs_;
+};
+
+// In place. y may be x.
+void normalize(const Norm& norm, const float* x, std::int64_t count, float* y) {
+    if (!norm.weight_D) {
+        if (x != y) std::copy(x, x + count, y);
+        return;
+    }
+    float squares[8] = {};  // eight sums, so that the loop is made vectors
+    std::int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+        for (int lane = 0; lane < 8; ++lane) squares[lane] += x[i + lane] * x[i + lane];
+    for (; i < count; ++i) squares[0] += x[i] * x[i];
+    float sum = 0;
+    for (const float square : squares) sum += square;
+    const float factor = 1 / std::sqrt(sum / float(count) + norm.eps);
+    constexpr std::int64_t kPart = 256;
+    float weight[kPart];
+    for (i = 0; i < count; i += kPart) {
+        const std::int64_t part = std::min(kPart, count - i);
+        to_floats(element(norm.weight_D, norm.dtype, i), norm.dtype, part, weight);
+        for (std::int64_t j = 0; j < part; ++j)
+            y[i + j] = x[i + j] * factor * (weight[j] + norm.offset);
+    }
+}
+
+// The first and the second half of a head are the parts of complex numbers, which turn.
+void rotate(float* head, const float* cos, const float* sin, std::int64_t width) {
+    const std::int64_t half = width / 2;
+    for (std::int64_t i = 0; i < half; ++i) {
+        const float a = head[i], b = head[i + half];
+        head[i] = a * cos[i] - b * sin[i];
+        head[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+// Memory of a thread that calls, kept for its next call.
+struct Work {
+    std::vector<float> h, x, y, z, gate, cos, sin, partial;
+    Prepared inputs[3];
+};
+
+Work& work() {
+    thread_local Work made;
+    return made;
+}
+
+float* sized(std::vector<float>& memory, std::int64_t count) {
+    if (memory.size() < std::size_t(count)) memory.resize(std::size_t(count));
+    return memory.data();
+}
+
+class Heads {
+  public:
+    Heads(const DecoderLayer& layer, const NewHeads& call, const Isa& isa, int threads)
+        : l_(layer),
+          c_(call),
+          parts_{{*layer.q, layer.dtype, isa, threads},
+                 {*layer.k, layer.dtype, isa, threads},
+                 {*layer.v, layer.dtype, isa, threads}},
+          linears_{layer.q, layer.k, layer.v} {}
+
+    void run(int threads) {
+        prepare();
+        const int q = parts_[0].count(), qk = q + parts_[1].count(), all = qk + parts_[2].count();
+        const auto rows = [&](int i) {
+            const int which = i < q ? 0 : i < qk ? 1 : 2;
+            const int piece = i - (which == 0 ? 0 : which == 1 ? q : qk);
+            parts_[which].run(piece, input(which), c_.sequences, y_[which], DType::f32);
+        };
+        const auto finish = [&](int) { write(); };
+        in_parallel(threads, Loop{all, rows}, Loop{1, finish});
+    }
+
+  private:
+    void prepare() {
+        Work& w = work();
+        const std::int64_t numbers = c_.sequences * l_.width;
+        float* h = sized(w.h, numbers);
+        to_floats(c_.h_BD, l_.dtype, numbers, h);
+        for (std::int64_t b = 0; b < c_.sequences; ++b)
+            normalize(l_.before_attention, h + b * l_.width, l_.width, h + b * l_.width);
+        for (int i = 0; i < 3; ++i)
+            if (owner(i) == i)
+                w.inputs[i].from(h, c_.sequences, l_.width, l_.dtype, *linears_[i], parts_[i].x());
+        const std::int64_t q = c_.sequences * l_.query_heads * l_.head;
+        const std::int64_t k = c_.sequences * l_.key_heads * l_.head;
+        y_[0] = sized(w.y, q + 2 * k), y_[1] = y_[0] + q, y_[2] = y_[1] + k;
+        to_floats(c_.cos_BW, l_.dtype, c_.positions * l_.head, sized(w.cos, c_.positions * l_.head));
+        to_floats(c_.sin_BW, l_.dtype, c_.positions * l_.head, sized(w.sin, c_.positions * l_.head));
+        inputs_ = w.inputs;
+        cos_ = w.cos.data(), sin_ = w.sin.data();
+    }
+
+    // The first linear that wants x as linear i does.
+    int owner(int i) const {
+        int first = 0;
+        while (parts_[first].x() != parts_[i].x() || linears_[first]->padded() != linears_[i]->padded())
+            ++first;
+        return first;
+    }
+    const Inputs& input(int i) const { return inputs_[owner(i)].get(); }
+
+    void write() const {
+        turn(l_.of_queries, y_[0], l_.query_heads);
+        turn(l_.of_keys, y_[1], l_.key_heads);
+        const std::int64_t k = c_.sequences * l_.key_heads * l_.head;
+        from_floats(y_[0], c_.sequences * l_.query_heads * l_.head, l_.dtype, c_.q_BHW);
+        from_floats(y_[1], k, l_.dtype, c_.k_BKW);
+        from_floats(y_[2], k, l_.dtype, c_.v_BKW);
+    }
+
+    void turn(const Norm& norm, float* heads, std::int64_t count) const {
+        for (std::int64_t i = 0; i < c_.sequences * count; ++i) {
+            float* head = heads + i * l_.head;
+            normalize(norm, head, l_.head, head);
+            const std::int64_t position = c_.positions == 1 ? 0 : i / count;
+            rotate(head, cos_ + position * l_.head, sin_ + position * l_.head, l_.head);
+        }
+    }
+
+    const DecoderLayer& l_;
+    const NewHeads& c_;
+    const LinearPieces parts_[3];
+    const Linear* const linears_[3];
+    float* y_[3] = {};
+    const Prepared* inputs_ = nullptr;  // of the thread that called, for all threads
+    const float *cos_ = nullptr, *sin_ = nullptr;
+};
+
+// Attention of the queries that share a head of keys to some positions: for each of them the
+// largest score, the sum of e^(score - largest), and the sum of the values with these weights.
+class Attention {
+  public:
+    Attention(const DecoderLayer& layer, const NewToken& call, const Isa& isa)
+        : l_(layer),
+          c_(call),
+          kernels_(kernels_for(isa, layer.dtype, layer.dtype)),
+          sharing_(layer.query_heads / layer.key_heads),
+          lines_((layer.head + per_line(layer.dtype) - 1) / per_line(layer.dtype)),
+          padded_(lines_ * per_line(layer.dtype)),
+          chunks_((call.positions + kChunk - 1) / kChunk) {
+        const std::int64_t queries = c_.sequences * l_.query_heads;
+        partial_ = sized(work().partial, queries * chunks_ * (padded_ + 2));
+        const Batch batch{c_.q_BHW, nullptr, l_.dtype, queries, nullptr, 1};
+        thread_local Scratch scratch;
+        queries_.prepare(batch, l_.head, padded_, kernels_.x,
+                         scratch.get(std::size_t(queries) * Inputs::stride(padded_)));
+    }
+
+    int count() const { return int(c_.sequences * l_.key_heads * chunks_); }
+
+    void run(int i) const {
+        const std::int64_t chunk = i % chunks_, head = i / chunks_ % l_.key_heads;
+        const std::int64_t b = i / chunks_ / l_.key_heads;
+        const std::int64_t begin = chunk * kChunk;
+        const int count = int(std::min(kChunk, c_.positions - begin));
+        thread_local std::vector<float> scores;
+        scores.resize(std::size_t(count * sharing_));
+        const void* rows[kChunk + kAhead];
+        list(c_.keys, b, head, begin, count, rows);
+        const std::int64_t query = b * l_.query_heads + head * sharing_;
+        kernels_.dot({rows, count, lines_}, queries_.data() + query, int(sharing_), scores.data());
+        float* sums[kMostSharing];
+        for (std::int64_t q = 0; q < sharing_; ++q) {
+            float* to = partial(query + q, chunk);
+            weigh(scores.data() + q, b, begin, count, to);
+            sums[q] = to + 2;
+            std::fill(sums[q], sums[q] + padded_, 0.0f);
+        }
+        list(c_.values, b, head, begin, count, rows);
+        kernels_.add({rows, count, lines_}, scores.data(), sums, int(sharing_), 0, lines_);
+    }
+
+    // The chunks of every query together: x_BHW.
+    void gather(float* x) const {
+        for (std::int64_t q = 0; q < c_.sequences * l_.query_heads; ++q, x += l_.head) {
+            float most = kNever, all = 0;
+            for (std::int64_t c = 0; c < chunks_; ++c) most = std::max(most, partial(q, c)[0]);
+            std::fill(x, x + l_.head, 0.0f);
+            for (std::int64_t c = 0; c < chunks_; ++c) {
+                const float* from = partial(q, c);
+                if (from[0] == kNever) continue;
+                const float weight = std::exp(from[0] - most);
+                all += weight * from[1];
+                for (std::int64_t d = 0; d < l_.head; ++d) x[d] += weight * from[2 + d];
+            }
+            for (std::int64_t d = 0; d < l_.head; ++d) x[d] /= all;
+        }
+    }
+
+    static constexpr std::int64_t kMostSharing = 64;  // heads of queries to one of keys
+
+  private:
+    float* partial(std::int64_t query, std::int64_t chunk) const {
+        return partial_ + (query * chunks_ + chunk) * (padded_ + 2);
+    }
+
+    // The rows of some positions, and the last one again where the kernels look ahead.
+    void list(const Cached& cached, std::int64_t b, std::int64_t head, std::int64_t begin, int count,
+              const void** rows) const {
+        for (int i = 0; i < count; ++i)
+            rows[i] = element(cached.data_BKSW, l_.dtype,
+                              b * cached.sequence + head * cached.head + (begin + i) * cached.position);
+        std::fill(rows + count, rows + count + kAhead, rows[count - 1]);
+    }
+
+    // Scores of one query, `sharing_` apart, become weights; the largest and the sum go to `to`.
+    void weigh(float* scores, std::int64_t b, std::int64_t begin, int count, float* to) const {
+        float most = kNever, sum = 0;
+        for (int i = 0; i < count; ++i) {
+            float& score = scores[i * sharing_];
+            score = score * l_.scale + masked(b, begin + i);
+            most = std::max(most, score);
+        }
+        for (int i = 0; i < count; ++i) {
+            float& score = scores[i * sharing_];
+            score = score == kNever ? 0 : exponential(score - most);
+            sum += score;
+        }
+        to[0] = most, to[1] = sum;
+    }
+
+    float masked(std::int64_t b, std::int64_t position) const {
+        if (c_.mask == Mask::none) return 0;
+        const std::int64_t at = b * c_.mask_sequence + position;
+        if (c_.mask == Mask::allowed) return static_cast<const char*>(c_.mask_BS)[at] ? 0 : kNever;
+        float added;
+        to_floats(element(c_.mask_BS, c_.mask_dtype, at), c_.mask_dtype, 1, &added);
+        return added;
+    }
+
+    const DecoderLayer& l_;
+    const NewToken& c_;
+    const RowKernels& kernels_;
+    const std::int64_t sharing_, lines_, padded_, chunks_;
+    Inputs queries_;
+    float* partial_;
+};
+
+class Token {
+  public:
+    Token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, int threads)
+        : l_(layer), c_(call), isa_(isa), threads_(threads), w_(work()) {}
+
+    void run() {
+        attend();
+        if (l_.up) feed_forward();
+    }
+
+  private:
+    void attend() {
+        const Attention attention(l_, c_, isa_);
+        const LinearPieces o(*l_.o, l_.dtype, isa_, threads_);
+        const std::int64_t heads = l_.query_heads * l_.head;
+        float *x = sized(w_.x, c_.sequences * heads), *y = sized(w_.y, c_.sequences * l_.width);
+        float* h = sized(w_.h, c_.sequences * l_.width);
+        const auto attend = [&](int i) { attention.run(i); };
+        const auto gather = [&](int) {
+            attention.gather(x);
+            w_.inputs[0].from(x, c_.sequences, heads, l_.dtype, *l_.o, o.x());
+        };
+        const auto project = [&](int i) {
+            o.run(i, w_.inputs[0].get(), c_.sequences, y, DType::f32);
+        };
+        const auto finish = [&](int) {
+            to_floats(c_.h_BD, l_.dtype, c_.sequences * l_.width, h);
+            add(l_.behind_attention, y, h);
+            if (!l_.up) from_floats(normed(h), c_.sequences * l_.width, l_.dtype, c_.x_BD);
+        };
+        in_parallel(threads_, Loop{attention.count(), attend}, Loop{1, gather},
+                    Loop{o.count(), project}, Loop{1, finish});
+    }
+
+    void feed_forward() {
+        const LinearPieces up(*l_.up, l_.dtype, isa_, threads_);
+        const LinearPieces gate(l_.gate ? *l_.gate : *l_.up, l_.dtype, isa_, threads_);
+        const LinearPieces down(*l_.down, l_.dtype, isa_, threads_);
+        const std::int64_t neurons = l_.up->rows;
+        float *u = sized(w_.z, c_.sequences * neurons), *g = sized(w_.gate, c_.sequences * neurons);
+        float *y = w_.y.data(), *h = w_.h.data();
+        w_.inputs[0].from(normed(h), c_.sequences, l_.width, l_.dtype, *l_.up, up.x());
+        const auto hide = [&](int i) {
+            const Inputs& x = w_.inputs[0].get();
+            up.run(i, x, c_.sequences, u, DType::f32);
+            if (l_.gate) gate.run(i, x, c_.sequences, g, DType::f32);
+            for (std::int64_t b = 0; b < c_.sequences; ++b) {
+                const std::int64_t from = b * neurons + up.begin(i), count = up.end(i) - up.begin(i);
+                l_.act((l_.gate ? g : u) + from, std::size_t(count), 0);
+                for (std::int64_t f = from; l_.gate && f < from + count; ++f) u[f] *= g[f];
+            }
+        };
+        const auto prepare = [&](int) {
+            w_.inputs[1].from(u, c_.sequences, neurons, l_.dtype, *l_.down, down.x());
+        };
+        const auto project = [&](int i) {
+            down.run(i, w_.inputs[1].get(), c_.sequences, y, DType::f32);
+        };
+        const auto finish = [&](int) { add(l_.behind_ffn, y, h); };
+        in_parallel(threads_, Loop{up.count(), hide}, Loop{1, prepare}, Loop{down.count(), project},
+                    Loop{1, finish});
+    }
+
+    // h += norm(y), rounded to the format of h; writes it to the caller, too.
+    void add(const Norm& norm, float* y, float* h) const {
+        const std::int64_t numbers = c_.sequences * l_.width;
+        for (std::int64_t b = 0; b < c_.sequences; ++b)
+            normalize(norm, y + b * l_.width, l_.width, y + b * l_.width);
+        for (std::int64_t i = 0; i < numbers; ++i) h[i] += y[i];
+        from_floats(h, numbers, l_.dtype, c_.out_BD);
+        to_floats(c_.out_BD, l_.dtype, numbers, h);
+    }
+
+    // What goes into the FFN.
+    const float* normed(const float* h) {
+        float* x = sized(w_.x, c_.sequences * l_.width);
+        for (std::int64_t b = 0; b < c_.sequences; ++b)
+            normalize(l_.before_ffn, h + b * l_.width, l_.width, x + b * l_.width);
+        return x;
+    }
+
+    const DecoderLayer& l_;
+    const NewToken& c_;
+    const Isa& isa_;
+    const int threads_;
+    Work& w_;  // of the thread that calls
+};
+
+}  // namespace
+
+void new_heads(const DecoderLayer& layer, const NewHeads& call, const Isa& isa, int threads) {
+    threads = useful_threads(std::max(threads, 1), bytes_of({layer.q, layer.k, layer.v}));
+    Heads(layer, call, isa, threads).run(threads);
+}
+
+void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, int threads) {
+    const std::int64_t bytes = bytes_of({layer.o, layer.gate, layer.up, layer.down});
+    Token(layer, call, isa, useful_threads(std::max(threads, 1), bytes)).run();
+}
+
+}  // namespace ffn

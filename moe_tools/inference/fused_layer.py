@@ -1,0 +1,338 @@
+"""Decoder layers of a known form compute a new token in two native calls.
+
+Everything else is left to the host's own code: prompts, training, torch.compile, and a layer in
+which somebody has hooked or replaced a part.
+
+Letters: B sequences, D width, H heads of queries, K heads of keys, W numbers of a head, S
+positions.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from moe_tools.hosts.activations import Activation, kernel_act
+from moe_tools.hosts.ffn import FFN
+from moe_tools.hosts.layouts import Layout
+from moe_tools.hosts.projections import Projections
+from moe_tools.hosts.shapes import part_of
+from moe_tools.inference import layer_forms
+from moe_tools.inference.growing_cache import append
+from moe_tools.inference.layer_forms import Found
+from moe_tools.inference.packed_linear import PackedLinear
+from moe_tools.kernels.cpu.decoder_layer import MOST_SEQUENCES, CpuDecoderLayer, DenseFFN
+from moe_tools.kernels.cpu.linear import CpuLinear
+from moe_tools.kernels.cpu.rows import FLOATS
+
+_log = logging.getLogger(__name__)
+
+_KNOWN = {
+    "attention_mask",
+    "cache_position",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "use_cache",
+}
+"""Arguments that layers of the known forms act upon."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module that the kernels stand for, and where it is."""
+
+    siblings: dict[str, nn.Module | None]
+    name: str
+    module: nn.Module
+    packed: CpuLinear | None
+    address: int
+    """Of the weight of a norm, which the kernels read where it lies."""
+
+    def is_as_it_was(self) -> bool:
+        """Whether it is in its place and nobody listens to it."""
+        module = self.module
+        return (
+            self.siblings.get(self.name) is module
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            and "forward" not in module.__dict__
+            and (self.packed is None or module.__dict__.get("packed") is self.packed)
+            and (not self.address or cast("Tensor", module.weight).data_ptr() == self.address)
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What was prepared for a layer."""
+
+    native: CpuDecoderLayer
+    index: int
+    parts: tuple[_Part, ...]
+    behind_ffn: str | None
+    """The norm that the host computes, where it computes the FFN."""
+
+    def takes(self, h_B1D: Tensor, others: Mapping[str, Any]) -> bool:
+        """Whether a call is one that the kernels compute: new tokens, with a cache behind them."""
+        if h_B1D.ndim != 3 or h_B1D.shape[1] != 1 or len(h_B1D) > MOST_SEQUENCES:
+            return False
+        if h_B1D.dtype != self.native.dtype or h_B1D.shape[2] != self.native.width:
+            return False
+        if (h_B1D.requires_grad and torch.is_grad_enabled()) or not others.keys() <= _KNOWN:
+            return False
+        cache, embedded = others.get("past_key_values"), others.get("position_embeddings")
+        if not isinstance(cache, Cache) or self.index >= len(cache.layers):
+            return False
+        return (
+            self._is_position(embedded, len(h_B1D))
+            and _is_mask(others.get("attention_mask"), len(h_B1D))
+            and not hooks._global_forward_hooks
+            and not hooks._global_forward_pre_hooks
+            and all(part.is_as_it_was() for part in self.parts)
+        )
+
+    def _is_position(self, embedded: Any, sequences: int) -> bool:
+        if not isinstance(embedded, tuple) or len(embedded) != 2:
+            return False
+        head = self.native.attention.head
+        return all(
+            part.dtype == self.native.dtype
+            and part.shape in ((1, 1, head), (sequences, 1, head))
+            and part.is_contiguous()
+            for part in embedded
+        )
+
+    def __call__(self, layer: nn.Module, h_B1D: Tensor, others: Mapping[str, Any]) -> Tensor:
+        """Computes h behind the layer, and appends to the cache."""
+        h_B1D = h_B1D.contiguous()
+        cos_B1W, sin_B1W = others["position_embeddings"]
+        q_BH1W, k_BK1W, v_BK1W = self.native.new_heads(h_B1D, cos_B1W, sin_B1W)
+        keys, values = _appended(others["past_key_values"], self.index, k_BK1W, v_BK1W)
+        keys, values = (self._readable(cached) for cached in (keys, values))
+        mask = others.get("attention_mask")
+        if mask is not None and mask.shape[-1] != keys.shape[2]:
+            raise ValueError(f"a mask of {mask.shape[-1]} positions, a cache of {keys.shape[2]}")
+        h_B1D, x_B1D = self.native.new_token(h_B1D, q_BH1W, keys, values, mask)
+        if self.native.ffn is not None:
+            return h_B1D
+        y_B1D = cast("Any", layer).mlp(x_B1D)
+        if self.behind_ffn is not None:
+            y_B1D = layer.get_submodule(self.behind_ffn)(y_B1D)
+        return h_B1D + y_B1D
+
+    def _readable(self, cached_BKSW: Tensor) -> Tensor:
+        if cached_BKSW.dtype == self.native.dtype and cached_BKSW.stride(-1) == 1:
+            return cached_BKSW
+        return cached_BKSW.to(self.native.dtype).contiguous()
+
+
+class FusedLayer(nn.Module):
+    """What `fuse_layers` puts in front of the class of a layer."""
+
+    _step: _Step | None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Computes h behind the layer, natively where `_Step.takes` the call."""
+        if not torch.compiler.is_compiling() and not args and not self.training:
+            step = self._prepared()
+            if step is not None and step.takes(hidden_states, kwargs):
+                return step(self, hidden_states, kwargs)
+        return super().forward(hidden_states, *args, **kwargs)
+
+    def _prepared(self) -> _Step | None:
+        """Prepares the layer, also where a copy or a pickle of it left that out."""
+        if "_step" not in self.__dict__:
+            found = layer_forms.find(self, _host(self))
+            layout = self.__dict__.get("_ffn_layout")
+            made = _prepare(self, found, layout) if isinstance(found, Found) else None
+            self.__dict__["_step"] = made
+        return cast("_Step | None", self.__dict__["_step"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what was prepared."""
+        return {name: value for name, value in self.__dict__.items() if name != "_step"}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Names the host's class: this one is made while the program runs."""
+        return _unpickled, (_host(self),), self.__getstate__()
+
+
+def fuse_layers(model: nn.Module, dense: Sequence[FFN]) -> None:
+    """Lets the layers of known forms compute new tokens natively, in place.
+
+    One line of the log says how many were fused, and why others were not.
+
+    Args:
+        model: in eval mode, its linears packed.
+        dense: FFNs that are proven to be plain, whose linears are packed.
+    """
+    layouts = {ffn.name: ffn.layout for ffn in dense if not ffn.also}
+    reasons: Counter[str] = Counter()
+    fused = 0
+    for path, layer in list(model.named_modules()):
+        host = type(layer)
+        found = layer_forms.find(layer, host)
+        if found is None:
+            continue
+        if isinstance(found, str):
+            reasons[found] += 1
+            continue
+        layout = layouts.get(f"{path}.{layer_forms.FFN}")
+        if not _is_the_hosts(layer, host, _prepare(layer, found.widened(), layout)):
+            reasons["the host's own numbers are others"] += 1
+            continue
+        layer.__class__ = _fused_class(cast("Any", host))
+        layer.__dict__["_ffn_layout"] = layout
+        fused += 1
+    why = "".join(f"; {count} are not: {reason}" for reason, count in reasons.items())
+    if fused or why:
+        _log.info("%s: %d layers are fused%s", type(model).__name__, fused, why)
+
+
+def _host(layer: nn.Module) -> type[nn.Module]:
+    return cast("type[nn.Module]", type(layer).__mro__[2])
+
+
+@functools.cache
+def _fused_class(host: type[nn.Module]) -> type[nn.Module]:
+    return type(host.__name__, (FusedLayer, host), {"__module__": host.__module__})
+
+
+def _unpickled(host: type[nn.Module]) -> nn.Module:
+    kind = _fused_class(cast("Any", host))
+    return kind.__new__(kind)
+
+
+def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> _Step:
+    ffn, paths = None, list(found.paths)
+    if layout is not None and (ffn := _dense_ffn(layer, layout)) is not None:
+        paths += [layer_forms.FFN, *(f"{layer_forms.FFN}.{path}" for path in layout.parts())]
+    else:  # the host's own module computes the norm behind an FFN of its own
+        paths = [path for path in paths if path != found.names.behind_ffn]
+    native = CpuDecoderLayer(found.attention, found.norms, found.dtype, ffn)
+    norms = {*found.names.all(), *(path for path in found.paths if path.endswith("_norm"))}
+    parts = tuple(_part(layer, path, is_norm=path in norms) for path in paths)
+    return _Step(native, found.index, parts, None if ffn else found.names.behind_ffn)
+
+
+def _part(layer: nn.Module, path: str, *, is_norm: bool) -> _Part:
+    parent, _, name = path.rpartition(".")
+    siblings = layer.get_submodule(parent)._modules
+    module = layer.get_submodule(path)
+    packed = module.packed if isinstance(module, PackedLinear) else None
+    address = cast("Tensor", module.weight).data_ptr() if is_norm else 0
+    return _Part(siblings, name, module, packed, address)
+
+
+def _dense_ffn(layer: nn.Module, layout: Layout) -> DenseFFN | None:
+    """An FFN in the words of the kernels, None where the host's module computes it."""
+    holder = layer.get_submodule(layer_forms.FFN)
+    parts = Projections.of(layout, functools.partial(part_of, holder))
+    act = kernel_act(parts.act)
+    linears = (parts.up, parts.down) if parts.gate is None else (parts.up, parts.down, parts.gate)
+    whole = layout.slot or layout.masked or layout.hidden_dropout or layout.output_dropout
+    if whole or act is None or parts.gate is parts.up or isinstance(parts.act, Activation):
+        return None
+    if not all(isinstance(linear, PackedLinear) for linear in linears):
+        return None
+    up, down, *gate = (linear.packed for linear in cast("Sequence[PackedLinear]", linears))
+    if gate and gate[0].dtype != up.dtype:
+        return None
+    return DenseFFN(up, down, act, *gate)
+
+
+def _appended(cache: Cache, index: int, k_BK1W: Tensor, v_BK1W: Tensor) -> tuple[Tensor, Tensor]:
+    layer = cache.layers[index]
+    if type(cache) is DynamicCache and type(layer) is DynamicLayer and not cache.offloading:
+        return append(layer, k_BK1W, v_BK1W)
+    return cache.update(k_BK1W, v_BK1W, index)
+
+
+def _is_mask(mask: Any, sequences: int) -> bool:
+    if mask is None:
+        return True
+    return (
+        isinstance(mask, Tensor)
+        and mask.ndim == 4
+        and mask.shape[:3] in ((1, 1, 1), (sequences, 1, 1))
+        and mask.stride(3) == 1
+        and mask.dtype in (torch.bool, *FLOATS)
+    )
+
+
+NEAR_FLOATS, NEAR_CODES = 1e-5, 1e-2
+"""How far we may be from the host in fp32, relative to the largest number: with weights as floats,
+and in few bits, where x is rounded, too, and a difference in its last place may show."""
+
+
+@torch.no_grad()
+def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: _Step) -> bool:
+    """Whether a step gives the numbers of its host: two sequences, some positions in the cache.
+
+    In fp32, whatever the weights are, so that nobody's roundings hide a difference. Experts that
+    are chosen are left out of it: a near tie would choose others.
+    """
+    drawn = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    sizes = step.native.attention
+    h_B1D, angles = random(2, 1, sizes.q.width), random(2, 1, sizes.head // 2)
+    turned = torch.cat([angles, angles], dim=-1)
+    cached = [random(2, sizes.key_heads, 5, sizes.head) for _ in range(2)]
+    ffn = layer.get_submodule(layer_forms.FFN)
+    with _passing(ffn) if step.native.ffn is None else nullcontext():
+        for mask in (None, torch.tensor([[[[False, True, True, True, False, True]]]] * 2)):
+            caches = [_cache_of(cached, step.index) for _ in range(2)]
+            ours, theirs = (
+                {
+                    "attention_mask": mask,
+                    "position_embeddings": (turned.cos(), turned.sin()),
+                    "position_ids": torch.tensor([[5], [5]]),
+                    "past_key_values": cache,
+                }
+                for cache in caches
+            )
+            pairs = [(step(layer, h_B1D, ours), host.forward(layer, h_B1D, **theirs))]
+            one, other = (cast("Any", cache.layers[step.index]) for cache in caches)
+            pairs += [(one.keys, other.keys), (one.values, other.values)]
+            if not all(_are_near(*pair, _tolerance(step.native)) for pair in pairs):
+                return False
+    return True
+
+
+@contextmanager
+def _passing(ffn: nn.Module) -> Iterator[None]:
+    """Lets an FFN give what it was given."""
+    hook = ffn.register_forward_hook(lambda _, given, __: given[0])
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _cache_of(cached: Sequence[Tensor], index: int) -> DynamicCache:
+    cache = DynamicCache()
+    for each in range(index + 1):
+        cache.update(cached[0], cached[1], each)
+    return cache
+
+
+def _tolerance(native: CpuDecoderLayer) -> float:
+    return NEAR_FLOATS if all(one.dtype in FLOATS for one in native.linears()) else NEAR_CODES
+
+
+def _are_near(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    most = tolerance * float(other.abs().max())
+    return one.shape == other.shape and float((one - other).abs().max()) <= most
