@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from moe_tools.cli.options import add_json_option, not_negative, plot_target, positive
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moe_tools.bench.generate import GenerateTiming, Rival
+    from moe_tools.bench.llama_cpp import Engine
     from moe_tools.bench.ways import KernelTiming
 
 SUMMARY = "time an FFN, its kernels, its clustering, or a whole model at work or in training"
@@ -44,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the packed weights; of kernels, and one of generate; default: --dtype",
     )
     parser.add_argument(
-        "--linears", choices=("int8", "int4"), help="of generate: attention and head in few bits"
+        "--linears",
+        choices=("int8", "int4"),
+        help="of generate: attention and head in few bits; adds the dense model in as many, too",
     )
     parser.add_argument(
         "--batch", type=positive, nargs="+", default=[1], help="tokens; of kernels (default: 1)"
@@ -66,6 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotate", type=not_negative, default=1.6, metavar="GB", help="of weights; of kernels"
     )
+    parser.add_argument(
+        "--against",
+        choices=("llama.cpp",),
+        help="of generate: time the dense model in it, too, as f16, q8_0 and q4_0; llamas only",
+    )
+    parser.add_argument(
+        "--llama-bench",
+        metavar="PATH",
+        help="of --against: llama.cpp's program; default: on PATH, else the package llama_cpp",
+    )
     add_json_option(parser, "the figures")
 
 
@@ -80,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"bench {args.what} times a shape, not {args.folder}: use --shape")
     if args.plot and args.what != "kernels":
         raise ValueError(f"bench {args.what} has no picture: leave --plot out, or bench kernels")
+    if args.against and args.what != "generate":
+        raise ValueError(f"bench {args.what} runs no whole model: --against is of bench generate")
+    if args.llama_bench and not args.against:
+        raise ValueError("--llama-bench is for --against llama.cpp: give both")
     lines, timings = _KINDS[args.what](args)
     print("\n".join(lines), file=table_file(args.json))
     if args.json:
@@ -169,23 +190,70 @@ def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     dtype, size, packed = DTYPES[args.dtype], args.expert_size, args.packed_dtype or []
     if len(packed) > 1:
         raise ValueError(f"bench generate times one --packed-dtype, not {', '.join(packed)}")
+    engine = _engine(args)
     with threads(args.threads) as used:
         if args.folder:
             models = folder_models(args.folder, dtype)
         else:
             models = shape_models(args.shape, size, dtype)
+        few = {}
         if packed or args.linears:
-            add_quantized(models, PACKED[packed[0]] if packed else None, args.linears)
-        timings = bench_generate(
-            models, prompt=args.prompt_tokens, tokens=args.tokens, rounds=args.repeats or 5
-        )
+            kind = PACKED[packed[0]] if packed else None
+            few = {add_quantized(models, kind, args.linears): kind or dtype}
+        with _rivals(args, engine, models["dense"], used) as rivals:
+            timings = bench_generate(
+                models,
+                prompt=args.prompt_tokens,
+                tokens=args.tokens,
+                rounds=args.repeats or 5,
+                packed=few,
+                rivals=rivals,
+            )
     lines = [
         f"{t.model:<24}{t.sparsity:>5.0%} off   prefill {t.prefill:9.1f} tokens/s "
-        f"{t.prefill_speedup:5.2f}x   decode {t.decode:8.1f} tokens/s {t.decode_speedup:5.2f}x"
+        f"{t.prefill_speedup:5.2f}x   decode {t.decode:8.1f} tokens/s {t.decode_speedup:5.2f}x "
+        f"{t.over_bar:5.2f} x bar   {t.bytes_per_token / 1e6:8.1f} MB a token "
+        f"{t.gigabytes_per_second:6.1f} GB/s, {t.share_of_read_rate:4.0%} of the read rate"
         for t in timings
     ]
     title = f"{args.folder or args.shape}, {args.dtype}, {used} threads"
-    return [title, *lines], timings
+    return [title, *lines, _bar(timings)], timings
+
+
+def _bar(timings: Sequence[GenerateTiming]) -> str:
+    """Names the fastest dense row, and what memory gives."""
+    (bar,) = (t for t in timings if t.model == t.bar)
+    return (
+        f"bar: {bar.model}, the fastest dense model at decoding, {bar.decode:.1f} tokens/s; "
+        f"memory is read at {bar.read_rate:.1f} GB/s"
+    )
+
+
+def _engine(args: argparse.Namespace) -> Engine | None:
+    """Finds llama.cpp if it is asked for, and refuses a folder that it cannot run, unread."""
+    if not args.against:
+        return None
+    from pathlib import Path
+
+    from moe_tools.bench.llama_cpp import find_llama_cpp
+    from moe_tools.checkpoint.loading import read_config
+    from moe_tools.export.gguf import plan
+
+    engine = find_llama_cpp(args.llama_bench)
+    if args.folder and Path(args.folder).suffix != ".gguf":
+        plan(read_config(args.folder))
+    return engine
+
+
+def _rivals(
+    args: argparse.Namespace, engine: Engine | None, dense: PreTrainedModel, threads: int
+) -> AbstractContextManager[list[Rival]]:
+    if engine is None:
+        return nullcontext([])
+    from moe_tools.bench.llama_cpp import llama_cpp_rivals
+
+    context = args.prompt_tokens + args.tokens + 1
+    return llama_cpp_rivals(dense, engine, context=context, threads=threads)
 
 
 def _clustering(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:

@@ -1,7 +1,9 @@
-"""Tokens a second of whole models: dense, routed, and routed through the sparse kernels.
+"""Tokens a second of whole models: dense and routed, each with and without the native kernels.
 
 All models continue the same random prompt in one interleaved run, each with an ordinary
-`generate`: its first token ends the prefill, the others are decoded one by one.
+`generate`: its first token ends the prefill, the others are decoded one by one. Other programs
+(`Rival`) take their turns in the same rounds. The dense row that decodes fastest, whoever computes
+it, is the bar: what a sparse model has to beat.
 
 Letters: B rows of a batch, T tokens.
 """
@@ -10,10 +12,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -23,15 +25,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moe_tools.bench.ffn import widths
+from moe_tools.bench.read_rate import read_rate
 from moe_tools.bench.rounds import in_turn, median_ratio
+from moe_tools.bench.token_bytes import is_dense, token_bytes
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.data.limits import context_length, continues_text, text_config
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.optimized import optimize
-from moe_tools.inference.packed_linear import Kind
-from moe_tools.measure.neurons import count_neurons
+from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
+from moe_tools.measure.flops import FlopCounter, count_flops
+from moe_tools.measure.neurons import NeuronCount, count_neurons
 
 LAYERS, VOCABULARY, HEAD = 10, 32000, 64
 """Sizes of the model that a shape makes; HEAD is the width of a head, where it divides D."""
@@ -39,6 +46,19 @@ ON = 0.1
 """Share of its experts that run for each token."""
 
 Models = dict[str, PreTrainedModel]
+Seconds = tuple[float, float]
+"""Of the prompt, and of the tokens that are decoded after the first."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The dense model as another program runs it."""
+
+    name: str
+    token_bytes: float
+    """Bytes of weights that a decoded token reads."""
+    seconds: Callable[[Tensor, int], Seconds]
+    """Takes ids_BT of a prompt, and the number of tokens to decode after the first."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +66,11 @@ class GenerateTiming:
     """One model: medians over the rounds."""
 
     model: str
-    """dense, routed (every neuron is computed, then masked) or optimised."""
+    """dense, routed (every neuron is computed, then masked), optimised, or a rival's name."""
     sparsity: float
     """Share of FFN neurons off, or exactly 0, over the prompt and its continuation."""
+    dense: bool
+    """Whether it computes every neuron for every token."""
     prefill: float
     """Tokens of the prompt a second."""
     decode: float
@@ -56,12 +78,25 @@ class GenerateTiming:
     prefill_speedup: float
     decode_speedup: float
     """Medians of this model over the dense one, round by round."""
+    bytes_per_token: float
+    """Weights that a decoded token reads, as they are stored, with the neurons that `sparsity`
+    leaves; not the KV cache."""
+    gigabytes_per_second: float
+    """Those bytes times `decode`."""
+    read_rate: float
+    """What the memory gives while a large tensor is summed up, in the same unit; of the run."""
+    share_of_read_rate: float
+    bar: str
+    """The dense model that decodes fastest; of the run."""
+    over_bar: float
+    """Median of decoding by this model over the bar, round by round."""
 
 
 def folder_models(folder: str, dtype: torch.dtype) -> Models:
-    """Loads a converted folder as a dense model, as it is, and optimised.
+    """Loads a converted folder as a dense model, as it is, and both optimised.
 
-    A folder without routers has two: as it is, which is dense, and optimised.
+    A folder without routers has two: as it is, which is dense, and optimised. Where no linear can
+    be packed, the dense model is left out that would be optimised by nothing else.
 
     Raises:
         ValueError: what `load` and `optimize` refuse, or a model that continues no text.
@@ -73,7 +108,7 @@ def folder_models(folder: str, dtype: torch.dtype) -> Models:
 
 
 def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
-    """Makes these three models of a random llama of 10 layers; a tenth of its experts run.
+    """Makes these models of a random llama of 10 layers; a tenth of its experts run.
 
     Raises:
         ValueError: an unknown shape, or an expert size that exceeds its neurons.
@@ -94,30 +129,49 @@ def shape_models(shape: str, expert_size: int, dtype: torch.dtype) -> Models:
     return _models(dense, routed)
 
 
-def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | None) -> None:
+def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | None) -> str:
     """Adds one more model: its FFNs packed as `packed`, its other linears as `linears`.
+
+    With `linears` it adds the dense model of such linears as well, the FFNs' own among them.
+
+    Returns:
+        The name of the first of the two.
 
     Raises:
         ValueError: what `optimize` refuses.
     """
     name = str(packed or "optimised").removeprefix("torch.")
+    name = f"{name}, linears {linears}" if linears else name
     made = optimize(_twin(models.get("routed", models["dense"])), dtype=packed, linears=linears)
-    models[f"{name}, linears {linears}" if linears else name] = made
+    if linears and not is_dense(made):
+        few = _twin(models["dense"])
+        pack_linears(few, linears)
+        models[f"dense, linears {linears}"] = few
+    models[name] = made
+    return name
 
 
 def bench_generate(
-    models: Models, *, prompt: int = 128, tokens: int = 64, rounds: int = 5
+    models: Models,
+    *,
+    prompt: int = 128,
+    tokens: int = 64,
+    rounds: int = 5,
+    packed: Mapping[str, torch.dtype] | None = None,
+    rivals: Sequence[Rival] = (),
 ) -> list[GenerateTiming]:
-    """Times models of one host; the first is what the others are compared with.
+    """Times models of one host; the first is the dense one, which others are compared with.
 
     Args:
         models: by name, as `folder_models` and `shape_models` make them.
         prompt: tokens of the prompt.
         tokens: that are decoded, one by one, after the first.
         rounds: that count; one before them does not.
+        packed: name -> what its FFNs are packed as, where that is not its own dtype.
+        rivals: other programs, which take their turns in the same rounds.
 
     Raises:
-        ValueError: more tokens than the context has.
+        ValueError: more tokens than the context has, or a rival that fails.
     """
     first = next(iter(models.values()))
     context = context_length(first)
@@ -127,15 +181,16 @@ def bench_generate(
         )
     drawn = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(text_config(first).vocab_size, (1, prompt), generator=drawn)
-    seen = models.get("routed", first)
     with quiet_transformers():
-        sparsity = _share_off(seen, ids_BT, tokens)
+        rows = _rows(models, ids_BT, tokens, packed or {})
         calls = [partial(_seconds, model, ids_BT, tokens) for model in models.values()]
+        for rival in rivals:
+            rows.append(_Row(rival.name, True, 0.0, rival.token_bytes))
+            calls.append(partial(rival.seconds, ids_BT, tokens))
+        rate = read_rate("cpu")
         found = in_turn(calls, rounds, warm_up=1)
-    return [
-        _timing(name, own, found[0], (prompt, tokens), 0.0 if model is first else sparsity)
-        for (name, model), own in zip(models.items(), found, strict=True)
-    ]
+        rate = max(rate, read_rate("cpu"))
+    return _timings(rows, found, (prompt, tokens), rate)
 
 
 @contextmanager
@@ -150,9 +205,11 @@ def threads(number: int | None) -> Iterator[int]:
 
 
 def _models(dense: PreTrainedModel, routed: PreTrainedModel | None) -> Models:
-    fast = optimize(_twin(routed or dense))
-    middle = {} if routed is None else {"routed": routed}
-    return {"dense": dense, **middle, "optimised": fast}
+    skips = any(gives_zeros(ffn.act) for ffn in find_ffns(dense))  # the kernels then skip neurons
+    bar = {} if skips or not can_pack(dense) else {"dense, optimised": optimize(_twin(dense))}
+    if routed is None:
+        return {"dense": dense, **(bar or {"optimised": optimize(_twin(dense))})}
+    return {"dense": dense, **bar, "routed": routed, "optimised": optimize(_twin(routed))}
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -160,9 +217,45 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _share_off(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> float:
-    with count_neurons(model) as counts:
+@dataclass(frozen=True)
+class _Row:
+    """What is known of a row before it is timed; the fields are those of `GenerateTiming`."""
+
+    model: str
+    dense: bool
+    sparsity: float
+    bytes_per_token: float
+
+
+def _rows(
+    models: Models, ids_BT: Tensor, tokens: int, packed: Mapping[str, torch.dtype]
+) -> list[_Row]:
+    """Counts what each model computes and reads, in a run of its own or of its unpacked twin."""
+    first = next(iter(models.values()))
+    counted: dict[int, tuple[list[NeuronCount], FlopCounter]] = {}
+    rows = []
+    for name, model in models.items():
+        seen = models.get("routed", model if expert_ffns(model) else first)
+        if id(seen) not in counted:
+            counted[id(seen)] = _count(seen, ids_BT, tokens)
+        counts, others = counted[id(seen)]
+        size = token_bytes(
+            model, counts, others, tokens=ids_BT.shape[1] + tokens, packed=packed.get(name)
+        )
+        off = 0.0 if is_dense(model) else _share_off(counts)
+        rows.append(_Row(name, is_dense(model), off, size))
+    return rows
+
+
+def _count(
+    model: PreTrainedModel, ids_BT: Tensor, tokens: int
+) -> tuple[list[NeuronCount], FlopCounter]:
+    with count_neurons(model) as counts, count_flops(model) as others:
         _seconds(model, ids_BT, tokens)
+    return counts, others
+
+
+def _share_off(counts: Sequence[NeuronCount]) -> float:
     return 1 - sum(count.working for count in counts) / sum(count.seen for count in counts)
 
 
@@ -180,7 +273,7 @@ class _Clock(BaseStreamer):
         """Does nothing: there is nothing left to print."""
 
 
-def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> tuple[float, float]:
+def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> Seconds:
     """Times the prefill with its first token, and the `tokens` after it, in seconds."""
     clock, new = _Clock(), tokens + 1
     host: Any = model  # transformers gives `generate` a type that no model has
@@ -197,20 +290,37 @@ def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> tuple[float
     return first - began, last - first
 
 
-def _timing(
-    name: str,
-    own: list[tuple[float, float]],
-    base: list[tuple[float, float]],
+def _timings(
+    rows: Sequence[_Row],
+    found: Sequence[Sequence[Seconds]],
     counts: tuple[int, int],
-    sparsity: float,
-) -> GenerateTiming:
-    prefill, decode = (list(phase) for phase in zip(*own, strict=True))
-    slow_prefill, slow_decode = (list(phase) for phase in zip(*base, strict=True))
-    return GenerateTiming(
-        model=name,
-        sparsity=sparsity,
-        prefill=counts[0] / statistics.median(prefill),
-        decode=counts[1] / statistics.median(decode),
-        prefill_speedup=median_ratio(slow_prefill, prefill),
-        decode_speedup=median_ratio(slow_decode, decode),
-    )
+    rate: float,
+) -> list[GenerateTiming]:
+    """Puts the rounds together.
+
+    Args:
+        rows: of which the first is what prefill and decoding are compared with.
+        found: of each row, every round.
+        counts: tokens of the prompt, and decoded ones.
+        rate: bytes a second that the memory gives.
+    """
+    phases = [tuple(zip(*own, strict=True)) for own in found]
+    dense = [index for index, row in enumerate(rows) if row.dense] or [0]
+    bar = min(dense, key=lambda index: statistics.median(phases[index][1]))
+    timings = []
+    for row, (prefill, decode) in zip(rows, phases, strict=True):
+        speed = counts[1] / statistics.median(decode)
+        timing = GenerateTiming(
+            **asdict(row),
+            prefill=counts[0] / statistics.median(prefill),
+            decode=speed,
+            prefill_speedup=median_ratio(phases[0][0], prefill),
+            decode_speedup=median_ratio(phases[0][1], decode),
+            gigabytes_per_second=row.bytes_per_token * speed / 1e9,
+            read_rate=rate / 1e9,
+            share_of_read_rate=row.bytes_per_token * speed / rate,
+            bar=rows[bar].model,
+            over_bar=median_ratio(phases[bar][1], decode),
+        )
+        timings.append(timing)
+    return timings

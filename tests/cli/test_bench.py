@@ -84,7 +84,12 @@ def test_bench_times_whole_models(tmp_path, capsys):
     assert main(["bench", "generate", str(tmp_path / "out"), *few, "--json", "-"]) == 0
     printed = capsys.readouterr()
     figures = json.loads(printed.out)["generate"]
-    assert [row["model"] for row in figures] == ["dense", "routed", "optimised"]
+    assert [row["model"] for row in figures] == [
+        "dense",
+        "dense, optimised",
+        "routed",
+        "optimised",
+    ]
     assert all(row["prefill"] > 0 and row["decode"] > 0 for row in figures)
     assert f"{tmp_path / 'out'}, fp32, 1 threads" in printed.err
 
@@ -92,7 +97,9 @@ def test_bench_times_whole_models(tmp_path, capsys):
 def test_bench_times_a_random_model_of_a_shape(capsys):
     few = ["--prompt-tokens", "4", "--tokens", "2", "--repeats", "1"]
     assert main(["bench", "generate", "--shape", "64x128", *few]) == 0
-    assert "optimised                 88% off" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "optimised                 88% off" in out and "of the read rate" in out
+    assert "\nbar: dense" in out and "the fastest dense model at decoding" in out
 
 
 def test_bench_times_a_model_in_few_bits_beside_the_others(capsys):
@@ -100,7 +107,11 @@ def test_bench_times_a_model_in_few_bits_beside_the_others(capsys):
     options = ["--packed-dtype", "int4", "--linears", "int8"]
     assert main(["bench", "generate", "--shape", "64x128", *few, *options, "--json", "-"]) == 0
     figures = json.loads(capsys.readouterr().out)["generate"]
-    assert [row["model"] for row in figures][2:] == ["optimised", "int4, linears int8"]
+    assert [row["model"] for row in figures][3:] == [
+        "optimised",
+        "dense, linears int8",
+        "int4, linears int8",
+    ]
     assert main(["bench", "generate", *few, "--packed-dtype", "int8", "int4"]) == 2
     assert "times one --packed-dtype, not int8, int4" in capsys.readouterr().err
 
