@@ -19,7 +19,9 @@ from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.linear import CpuLinear
 from moe_tools.kernels.cpu.memory import LINE
 from moe_tools.kernels.cpu.native import address, extension
+from moe_tools.kernels.cpu.proposal import CpuProposal
 from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
+from moe_tools.kernels.cpu.stored import Kernel
 
 MOST_SEQUENCES = 16
 """More tokens than that, attention to long caches is better made by matrix products."""
@@ -69,6 +71,16 @@ class DenseFFN:
 
 
 @dataclass(frozen=True)
+class ProposedFFN:
+    """The neurons that a proposal chooses, computed exactly; E = F."""
+
+    proposal: CpuProposal
+    neurons: Kernel
+    constant_D: Tensor | None = None
+    """Added to y, in fp32."""
+
+
+@dataclass(frozen=True)
 class Norms:
     """Where a layer has norms: in front of its two parts, and behind them."""
 
@@ -102,7 +114,7 @@ class CpuDecoderLayer:
         attention: see there.
         norms: see there.
         dtype: of h, of the cache and of the norms' weights: fp32, bf16 or fp16.
-        ffn: a dense FFN that the second call ends with; None: the caller computes it.
+        ffn: that the second call ends with; None: the caller computes it.
 
     Raises:
         ValueError: `cannot_decode`.
@@ -113,7 +125,7 @@ class CpuDecoderLayer:
         attention: Attention,
         norms: Norms,
         dtype: torch.dtype,
-        ffn: DenseFFN | None = None,
+        ffn: DenseFFN | ProposedFFN | None = None,
     ) -> None:
         if why := cannot_decode(dtype, attention):
             raise ValueError(why)
@@ -134,7 +146,8 @@ class CpuDecoderLayer:
             options[name] = 0 if norm is None else address(norm.weight_D)
             options[f"{name}_eps"] = 0.0 if norm is None else norm.eps
             options[f"{name}_offset"] = 0.0 if norm is None else norm.offset
-        act = Act("identity") if ffn is None else ffn.act
+        act = ffn.act if isinstance(ffn, DenseFFN) else Act("identity")
+        proposed = ffn if isinstance(ffn, ProposedFFN) else None
         self._handle = self._native.prepare_layer(
             dtype=DTYPES.index(dtype),
             width=self.width,
@@ -145,6 +158,9 @@ class CpuDecoderLayer:
             **{name: None if one is None else one.handle for name, one in self._linears().items()},
             act=act.code,
             threshold=act.threshold,
+            proposal=None if proposed is None else proposed.proposal.handle,
+            neurons=None if proposed is None else proposed.neurons.handle,
+            constant_D=address(None if proposed is None else proposed.constant_D),
             **options,
         )
 
@@ -153,7 +169,7 @@ class CpuDecoderLayer:
         return [one for one in self._linears().values() if one is not None]
 
     def _linears(self) -> dict[str, CpuLinear | None]:
-        heads, ffn = self.attention, self.ffn
+        heads, ffn = self.attention, self.ffn if isinstance(self.ffn, DenseFFN) else None
         return {
             "q": heads.q,
             "k": heads.k,
@@ -199,6 +215,7 @@ class CpuDecoderLayer:
         keys_BKSW: Tensor,
         values_BKSW: Tensor,
         mask_B11S: Tensor | None,
+        tau: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Computes h behind the layer, and x; without an FFN h behind attention, and the FFN's x.
 
@@ -208,6 +225,7 @@ class CpuDecoderLayer:
             keys_BKSW: of the whole cache, this token included; numbers of a position side by side.
             values_BKSW: likewise.
             mask_B11S: bool, or numbers that are added to the scores; B may be 1; None: all count.
+            tau: of a proposal.
         """
         out_B1D, x_B1D = torch.empty_like(h_B1D), torch.empty_like(h_B1D)
         mask = _NO_MASK if mask_B11S is None else _mask(mask_B11S)
@@ -227,6 +245,7 @@ class CpuDecoderLayer:
             values_head=values_BKSW.stride(1),
             values_position=values_BKSW.stride(2),
             **mask,
+            tau=tau,
             out_BD=out_B1D.data_ptr(),
             x_BD=x_B1D.data_ptr(),
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from moe_tools.kernels.cpu.memory import aligned, allocate
+from moe_tools.kernels.cpu.memory import LINE, aligned, allocate
 from moe_tools.kernels.cpu.native import address, extension, isa_index
 from moe_tools.kernels.cpu.rows import (
     BITS,
@@ -30,6 +30,12 @@ from moe_tools.kernels.quantize import INT4
 FEW = 32
 """Tokens for which the kernels read rows of floats; PyTorch's matrix product is faster for more.
 Rows of int8 and int4, which it would have to widen, they multiply with any number."""
+
+
+def own_rows(weight_ND: Tensor) -> bool:
+    """Whether the kernels read a weight in its own dtype, so that it can be a view of the rows."""
+    whole = weight_ND.shape[1] * weight_ND.element_size() % LINE == 0
+    return weight_ND.device.type == "cpu" and weight_ND.dtype in FLOATS and whole
 
 
 class CpuLinear:
@@ -57,8 +63,7 @@ class CpuLinear:
         rows, width = weight_ND.shape
         rows_NB = allocate((rows, row_bytes(width, dtype))).zero_()
         write_rows(rows_NB, weight_ND.detach(), dtype)
-        bias_N = None if bias_N is None else bias_N.detach().float().contiguous()
-        self._hold(rows_NB, bias_N, width, dtype, 0.0, isa)
+        self._hold(rows_NB, _as_floats(bias_N), width, dtype, 0.0, isa)
 
     def _hold(self, *stored: Any) -> None:
         """Prepares the kernel; `stored` is what a pickle keeps."""
@@ -81,13 +86,15 @@ class CpuLinear:
         )
 
     @classmethod
-    def of_codes(cls, few: FewBits, *, isa: str | None = None) -> CpuLinear:
+    def of_codes(
+        cls, few: FewBits, bias_N: Tensor | None = None, *, isa: str | None = None
+    ) -> CpuLinear:
         """Packs a copy of at most four bits, which `few_bits.copy_rows` made, in int4."""
         made = cls.__new__(cls)
         rows, width = few.codes_FD.shape
         rows_NB = allocate((rows, row_bytes(width, INT4))).zero_()
         write_codes(rows_NB, few, INT4)
-        made._hold(rows_NB, None, width, INT4, few.offset, isa)
+        made._hold(rows_NB, _as_floats(bias_N), width, INT4, few.offset, isa)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -137,6 +144,10 @@ class CpuLinear:
     def weight_ND(self, rows: slice = slice(None)) -> Tensor:
         """Returns some rows in fp32, or a view where they are stored as floats."""
         return read_rows(self.rows_NB[rows], self.width, self.dtype, offset=self.offset)
+
+
+def _as_floats(bias_N: Tensor | None) -> Tensor | None:
+    return None if bias_N is None else bias_N.detach().float().contiguous()
 
 
 def _unpickled(rows_NB: Tensor, *others: Any) -> CpuLinear:

@@ -86,6 +86,11 @@ class CpuFFN(PackedFFN):
         return _unpickled, (self._kernel.stored, self._kernel.original)
 
     @property
+    def kernel(self) -> Kernel:
+        """What runs it."""
+        return self._kernel
+
+    @property
     def device(self) -> torch.device:
         """The CPU, as a device."""
         return self._kernel.stored.rows.bytes_FPB.device

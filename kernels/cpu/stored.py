@@ -101,7 +101,7 @@ class Kernel:
         self.stored, self.original = stored, original
         self._width = stored.rows.width
         self._native = extension()
-        self._handle = stored.prepare()
+        self.handle = stored.prepare()
 
     def __call__(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         """Computes y_TD, in the dtype of x, from arguments that fit."""
@@ -125,7 +125,7 @@ class Kernel:
         x_TD = x_TD.contiguous()  # both stay alive until the kernel is done
         mask_TE = None if mask_TE is None else mask_TE.contiguous()
         read: int = self._native.run(
-            self._handle,
+            self.handle,
             threads=torch.get_num_threads(),
             x_TD=x_TD.data_ptr(),
             dtype=DTYPES.index(x_TD.dtype),

@@ -13,6 +13,7 @@ namespace ffn {
 namespace {
 
 constexpr std::int64_t kChunk = 256;  // positions of a head that one thread attends to at a time
+constexpr std::int64_t kFewest = 8;   // tokens that share one reading of proposed neurons
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 std::int64_t bytes_of(std::initializer_list<const Linear*> linears) {
@@ -79,6 +80,8 @@ void rotate(float* head, const float* cos, const float* sin, std::int64_t width)
 // Memory of a thread that calls, kept for its next call.
 struct Work {
     std::vector<float> h, x, y, z, gate, cos, sin, partial;
+    std::vector<std::uint8_t> mask;
+    std::vector<std::byte> made;
     Prepared inputs[3];
 };
 
@@ -288,6 +291,7 @@ class Token {
     void run() {
         attend();
         if (l_.up) feed_forward();
+        if (l_.proposal) run_proposed();
     }
 
   private:
@@ -343,6 +347,20 @@ class Token {
                     Loop{1, finish});
     }
 
+    void run_proposed() {
+        const std::int64_t neurons = l_.neurons->neurons, numbers = c_.sequences * l_.width;
+        w_.mask.resize(std::size_t(c_.sequences * neurons));
+        w_.made.resize(std::size_t(numbers) * sizeof(float));
+        std::uint8_t* mask = w_.mask.data();
+        propose(*l_.proposal, c_.x_BD, l_.dtype, c_.sequences, c_.tau, mask, isa_, threads_);
+        const Batch batch{c_.x_BD, w_.made.data(), l_.dtype, c_.sequences, mask, neurons};
+        sparse_ffn(*l_.neurons, batch, isa_, threads_, {kFewest, 1.0, 1.0});
+        float* y = w_.y.data();
+        to_floats(w_.made.data(), l_.dtype, numbers, y);
+        for (std::int64_t i = 0; l_.constant_D && i < numbers; ++i) y[i] += l_.constant_D[i % l_.width];
+        add(l_.behind_ffn, y, w_.h.data());
+    }
+
     // h += norm(y), rounded to the format of h; writes it to the caller, too.
     void add(const Norm& norm, float* y, float* h) const {
         const std::int64_t numbers = c_.sequences * l_.width;
@@ -376,7 +394,8 @@ void new_heads(const DecoderLayer& layer, const NewHeads& call, const Isa& isa, 
 }
 
 void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, int threads) {
-    const std::int64_t bytes = bytes_of({layer.o, layer.gate, layer.up, layer.down});
+    std::int64_t bytes = bytes_of({layer.o, layer.gate, layer.up, layer.down});
+    if (layer.proposal) bytes += bytes_of({layer.proposal->up});
     Token(layer, call, isa, useful_threads(std::max(threads, 1), bytes)).run();
 }
 

@@ -11,6 +11,8 @@
 
 #include "activation.h"
 #include "linear.h"
+#include "proposal.h"
+#include "sparse_ffn.h"
 
 namespace ffn {
 
@@ -26,8 +28,12 @@ struct DecoderLayer {
     DType dtype;  // of h, of the heads and of the cache
     float scale;  // of queries times keys
     const Linear *q, *k, *v, *o;
-    const Linear *gate, *up, *down;  // null: somebody else computes the FFN
-    Activation act;                  // of the gate
+    // One of three: a dense FFN, one whose neurons are proposed, or nothing: the caller computes it.
+    const Linear *gate, *up, *down;
+    Activation act;  // of the gate, or of up where there is none
+    const Proposal* proposal;
+    const Weights* neurons;
+    const float* constant_D;  // added to what the proposed neurons give; null: 0
     Norm before_attention, of_queries, of_keys, behind_attention, before_ffn, behind_ffn;
 };
 
@@ -59,6 +65,7 @@ struct NewToken {
     DType mask_dtype;  // of numbers
     const void* mask_BS;
     std::int64_t mask_sequence;  // from one sequence's row to the next, in numbers
+    float tau;                   // of the proposal
     void* out_BD;                // written: h behind the layer; without an FFN behind attention
     void* x_BD;                  // written, without an FFN: what goes into it
 };

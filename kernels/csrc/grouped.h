@@ -48,13 +48,13 @@ inline const Bf16* scales_of(const char* numbers, std::int64_t scales) {
     return reinterpret_cast<const Bf16*>(numbers - scales * kLine);
 }
 
-// The sum over groups of a row's scale times x's sum.
+// The sum over groups of a row's scale times x's sum, in as many parts as V has lanes.
 template <class V>
-inline float sum_of_zeros(const Bf16* scales, const float* sums, std::int64_t groups) {
+inline typename V::F sum_of_zeros(const Bf16* scales, const float* sums, std::int64_t groups) {
     typename V::F sum = V::zero();
     for (std::int64_t g = 0; g < groups; g += V::lanes)
         sum = V::fma(V::load(scales + g), V::load(sums + g), sum);
-    return V::sum(sum);
+    return sum;
 }
 
 // `ahead` is null where the rows have been read before.
@@ -95,11 +95,12 @@ inline void dot_groups(const void* const* rows, const void* const* x, std::int64
     const float code = Units::zero(zero);
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) {
+            if (code != 0) {
+                const float* sums = GroupedX(x[t], padded).sums;
+                const auto zeros = sum_of_zeros<V>(scales_of(now[r], before), sums, padded / kGroup);
+                sum[r][t] = V::fma(V::set(-code), zeros, sum[r][t]);
+            }
             z[r * stride + t] = V::sum(sum[r][t]);
-            if (code == 0) continue;
-            const GroupedX x_t(x[t], padded);
-            z[r * stride + t] -= code * sum_of_zeros<V>(scales_of(now[r], before), x_t.sums,
-                                                        padded / kGroup);
         }
 }
 

@@ -18,6 +18,7 @@ struct RowList {
     int count;
     std::int64_t lines;
     float zero = 8;  // of int4 that meets x: the code that stands for 0
+    bool in_a_row = false;  // whether they lie one behind the other in memory
 };
 
 // z[row * tokens + token] = row . x[token]

@@ -52,7 +52,7 @@ void LinearPieces::run(int piece, const Inputs& x, std::int64_t tokens, void* y_
         const int count = int(std::min<std::int64_t>(kRows, end(piece) - row));
         for (int i = 0; i < count + kAhead; ++i)
             list[i] = w_.rows_ND + std::min(row + i, w_.rows - 1) * bytes_;
-        kernels_.dot({list, count, w_.lines, w_.zero}, x.data(), int(tokens), z.data());
+        kernels_.dot({list, count, w_.lines, w_.zero, true}, x.data(), int(tokens), z.data());
         for (std::int64_t t = 0; t < tokens; ++t) {
             float sums[kRows];
             for (int i = 0; i < count; ++i)

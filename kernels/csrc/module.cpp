@@ -17,6 +17,7 @@
 
 #include "decoder_layer.h"
 #include "linear.h"
+#include "proposal.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -30,7 +31,7 @@ using ffn::Limits;
 using ffn::Weights;
 
 constexpr const char *kCapsule = "moe_tools.ffn", *kLinear = "moe_tools.linear",
-                     *kLayer = "moe_tools.decoder_layer";
+                     *kLayer = "moe_tools.decoder_layer", *kProposal = "moe_tools.proposal";
 
 struct PythonError {};  // thrown where Python's own error is set already
 
@@ -143,6 +144,11 @@ struct PreparedLayer {
     const Isa* isa;
 };
 
+struct PreparedProposal {
+    ffn::Proposal proposal;
+    const Isa* isa;
+};
+
 // Hands what was prepared to Python, which deletes it.
 template <class Kind>
 PyObject* capsule(Kind made, const char* name) {
@@ -229,6 +235,11 @@ PreparedLayer read_layer(Arguments from) {
     layer.down = linear("down");
     layer.act.kind = from.code<Act>("act", ffn::kActs);
     layer.act.threshold = float(from.real("threshold"));
+    const auto* proposal = from.prepared<PreparedProposal>("proposal", kProposal);
+    const auto* neurons = from.prepared<Prepared>("neurons", kCapsule);
+    layer.proposal = proposal ? &proposal->proposal : nullptr;
+    layer.neurons = neurons ? &neurons->weights : nullptr;
+    layer.constant_D = from.tensor<const float>("constant_D");
     layer.before_attention = norm("before_attention", "before_attention_eps", "before_attention_offset");
     layer.of_queries = norm("of_queries", "of_queries_eps", "of_queries_offset");
     layer.of_keys = norm("of_keys", "of_keys_eps", "of_keys_offset");
@@ -330,6 +341,54 @@ PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject*
     });
 }
 
+// The caller keeps the linears.
+PreparedProposal read_proposal(Arguments from) {
+    PreparedProposal made{};
+    const auto* gate = from.prepared<PreparedLinear>("gate", kLinear);
+    const auto* up = from.prepared<PreparedLinear>("up", kLinear);
+    if (!up) {
+        PyErr_SetString(PyExc_ValueError, "a proposal needs rows of up");
+        throw PythonError();
+    }
+    made.isa = up->isa;
+    made.proposal.gate = gate ? &gate->weights : nullptr;
+    made.proposal.up = &up->weights;
+    made.proposal.act.kind = from.code<Act>("act", ffn::kActs);
+    made.proposal.act.threshold = float(from.real("threshold"));
+    made.proposal.up_act.kind = from.code<Act>("up_act", ffn::kActs);
+    made.proposal.up_act.threshold = float(from.real("up_threshold"));
+    made.proposal.norm_F = from.tensor<const float>("norm_F");
+    from.finish();
+    return made;
+}
+
+PyObject* prepare_proposal(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
+        return capsule(read_proposal(Arguments(args, names)), kProposal);
+    });
+}
+
+PyObject* propose(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the proposal, then names");
+        const auto* made = static_cast<PreparedProposal*>(PyCapsule_GetPointer(args[0], kProposal));
+        if (!made) throw PythonError();
+        Arguments from(args + 1, names);
+        const int threads = int(from.integer("threads"));
+        const void* x_TD = from.tensor<const void>("x_TD");
+        const DType dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+        const std::int64_t tokens = from.integer("tokens");
+        const float tau = float(from.real("tau"));
+        auto* mask_TF = from.tensor<std::uint8_t>("mask_TF");
+        from.finish();
+        unlocked([&] {
+            ffn::propose(made->proposal, x_TD, dtype, tokens, tau, mask_TF, *made->isa, threads);
+        });
+        Py_RETURN_NONE;
+    });
+}
+
 const PreparedLayer& read_prepared_layer(PyObject* const* args, Py_ssize_t count) {
     if (count != 1) {
         PyErr_Format(PyExc_TypeError, "give the layer, then names");
@@ -386,6 +445,7 @@ PyObject* new_token(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         call.mask_dtype = from.code<DType>("mask_dtype", int(DType::i8));
         call.mask_BS = from.tensor<const void>("mask_BS");
         call.mask_sequence = from.integer("mask_sequence");
+        call.tau = float(from.real("tau"));
         call.out_BD = from.tensor<void>("out_BD");
         call.x_BD = from.tensor<void>("x_BD");
         from.finish();
@@ -437,6 +497,10 @@ PyMethodDef methods[] = {
      "Writes queries, keys and values of new tokens."},
     {"new_token", with_names(new_token), METH_FASTCALL | METH_KEYWORDS,
      "Writes what a layer makes of new tokens, given keys and values."},
+    {"prepare_proposal", with_names(prepare_proposal), METH_FASTCALL | METH_KEYWORDS,
+     "The handle of proposals whose linears and norms the caller keeps."},
+    {"propose", with_names(propose), METH_FASTCALL | METH_KEYWORDS,
+     "Writes the mask of the neurons whose score is above tau."},
     {"isas", isas, METH_NOARGS, "Instruction sets that run here, the fastest last."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages; may be ignored."},
     {nullptr, nullptr, 0, nullptr},

@@ -145,7 +145,10 @@ def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | No
     made = optimize(_twin(models.get("routed", models["dense"])), dtype=packed, linears=linears)
     if linears and not is_dense(made):
         few = _twin(models["dense"])
-        pack_linears(few, linears)
+        if _skips(few):
+            pack_linears(few, linears)
+        else:
+            optimize(few, linears=linears)
         models[f"dense, linears {linears}"] = few
     models[name] = made
     return name
@@ -205,11 +208,17 @@ def threads(number: int | None) -> Iterator[int]:
 
 
 def _models(dense: PreTrainedModel, routed: PreTrainedModel | None) -> Models:
-    skips = any(gives_zeros(ffn.act) for ffn in find_ffns(dense))  # the kernels then skip neurons
-    bar = {} if skips or not can_pack(dense) else {"dense, optimised": optimize(_twin(dense))}
+    bar = (
+        {} if _skips(dense) or not can_pack(dense) else {"dense, optimised": optimize(_twin(dense))}
+    )
     if routed is None:
         return {"dense": dense, **(bar or {"optimised": optimize(_twin(dense))})}
     return {"dense": dense, **bar, "routed": routed, "optimised": optimize(_twin(routed))}
+
+
+def _skips(dense: PreTrainedModel) -> bool:
+    """Whether the kernels would skip neurons, so that the model is dense no more."""
+    return any(gives_zeros(ffn.act) for ffn in find_ffns(dense))
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,10 +17,11 @@ from moe_tools.experts.division import Division
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers import Router, RowReader
-from moe_tools.experts.selectors import Everything, Selector
+from moe_tools.experts.selectors import Everything, Selector, Threshold
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.input_threshold import nothing_dropped
 from moe_tools.hosts.linears import device_of, dtype_of
+from moe_tools.kernels.cpu.rows import FLOATS
 
 Mode = Literal["soft", "straight", "hard"]
 """How scores G switch experts.
@@ -134,15 +135,36 @@ class ExpertFFN(PackableFFN):
         if self.layout.masked:
             routing = self.route(self.entered())
             return self.complete_TD(self.down(self.switch(x_TD, routing)), routing)
+        if self.packed is not None and (mask_TE := self._mask_TE(x_TD)) is not None:
+            self._check_packed()
+            y_TD = self.packed(x_TD, mask_TE)
+            return y_TD if self.bias_D is None else y_TD + self.bias_D.to(y_TD.dtype)
         routing = self.route(x_TD)
         if self.packed is None:
             projections = self.projections
             y_TD = projections.project_TD(self.switch(projections.hidden_TF(x_TD), routing))
             return self.complete_TD(y_TD, routing)
+        self._check_packed()
+        return self.complete_TD(self.packed(x_TD, routing.mask_TE), routing)
+
+    def _check_packed(self) -> None:
         if self.training or self.mode == "soft":
             state = "in training" if self.training else "in mode soft"
             raise ValueError(f"{self.name} is optimised and cannot run {state}: load it again")
-        return self.complete_TD(self.packed(x_TD, routing.mask_TE), routing)
+
+    def _mask_TE(self, x_TD: Tensor) -> Tensor | None:
+        """The mask where nobody looks at the scores, and the router can do without; else None."""
+        tau = self.unseen_tau()
+        if tau is None or torch.compiler.is_compiling() or x_TD.dtype not in FLOATS:
+            return None
+        return self.router.above_TR(x_TD, tau)
+
+    def unseen_tau(self) -> float | None:
+        """The threshold of the scores where nothing else is made of them, and nobody looks."""
+        seen = self.observers or self.interventions or self.router._forward_hooks
+        if seen or self.shared or self.off_RD is not None or type(self.selector) is not Threshold:
+            return None
+        return self.selector.tau
 
     def route(self, x_TD: Tensor) -> Routing:
         """Scores and mask, as interventions leave it, shown to the observers."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from moe_tools.experts.experts import ExpertFFN
+from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.hosts.activations import Activation, kernel_act
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.layouts import Layout
@@ -31,8 +33,14 @@ from moe_tools.inference import layer_forms
 from moe_tools.inference.growing_cache import append
 from moe_tools.inference.layer_forms import Found
 from moe_tools.inference.packed_linear import PackedLinear
-from moe_tools.kernels.cpu.decoder_layer import MOST_SEQUENCES, CpuDecoderLayer, DenseFFN
+from moe_tools.kernels.cpu.decoder_layer import (
+    MOST_SEQUENCES,
+    CpuDecoderLayer,
+    DenseFFN,
+    ProposedFFN,
+)
 from moe_tools.kernels.cpu.linear import CpuLinear
+from moe_tools.kernels.cpu.packed import CpuFFN
 from moe_tools.kernels.cpu.rows import FLOATS
 
 _log = logging.getLogger(__name__)
@@ -49,27 +57,63 @@ _KNOWN = {
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A module that the kernels stand for, and where it is."""
+class _Parts:
+    """Modules that the kernels stand for, and what was read of them."""
 
-    siblings: dict[str, nn.Module | None]
-    name: str
-    module: nn.Module
-    packed: CpuLinear | None
-    address: int
-    """Of the weight of a norm, which the kernels read where it lies."""
+    places: tuple[tuple[dict[str, nn.Module | None], str], ...]
+    """Of each: the modules beside it, and its name among them."""
+    modules: list[nn.Module]
+    hooks: tuple[Mapping[Any, Any], ...]
+    packed: tuple[tuple[PackedLinear, CpuLinear], ...]
+    norms: tuple[tuple[nn.Module, int], ...]
+    """With the address of the weight, which the kernels read where it lies."""
 
-    def is_as_it_was(self) -> bool:
-        """Whether it is in its place and nobody listens to it."""
-        module = self.module
-        return (
-            self.siblings.get(self.name) is module
-            and not module._forward_hooks
-            and not module._forward_pre_hooks
-            and "forward" not in module.__dict__
-            and (self.packed is None or module.__dict__.get("packed") is self.packed)
-            and (not self.address or cast("Tensor", module.weight).data_ptr() == self.address)
+    @classmethod
+    def of(cls, layer: nn.Module, paths: Sequence[str], norms: Collection[str]) -> _Parts:
+        """Those at some paths below a layer."""
+        split = [path.rpartition(".") for path in paths]
+        modules = [layer.get_submodule(path) for path in paths]
+        hooks = [(module._forward_hooks, module._forward_pre_hooks) for module in modules]
+        linears = [module for module in modules if isinstance(module, PackedLinear)]
+        found = [layer.get_submodule(path) for path in norms]
+        return cls(
+            tuple((layer.get_submodule(parent)._modules, name) for parent, _, name in split),
+            modules,
+            tuple(hook for both in hooks for hook in both),
+            tuple((linear, linear.packed) for linear in linears),
+            tuple((norm, cast("Tensor", norm.weight).data_ptr()) for norm in found),
         )
+
+    def are_as_they_were(self) -> bool:
+        """Whether all are in their places, and nobody listens to one of them."""
+        if any(self.hooks) or [beside.get(name) for beside, name in self.places] != self.modules:
+            return False
+        if any("forward" in module.__dict__ for module in self.modules):
+            return False
+        return all(linear.packed is packed for linear, packed in self.packed) and all(
+            cast("Tensor", norm.weight).data_ptr() == address for norm, address in self.norms
+        )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """An FFN whose neurons are proposed, as part of the second call."""
+
+    native: CpuDecoderLayer
+    ffn: ExpertFFN
+    hooks: tuple[Mapping[Any, Any], ...]
+
+    constant: Tensor | None
+    """`bias_D` of the FFN, which the call adds."""
+
+    def tau(self) -> float | None:
+        """The threshold; None: somebody looks at the FFN, which then is called as a module."""
+        ffn, made = self.ffn, cast("ProposedFFN", self.native.ffn)
+        router = cast("FewBitsRouter", ffn.router)
+        same = router.proposal is made.proposal and ffn.mode == "hard" and not ffn.training
+        if not same or ffn.bias_D is not self.constant or any(self.hooks):
+            return None
+        return ffn.unseen_tau()
 
 
 @dataclass(frozen=True)
@@ -78,50 +122,52 @@ class _Step:
 
     native: CpuDecoderLayer
     index: int
-    parts: tuple[_Part, ...]
+    parts: _Parts
     behind_ffn: str | None
     """The norm that the host computes, where it computes the FFN."""
+    chosen: _Chosen | None
 
     def takes(self, h_B1D: Tensor, others: Mapping[str, Any]) -> bool:
         """Whether a call is one that the kernels compute: new tokens, with a cache behind them."""
-        if h_B1D.ndim != 3 or h_B1D.shape[1] != 1 or len(h_B1D) > MOST_SEQUENCES:
+        sequences, length, width = h_B1D.shape if h_B1D.ndim == 3 else (0, 0, 0)
+        if length != 1 or sequences > MOST_SEQUENCES or width != self.native.width:
             return False
-        if h_B1D.dtype != self.native.dtype or h_B1D.shape[2] != self.native.width:
+        if h_B1D.dtype != self.native.dtype or not others.keys() <= _KNOWN:
             return False
-        if (h_B1D.requires_grad and torch.is_grad_enabled()) or not others.keys() <= _KNOWN:
+        if h_B1D.requires_grad and torch.is_grad_enabled():
             return False
-        cache, embedded = others.get("past_key_values"), others.get("position_embeddings")
+        cache = others.get("past_key_values")
         if not isinstance(cache, Cache) or self.index >= len(cache.layers):
             return False
         return (
-            self._is_position(embedded, len(h_B1D))
-            and _is_mask(others.get("attention_mask"), len(h_B1D))
+            self._is_position(others.get("position_embeddings"), sequences)
+            and _is_mask(others.get("attention_mask"), sequences)
             and not hooks._global_forward_hooks
             and not hooks._global_forward_pre_hooks
-            and all(part.is_as_it_was() for part in self.parts)
+            and self.parts.are_as_they_were()
         )
 
     def _is_position(self, embedded: Any, sequences: int) -> bool:
         if not isinstance(embedded, tuple) or len(embedded) != 2:
             return False
-        head = self.native.attention.head
+        dtype, head = self.native.dtype, self.native.attention.head
+        shapes = (1, 1, head), (sequences, 1, head)
         return all(
-            part.dtype == self.native.dtype
-            and part.shape in ((1, 1, head), (sequences, 1, head))
-            and part.is_contiguous()
+            part.dtype == dtype and part.shape in shapes and part.is_contiguous()
             for part in embedded
         )
 
     def __call__(self, layer: nn.Module, h_B1D: Tensor, others: Mapping[str, Any]) -> Tensor:
         """Computes h behind the layer, and appends to the cache."""
         h_B1D = h_B1D.contiguous()
-        cos_B1W, sin_B1W = others["position_embeddings"]
-        q_BH1W, k_BK1W, v_BK1W = self.native.new_heads(h_B1D, cos_B1W, sin_B1W)
+        q_BH1W, k_BK1W, v_BK1W = self.native.new_heads(h_B1D, *others["position_embeddings"])
         keys, values = _appended(others["past_key_values"], self.index, k_BK1W, v_BK1W)
-        keys, values = (self._readable(cached) for cached in (keys, values))
+        keys, values = self._readable(keys), self._readable(values)
         mask = others.get("attention_mask")
         if mask is not None and mask.shape[-1] != keys.shape[2]:
             raise ValueError(f"a mask of {mask.shape[-1]} positions, a cache of {keys.shape[2]}")
+        if self.chosen is not None and (tau := self.chosen.tau()) is not None:
+            return self.chosen.native.new_token(h_B1D, q_BH1W, keys, values, mask, tau)[0]
         h_B1D, x_B1D = self.native.new_token(h_B1D, q_BH1W, keys, values, mask)
         if self.native.ffn is not None:
             return h_B1D
@@ -217,21 +263,29 @@ def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> _Step:
     ffn, paths = None, list(found.paths)
     if layout is not None and (ffn := _dense_ffn(layer, layout)) is not None:
         paths += [layer_forms.FFN, *(f"{layer_forms.FFN}.{path}" for path in layout.parts())]
-    else:  # the host's own module computes the norm behind an FFN of its own
-        paths = [path for path in paths if path != found.names.behind_ffn]
+    behind = found.names.behind_ffn
+    chosen = None if ffn else _chosen(layer, found)
+    if ffn is None and chosen is None and behind is not None:
+        paths.remove(behind)  # the host's own module computes it
+    norms = [path for path in paths if path in found.norm_paths]
     native = CpuDecoderLayer(found.attention, found.norms, found.dtype, ffn)
-    norms = {*found.names.all(), *(path for path in found.paths if path.endswith("_norm"))}
-    parts = tuple(_part(layer, path, is_norm=path in norms) for path in paths)
-    return _Step(native, found.index, parts, None if ffn else found.names.behind_ffn)
+    parts = _Parts.of(layer, paths, norms)
+    return _Step(native, found.index, parts, None if ffn else behind, chosen)
 
 
-def _part(layer: nn.Module, path: str, *, is_norm: bool) -> _Part:
-    parent, _, name = path.rpartition(".")
-    siblings = layer.get_submodule(parent)._modules
-    module = layer.get_submodule(path)
-    packed = module.packed if isinstance(module, PackedLinear) else None
-    address = cast("Tensor", module.weight).data_ptr() if is_norm else 0
-    return _Part(siblings, name, module, packed, address)
+def _chosen(layer: nn.Module, found: Found) -> _Chosen | None:
+    """A routed FFN whose router proposes neurons in one call, None where another one is there."""
+    ffn = layer._modules[layer_forms.FFN]
+    router = ffn.router if isinstance(ffn, ExpertFFN) else None
+    if not isinstance(ffn, ExpertFFN) or not isinstance(router, FewBitsRouter):
+        return None
+    if router.proposal is None or not isinstance(ffn.packed, CpuFFN) or ffn.layout.masked:
+        return None
+    constant_D = None if ffn.bias_D is None else ffn.bias_D.detach().float().contiguous()
+    made = ProposedFFN(router.proposal, ffn.packed.kernel, constant_D)
+    native = CpuDecoderLayer(found.attention, found.norms, found.dtype, made)
+    hooks = ffn._forward_hooks, ffn._forward_pre_hooks, router._forward_pre_hooks
+    return _Chosen(native, ffn, hooks, ffn.bias_D)
 
 
 def _dense_ffn(layer: nn.Module, layout: Layout) -> DenseFFN | None:

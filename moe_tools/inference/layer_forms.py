@@ -81,6 +81,8 @@ class Found:
     norms: Norms
     names: NormNames
     paths: tuple[str, ...]
+    norm_paths: tuple[str, ...]
+    """Those of them that are norms."""
     dtype: torch.dtype
     index: int
     """Of the layer in the cache."""
@@ -136,13 +138,9 @@ def find(layer: nn.Module, host: type[nn.Module]) -> Found | str | None:
     if why := cannot_decode(dtype, attention):
         return why
     norms = Norms(**{role: found.get(name) for role, name in vars(names).items()})
-    paths = (
-        ATTENTION,
-        *(f"{ATTENTION}.{name}_proj" for name in "qkvo"),
-        *(f"{ATTENTION}.{name}" for name in heads),
-        *names.all(),
-    )
-    return Found(attention, norms, names, paths, dtype, sizes.layer_idx)
+    norm_paths = (*(f"{ATTENTION}.{name}" for name in heads), *names.all())
+    paths = (ATTENTION, *(f"{ATTENTION}.{name}_proj" for name in "qkvo"), *norm_paths)
+    return Found(attention, norms, names, paths, norm_paths, dtype, sizes.layer_idx)
 
 
 @torch.no_grad()

@@ -134,7 +134,7 @@ def optimize(
             ffn.router.pack()
         free_matrices(_put(model, ffn, packing.pack(ffn)), dtype)
     for routed in expert_ffns(model):
-        widen_router(routed)
+        widen_router(routed, packs=native)
     if native:
         fuse_layers(model, dense)
     _fold_head(model)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_tools.experts.routers import Router
-from moe_tools.kernels.cpu.linear import CpuLinear
-from moe_tools.kernels.cpu.memory import LINE
+from moe_tools.kernels.cpu.linear import CpuLinear, own_rows
 from moe_tools.kernels.cpu.rows import FLOATS
 from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.sparse_ffn import native_cpu
@@ -130,9 +129,7 @@ def can_pack(model: nn.Module) -> bool:
 
 def _is_own(linear: nn.Linear) -> bool:
     """Whether the kernels read a linear in its own dtype, in the place of its weight."""
-    weight = linear.weight
-    whole = weight.shape[1] * weight.element_size() % LINE == 0
-    return weight.device.type == "cpu" and weight.dtype in FLOATS and whole and bool(native_cpu())
+    return own_rows(linear.weight) and bool(native_cpu())
 
 
 def _pack(linear: nn.Linear, dtype: torch.dtype) -> None:

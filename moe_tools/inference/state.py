@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.packed_ffn import PackableFFN
+from moe_tools.experts.routers.base import ProductFP32
 from moe_tools.hosts.layouts import child_name
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import QUANTIZED
@@ -34,10 +35,22 @@ def free_matrices(ffn: PackableFFN, dtype: torch.dtype | None) -> None:
     ffn.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def widen_router(ffn: ExpertFFN) -> None:
-    """Keeps a router in fp32, in which it computes anyway; its state dict keeps its dtypes."""
+def widen_router(ffn: ExpertFFN, *, packs: bool) -> None:
+    """Keeps a router in fp32, in which it computes anyway; its state dict keeps its dtypes.
+
+    Args:
+        ffn: whose router it is.
+        packs: its matrices stay in their dtype, which the native kernels read, where they can.
+    """
     dtypes = {f"router.{name}": value.dtype for name, value in ffn.router.state_dict().items()}
-    ffn.router.float()
+    kept = set()
+    for module in ffn.router.modules():
+        if packs and isinstance(module, ProductFP32):
+            module.pack()
+            kept |= {id(module.weight)} if module.packed is not None else set()
+    for tensor in (*ffn.router.parameters(), *ffn.router.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in kept:
+            tensor.data = tensor.data.float()
     hook = partial(_narrow, dtypes=dtypes)
     ffn.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from moe_tools.experts.importance import Importance
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.projections import Projections
+from moe_tools.kernels.cpu.linear import CpuLinear, own_rows
+from moe_tools.kernels.sparse_ffn import native_cpu
 
 Start = Literal["regression", "open"]
 """How a router that can be fitted in closed form begins: fitted, or with every expert on."""
@@ -63,6 +65,10 @@ class Router(nn.Module, ABC):
     def needs_zeros(self) -> bool:
         """Whether it predicts which neurons are exactly 0, and is of no use where none is."""
         return False
+
+    def above_TR(self, x_TD: Tensor, tau: float) -> Tensor | None:
+        """The mask of scores above tau, where that is to be had without the scores; None: not."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -184,12 +190,37 @@ class LabelRouter(LearnedRouter):
         )
 
 
-class LinearFP32(nn.Module):
-    """A linear that computes in fp32 whatever the dtype of its weight; it starts as nn.Linear does.
+class ProductFP32(nn.Module):
+    """Has a weight and a bias, and computes x W^T + b in fp32 whatever their dtype.
 
     Casting a model to bf16 or fp16, as DeepSpeed does, then rounds a router's weights and not its
     arithmetic. No nn.Linear, or what quantises or adapts every linear of a model would take it.
     """
+
+    weight: Tensor
+    bias: nn.Parameter | None
+    packed: CpuLinear | None = None
+
+    def product_TN(self, x_TD: Tensor) -> Tensor:
+        """x W^T + b, in fp32."""
+        bias_N = None if self.bias is None else self.bias.float()
+        if self.packed is None:
+            return nn.functional.linear(x_TD.float(), self.weight.float(), bias_N)
+        y_TN = self.packed(x_TD.float())
+        return y_TN if bias_N is None else y_TN + bias_N
+
+    def pack(self) -> None:
+        """Lets the native kernels read the weight, where they can read it in its own dtype.
+
+        It then lies where they read it, and has no gradients.
+        """
+        if own_rows(self.weight) and native_cpu():
+            self.packed = CpuLinear(self.weight, None, self.weight.dtype)
+            self.weight.data = self.packed.weight_ND()
+
+
+class LinearFP32(ProductFP32):
+    """A linear that computes in fp32; it starts as nn.Linear does."""
 
     def __init__(self, width: int, outputs: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -198,8 +229,7 @@ class LinearFP32(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, outputs) in fp32."""
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(x_TD.float(), self.weight.float(), bias)
+        return self.product_TN(x_TD)
 
 
 def matrix_flops(*matrices: Tensor) -> int:

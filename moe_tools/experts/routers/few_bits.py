@@ -12,7 +12,7 @@ Letters: T tokens, D model width, F neurons, R experts that are routed, K inputs
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers.base import Router, RowReader, Scoring, Start, Starter
+from moe_tools.hosts.activations import kernel_act, kernel_up_act
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.linears import tensors_of
 from moe_tools.hosts.projections import hidden_TF
+from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.linear import CpuLinear
+from moe_tools.kernels.cpu.proposal import CpuProposal
 from moe_tools.kernels.few_bits import (
     GROUP,
     CopyBits,
@@ -88,6 +91,8 @@ class FewBitsRouter(RowReader):
         )
         self._made: tuple[object, Products] | None = None
         self._packed: Products | None = None
+        self.proposal: CpuProposal | None = None
+        """What says in one call which neurons are above a threshold, once it is packed."""
         if of is not None:
             _check_stored(ffn, cast(StoredBits, of))
 
@@ -119,6 +124,17 @@ class FewBitsRouter(RowReader):
         The kernel rounds x to int8, as `x_bits: 8` does.
         """
         self._packed = self._made_of(CpuLinear.of_codes)
+        up, gate = self._packed
+        act = kernel_act(self.projections.act)
+        if act is None or self.inputs < 1 or not self.division.of_neurons or self.shared:
+            return
+        up_act = Act(kernel_up_act(self.projections.act))
+        linears = cast("CpuLinear", up), cast("CpuLinear | None", gate)
+        self.proposal = CpuProposal(*linears, act, up_act, self.norm_F)
+
+    def above_TR(self, x_TD: Tensor, tau: float) -> Tensor | None:
+        """In one call of the kernels, once it is packed."""
+        return None if self.proposal is None else self.proposal(x_TD, tau)
 
     def cannot_pack(self) -> str | None:
         """Why `pack` cannot be called; None: it can."""
@@ -163,18 +179,18 @@ class FewBitsRouter(RowReader):
         """Made once for weights that stay as they are."""
         state = None if self.training else (dtype, self._state())
         if state is None:
-            return self._made_of(lambda few: _plain(few, dtype))
+            return self._made_of(partial(_Plain, dtype=dtype))
         if self._made is None or self._made[0] != state:
-            self._made = (state, self._made_of(lambda few: _plain(few, dtype)))
+            self._made = (state, self._made_of(partial(_Plain, dtype=dtype)))
         return self._made[1]
 
-    def _made_of(self, product: Callable[[FewBits], Product]) -> Products:
+    def _made_of(self, product: Callable[[FewBits, Tensor | None], Product]) -> Products:
         """What multiplies by the copies, and adds the biases, which are exact."""
         weights = self.projections.computed()
-        up = _Biased(product(self.few_bits(weights.up_FD)), weights.up_F)
+        up = product(self.few_bits(weights.up_FD), weights.up_F)
         if weights.gate_FD is None:
             return up, None
-        return up, _Biased(product(self.few_bits(weights.gate_FD)), weights.gate_F)
+        return up, product(self.few_bits(weights.gate_FD), weights.gate_F)
 
     def _state(self) -> list[tuple[int, int]]:
         """Tells whether a weight, or an adapter of it, is another one or was changed in place."""
@@ -237,18 +253,13 @@ def _largest(x_TD: Tensor, share: float) -> Tensor:
     return torch.zeros_like(x_TD).scatter(-1, index_TK, x_TD.gather(-1, index_TK))
 
 
-def _plain(few: FewBits, dtype: torch.dtype) -> Product:
-    rows_FD = few.values_FD(dtype)
-    return lambda x_TD: nn.functional.linear(x_TD, rows_FD)
+class _Plain:
+    """A product and a bias in PyTorch."""
 
-
-@dataclass(frozen=True)
-class _Biased:
-    """A product and a bias."""
-
-    product: Product
-    bias_F: Tensor | None
+    def __init__(self, few: FewBits, bias_F: Tensor | None, dtype: torch.dtype) -> None:
+        self.rows_FD = few.values_FD(dtype)
+        self.bias_F = None if bias_F is None else bias_F.to(dtype)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        values_TF = self.product(x_TD)
-        return values_TF if self.bias_F is None else values_TF + self.bias_F.to(values_TF.dtype)
+        """x W~^T + b."""
+        return nn.functional.linear(x_TD, self.rows_FD, self.bias_F)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers.base import (
     LabelRouter,
+    ProductFP32,
     Router,
     Start,
     Starter,
@@ -26,11 +27,13 @@ SPREAD = 2.0
 """Standard deviation of the started logits: most scores clear of tau, none saturated."""
 
 
-class SigmoidRouter(LabelRouter):
+class SigmoidRouter(LabelRouter, ProductFP32):
     """G = sigmoid(W x + b), one independent score an expert (LTE, arXiv 2402.06126).
 
     The bias is ours: with it training starts from "every expert on" (G near 1).
     """
+
+    bias: nn.Parameter
 
     def __init__(self, width: int, routed: int) -> None:
         super().__init__()
@@ -57,7 +60,7 @@ class SigmoidRouter(LabelRouter):
     def logits_TR(self, x_TD: Tensor) -> Tensor:
         """Scores before the sigmoid."""
         with in_fp32(x_TD):
-            return nn.functional.linear(x_TD.float(), self.weight.float(), self.bias.float())
+            return self.product_TN(x_TD)
 
 
 class RidgeStart(Starter):
