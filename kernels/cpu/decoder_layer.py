@@ -10,6 +10,8 @@ S positions in the cache.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +60,11 @@ class Attention:
     of_queries: RMSNorm | None = None
     of_keys: RMSNorm | None = None
     """Norms of every head, before it is rotated."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads of queries, heads of keys, numbers of each."""
+        return self.query_heads, self.key_heads, self.head
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class CpuDecoderLayer:
             options[f"{name}_offset"] = 0.0 if norm is None else norm.offset
         act = ffn.act if isinstance(ffn, DenseFFN) else Act("identity")
         proposed = ffn if isinstance(ffn, ProposedFFN) else None
-        self._handle = self._native.prepare_layer(
+        self.handle = self._native.prepare_layer(
             dtype=DTYPES.index(dtype),
             width=self.width,
             query_heads=attention.query_heads,
@@ -195,7 +202,7 @@ class CpuDecoderLayer:
         k_BK1W = h_B1D.new_empty((sequences, sizes.key_heads, 1, sizes.head))
         v_BK1W = h_B1D.new_empty((sequences, sizes.key_heads, 1, sizes.head))
         self._native.new_heads(
-            self._handle,
+            self.handle,
             threads=torch.get_num_threads(),
             sequences=sequences,
             h_BD=h_B1D.data_ptr(),
@@ -230,7 +237,7 @@ class CpuDecoderLayer:
         out_B1D, x_B1D = torch.empty_like(h_B1D), torch.empty_like(h_B1D)
         mask = _NO_MASK if mask_B11S is None else _mask(mask_B11S)
         self._native.new_token(
-            self._handle,
+            self.handle,
             threads=torch.get_num_threads(),
             sequences=len(h_B1D),
             positions=keys_BKSW.shape[2],
@@ -250,6 +257,67 @@ class CpuDecoderLayer:
             x_BD=x_B1D.data_ptr(),
         )
         return out_B1D, x_B1D
+
+
+class CpuStack:
+    """Layers of one size, one behind the other, in one native call for each token.
+
+    Args:
+        layers: with an FFN each.
+    """
+
+    def __init__(self, layers: Sequence[CpuDecoderLayer]) -> None:
+        self.layers = tuple(layers)
+        self._handles = tuple(layer.handle for layer in layers)
+        self._native = extension()
+
+    def __call__(
+        self,
+        h_B1D: Tensor,
+        cos_B1W: Tensor,
+        sin_B1W: Tensor,
+        keys_BKSW: Sequence[Tensor],
+        values_BKSW: Sequence[Tensor],
+        used: int,
+        mask_B11S: Tensor | None,
+        taus: Sequence[float],
+    ) -> Tensor:
+        """Computes h behind the last layer, and writes the new position of every cache.
+
+        Args:
+            h_B1D: what enters the first layer; contiguous.
+            cos_B1W: as in `CpuDecoderLayer.new_heads`.
+            sin_B1W: likewise.
+            keys_BKSW: of every layer, with room behind the positions in use; all of equal strides.
+            values_BKSW: likewise, and of the strides of the keys.
+            used: positions in use; the new one is written behind them.
+            mask_B11S: as in `CpuDecoderLayer.new_token`.
+            taus: of every layer's proposal.
+        """
+        out_B1D = torch.empty_like(h_B1D)
+        keys = array("Q", [keys.data_ptr() for keys in keys_BKSW])
+        values = array("Q", [values.data_ptr() for values in values_BKSW])
+        limits = array("d", taus)
+        sequence, head, position, _ = keys_BKSW[0].stride()
+        self._native.run_stack(
+            self._handles,
+            threads=torch.get_num_threads(),
+            sequences=len(h_B1D),
+            used=used,
+            h_BD=h_B1D.data_ptr(),
+            cos_BW=cos_B1W.data_ptr(),
+            sin_BW=sin_B1W.data_ptr(),
+            positions=len(cos_B1W),
+            keys=keys.buffer_info()[0],
+            values=values.buffer_info()[0],
+            sequence=sequence,
+            head=head,
+            position=position,
+            **(_NO_MASK if mask_B11S is None else _mask(mask_B11S)),
+            taus=limits.buffer_info()[0],
+            out_BD=out_B1D.data_ptr(),
+        )
+        return out_B1D
 
 
 def _mask(mask_B11S: Tensor) -> dict[str, int]:

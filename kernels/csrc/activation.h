@@ -12,6 +12,11 @@ namespace ffn {
 enum class Act : int { identity, relu, relu2, fatrelu, shifted_relu, silu, gelu, gelu_tanh };
 constexpr int kActs = 8;
 
+// Whether it makes exact zeros of whole ranges of numbers.
+inline bool gives_zeros(Act act) {
+    return act == Act::relu || act == Act::relu2 || act == Act::fatrelu || act == Act::shifted_relu;
+}
+
 // e^x to a few units in the last place, without a call or a branch: a loop of it is made vectors.
 // 2^(n + f) with f within a half: the exponent n, times a polynomial (Cephes' expf).
 inline float exponential(float x) {

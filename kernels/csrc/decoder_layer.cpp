@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <vector>
@@ -397,6 +398,42 @@ void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, 
     std::int64_t bytes = bytes_of({layer.o, layer.gate, layer.up, layer.down});
     if (layer.proposal) bytes += bytes_of({layer.proposal->up});
     Token(layer, call, isa, useful_threads(std::max(threads, 1), bytes)).run();
+}
+
+void run_stack(const DecoderLayer* const* layers, const Stack& call, const Isa& isa, int threads) {
+    const DecoderLayer& first = *layers[0];
+    const std::int64_t size = kLine / per_line(first.dtype);  // bytes of a number
+    const std::int64_t b_count = call.sequences, width = first.width * b_count * size;
+    const std::int64_t q_bytes = b_count * first.query_heads * first.head * size;
+    const std::int64_t k_bytes = b_count * first.key_heads * first.head * size;
+    thread_local Scratch scratch;
+    std::byte* q = scratch.get(std::size_t(q_bytes + 2 * k_bytes + 2 * width));
+    std::byte *k = q + q_bytes, *v = k + k_bytes, *h = v + k_bytes, *x = h + width;
+    const void* from = call.h_BD;
+    for (std::int64_t i = 0; i < call.layers; ++i) {
+        const DecoderLayer& layer = *layers[i];
+        new_heads(layer, {b_count, from, call.cos_BW, call.sin_BW, call.positions, q, k, v}, isa, threads);
+        const auto append = [&](const std::byte* made, void* cache) {
+            for (std::int64_t b = 0; b < b_count; ++b)
+                for (std::int64_t head = 0; head < layer.key_heads; ++head) {
+                    const std::int64_t at = b * call.sequence + head * call.head + call.used * call.position;
+                    std::memcpy(static_cast<std::byte*>(cache) + at * size,
+                                made + (b * layer.key_heads + head) * layer.head * size,
+                                std::size_t(layer.head * size));
+                }
+        };
+        append(k, call.keys[i]);
+        append(v, call.values[i]);
+        const auto cached = [&](void* data) {
+            return Cached{static_cast<const char*>(data), call.sequence, call.head, call.position};
+        };
+        // h is read before it is written: each layer's may take the place of the one before.
+        void* to = i + 1 < call.layers ? h : call.out_BD;
+        new_token(layer, {b_count, call.used + 1, from, q, cached(call.keys[i]), cached(call.values[i]),
+                          call.mask, call.mask_dtype, call.mask_BS, call.mask_sequence,
+                          float(call.taus[i]), to, x}, isa, threads);
+        from = to;
+    }
 }
 
 }  // namespace ffn

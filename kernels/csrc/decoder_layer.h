@@ -72,4 +72,23 @@ struct NewToken {
 
 void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, int threads);
 
+// Several layers, one behind the other, with what their caches are given of the new tokens.
+struct Stack {
+    std::int64_t layers, sequences;
+    std::int64_t used;  // positions in the caches; the new one is written behind them
+    const void* h_BD;
+    const void *cos_BW, *sin_BW;
+    std::int64_t positions;  // rows of these
+    void *const *keys, *const *values;      // BKSW of every layer
+    std::int64_t sequence, head, position;  // of all of them: from one to the next, in numbers
+    Mask mask;
+    DType mask_dtype;
+    const void* mask_BS;
+    std::int64_t mask_sequence;
+    const double* taus;
+    void* out_BD;
+};
+
+void run_stack(const DecoderLayer* const* layers, const Stack& call, const Isa& isa, int threads);
+
 }  // namespace ffn

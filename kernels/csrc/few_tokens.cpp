@@ -44,7 +44,8 @@ class Job {
           tokens_(int(batch.tokens)),
           padded_(weights.padded()),
           kernels_(kernels_for(isa, weights.dtype, batch.dtype)),
-          screen_(isa.screen) {}
+          screen_(isa.screen),
+          whole_(!weights.screen.rows_FD && !gives_zeros(weights.acts[0].kind)) {}
 
     std::int64_t run(int threads, Scratch& scratch) {
         const std::int64_t neuron_bytes = (w_.inputs + 1) * row_bytes(w_.dtype, w_.lines);
@@ -190,6 +191,7 @@ class Job {
 
     // The rows of a part; behind them, the first rows of the next.
     RowList rows_of(int part, Hidden& hidden) const {
+        if (whole_) return rows_of_whole(part, hidden);
         const int next = std::min(part + 1, w_.inputs);
         list(hidden, hidden.count, [&](std::int64_t n) { return w_.row(n, part); });
         for (int i = 0; i < kAhead; ++i) {
@@ -197,6 +199,21 @@ class Job {
             hidden.rows[hidden.count + i] = w_.row(chosen_.neurons[hidden.live[index]], next);
         }
         return {hidden.rows, hidden.count, w_.lines};
+    }
+
+    // The same where every row of a neuron is read: they lie one behind the other, and are fetched
+    // together with the first. Behind the list, the neurons of the next block.
+    RowList rows_of_whole(int part, Hidden& hidden) const {
+        const auto& neurons = chosen_.neurons;
+        list(hidden, hidden.count, [&](std::int64_t n) { return w_.row(n, part); });
+        for (std::size_t i = 0; part == 0 && i < kAhead; ++i) {
+            const std::size_t next = std::size_t(hidden.live[hidden.count - 1]) + 1 + i;
+            if (next >= neurons.size()) break;
+            hidden.rows[std::size_t(hidden.count) + i] = w_.row(neurons[next], part);
+        }
+        RowList made{hidden.rows, hidden.count, w_.lines};
+        made.fetched = part == 0 ? w_.inputs + 1 : 0;
+        return made;
     }
 
     // Row by row, and the last one again where the kernels look ahead.
@@ -229,6 +246,7 @@ class Job {
     const std::int64_t padded_;
     const RowKernels& kernels_;
     const Dot screen_;
+    const bool whole_;  // no product can be left out
     Inputs x_, screen_x_;
     float reach_[kFew];  // times a row's error: how far its product may be off
 };

@@ -19,6 +19,7 @@ struct RowList {
     std::int64_t lines;
     float zero = 8;  // of int4 that meets x: the code that stands for 0
     bool in_a_row = false;  // whether they lie one behind the other in memory
+    int fetched = 1;  // rows from each on that are fetched ahead together; 0: that has been done
 };
 
 // z[row * tokens + token] = row . x[token]

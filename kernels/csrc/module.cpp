@@ -14,6 +14,7 @@
 #include <memory>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "decoder_layer.h"
 #include "linear.h"
@@ -454,6 +455,46 @@ PyObject* new_token(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
     });
 }
 
+PyObject* run_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count != 1 || !PyTuple_Check(args[0]) || !PyTuple_GET_SIZE(args[0]))
+            return PyErr_Format(PyExc_TypeError, "give a tuple of layers, then names");
+        std::vector<const ffn::DecoderLayer*> layers;
+        const Isa* isa = nullptr;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); ++i) {
+            PyObject* one = PyTuple_GET_ITEM(args[0], i);
+            const auto* made = static_cast<PreparedLayer*>(PyCapsule_GetPointer(one, kLayer));
+            if (!made) throw PythonError();
+            layers.push_back(&made->layer);
+            isa = made->isa;
+        }
+        Arguments from(args + 1, names);
+        const int threads = int(from.integer("threads"));
+        ffn::Stack call{};
+        call.layers = std::int64_t(layers.size());
+        call.sequences = from.integer("sequences");
+        call.used = from.integer("used");
+        call.h_BD = from.tensor<const void>("h_BD");
+        call.cos_BW = from.tensor<const void>("cos_BW");
+        call.sin_BW = from.tensor<const void>("sin_BW");
+        call.positions = from.integer("positions");
+        call.keys = from.tensor<void* const>("keys");
+        call.values = from.tensor<void* const>("values");
+        call.sequence = from.integer("sequence");
+        call.head = from.integer("head");
+        call.position = from.integer("position");
+        call.mask = from.code<ffn::Mask>("mask", 3);
+        call.mask_dtype = from.code<DType>("mask_dtype", int(DType::i8));
+        call.mask_BS = from.tensor<const void>("mask_BS");
+        call.mask_sequence = from.integer("mask_sequence");
+        call.taus = from.tensor<const double>("taus");
+        call.out_BD = from.tensor<void>("out_BD");
+        from.finish();
+        unlocked([&] { ffn::run_stack(layers.data(), call, *isa, threads); });
+        Py_RETURN_NONE;
+    });
+}
+
 PyObject* isas(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (const Isa* isa : ffn::kIsas) {
@@ -497,6 +538,8 @@ PyMethodDef methods[] = {
      "Writes queries, keys and values of new tokens."},
     {"new_token", with_names(new_token), METH_FASTCALL | METH_KEYWORDS,
      "Writes what a layer makes of new tokens, given keys and values."},
+    {"run_stack", with_names(run_stack), METH_FASTCALL | METH_KEYWORDS,
+     "Writes what layers make of new tokens, one behind the other, and appends to their caches."},
     {"prepare_proposal", with_names(prepare_proposal), METH_FASTCALL | METH_KEYWORDS,
      "The handle of proposals whose linears and norms the caller keeps."},
     {"propose", with_names(propose), METH_FASTCALL | METH_KEYWORDS,

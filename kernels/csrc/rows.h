@@ -78,19 +78,21 @@ class Ahead {
   public:
     Ahead(const RowList& list, std::int64_t lines_of_a_row)
         : rows_(list.data),
-          lines_(lines_of_a_row),
-          side_(list.in_a_row || lines_ <= kShort ? 1 : kTogether),
+          lines_(lines_of_a_row * list.fetched),
+          together_(list.fetched),
+          side_(list.in_a_row || together_ > 1 || lines_ <= kShort ? 1 : kTogether),
           last_(list.count + kAhead - side_) {
+        if (together_ == 0) return;
         const std::int64_t lead = side_ == 1 ? kFar + (kTogether - 1) * lines_ : kFar / kTogether;
         const std::int64_t rows = lead / lines_ * side_;
         row_ = int(rows < last_ ? rows : last_);
         line_ = lead % lines_;
     }
 
-    // A line for each of the four.
+    // A line for each of the four, and of what is fetched together with it.
     void fetch() {
         if (side_ == 1) {
-            for (int i = 0; i < kTogether; ++i) step<1>();
+            for (int i = 0; i < kTogether * together_; ++i) step<1>();
         } else {
             step<kTogether>();
         }
@@ -109,9 +111,9 @@ class Ahead {
 
     const void* const* rows_;
     const std::int64_t lines_;
-    const int side_, last_;
-    int row_;
-    std::int64_t line_;
+    const int together_, side_, last_;
+    int row_ = 0;
+    std::int64_t line_ = 0;
 };
 
 // R rows that are read together, and R that are likely to follow: where their numbers begin, behind

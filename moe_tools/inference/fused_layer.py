@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -57,7 +58,7 @@ _KNOWN = {
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Modules that the kernels stand for, and what was read of them."""
 
     places: tuple[tuple[dict[str, nn.Module | None], str], ...]
@@ -69,7 +70,7 @@ class _Parts:
     """With the address of the weight, which the kernels read where it lies."""
 
     @classmethod
-    def of(cls, layer: nn.Module, paths: Sequence[str], norms: Collection[str]) -> _Parts:
+    def of(cls, layer: nn.Module, paths: Sequence[str], norms: Collection[str]) -> Parts:
         """Those at some paths below a layer."""
         split = [path.rpartition(".") for path in paths]
         modules = [layer.get_submodule(path) for path in paths]
@@ -82,6 +83,16 @@ class _Parts:
             tuple(hook for both in hooks for hook in both),
             tuple((linear, linear.packed) for linear in linears),
             tuple((norm, cast("Tensor", norm.weight).data_ptr()) for norm in found),
+        )
+
+    def with_those_of(self, others: Sequence[Parts]) -> Parts:
+        """These and others, as one."""
+        return Parts(
+            tuple(chain(self.places, *(parts.places for parts in others))),
+            list(chain(self.modules, *(parts.modules for parts in others))),
+            tuple(chain(self.hooks, *(parts.hooks for parts in others))),
+            tuple(chain(self.packed, *(parts.packed for parts in others))),
+            tuple(chain(self.norms, *(parts.norms for parts in others))),
         )
 
     def are_as_they_were(self) -> bool:
@@ -117,18 +128,22 @@ class _Chosen:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """What was prepared for a layer."""
 
     native: CpuDecoderLayer
     index: int
-    parts: _Parts
+    parts: Parts
     behind_ffn: str | None
     """The norm that the host computes, where it computes the FFN."""
     chosen: _Chosen | None
 
     def takes(self, h_B1D: Tensor, others: Mapping[str, Any]) -> bool:
-        """Whether a call is one that the kernels compute: new tokens, with a cache behind them."""
+        """Whether a call is one that the kernels compute."""
+        return self.fits(h_B1D, others) and self.parts.are_as_they_were()
+
+    def fits(self, h_B1D: Tensor, others: Mapping[str, Any]) -> bool:
+        """Whether the arguments are what they compute: new tokens, with a cache behind them."""
         sequences, length, width = h_B1D.shape if h_B1D.ndim == 3 else (0, 0, 0)
         if length != 1 or sequences > MOST_SEQUENCES or width != self.native.width:
             return False
@@ -144,7 +159,6 @@ class _Step:
             and _is_mask(others.get("attention_mask"), sequences)
             and not hooks._global_forward_hooks
             and not hooks._global_forward_pre_hooks
-            and self.parts.are_as_they_were()
         )
 
     def _is_position(self, embedded: Any, sequences: int) -> bool:
@@ -185,28 +199,34 @@ class _Step:
 class FusedLayer(nn.Module):
     """What `fuse_layers` puts in front of the class of a layer."""
 
-    _step: _Step | None
+    _step: Step | None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Computes h behind the layer, natively where `_Step.takes` the call."""
+        """Computes h behind the layer, natively where `Step.takes` the call."""
         if not torch.compiler.is_compiling() and not args and not self.training:
-            step = self._prepared()
+            stack = self.__dict__.get("_stack")
+            if stack is not None:
+                h_B1D = stack.handed_on(self, hidden_states, kwargs)
+                if h_B1D is not None:
+                    return h_B1D
+            step = self.prepared()
             if step is not None and step.takes(hidden_states, kwargs):
                 return step(self, hidden_states, kwargs)
         return super().forward(hidden_states, *args, **kwargs)
 
-    def _prepared(self) -> _Step | None:
+    def prepared(self) -> Step | None:
         """Prepares the layer, also where a copy or a pickle of it left that out."""
         if "_step" not in self.__dict__:
             found = layer_forms.find(self, _host(self))
             layout = self.__dict__.get("_ffn_layout")
             made = _prepare(self, found, layout) if isinstance(found, Found) else None
             self.__dict__["_step"] = made
-        return cast("_Step | None", self.__dict__["_step"])
+        return cast("Step | None", self.__dict__["_step"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what was prepared."""
-        return {name: value for name, value in self.__dict__.items() if name != "_step"}
+        made = ("_step", "_stack")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Names the host's class: this one is made while the program runs."""
@@ -259,7 +279,7 @@ def _unpickled(host: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> _Step:
+def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> Step:
     ffn, paths = None, list(found.paths)
     if layout is not None and (ffn := _dense_ffn(layer, layout)) is not None:
         paths += [layer_forms.FFN, *(f"{layer_forms.FFN}.{path}" for path in layout.parts())]
@@ -269,8 +289,8 @@ def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> _Step:
         paths.remove(behind)  # the host's own module computes it
     norms = [path for path in paths if path in found.norm_paths]
     native = CpuDecoderLayer(found.attention, found.norms, found.dtype, ffn)
-    parts = _Parts.of(layer, paths, norms)
-    return _Step(native, found.index, parts, None if ffn else behind, chosen)
+    parts = Parts.of(layer, paths, norms)
+    return Step(native, found.index, parts, None if ffn else behind, chosen)
 
 
 def _chosen(layer: nn.Module, found: Found) -> _Chosen | None:
@@ -330,7 +350,7 @@ and in few bits, where x is rounded, too, and a difference in its last place may
 
 
 @torch.no_grad()
-def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: _Step) -> bool:
+def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: Step) -> bool:
     """Whether a step gives the numbers of its host: two sequences, some positions in the cache.
 
     In fp32, whatever the weights are, so that nobody's roundings hide a difference. Experts that

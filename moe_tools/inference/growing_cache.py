@@ -19,7 +19,7 @@ LEAST = 64
 
 
 @dataclass
-class _Room:
+class Room:
     """Keys and values with room behind them, and the views of what is in use."""
 
     all_keys_BKSW: Tensor
@@ -40,20 +40,38 @@ class _Room:
             and (torch.is_inference_mode_enabled() or not self.all_keys_BKSW.is_inference())
         )
 
+    @property
+    def used(self) -> int:
+        """Positions in use."""
+        return self.keys_BKSW.shape[2]
+
+    def take(self, layer: DynamicLayer) -> None:
+        """Counts the first free position among those in use."""
+        used = self.used + 1
+        layer.keys = self.keys_BKSW = self.all_keys_BKSW[:, :, :used]
+        layer.values = self.values_BKSW = self.all_values_BKSW[:, :, :used]
+
+
+def room_in(layer: DynamicLayer) -> Room | None:
+    """Returns the room of a layer, with a free position at least; None where nothing is cached."""
+    keys, values = layer.keys, layer.values
+    if not layer.is_initialized or keys is None or values is None or keys.numel() == 0:
+        return None
+    room: Room | None = layer.__dict__.get("_room")
+    if room is None or not room.serves(layer):
+        room = layer.__dict__["_room"] = Room(_roomy(keys), _roomy(values), keys, values)
+    return room
+
 
 def append(layer: DynamicLayer, k_BK1W: Tensor, v_BK1W: Tensor) -> tuple[Tensor, Tensor]:
     """Does what `layer.update` does for one new position: returns all keys and values."""
-    keys, values = layer.keys, layer.values
-    if not layer.is_initialized or keys is None or values is None or keys.numel() == 0:
+    room = room_in(layer)
+    if room is None:
         return layer.update(k_BK1W, v_BK1W)
-    room: _Room | None = layer.__dict__.get("_room")
-    if room is None or not room.serves(layer):
-        room = layer.__dict__["_room"] = _Room(_roomy(keys), _roomy(values), keys, values)
-    used = room.keys_BKSW.shape[2]
+    used = room.used
     room.all_keys_BKSW[:, :, used : used + 1] = k_BK1W
     room.all_values_BKSW[:, :, used : used + 1] = v_BK1W
-    layer.keys = room.keys_BKSW = room.all_keys_BKSW[:, :, : used + 1]
-    layer.values = room.values_BKSW = room.all_values_BKSW[:, :, : used + 1]
+    room.take(layer)
     return room.keys_BKSW, room.values_BKSW
 
 

@@ -104,9 +104,9 @@ def find(layer: nn.Module, host: type[nn.Module]) -> Found | str | None:
         layer: with packed linears.
         host: its class, as transformers made it.
     """
-    names = _norms_by_code().get(_code(host.forward))
+    names = _norms_bycode_of().get(code_of(host.forward))
     module = layer._modules.get(ATTENTION)
-    heads = None if module is None else _heads_by_code().get(_code(type(module).forward))
+    heads = None if module is None else _heads_bycode_of().get(code_of(type(module).forward))
     if names is None or module is None or heads is None:
         return None
     linears = [module._modules.get(f"{name}_proj") for name in "qkvo"]
@@ -180,17 +180,17 @@ def _computes(module: nn.Module, norm: RMSNorm, x_D: Tensor) -> bool:
     return y_D.shape == expected_D.shape and bool((y_D - expected_D).abs().max() <= near)
 
 
-def _code(function: Callable[..., Any]) -> tuple[Any, ...]:
+def code_of(function: Callable[..., Any]) -> tuple[Any, ...]:
     """What a function does: its code without names of files, lines and types, and its docstring."""
     code: CodeType = inspect.unwrap(function).__code__
     return code.co_code, code.co_names, code.co_varnames, code.co_consts[1:]
 
 
 @cache
-def _norms_by_code() -> dict[tuple[Any, ...], NormNames]:
-    return {_code(kind.forward): names for kind, names in _LAYERS}
+def _norms_bycode_of() -> dict[tuple[Any, ...], NormNames]:
+    return {code_of(kind.forward): names for kind, names in _LAYERS}
 
 
 @cache
-def _heads_by_code() -> dict[tuple[Any, ...], tuple[str, ...]]:
-    return {_code(kind.forward): names for kind, names in _ATTENTIONS}
+def _heads_bycode_of() -> dict[tuple[Any, ...], tuple[str, ...]]:
+    return {code_of(kind.forward): names for kind, names in _ATTENTIONS}

@@ -24,6 +24,7 @@ from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.fused_layer import fuse_layers
+from moe_tools.inference.fused_stack import fuse_stack
 from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
 from moe_tools.inference.state import free_matrices, widen_router
 from moe_tools.kernels.packed import PackedFFN
@@ -137,6 +138,7 @@ def optimize(
         widen_router(routed, packs=native)
     if native:
         fuse_layers(model, dense)
+        fuse_stack(model)
     _fold_head(model)
     return model.requires_grad_(False)
 

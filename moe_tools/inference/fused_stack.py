@@ -1,0 +1,202 @@
+"""Models whose layers are all fused compute a new token of all of them in one native call.
+
+The host's own loop over its layers stays: the first layer computes what all of them make, and the
+others hand on what they are given. That is right only inside the `forward` of a model that does
+nothing between its layers, so it holds there alone: of models whose code is that of a form below.
+What stands between two calls takes longer than a layer of a small model.
+
+Letters: B sequences, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
+
+from moe_tools.inference.fused_layer import FusedLayer, Parts, Step
+from moe_tools.inference.growing_cache import Room, room_in
+from moe_tools.inference.layer_forms import code_of
+from moe_tools.kernels.cpu.decoder_layer import CpuStack
+
+_MODELS = (
+    modeling_llama.LlamaModel,
+    modeling_mistral.MistralModel,
+    modeling_qwen2.Qwen2Model,
+    modeling_qwen3.Qwen3Model,
+)
+
+
+class _Now(threading.local):
+    """Of each thread: what happens in the model right now."""
+
+    inside: bool = False
+    """Whether it is in the `forward` of the model."""
+    h_B1D: Tensor | None = None
+    """What the first layer computed for all."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What was prepared for the layers of a model."""
+
+    native: CpuStack
+    steps: tuple[Step, ...]
+    parts: Parts
+    now: _Now
+
+    def handed_on(
+        self, layer: nn.Module, h_B1D: Tensor, others: Mapping[str, Any]
+    ) -> Tensor | None:
+        """What a layer returns as part of this; None: it computes for itself."""
+        if not self.now.inside:
+            return None
+        if h_B1D is self.now.h_B1D:
+            return h_B1D
+        if layer is not self.parts.modules[0] or not self.steps[0].fits(h_B1D, others):
+            return None
+        self.now.h_B1D = self._computed(h_B1D, others)
+        return self.now.h_B1D
+
+    def _computed(self, h_B1D: Tensor, others: Mapping[str, Any]) -> Tensor | None:
+        taus = [0.0 if step.chosen is None else step.chosen.tau() for step in self.steps]
+        cache, mask = others["past_key_values"], others.get("attention_mask")
+        if None in taus or not self.parts.are_as_they_were():
+            return None
+        rooms = self._rooms(cache)
+        if rooms is None:
+            return None
+        used = rooms[0].used
+        if mask is not None and mask.shape[-1] != used + 1:
+            return None
+        cos_B1W, sin_B1W = others["position_embeddings"]
+        made = self.native(
+            h_B1D.contiguous(),
+            cos_B1W,
+            sin_B1W,
+            [room.all_keys_BKSW for room in rooms],
+            [room.all_values_BKSW for room in rooms],
+            used,
+            mask,
+            cast("list[float]", taus),
+        )
+        for room, layer in zip(rooms, cache.layers, strict=False):
+            room.take(layer)
+        return made
+
+    def _rooms(self, cache: Any) -> list[Room] | None:
+        """A free position in the cache of every layer; None where they are not alike."""
+        layers = cache.layers[: len(self.steps)]
+        if type(cache) is not DynamicCache or cache.offloading or len(layers) < len(self.steps):
+            return None
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            return None
+        rooms = [room for layer in layers if (room := room_in(layer)) is not None]
+        if len(rooms) < len(layers):
+            return None
+        like = rooms[0]
+        dtype, strides, used = self.steps[0].native.dtype, like.all_keys_BKSW.stride(), like.used
+        alike = all(
+            room.used == used
+            and room.all_keys_BKSW.stride() == strides == room.all_values_BKSW.stride()
+            and room.all_keys_BKSW.dtype == dtype == room.all_values_BKSW.dtype
+            for room in rooms
+        )
+        return rooms if alike else None
+
+
+class FusedStack(nn.Module):
+    """What `fuse_stack` puts in front of the class of a model."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Lets the first layer compute what all of them make, where it can."""
+        stack = None if torch.compiler.is_compiling() or self.training else self._prepared()
+        if stack is None:
+            return super().forward(*args, **kwargs)
+        with _inside(stack.now):
+            return super().forward(*args, **kwargs)
+
+    def _prepared(self) -> Stack | None:
+        """Prepares the layers, also where a copy or a pickle of the model left that out."""
+        if "_stack" not in self.__dict__:
+            self.__dict__["_stack"] = made = _prepare(self)
+            for layer in cast("nn.ModuleList", self.layers) if made is not None else ():
+                layer.__dict__["_stack"] = made
+        return cast("Stack | None", self.__dict__["_stack"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what was prepared."""
+        return {name: value for name, value in self.__dict__.items() if name != "_stack"}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Names the host's class: this one is made while the program runs."""
+        return _unpickled, (type(self).__mro__[2],), self.__getstate__()
+
+
+def fuse_stack(model: nn.Module) -> None:
+    """Lets a model whose layers are all fused compute a new token in one call, in place."""
+    for module in list(model.modules()):
+        known = code_of(type(module).forward) in _codes() and _is_uniform(module)
+        if known and _prepare(module) is not None:
+            module.__class__ = _fused_class(cast("Any", type(module)))
+
+
+def _is_uniform(module: nn.Module) -> bool:
+    """Whether all layers are given the same mask."""
+    kinds = getattr(module.config, "layer_types", None)
+    return len(set(kinds or [])) <= 1
+
+
+@contextmanager
+def _inside(now: _Now) -> Iterator[None]:
+    now.inside = True
+    try:
+        yield
+    finally:
+        now.inside, now.h_B1D = False, None
+
+
+def _prepare(model: nn.Module) -> Stack | None:
+    layers, config = cast("nn.ModuleList", model.layers), cast("Any", model.config)
+    steps = [layer.prepared() if isinstance(layer, FusedLayer) else None for layer in layers]
+    found = [step for step in steps if step is not None]
+    if (
+        not found
+        or len(found) < len(layers)
+        or len(layers) != cast("Any", model.config).num_hidden_layers
+    ):
+        return None
+    natives = [step.chosen.native if step.chosen else step.native for step in found]
+    sizes = {(native.dtype, native.width, *native.attention.sizes) for native in natives}
+    in_order = [step.index for step in found] == list(range(len(found)))
+    if len(sizes) > 1 or not in_order or any(native.ffn is None for native in natives):
+        return None
+    own = Parts.of(model, [f"layers.{index}" for index in range(len(layers))], [])
+    parts = own.with_those_of([step.parts for step in found])
+    return Stack(CpuStack(natives), tuple(found), parts, _Now())
+
+
+@functools.cache
+def _codes() -> frozenset[Any]:
+    return frozenset(code_of(kind.forward) for kind in _MODELS)
+
+
+@functools.cache
+def _fused_class(host: type[nn.Module]) -> type[nn.Module]:
+    return type(host.__name__, (FusedStack, host), {"__module__": host.__module__})
+
+
+def _unpickled(host: type[nn.Module]) -> nn.Module:
+    kind = _fused_class(cast("Any", host))
+    return kind.__new__(kind)
