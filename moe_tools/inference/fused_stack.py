@@ -168,7 +168,7 @@ def _inside(now: _Now) -> Iterator[None]:
 
 
 def _prepare(model: nn.Module) -> Stack | None:
-    layers, config = cast("nn.ModuleList", model.layers), cast("Any", model.config)
+    layers = cast("nn.ModuleList", model.layers)
     steps = [layer.prepared() if isinstance(layer, FusedLayer) else None for layer in layers]
     found = [step for step in steps if step is not None]
     if (
