@@ -133,9 +133,9 @@ def find(layer: nn.Module, host: type[nn.Module]) -> Found | str | None:
         of_queries=found[heads[0]] if heads else None,
         of_keys=found[heads[1]] if heads else None,
     )
-    if why := cannot_decode(dtype, attention):
-        return why
     norms = Norms(**{role: found.get(name) for role, name in vars(names).items()})
+    if why := cannot_decode(dtype, attention, norms):
+        return why
     paths = (
         ATTENTION,
         *(f"{ATTENTION}.{name}_proj" for name in "qkvo"),
