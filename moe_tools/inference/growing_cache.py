@@ -46,6 +46,8 @@ def append(layer: DynamicLayer, k_BK1W: Tensor, v_BK1W: Tensor) -> tuple[Tensor,
     keys, values = layer.keys, layer.values
     if not layer.is_initialized or keys is None or values is None or keys.numel() == 0:
         return layer.update(k_BK1W, v_BK1W)
+    if len(k_BK1W) != len(keys) or k_BK1W.dtype != keys.dtype:  # an error, or a wider cache
+        return layer.update(k_BK1W, v_BK1W)
     room: _Room | None = layer.__dict__.get("_room")
     if room is None or not room.serves(layer):
         room = layer.__dict__["_room"] = _Room(_roomy(keys), _roomy(values), keys, values)
