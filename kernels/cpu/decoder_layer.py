@@ -79,7 +79,10 @@ class Norms:
 
 
 def cannot_decode(
-    dtype: torch.dtype, attention: Attention, norms: Norms | None = None, ffn: DenseFFN | None = None
+    dtype: torch.dtype,
+    attention: Attention,
+    norms: Norms | None = None,
+    ffn: DenseFFN | None = None,
 ) -> str | None:
     """Returns why the kernels cannot compute a layer; None when they can."""
     if dtype not in FLOATS:

@@ -53,7 +53,9 @@ class Pair:
             layer.crop(-min(tokens, self.length - 1))
 
     def reorder(self, seed: int) -> None:
-        order = torch.randint(self.batch, (self.batch,), generator=torch.Generator().manual_seed(seed))
+        order = torch.randint(
+            self.batch, (self.batch,), generator=torch.Generator().manual_seed(seed)
+        )
         for layer in (self.ours, self.theirs):
             layer.reorder_cache(order)
 
@@ -97,7 +99,10 @@ class Pair:
 
     def check(self) -> None:
         assert self.ours.get_seq_length() == self.theirs.get_seq_length()
-        for one, other in ((self.ours.keys, self.theirs.keys), (self.ours.values, self.theirs.values)):
+        for one, other in (
+            (self.ours.keys, self.theirs.keys),
+            (self.ours.values, self.theirs.values),
+        ):
             assert (one is None and other is None) or torch.equal(one, other)
         assert all(torch.equal(view, before) for view, before in self.seen)
 

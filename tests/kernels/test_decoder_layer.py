@@ -470,12 +470,21 @@ def test_gate_and_up_of_several_formats_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"o": CpuLinear(torch.randn(24, 16), None, torch.float32)}, "^o is 24 x 16, the rest wan"),
-        ({"v": CpuLinear(torch.randn(32, 24), None, torch.float32)}, "^v is 32 x 24, the rest wan"),
-        ({"query_heads": 3}, "^q is 32 x 24, the rest wants 48 x 24$"),
-        ({"of_keys": RMSNorm(torch.ones(24), 1e-5)}, "^the norm of_keys is no row of 16 numbers"),
-        ({"of_keys": RMSNorm(torch.ones(32)[::2], 1e-5)}, "^the norm of_keys is no row of 16 numb"),
-        ({"of_queries": RMSNorm(torch.ones(16).half(), 1e-5)}, "16 numbers in torch.float32$"),
+        (
+            {"o": CpuLinear(torch.randn(24, 16), None, torch.float32)},
+            r"^o is 24 x 16, the rest wan",
+        ),
+        (
+            {"v": CpuLinear(torch.randn(32, 24), None, torch.float32)},
+            r"^v is 32 x 24, the rest wan",
+        ),
+        ({"query_heads": 3}, r"^q is 32 x 24, the rest wants 48 x 24$"),
+        ({"of_keys": RMSNorm(torch.ones(24), 1e-5)}, r"^the norm of_keys is no row of 16 numbers"),
+        (
+            {"of_keys": RMSNorm(torch.ones(32)[::2], 1e-5)},
+            r"^the norm of_keys is no row of 16 numb",
+        ),
+        ({"of_queries": RMSNorm(torch.ones(16).half(), 1e-5)}, r"16 numbers in torch.float32$"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -487,9 +496,9 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
 
 def test_so_is_an_ffn_or_a_norm_of_another_width() -> None:
     made, other = make(), make(width=25)
-    with pytest.raises(ValueError, match="^up is 20 x 25, the rest wants 20 x 24$"):
+    with pytest.raises(ValueError, match=r"^up is 20 x 25, the rest wants 20 x 24$"):
         CpuDecoderLayer(made.attention, made.norms, made.dtype, other.ffn)
-    with pytest.raises(ValueError, match="^the norm before_attention is no row of 24 numbers"):
+    with pytest.raises(ValueError, match=r"^the norm before_attention is no row of 24 numbers"):
         CpuDecoderLayer(made.attention, other.norms, made.dtype)
 
 
@@ -497,9 +506,9 @@ def test_so_is_an_ffn_or_a_norm_of_another_width() -> None:
 def test_wrong_arguments_are_named(call: str) -> None:
     layer = make()
     function: Callable[..., None] = getattr(layer._native, call)
-    with pytest.raises(TypeError, match="^give the layer, then names$"):
+    with pytest.raises(TypeError, match=r"^give the layer, then names$"):
         function(threads=1)
-    with pytest.raises(TypeError, match="^sequences is missing$"):
+    with pytest.raises(TypeError, match=r"^sequences is missing$"):
         function(layer._handle, threads=1)
-    with pytest.raises(ValueError, match="incorrect name|invalid PyCapsule"):
+    with pytest.raises(ValueError, match=r"incorrect name|invalid PyCapsule"):
         function(layer.attention.q.handle, threads=1)
