@@ -40,12 +40,14 @@ _log = logging.getLogger(__name__)
 _KNOWN = {
     "attention_mask",
     "cache_position",
+    "output_router_logits",
     "past_key_values",
     "position_embeddings",
     "position_ids",
     "use_cache",
 }
-"""Arguments that layers of the known forms act upon."""
+"""Arguments that layers of the known forms act upon, or hand to modules that the host computes or
+that do not read them: `output_router_logits` comes with every token of a model with experts."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class _Step:
     parts: tuple[_Part, ...]
     behind_ffn: str | None
     """The norm that the host computes, where it computes the FFN."""
+    config: Any
+    """The host's, which names its attention."""
+    attentions: frozenset[str]
+    """Names of attentions that give the same numbers."""
 
     def takes(self, h_B1D: Tensor, others: Mapping[str, Any]) -> bool:
         """Whether a call is one that the kernels compute: new tokens, with a cache behind them."""
@@ -92,6 +98,11 @@ class _Step:
             return False
         cache, embedded = others.get("past_key_values"), others.get("position_embeddings")
         if not isinstance(cache, Cache) or self.index >= len(cache.layers):
+            return False
+        keys = getattr(cache.layers[self.index], "keys", None)
+        if keys is not None and keys.requires_grad and torch.is_grad_enabled():
+            return False
+        if self.config._attn_implementation not in self.attentions:
             return False
         return (
             self._is_position(embedded, len(h_B1D))
@@ -140,6 +151,8 @@ class FusedLayer(nn.Module):
     """What `fuse_layers` puts in front of the class of a layer."""
 
     _step: _Step | None
+    _ffn_layout: Layout | None
+    _attentions: frozenset[str]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Computes h behind the layer, natively where `_Step.takes` the call."""
@@ -153,10 +166,17 @@ class FusedLayer(nn.Module):
         """Prepares the layer, also where a copy or a pickle of it left that out."""
         if "_step" not in self.__dict__:
             found = layer_forms.find(self, _host(self))
-            layout = self.__dict__.get("_ffn_layout")
-            made = _prepare(self, found, layout) if isinstance(found, Found) else None
+            made = None
+            if isinstance(found, Found):
+                made = _prepare(self, found, self._ffn_layout, self._attentions)
             self.__dict__["_step"] = made
         return cast("_Step | None", self.__dict__["_step"])
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Prepares the layer anew where its tensors are cast or moved."""
+        self.__dict__.pop("_step", None)
+        applied: Any = super()._apply
+        return applied(*args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what was prepared."""
@@ -188,11 +208,14 @@ def fuse_layers(model: nn.Module, dense: Sequence[FFN]) -> None:
             reasons[found] += 1
             continue
         layout = layouts.get(f"{path}.{layer_forms.FFN}")
-        if not _is_the_hosts(layer, host, _prepare(layer, found.widened(), layout)):
+        proven = {layer.get_submodule(layer_forms.ATTENTION).config._attn_implementation}
+        attentions = frozenset(proven | {"eager", "sdpa"})
+        if not _is_the_hosts(layer, host, _prepare(layer, found.widened(), layout, attentions)):
             reasons["the host's own numbers are others"] += 1
             continue
         layer.__class__ = _fused_class(cast("Any", host))
         layer.__dict__["_ffn_layout"] = layout
+        layer.__dict__["_attentions"] = attentions
         fused += 1
     why = "".join(f"; {count} are not: {reason}" for reason, count in reasons.items())
     if fused or why:
@@ -213,7 +236,9 @@ def _unpickled(host: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> _Step:
+def _prepare(
+    layer: nn.Module, found: Found, layout: Layout | None, attentions: frozenset[str]
+) -> _Step:
     ffn, paths = None, list(found.paths)
     if layout is not None and (ffn := _dense_ffn(layer, layout)) is not None:
         paths += [layer_forms.FFN, *(f"{layer_forms.FFN}.{path}" for path in layout.parts())]
@@ -222,7 +247,9 @@ def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> _Step:
     native = CpuDecoderLayer(found.attention, found.norms, found.dtype, ffn)
     norms = {*found.names.all(), *(path for path in found.paths if path.endswith("_norm"))}
     parts = tuple(_part(layer, path, is_norm=path in norms) for path in paths)
-    return _Step(native, found.index, parts, None if ffn else found.names.behind_ffn)
+    behind_ffn = None if ffn else found.names.behind_ffn
+    config = layer.get_submodule(layer_forms.ATTENTION).config
+    return _Step(native, found.index, parts, behind_ffn, config, attentions)
 
 
 def _part(layer: nn.Module, path: str, *, is_norm: bool) -> _Part:
@@ -291,9 +318,12 @@ def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: _Step) -> bool:
     h_B1D, angles = random(2, 1, sizes.q.width), random(2, 1, sizes.head // 2)
     turned = torch.cat([angles, angles], dim=-1)
     cached = [random(2, sizes.key_heads, 5, sizes.head) for _ in range(2)]
+    on = torch.tensor([[[[False, True, True, True, False, True]]]] * 2)
+    # in numbers, which every attention adds; "eager" would add a bool as 1
+    masked = torch.zeros(on.shape).masked_fill(~on, torch.finfo(torch.float32).min)
     ffn = layer.get_submodule(layer_forms.FFN)
     with _passing(ffn) if step.native.ffn is None else nullcontext():
-        for mask in (None, torch.tensor([[[[False, True, True, True, False, True]]]] * 2)):
+        for mask in (None, masked):
             caches = [_cache_of(cached, step.index) for _ in range(2)]
             ours, theirs = (
                 {
@@ -314,12 +344,15 @@ def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: _Step) -> bool:
 
 @contextmanager
 def _passing(ffn: nn.Module) -> Iterator[None]:
-    """Lets an FFN give what it was given."""
-    hook = ffn.register_forward_hook(lambda _, given, __: given[0])
+    """Lets an FFN give what it was given; its own linears would not take fp32 from a bf16 model."""
+    before = ffn.__dict__.get("forward")
+    ffn.__dict__["forward"] = lambda x_TD: x_TD
     try:
         yield
     finally:
-        hook.remove()
+        del ffn.__dict__["forward"]
+        if before is not None:
+            ffn.__dict__["forward"] = before
 
 
 def _cache_of(cached: Sequence[Tensor], index: int) -> DynamicCache:
