@@ -83,8 +83,8 @@ class _Step:
     parts: tuple[_Part, ...]
     behind_ffn: str | None
     """The norm that the host computes, where it computes the FFN."""
-    config: Any
-    """The host's, which names its attention."""
+    config: Mapping[str, Any]
+    """Of the host: what it holds, since asking a config itself takes microseconds."""
     attentions: frozenset[str]
     """Names of attentions that give the same numbers."""
 
@@ -102,7 +102,7 @@ class _Step:
         keys = getattr(cache.layers[self.index], "keys", None)
         if keys is not None and keys.requires_grad and torch.is_grad_enabled():
             return False
-        if self.config._attn_implementation not in self.attentions:
+        if self.config.get("_attn_implementation_internal") not in self.attentions:
             return False
         return (
             self._is_position(embedded, len(h_B1D))
@@ -248,7 +248,7 @@ def _prepare(
     norms = {*found.names.all(), *(path for path in found.paths if path.endswith("_norm"))}
     parts = tuple(_part(layer, path, is_norm=path in norms) for path in paths)
     behind_ffn = None if ffn else found.names.behind_ffn
-    config = layer.get_submodule(layer_forms.ATTENTION).config
+    config = vars(layer.get_submodule(layer_forms.ATTENTION).config)
     return _Step(native, found.index, parts, behind_ffn, config, attentions)
 
 

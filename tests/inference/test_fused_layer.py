@@ -9,6 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.inference.fused_layer import FusedLayer
 from moe_tools.inference.optimized import optimize
@@ -437,6 +440,29 @@ def test_embeddings_and_positions_may_be_given(calls: Calls) -> None:
     torch.testing.assert_close(*made, atol=TOLERANCE, rtol=1e-5)
 
 
+def test_a_prompt_of_one_token_is_computed_too(calls: Calls) -> None:
+    model = make()
+    fast = optimised(model)
+    with calls.expected(LAYERS * 6):  # generate makes the layers of its cache beforehand
+        generated(fast, input_ids=prompt(2, 1))
+    assert_same_text(fast, model, input_ids=prompt(2, 1))
+
+
+def test_in_and_out_of_inference_mode_the_cache_goes_on(calls: Calls) -> None:
+    model = make()
+    made = []
+    for host in cast("list[Any]", [optimised(model), model]):
+        cache, logits = DynamicCache(), []
+        calls.ffns.clear()
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.no_grad):
+            with mode():
+                for tokens in (7, 1, 1) if not logits else (1, 1):
+                    given = prompt(2, tokens)
+                    logits.append(host(given, past_key_values=cache).logits[:, -1].clone())
+        made.append(torch.stack([one.clone() for one in logits]))
+    torch.testing.assert_close(*made, atol=TOLERANCE, rtol=1e-5)
+
+
 # --- hooks, replaced parts, changes ---------------------------------------------------------------
 
 INNER = ("self_attn", "self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp")
@@ -678,6 +704,19 @@ def test_a_copy_has_norms_of_its_own(calls: Calls) -> None:
         norm.weight.mul_(2)
     assert torch.equal(stepped(fast), expected)
     assert not torch.equal(stepped(copied), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral"])
+def test_a_folder_is_what_it_was_bit_by_bit(family: str, tmp_path: Path, calls: Calls) -> None:
+    save(make(family), tmp_path / "before")
+    fast = load(tmp_path / "before", optimize=True)
+    with calls.expected(LAYERS * 3):
+        stepped(fast)
+    save(fast, tmp_path / "after")
+    names = sorted(file.name for file in (tmp_path / "before").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "after").iterdir())
+    for name in names:
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
 @pytest.mark.parametrize("first", [True, False])
