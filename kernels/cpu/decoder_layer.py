@@ -97,7 +97,12 @@ class Norms:
     behind_ffn: RMSNorm | None = None
 
 
-def cannot_decode(dtype: torch.dtype, attention: Attention) -> str | None:
+def cannot_decode(
+    dtype: torch.dtype,
+    attention: Attention,
+    norms: Norms | None = None,
+    ffn: DenseFFN | ProposedFFN | None = None,
+) -> str | None:
     """Returns why the kernels cannot compute a layer; None when they can."""
     if dtype not in FLOATS:
         return f"{dtype} is none of fp32, bf16 and fp16"
@@ -107,6 +112,37 @@ def cannot_decode(dtype: torch.dtype, attention: Attention) -> str | None:
         return f"{attention.query_heads} heads do not share {attention.key_heads}"
     if attention.query_heads // attention.key_heads > MOST_SHARING:
         return f"more than {MOST_SHARING} heads share one of keys"
+    dense = ffn if isinstance(ffn, DenseFFN) else None
+    if dense is not None and dense.gate is not None and dense.gate.dtype != dense.up.dtype:
+        return f"the gate is stored in {dense.gate.dtype}, up in {dense.up.dtype}"
+    return _misfit(dtype, attention, norms or Norms(), dense)
+
+
+def _misfit(
+    dtype: torch.dtype, attention: Attention, norms: Norms, ffn: DenseFFN | None
+) -> str | None:
+    """Returns what does not fit the rest: the kernels would read or write beside it."""
+    width = attention.q.width
+    queries, keys = (n * attention.head for n in (attention.query_heads, attention.key_heads))
+    shapes = {"q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries)}
+    linears = {name: (vars(attention)[name], shape) for name, shape in shapes.items()}
+    if ffn is not None:
+        neurons = len(ffn.up.rows_NB)
+        linears |= {"up": (ffn.up, (neurons, width)), "down": (ffn.down, (width, neurons))}
+        if ffn.gate is not None:
+            linears["gate"] = (ffn.gate, (neurons, width))
+    for name, (linear, shape) in linears.items():
+        if (len(linear.rows_NB), linear.width) != shape:
+            has = f"{len(linear.rows_NB)} x {linear.width}"
+            return f"{name} is {has}, the rest wants {shape[0]} x {shape[1]}"
+    sizes = {"of_queries": attention.of_queries, "of_keys": attention.of_keys} | vars(norms)
+    for role, norm in sizes.items():
+        size = attention.head if role.startswith("of_") else width
+        if norm is None:
+            continue
+        weight_D = norm.weight_D
+        if weight_D.shape != (size,) or weight_D.dtype != dtype or not weight_D.is_contiguous():
+            return f"the norm {role} is no row of {size} numbers in {dtype}"
     return None
 
 
@@ -134,7 +170,7 @@ class CpuDecoderLayer:
         dtype: torch.dtype,
         ffn: DenseFFN | ProposedFFN | None = None,
     ) -> None:
-        if why := cannot_decode(dtype, attention):
+        if why := cannot_decode(dtype, attention, norms, ffn):
             raise ValueError(why)
         self.dtype = dtype
         self.width = attention.q.width
@@ -224,7 +260,9 @@ class CpuDecoderLayer:
         mask_B11S: Tensor | None,
         tau: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Computes h behind the layer, and x; without an FFN h behind attention, and the FFN's x.
+        """Computes h behind the layer; without an FFN, h behind attention and the FFN's x.
+
+        The second tensor is that x. With an FFN, anything is in it.
 
         Args:
             h_B1D: what entered the layer; contiguous.

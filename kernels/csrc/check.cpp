@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "decoder_layer.h"
 #include "failing_new.h"
 #include "linear.h"
 #include "sparse_ffn.h"
@@ -215,6 +216,284 @@ void check_linear(const Problem& p, const Isa& isa) {
         }
 }
 
+// --- decoder layers -------------------------------------------------------------------------------
+
+struct LayerCase {
+    int sequences, width, key_heads, sharing, lines, neurons, positions, threads;
+    DType dtype, weights;
+    Act act;
+    Mask mask;
+    unsigned norms;  // a bit for each
+    bool gated, biased, one_position;
+};
+
+enum Part { kQ, kK, kV, kO, kGate, kUp, kDown, kParts };
+
+struct LayerProblem {
+    LayerCase c;
+    std::int64_t head, queries, keys;  // numbers of a head, and of all heads
+    std::vector<Problem> parts;
+    std::vector<std::vector<std::byte>> rows;
+    std::vector<Linear> linears;
+    std::vector<std::vector<float>> norms;  // weights of six, without offset
+    // As the kernels see them: rounded to the format of h.
+    std::vector<float> h, cos, sin, q, cached_keys, cached_values, added;
+    std::vector<std::uint8_t> allowed;
+
+    float offset(int norm) const { return norm % 2 ? 1.0f : 0.0f; }
+};
+
+std::vector<std::byte> stored(const std::vector<float>& values, DType dtype) {
+    std::vector<std::byte> made(values.size() * std::size_t(kLine / per_line(dtype)));
+    from_floats(values.data(), std::int64_t(values.size()), dtype, made.data());
+    return made;
+}
+
+std::vector<float> read(const std::vector<std::byte>& bytes, DType dtype) {
+    std::vector<float> made(bytes.size() / std::size_t(kLine / per_line(dtype)));
+    to_floats(bytes.data(), dtype, std::int64_t(made.size()), made.data());
+    return made;
+}
+
+std::vector<float> rounded(const std::vector<float>& values, DType dtype) {
+    return read(stored(values, dtype), dtype);
+}
+
+void add_linear(LayerProblem& p, std::int64_t rows, std::int64_t width, unsigned seed) {
+    const Case c{1,   int(width),  int(rows), 1,     1,          1,     0,
+                 p.c.weights, Act::identity, false, p.c.biased, false, false};
+    p.parts.push_back(make(c, seed));
+    const Problem& made = p.parts.back();
+    std::vector<std::byte> packed;
+    for (std::int64_t n = 0; n < rows; ++n) {  // every second row is one of W_down
+        const auto* row = made.rows.data() + 2 * n * made.bytes;
+        packed.insert(packed.end(), row, row + made.bytes);
+    }
+    p.rows.push_back(packed);
+    p.linears.push_back({p.rows.back().data(), made.biases.empty() ? nullptr : made.biases.data(),
+                         rows, width, made.lines, p.c.weights});
+}
+
+LayerProblem make_layer(const LayerCase& c, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const auto numbers = [&](std::int64_t count) {
+        std::vector<float> made;
+        for (std::int64_t i = 0; i < count; ++i) made.push_back(normal(random));
+        return rounded(made, c.dtype);
+    };
+    LayerProblem p{};
+    p.c = c, p.head = c.lines * per_line(c.dtype);
+    p.keys = c.key_heads * p.head, p.queries = p.keys * c.sharing;
+    const std::int64_t neurons = std::max(c.neurons, 1);
+    p.parts.reserve(kParts), p.rows.reserve(kParts), p.linears.reserve(kParts);
+    const std::int64_t shapes[kParts][2] = {
+        {p.queries, c.width}, {p.keys, c.width},  {p.keys, c.width}, {c.width, p.queries},
+        {neurons, c.width},   {neurons, c.width}, {c.width, neurons}};
+    for (const auto& shape : shapes) add_linear(p, shape[0], shape[1], random());
+    for (int i = 0; i < 6; ++i) p.norms.push_back(numbers(i == 1 || i == 2 ? p.head : c.width));
+    p.h = numbers(c.sequences * c.width);
+    const std::int64_t positions = c.one_position ? 1 : c.sequences;
+    p.cos = numbers(positions * p.head), p.sin = numbers(positions * p.head);
+    p.q = numbers(c.sequences * p.queries);
+    p.cached_keys = numbers(c.sequences * p.keys * c.positions);
+    p.cached_values = numbers(c.sequences * p.keys * c.positions);
+    p.added = numbers(positions * c.positions);
+    for (std::int64_t i = 0; i < positions * c.positions; ++i)
+        p.allowed.push_back(i % c.positions == c.positions - 1 || random() % 2);
+    return p;
+}
+
+// y_BN of x_BD, as linear `part` has it.
+std::vector<float> multiplied(const LayerProblem& p, Part part, std::vector<float> x) {
+    const Linear& linear = p.linears[part];
+    const Problem& made = p.parts[part];
+    x = rounded(x, p.c.dtype);
+    std::vector<float> y;
+    for (std::int64_t b = 0; b < p.c.sequences; ++b) {
+        float* x_D = &x[std::size_t(b * linear.width)];
+        for (std::int64_t d = 0; grouped(linear.dtype) && d < linear.width; d += kGroup)
+            round_group(x_D + d, int(std::min<std::int64_t>(kGroup, linear.width - d)));
+        for (std::int64_t n = 0; n < linear.rows; ++n) {
+            double sum = linear.bias_N ? linear.bias_N[n] : 0;
+            for (std::int64_t d = 0; d < linear.width; ++d)
+                sum += double(made.values[std::size_t(2 * n * made.padded + d)]) * x_D[d];
+            y.push_back(float(sum));
+        }
+    }
+    return y;
+}
+
+void normalize(const LayerProblem& p, int norm, std::vector<float>& x) {
+    const std::vector<float>& weight = p.norms[std::size_t(norm)];
+    if (!(p.c.norms >> norm & 1)) return;
+    for (std::size_t from = 0; from < x.size(); from += weight.size()) {
+        double sum = 0;
+        for (std::size_t i = 0; i < weight.size(); ++i) sum += double(x[from + i]) * x[from + i];
+        const double factor = 1 / std::sqrt(sum / double(weight.size()) + 1e-5);
+        for (std::size_t i = 0; i < weight.size(); ++i)
+            x[from + i] = float(x[from + i] * factor * (weight[i] + p.offset(norm)));
+    }
+}
+
+void rotate(const LayerProblem& p, std::vector<float>& x) {
+    const auto head = std::size_t(p.head), each = x.size() / std::size_t(p.c.sequences);
+    for (std::size_t from = 0; from < x.size(); from += head)
+        for (std::size_t i = 0; i < head / 2; ++i) {
+            const std::size_t at = p.c.one_position ? i : from / each * head + i;
+            const float a = x[from + i], b = x[from + i + head / 2];
+            x[from + i] = a * p.cos[at] - b * p.sin[at];
+            x[from + i + head / 2] = b * p.cos[at + head / 2] + a * p.sin[at + head / 2];
+        }
+}
+
+std::vector<float> attended(const LayerProblem& p) {
+    std::vector<float> x;
+    const std::int64_t heads = p.c.key_heads * p.c.sharing, positions = p.c.positions;
+    for (std::int64_t i = 0; i < p.c.sequences * heads; ++i) {
+        const std::int64_t b = i / heads, cached = i / p.c.sharing * positions * p.head;
+        std::vector<double> weights, sums(std::size_t(p.head));
+        double all = 0;
+        for (std::int64_t s = 0; s < positions; ++s) {
+            double score = 0;
+            for (std::int64_t d = 0; d < p.head; ++d)
+                score += double(p.q[i * p.head + d]) * p.cached_keys[cached + s * p.head + d];
+            const std::int64_t at = (p.c.one_position ? 0 : b) * positions + s;
+            const bool on = p.c.mask != Mask::allowed || p.allowed[at];
+            score = score * 0.2 + (p.c.mask == Mask::added ? p.added[at] : 0);
+            weights.push_back(on ? std::exp(score) : 0);
+            all += weights.back();
+        }
+        for (std::int64_t s = 0; s < positions; ++s)
+            for (std::int64_t d = 0; d < p.head; ++d)
+                sums[d] += weights[s] / all * p.cached_values[cached + s * p.head + d];
+        x.insert(x.end(), sums.begin(), sums.end());
+    }
+    return x;
+}
+
+// Queries, keys, values, h behind the layer; without an FFN also what goes into it.
+std::vector<float> slow_layer(const LayerProblem& p) {
+    std::vector<float> x = p.h, all;
+    const auto keep = [&](const std::vector<float>& some) {
+        all.insert(all.end(), some.begin(), some.end());
+    };
+    normalize(p, 0, x);
+    for (const Part part : {kQ, kK, kV}) {
+        std::vector<float> heads = multiplied(p, part, x);
+        if (part != kV) normalize(p, part == kQ ? 1 : 2, heads), rotate(p, heads);
+        keep(heads);
+    }
+    std::vector<float> h = p.h, y = multiplied(p, kO, attended(p));
+    const auto add = [&](int norm) {
+        normalize(p, norm, y);
+        for (std::size_t i = 0; i < h.size(); ++i) h[i] += y[i];
+        h = rounded(h, p.c.dtype);
+    };
+    add(3);
+    x = h;
+    normalize(p, 4, x);
+    if (p.c.neurons) {
+        std::vector<float> up = multiplied(p, kUp, x), gate = multiplied(p, kGate, x);
+        Activation{p.c.act, 0}(p.c.gated ? gate.data() : up.data(), up.size(), 0);
+        for (std::size_t i = 0; p.c.gated && i < up.size(); ++i) up[i] *= gate[i];
+        y = multiplied(p, kDown, up);
+        add(5);
+    }
+    keep(h);
+    if (!p.c.neurons) keep(x);
+    return all;
+}
+
+std::vector<float> fast_layer(const LayerProblem& p, const Isa& isa) {
+    const LayerCase& c = p.c;
+    std::vector<std::vector<std::byte>> weights;
+    for (const auto& norm : p.norms) weights.push_back(stored(norm, c.dtype));
+    const auto norm = [&](int i) {
+        const void* weight = c.norms >> i & 1 ? weights[std::size_t(i)].data() : nullptr;
+        return Norm{weight, c.dtype, 1e-5f, p.offset(i)};
+    };
+    const auto linear = [&](Part part, bool there) { return there ? &p.linears[part] : nullptr; };
+    const bool ffn = c.neurons > 0;
+    const DecoderLayer layer{
+        c.width, c.key_heads * c.sharing, c.key_heads, p.head, c.dtype, 0.2f,
+        linear(kQ, true), linear(kK, true), linear(kV, true), linear(kO, true),
+        linear(kGate, ffn && c.gated), linear(kUp, ffn), linear(kDown, ffn), {c.act, 0},
+        norm(0), norm(1), norm(2), norm(3), norm(4), norm(5)};
+    const auto made = [&](std::int64_t count) {
+        return stored(std::vector<float>(std::size_t(count)), c.dtype);
+    };
+    const auto h = stored(p.h, c.dtype), cos = stored(p.cos, c.dtype), sin = stored(p.sin, c.dtype);
+    auto q = made(c.sequences * p.queries);
+    auto k = made(c.sequences * p.keys), v = k, out = made(c.sequences * c.width), x = out;
+    new_heads(layer,
+              {c.sequences, h.data(), cos.data(), sin.data(), c.one_position ? 1 : c.sequences,
+               q.data(), k.data(), v.data()},
+              isa, c.threads);
+    const auto queries = stored(p.q, c.dtype), keys = stored(p.cached_keys, c.dtype),
+               values = stored(p.cached_values, c.dtype), added = stored(p.added, c.dtype);
+    const auto cached = [&](const std::vector<std::byte>& data) {
+        return Cached{reinterpret_cast<const char*>(data.data()), p.keys * c.positions,
+                      p.head * c.positions, p.head};
+    };
+    const void* mask = c.mask == Mask::none      ? nullptr
+                       : c.mask == Mask::allowed ? static_cast<const void*>(p.allowed.data())
+                                                 : added.data();
+    new_token(layer,
+              {c.sequences, c.positions, h.data(), queries.data(), cached(keys), cached(values),
+               c.mask, c.dtype, mask, c.one_position ? 0 : c.positions, out.data(), x.data()},
+              isa, c.threads);
+    std::vector<float> all;
+    for (const auto* part : {&q, &k, &v, &out, &x}) {
+        if (part == &x && ffn) continue;
+        const std::vector<float> numbers = read(*part, c.dtype);
+        all.insert(all.end(), numbers.begin(), numbers.end());
+    }
+    return all;
+}
+
+void compare_layer(const LayerProblem& p, const Isa& isa, const std::vector<float>& y) {
+    const std::vector<float> expected = slow_layer(p);
+    // A rounding of x to fewer digits may go the other way.
+    const float rounding = grouped(p.c.weights) ? 3e-2f : p.c.dtype == DType::f32 ? 1e-4f : 2e-2f;
+    float largest = 1;
+    for (const float value : expected) largest = std::max(largest, std::abs(value));
+    bool same = y.size() == expected.size();
+    for (std::size_t i = 0; same && i < y.size(); ++i) {
+        if (std::abs(y[i] - expected[i]) <= rounding * largest) continue;
+        std::fprintf(stderr, "a layer's number %zu is %g, should be %g\n", i, y[i], expected[i]);
+        same = false;
+    }
+    if (same) return;
+    std::fprintf(stderr, "%s: B %d, D %d, K %d, S %d, F %d, dtype %d, weights %d\n", isa.name,
+                 p.c.sequences, p.c.width, p.c.key_heads, p.c.positions, p.c.neurons,
+                 int(p.c.dtype), int(p.c.weights));
+    std::exit(1);
+}
+
+LayerCase draw_layer(std::mt19937& random) {
+    const auto pick = [&](std::initializer_list<int> from) {
+        return from.begin()[random() % from.size()];
+    };
+    const DType dtype = DType(pick({0, 1, 2}));
+    return {pick({1, 2, 5}),
+            pick({1, 31, 64, 65, 300}),
+            pick({1, 3}),
+            pick({1, 3}),
+            pick({1, 2}),
+            pick({0, 1, 65, 130}),
+            pick({1, 5, 256, 257, 300}),
+            pick({1, 2, 4}),
+            dtype,
+            pick({0, 1}) ? dtype : DType(pick({0, 1, 2, 3, 4})),
+            Act(pick({1, 5, 6, 7})),
+            Mask(pick({0, 1, 2})),
+            unsigned(random() % 64),
+            bool(pick({0, 1})),
+            bool(pick({0, 1})),
+            bool(pick({0, 1}))};
+}
+
 Case draw(std::mt19937& random) {
     const auto pick = [&](std::initializer_list<int> from) {
         return from.begin()[random() % from.size()];
@@ -245,35 +524,54 @@ void check_all(unsigned seed, int cases) {
                 compare(problem, *isa, fast(problem, *isa));
                 check_linear(problem, *isa);
             }
+        const LayerProblem layer = make_layer(draw_layer(random), random());
+        for (const Isa* isa : kIsas)
+            if (isa->runs_here()) compare_layer(layer, *isa, fast_layer(layer, *isa));
     }
 }
 
 // Lets allocation n fail, or all from it on: the call throws or is right, the next one is right.
 // Returns whether there was an allocation n.
-bool fail_one(const Problem& p, const Isa& isa, long n, bool and_all_behind) {
+template <class Call, class Compare>
+bool fail_one(const Call& call, const Compare& compare, long n, bool and_all_behind) {
     std::vector<float> y;
     fail_calls(n, and_all_behind ? LONG_MAX : n);
     try {
-        y = fast(p, isa);
+        y = call();
     } catch (const std::bad_alloc&) {
     }
     const bool failed = stop_failing();
-    if (!y.empty()) compare(p, isa, y);
-    compare(p, isa, fast(p, isa));
+    if (!y.empty()) compare(y);
+    compare(call());
     return failed;
 }
 
 // Every time in a new thread, which keeps no memory of calls before.
+template <class Call, class Compare>
+void fail_each(const Call& call, const Compare& compare) {
+    for (const bool and_all_behind : {false, true}) {
+        bool failed = true;
+        for (long n = 0; failed; ++n)
+            std::thread([&] { failed = fail_one(call, compare, n, and_all_behind); }).join();
+    }
+}
+
 void check_without_memory(int tokens, int threads) {
     const bool screened = tokens < 4;
     const Case c{tokens,     31,        65,   9,    2,        threads, 4,
                  DType::f16, Act::relu, true, true, screened, false};
     const Problem problem = make(c, 3);
-    for (const bool and_all_behind : {false, true}) {
-        bool failed = true;
-        for (long n = 0; failed; ++n)
-            std::thread([&] { failed = fail_one(problem, kPortable, n, and_all_behind); }).join();
-    }
+    fail_each([&] { return fast(problem, kPortable); },
+              [&](const std::vector<float>& y) { compare(problem, kPortable, y); });
+}
+
+void check_layer_without_memory(int neurons, int threads) {
+    // As wide as gives three threads something to do.
+    const LayerCase c{2,          300,        1,         1,             4,  neurons, 257,  threads,
+                      DType::f32, DType::f32, Act::silu, Mask::allowed, 63, true,    true, false};
+    const LayerProblem problem = make_layer(c, 4);
+    fail_each([&] { return fast_layer(problem, kPortable); },
+              [&](const std::vector<float>& y) { compare_layer(problem, kPortable, y); });
 }
 
 }  // namespace
@@ -285,5 +583,7 @@ int main() {
     beside.join();
     for (const int tokens : {3, 40})
         for (const int threads : {1, 3}) check_without_memory(tokens, threads);
+    for (const int neurons : {0, 65})
+        for (const int threads : {1, 3}) check_layer_without_memory(neurons, threads);
     std::puts("ok");
 }

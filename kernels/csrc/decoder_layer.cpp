@@ -218,7 +218,7 @@ class Attention {
         kernels_.add({rows, count, lines_}, scores.data(), sums, int(sharing_), 0, lines_);
     }
 
-    // The chunks of every query together: x_BHW.
+    // The chunks of every query together: x_BHW. Zeros where no position is allowed.
     void gather(float* x) const {
         for (std::int64_t q = 0; q < c_.sequences * l_.query_heads; ++q, x += l_.head) {
             float most = kNever, all = 0;
@@ -226,12 +226,12 @@ class Attention {
             std::fill(x, x + l_.head, 0.0f);
             for (std::int64_t c = 0; c < chunks_; ++c) {
                 const float* from = partial(q, c);
-                if (from[0] == kNever) continue;
+                if (from[1] == 0) continue;  // nothing is allowed; not so where a score is NaN
                 const float weight = std::exp(from[0] - most);
                 all += weight * from[1];
                 for (std::int64_t d = 0; d < l_.head; ++d) x[d] += weight * from[2 + d];
             }
-            for (std::int64_t d = 0; d < l_.head; ++d) x[d] /= all;
+            for (std::int64_t d = 0; d < l_.head && all != 0; ++d) x[d] /= all;
         }
     }
 
@@ -256,7 +256,8 @@ class Attention {
         float most = kNever, sum = 0;
         for (int i = 0; i < count; ++i) {
             float& score = scores[i * sharing_];
-            score = score * l_.scale + masked(b, begin + i);
+            const float added = masked(b, begin + i);
+            score = added == kNever ? kNever : score * l_.scale + added;  // whatever the key is
             most = std::max(most, score);
         }
         for (int i = 0; i < count; ++i) {

@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, cast
 
@@ -49,12 +49,18 @@ _log = logging.getLogger(__name__)
 _KNOWN = {
     "attention_mask",
     "cache_position",
+    "output_router_logits",
     "past_key_values",
     "position_embeddings",
     "position_ids",
     "use_cache",
 }
-"""Arguments that layers of the known forms act upon."""
+"""Arguments that layers of the known forms act upon, or hand to modules that the host computes or
+that do not read them: `output_router_logits` comes with every token of a model with experts."""
+
+
+_MADE = ("_step", "_stack")
+"""Attributes of a layer that are made when they are wanted."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,10 @@ class Step:
     behind_ffn: str | None
     """The norm that the host computes, where it computes the FFN."""
     chosen: _Chosen | None
+    config: Mapping[str, Any]
+    """Of the host: what it holds, since asking a config itself takes microseconds."""
+    attentions: frozenset[str]
+    """Names of attentions that give the same numbers."""
 
     def takes(self, h_B1D: Tensor, others: Mapping[str, Any]) -> bool:
         """Whether a call is one that the kernels compute."""
@@ -153,6 +163,11 @@ class Step:
             return False
         cache = others.get("past_key_values")
         if not isinstance(cache, Cache) or self.index >= len(cache.layers):
+            return False
+        keys = getattr(cache.layers[self.index], "keys", None)
+        if keys is not None and keys.requires_grad and torch.is_grad_enabled():
+            return False
+        if self.config.get("_attn_implementation_internal") not in self.attentions:
             return False
         return (
             self._is_position(others.get("position_embeddings"), sequences)
@@ -200,6 +215,8 @@ class FusedLayer(nn.Module):
     """What `fuse_layers` puts in front of the class of a layer."""
 
     _step: Step | None
+    _ffn_layout: Layout | None
+    _attentions: frozenset[str]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Computes h behind the layer, natively where `Step.takes` the call."""
@@ -218,15 +235,22 @@ class FusedLayer(nn.Module):
         """Prepares the layer, also where a copy or a pickle of it left that out."""
         if "_step" not in self.__dict__:
             found = layer_forms.find(self, _host(self))
-            layout = self.__dict__.get("_ffn_layout")
-            made = _prepare(self, found, layout) if isinstance(found, Found) else None
+            made = None
+            if isinstance(found, Found):
+                made = _prepare(self, found, self._ffn_layout, self._attentions)
             self.__dict__["_step"] = made
         return cast("Step | None", self.__dict__["_step"])
 
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Prepares the layer anew where its tensors are cast or moved."""
+        for made in _MADE:
+            self.__dict__.pop(made, None)
+        applied: Any = super()._apply
+        return applied(*args, **options)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what was prepared."""
-        made = ("_step", "_stack")
-        return {name: value for name, value in self.__dict__.items() if name not in made}
+        return {name: value for name, value in self.__dict__.items() if name not in _MADE}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Names the host's class: this one is made while the program runs."""
@@ -254,11 +278,15 @@ def fuse_layers(model: nn.Module, dense: Sequence[FFN]) -> None:
             reasons[found] += 1
             continue
         layout = layouts.get(f"{path}.{layer_forms.FFN}")
-        if not _is_the_hosts(layer, host, _prepare(layer, found.widened(), layout)):
+        proven = {layer.get_submodule(layer_forms.ATTENTION).config._attn_implementation}
+        attentions = frozenset(proven | {"eager", "sdpa"})
+        step = _prepare(layer, found.widened(), layout, attentions)
+        if not _is_the_hosts(layer, host, replace(step, chosen=None)):
             reasons["the host's own numbers are others"] += 1
             continue
         layer.__class__ = _fused_class(cast("Any", host))
         layer.__dict__["_ffn_layout"] = layout
+        layer.__dict__["_attentions"] = attentions
         fused += 1
     why = "".join(f"; {count} are not: {reason}" for reason, count in reasons.items())
     if fused or why:
@@ -279,7 +307,9 @@ def _unpickled(host: type[nn.Module]) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> Step:
+def _prepare(
+    layer: nn.Module, found: Found, layout: Layout | None, attentions: frozenset[str]
+) -> Step:
     ffn, paths = None, list(found.paths)
     if layout is not None and (ffn := _dense_ffn(layer, layout)) is not None:
         paths += [layer_forms.FFN, *(f"{layer_forms.FFN}.{path}" for path in layout.parts())]
@@ -290,7 +320,9 @@ def _prepare(layer: nn.Module, found: Found, layout: Layout | None) -> Step:
     norms = [path for path in paths if path in found.norm_paths]
     native = CpuDecoderLayer(found.attention, found.norms, found.dtype, ffn)
     parts = Parts.of(layer, paths, norms)
-    return Step(native, found.index, parts, None if ffn else behind, chosen)
+    config = vars(layer.get_submodule(layer_forms.ATTENTION).config)
+    behind = None if ffn else behind
+    return Step(native, found.index, parts, behind, chosen, config, attentions)
 
 
 def _chosen(layer: nn.Module, found: Found) -> _Chosen | None:
@@ -365,9 +397,12 @@ def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: Step) -> bool:
     h_B1D, angles = random(2, 1, sizes.q.width), random(2, 1, sizes.head // 2)
     turned = torch.cat([angles, angles], dim=-1)
     cached = [random(2, sizes.key_heads, 5, sizes.head) for _ in range(2)]
+    on = torch.tensor([[[[False, True, True, True, False, True]]]] * 2)
+    # in numbers, which every attention adds; "eager" would add a bool as 1
+    masked = torch.zeros(on.shape).masked_fill(~on, torch.finfo(torch.float32).min)
     ffn = layer.get_submodule(layer_forms.FFN)
     with _passing(ffn) if step.native.ffn is None else nullcontext():
-        for mask in (None, torch.tensor([[[[False, True, True, True, False, True]]]] * 2)):
+        for mask in (None, masked):
             caches = [_cache_of(cached, step.index) for _ in range(2)]
             ours, theirs = (
                 {
@@ -388,12 +423,15 @@ def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: Step) -> bool:
 
 @contextmanager
 def _passing(ffn: nn.Module) -> Iterator[None]:
-    """Lets an FFN give what it was given."""
-    hook = ffn.register_forward_hook(lambda _, given, __: given[0])
+    """Lets an FFN give what it was given; its own linears would not take fp32 from a bf16 model."""
+    before = ffn.__dict__.get("forward")
+    ffn.__dict__["forward"] = lambda x_TD: x_TD
     try:
         yield
     finally:
-        hook.remove()
+        del ffn.__dict__["forward"]
+        if before is not None:
+            ffn.__dict__["forward"] = before
 
 
 def _cache_of(cached: Sequence[Tensor], index: int) -> DynamicCache:

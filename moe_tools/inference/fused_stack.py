@@ -74,7 +74,7 @@ class Stack:
         cache, mask = others["past_key_values"], others.get("attention_mask")
         if None in taus or not self.parts.are_as_they_were():
             return None
-        rooms = self._rooms(cache)
+        rooms = self._rooms(cache, len(h_B1D))
         if rooms is None:
             return None
         used = rooms[0].used
@@ -95,7 +95,7 @@ class Stack:
             room.take(layer)
         return made
 
-    def _rooms(self, cache: Any) -> list[Room] | None:
+    def _rooms(self, cache: Any, sequences: int) -> list[Room] | None:
         """A free position in the cache of every layer; None where they are not alike."""
         layers = cache.layers[: len(self.steps)]
         if type(cache) is not DynamicCache or cache.offloading or len(layers) < len(self.steps):
@@ -109,6 +109,8 @@ class Stack:
         dtype, strides, used = self.steps[0].native.dtype, like.all_keys_BKSW.stride(), like.used
         alike = all(
             room.used == used
+            and len(room.keys_BKSW) == sequences
+            and not room.keys_BKSW.requires_grad
             and room.all_keys_BKSW.stride() == strides == room.all_values_BKSW.stride()
             and room.all_keys_BKSW.dtype == dtype == room.all_values_BKSW.dtype
             for room in rooms
@@ -134,6 +136,12 @@ class FusedStack(nn.Module):
             for layer in cast("nn.ModuleList", self.layers) if made is not None else ():
                 layer.__dict__["_stack"] = made
         return cast("Stack | None", self.__dict__["_stack"])
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Prepares the layers anew where their tensors are cast or moved."""
+        self.__dict__.pop("_stack", None)
+        applied: Any = super()._apply
+        return applied(*args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what was prepared."""

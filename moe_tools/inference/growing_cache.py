@@ -40,6 +40,10 @@ class Room:
             and (torch.is_inference_mode_enabled() or not self.all_keys_BKSW.is_inference())
         )
 
+    def takes(self, k_BK1W: Tensor) -> bool:
+        """Whether a new position is of as many sequences, and of the same dtype."""
+        return len(k_BK1W) == len(self.keys_BKSW) and k_BK1W.dtype == self.keys_BKSW.dtype
+
     @property
     def used(self) -> int:
         """Positions in use."""
@@ -66,8 +70,8 @@ def room_in(layer: DynamicLayer) -> Room | None:
 def append(layer: DynamicLayer, k_BK1W: Tensor, v_BK1W: Tensor) -> tuple[Tensor, Tensor]:
     """Does what `layer.update` does for one new position: returns all keys and values."""
     room = room_in(layer)
-    if room is None:
-        return layer.update(k_BK1W, v_BK1W)
+    if room is None or not room.takes(k_BK1W):
+        return layer.update(k_BK1W, v_BK1W)  # which raises, or makes a wider cache
     used = room.used
     room.all_keys_BKSW[:, :, used : used + 1] = k_BK1W
     room.all_values_BKSW[:, :, used : used + 1] = v_BK1W

@@ -135,9 +135,9 @@ def find(layer: nn.Module, host: type[nn.Module]) -> Found | str | None:
         of_queries=found[heads[0]] if heads else None,
         of_keys=found[heads[1]] if heads else None,
     )
-    if why := cannot_decode(dtype, attention):
-        return why
     norms = Norms(**{role: found.get(name) for role, name in vars(names).items()})
+    if why := cannot_decode(dtype, attention, norms):
+        return why
     norm_paths = (*(f"{ATTENTION}.{name}" for name in heads), *names.all())
     paths = (ATTENTION, *(f"{ATTENTION}.{name}_proj" for name in "qkvo"), *norm_paths)
     return Found(attention, norms, names, paths, norm_paths, dtype, sizes.layer_idx)
@@ -170,7 +170,7 @@ def _widened(norm: RMSNorm | None) -> RMSNorm | None:
 
 def _computes(module: nn.Module, norm: RMSNorm, x_D: Tensor) -> bool:
     try:
-        y_D = module(x_D[None, None])[0, 0].float()
+        y_D = module.forward(x_D[None, None])[0, 0].float()  # nobody's hook hears of it
     except Exception:  # a module that takes something else
         return False
     wide_D = x_D.float()

@@ -218,6 +218,17 @@ class ProductFP32(nn.Module):
             self.packed = CpuLinear(self.weight, None, self.weight.dtype)
             self.weight.data = self.packed.weight_ND()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what the kernels read: the weight says it as well."""
+        return {**self.__dict__, "packed": None, "was_packed": self.packed is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Packs the weight anew where it was packed."""
+        was_packed = state.pop("was_packed", False)
+        nn.Module.__setstate__(self, state)
+        if was_packed:
+            self.pack()
+
 
 class LinearFP32(ProductFP32):
     """A linear that computes in fp32; it starts as nn.Linear does."""
