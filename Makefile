@@ -12,6 +12,9 @@ NEWEST ?= 5.24.0
 # A worker a core; a worker of the whole suite takes 3 GB.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
+# llama.cpp is timed beside our models where its Python package is installed.
+AGAINST = $(shell $(BIN)/python -c 'import llama_cpp' 2> /dev/null && echo --against llama.cpp)
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
@@ -68,7 +71,9 @@ bench: $(STAMP) ## time an FFN, its kernels, a model that generates, a training 
 	$(BIN)/moe-tools bench ffn
 	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32 --packed-dtype bf16 int8 int4
 	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32 --batch 4 16 512
-	$(BIN)/moe-tools bench generate --shape d2048 --dtype bf16 --expert-size 32 --packed-dtype int4 --linears int4
+	$(BIN)/moe-tools bench generate --shape d2048 --dtype bf16 --expert-size 32 --packed-dtype int4 --linears int4 $(AGAINST)
+	$(BIN)/moe-tools bench generate --shape d2048 --dtype bf16 --expert-size 32 --packed-dtype int8 --linears int8
+	[ ! -d demo/prox ] || $(BIN)/moe-tools bench generate demo/prox --dtype bf16 --packed-dtype int4 --linears int4 $(AGAINST)
 	$(BIN)/moe-tools bench train --dtype bf16
 	$(BIN)/moe-tools bench clustering
 	$(BIN)/moe-tools bench clustering --shape llama2-7b

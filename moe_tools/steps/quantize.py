@@ -47,12 +47,14 @@ class Quantize(Step):
         return self.bits < 8
 
     def rehearse(self, model: PreTrainedModel, donor: str) -> None:
-        """Looks for FFNs whose numbers can be changed; they stay.
+        """Rounds the numbers, where there are some, without text: later steps ask for the grid.
 
         Raises:
             ValueError: as `apply`.
         """
         self._check(model)
+        if not any(tensor.is_meta for tensor in model.parameters()):
+            quantize(model, cast(StoredBits, self.bits), torch.empty(0, 1, dtype=torch.long))
         self._note(model, donor)
 
     def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:

@@ -99,3 +99,20 @@ def test_training_would_leave_the_grid() -> None:
 def test_other_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="quantize: bits is 5, but must be 8 or 4"):
         parse_recipe({"name": "any", "steps": [{"quantize": {"bits": 5}}]})
+
+
+@every_bits
+def test_high_bits_may_propose_in_a_rehearsal(bits: StoredBits) -> None:
+    # of a donor with numbers, as one in a GGUF file is rehearsed
+    options = {"bits": bits // 2, "of": bits}
+    recipe = parse_recipe(
+        {
+            "name": "any",
+            "steps": [
+                {"quantize": {"bits": bits, "tokens": 64}},
+                {"split": {"expert_size": 1, "method": "contiguous"}},
+                {"attach": {"router": "few_bits", "router_options": options}},
+            ],
+        }
+    )
+    recipe.rehearse(build("llama"), "donor")
