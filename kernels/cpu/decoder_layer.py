@@ -22,6 +22,7 @@ from moe_tools.kernels.cpu.linear import CpuLinear
 from moe_tools.kernels.cpu.memory import LINE
 from moe_tools.kernels.cpu.native import address, extension
 from moe_tools.kernels.cpu.proposal import CpuProposal
+from moe_tools.kernels.cpu.router import CpuRouter
 from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
 from moe_tools.kernels.cpu.stored import Kernel
 
@@ -78,10 +79,10 @@ class DenseFFN:
 
 
 @dataclass(frozen=True)
-class ProposedFFN:
-    """The neurons that a proposal chooses, computed exactly; E = F."""
+class ChosenFFN:
+    """The neurons or experts that are chosen for a token, computed exactly."""
 
-    proposal: CpuProposal
+    chooser: CpuProposal | CpuRouter
     neurons: Kernel
     constant_D: Tensor | None = None
     """Added to y, in fp32."""
@@ -101,7 +102,7 @@ def cannot_decode(
     dtype: torch.dtype,
     attention: Attention,
     norms: Norms | None = None,
-    ffn: DenseFFN | ProposedFFN | None = None,
+    ffn: DenseFFN | ChosenFFN | None = None,
 ) -> str | None:
     """Returns why the kernels cannot compute a layer; None when they can."""
     if dtype not in FLOATS:
@@ -168,7 +169,7 @@ class CpuDecoderLayer:
         attention: Attention,
         norms: Norms,
         dtype: torch.dtype,
-        ffn: DenseFFN | ProposedFFN | None = None,
+        ffn: DenseFFN | ChosenFFN | None = None,
     ) -> None:
         if why := cannot_decode(dtype, attention, norms, ffn):
             raise ValueError(why)
@@ -190,7 +191,8 @@ class CpuDecoderLayer:
             options[f"{name}_eps"] = 0.0 if norm is None else norm.eps
             options[f"{name}_offset"] = 0.0 if norm is None else norm.offset
         act = ffn.act if isinstance(ffn, DenseFFN) else Act("identity")
-        proposed = ffn if isinstance(ffn, ProposedFFN) else None
+        chosen = ffn if isinstance(ffn, ChosenFFN) else None
+        chooser = None if chosen is None else chosen.chooser
         self.handle = self._native.prepare_layer(
             dtype=DTYPES.index(dtype),
             width=self.width,
@@ -201,9 +203,10 @@ class CpuDecoderLayer:
             **{name: None if one is None else one.handle for name, one in self._linears().items()},
             act=act.code,
             threshold=act.threshold,
-            proposal=None if proposed is None else proposed.proposal.handle,
-            neurons=None if proposed is None else proposed.neurons.handle,
-            constant_D=address(None if proposed is None else proposed.constant_D),
+            proposal=chooser.handle if isinstance(chooser, CpuProposal) else None,
+            router=chooser.handle if isinstance(chooser, CpuRouter) else None,
+            neurons=None if chosen is None else chosen.neurons.handle,
+            constant_D=address(None if chosen is None else chosen.constant_D),
             **options,
         )
 
@@ -258,7 +261,7 @@ class CpuDecoderLayer:
         keys_BKSW: Tensor,
         values_BKSW: Tensor,
         mask_B11S: Tensor | None,
-        tau: float = 0.0,
+        knob: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Computes h behind the layer; without an FFN, h behind attention and the FFN's x.
 
@@ -270,7 +273,7 @@ class CpuDecoderLayer:
             keys_BKSW: of the whole cache, this token included; numbers of a position side by side.
             values_BKSW: likewise.
             mask_B11S: bool, or numbers that are added to the scores; B may be 1; None: all count.
-            tau: of a proposal.
+            knob: of a proposal or a router: the threshold, or how many.
         """
         out_B1D, x_B1D = torch.empty_like(h_B1D), torch.empty_like(h_B1D)
         mask = _NO_MASK if mask_B11S is None else _mask(mask_B11S)
@@ -290,7 +293,7 @@ class CpuDecoderLayer:
             values_head=values_BKSW.stride(1),
             values_position=values_BKSW.stride(2),
             **mask,
-            tau=tau,
+            knob=float(knob),
             out_BD=out_B1D.data_ptr(),
             x_BD=x_B1D.data_ptr(),
         )
@@ -318,7 +321,7 @@ class CpuStack:
         values_BKSW: Sequence[Tensor],
         used: int,
         mask_B11S: Tensor | None,
-        taus: Sequence[float],
+        knobs: Sequence[float],
     ) -> Tensor:
         """Computes h behind the last layer, and writes the new position of every cache.
 
@@ -330,12 +333,12 @@ class CpuStack:
             values_BKSW: likewise, and of the strides of the keys.
             used: positions in use; the new one is written behind them.
             mask_B11S: as in `CpuDecoderLayer.new_token`.
-            taus: of every layer's proposal.
+            knobs: of every layer, as in `CpuDecoderLayer.new_token`.
         """
         out_B1D = torch.empty_like(h_B1D)
         keys = array("Q", [keys.data_ptr() for keys in keys_BKSW])
         values = array("Q", [values.data_ptr() for values in values_BKSW])
-        limits = array("d", taus)
+        numbers = array("d", knobs)
         sequence, head, position, _ = keys_BKSW[0].stride()
         self._native.run_stack(
             self._handles,
@@ -352,7 +355,7 @@ class CpuStack:
             head=head,
             position=position,
             **(_NO_MASK if mask_B11S is None else _mask(mask_B11S)),
-            taus=limits.buffer_info()[0],
+            knobs=numbers.buffer_info()[0],
             out_BD=out_B1D.data_ptr(),
         )
         return out_B1D

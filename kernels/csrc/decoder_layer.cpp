@@ -14,7 +14,7 @@ namespace ffn {
 namespace {
 
 constexpr std::int64_t kChunk = 256;  // positions of a head that one thread attends to at a time
-constexpr std::int64_t kFewest = 8;   // tokens that share one reading of proposed neurons
+constexpr std::int64_t kFewest = 8;   // tokens that share one reading of chosen neurons
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 std::int64_t bytes_of(std::initializer_list<const Linear*> linears) {
@@ -293,7 +293,7 @@ class Token {
     void run() {
         attend();
         if (l_.up) feed_forward();
-        if (l_.proposal) run_proposed();
+        if (l_.neurons) run_chosen();
     }
 
   private:
@@ -349,13 +349,17 @@ class Token {
                     Loop{1, finish});
     }
 
-    void run_proposed() {
-        const std::int64_t neurons = l_.neurons->neurons, numbers = c_.sequences * l_.width;
-        w_.mask.resize(std::size_t(c_.sequences * neurons));
+    void run_chosen() {
+        const std::int64_t numbers = c_.sequences * l_.width;
+        const std::int64_t experts = l_.router ? l_.router->weight->rows : l_.neurons->neurons;
+        w_.mask.resize(std::size_t(c_.sequences * experts));
         w_.made.resize(std::size_t(numbers) * sizeof(float));
         std::uint8_t* mask = w_.mask.data();
-        propose(*l_.proposal, c_.x_BD, l_.dtype, c_.sequences, c_.tau, mask, isa_, threads_);
-        const Batch batch{c_.x_BD, w_.made.data(), l_.dtype, c_.sequences, mask, neurons};
+        if (l_.router)
+            choose(*l_.router, c_.x_BD, l_.dtype, c_.sequences, c_.knob, mask, isa_, threads_);
+        else
+            propose(*l_.proposal, c_.x_BD, l_.dtype, c_.sequences, c_.knob, mask, isa_, threads_);
+        const Batch batch{c_.x_BD, w_.made.data(), l_.dtype, c_.sequences, mask, experts};
         sparse_ffn(*l_.neurons, batch, isa_, threads_, {kFewest, 1.0, 1.0});
         float* y = w_.y.data();
         to_floats(w_.made.data(), l_.dtype, numbers, y);
@@ -398,6 +402,9 @@ void new_heads(const DecoderLayer& layer, const NewHeads& call, const Isa& isa, 
 void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, int threads) {
     std::int64_t bytes = bytes_of({layer.o, layer.gate, layer.up, layer.down});
     if (layer.proposal) bytes += bytes_of({layer.proposal->up});
+    if (layer.router) bytes += bytes_of({layer.router->weight});
+    const std::int64_t heads = layer.key_heads * layer.head * (kLine / per_line(layer.dtype));
+    bytes += 2 * call.sequences * call.positions * heads;
     Token(layer, call, isa, useful_threads(std::max(threads, 1), bytes)).run();
 }
 
@@ -432,7 +439,7 @@ void run_stack(const DecoderLayer* const* layers, const Stack& call, const Isa& 
         void* to = i + 1 < call.layers ? h : call.out_BD;
         new_token(layer, {b_count, call.used + 1, from, q, cached(call.keys[i]), cached(call.values[i]),
                           call.mask, call.mask_dtype, call.mask_BS, call.mask_sequence,
-                          float(call.taus[i]), to, x}, isa, threads);
+                          float(call.knobs[i]), to, x}, isa, threads);
         from = to;
     }
 }

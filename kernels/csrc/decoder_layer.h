@@ -12,6 +12,7 @@
 #include "activation.h"
 #include "linear.h"
 #include "proposal.h"
+#include "router.h"
 #include "sparse_ffn.h"
 
 namespace ffn {
@@ -28,12 +29,14 @@ struct DecoderLayer {
     DType dtype;  // of h, of the heads and of the cache
     float scale;  // of queries times keys
     const Linear *q, *k, *v, *o;
-    // One of three: a dense FFN, one whose neurons are proposed, or nothing: the caller computes it.
+    // One of three: a dense FFN; one of whose neurons a proposal or a router chooses; or nothing: the
+    // caller computes it.
     const Linear *gate, *up, *down;
     Activation act;  // of the gate, or of up where there is none
     const Proposal* proposal;
+    const Router* router;
     const Weights* neurons;
-    const float* constant_D;  // added to what the proposed neurons give; null: 0
+    const float* constant_D;  // added to what the chosen neurons give; null: 0
     Norm before_attention, of_queries, of_keys, behind_attention, before_ffn, behind_ffn;
 };
 
@@ -65,7 +68,7 @@ struct NewToken {
     DType mask_dtype;  // of numbers
     const void* mask_BS;
     std::int64_t mask_sequence;  // from one sequence's row to the next, in numbers
-    float tau;                   // of the proposal
+    float knob;                  // of the proposal or the router: a threshold, or how many
     void* out_BD;                // written: h behind the layer; without an FFN behind attention
     void* x_BD;                  // written, without an FFN: what goes into it
 };
@@ -85,7 +88,7 @@ struct Stack {
     DType mask_dtype;
     const void* mask_BS;
     std::int64_t mask_sequence;
-    const double* taus;
+    const double* knobs;
     void* out_BD;
 };
 

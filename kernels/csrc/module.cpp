@@ -19,6 +19,7 @@
 #include "decoder_layer.h"
 #include "linear.h"
 #include "proposal.h"
+#include "router.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -32,7 +33,8 @@ using ffn::Limits;
 using ffn::Weights;
 
 constexpr const char *kCapsule = "moe_tools.ffn", *kLinear = "moe_tools.linear",
-                     *kLayer = "moe_tools.decoder_layer", *kProposal = "moe_tools.proposal";
+                     *kLayer = "moe_tools.decoder_layer", *kProposal = "moe_tools.proposal",
+                     *kRouter = "moe_tools.router";
 
 struct PythonError {};  // thrown where Python's own error is set already
 
@@ -150,6 +152,11 @@ struct PreparedProposal {
     const Isa* isa;
 };
 
+struct PreparedRouter {
+    ffn::Router router;
+    const Isa* isa;
+};
+
 // Hands what was prepared to Python, which deletes it.
 template <class Kind>
 PyObject* capsule(Kind made, const char* name) {
@@ -237,8 +244,10 @@ PreparedLayer read_layer(Arguments from) {
     layer.act.kind = from.code<Act>("act", ffn::kActs);
     layer.act.threshold = float(from.real("threshold"));
     const auto* proposal = from.prepared<PreparedProposal>("proposal", kProposal);
+    const auto* router = from.prepared<PreparedRouter>("router", kRouter);
     const auto* neurons = from.prepared<Prepared>("neurons", kCapsule);
     layer.proposal = proposal ? &proposal->proposal : nullptr;
+    layer.router = router ? &router->router : nullptr;
     layer.neurons = neurons ? &neurons->weights : nullptr;
     layer.constant_D = from.tensor<const float>("constant_D");
     layer.before_attention = norm("before_attention", "before_attention_eps", "before_attention_offset");
@@ -370,6 +379,49 @@ PyObject* prepare_proposal(PyObject*, PyObject* const* args, Py_ssize_t count, P
     });
 }
 
+// The caller keeps the linear and the bias.
+PreparedRouter read_router(Arguments from) {
+    PreparedRouter made{};
+    const auto* weight = from.prepared<PreparedLinear>("weight", kLinear);
+    if (!weight) {
+        PyErr_SetString(PyExc_ValueError, "a router needs a weight");
+        throw PythonError();
+    }
+    made.isa = weight->isa;
+    made.router.weight = &weight->weights;
+    made.router.bias_E = from.tensor<const float>("bias_E");
+    made.router.by_rank = from.code<int>("by_rank", 2);
+    from.finish();
+    return made;
+}
+
+PyObject* prepare_router(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
+        return capsule(read_router(Arguments(args, names)), kRouter);
+    });
+}
+
+PyObject* choose(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the router, then names");
+        const auto* made = static_cast<PreparedRouter*>(PyCapsule_GetPointer(args[0], kRouter));
+        if (!made) throw PythonError();
+        Arguments from(args + 1, names);
+        const int threads = int(from.integer("threads"));
+        const void* x_TD = from.tensor<const void>("x_TD");
+        const DType dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+        const std::int64_t tokens = from.integer("tokens");
+        const float knob = float(from.real("knob"));
+        auto* mask_TE = from.tensor<std::uint8_t>("mask_TE");
+        from.finish();
+        unlocked([&] {
+            ffn::choose(made->router, x_TD, dtype, tokens, knob, mask_TE, *made->isa, threads);
+        });
+        Py_RETURN_NONE;
+    });
+}
+
 PyObject* propose(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
         if (count != 1) return PyErr_Format(PyExc_TypeError, "give the proposal, then names");
@@ -446,7 +498,7 @@ PyObject* new_token(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         call.mask_dtype = from.code<DType>("mask_dtype", int(DType::i8));
         call.mask_BS = from.tensor<const void>("mask_BS");
         call.mask_sequence = from.integer("mask_sequence");
-        call.tau = float(from.real("tau"));
+        call.knob = float(from.real("knob"));
         call.out_BD = from.tensor<void>("out_BD");
         call.x_BD = from.tensor<void>("x_BD");
         from.finish();
@@ -487,7 +539,7 @@ PyObject* run_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         call.mask_dtype = from.code<DType>("mask_dtype", int(DType::i8));
         call.mask_BS = from.tensor<const void>("mask_BS");
         call.mask_sequence = from.integer("mask_sequence");
-        call.taus = from.tensor<const double>("taus");
+        call.knobs = from.tensor<const double>("knobs");
         call.out_BD = from.tensor<void>("out_BD");
         from.finish();
         unlocked([&] { ffn::run_stack(layers.data(), call, *isa, threads); });
@@ -540,6 +592,10 @@ PyMethodDef methods[] = {
      "Writes what a layer makes of new tokens, given keys and values."},
     {"run_stack", with_names(run_stack), METH_FASTCALL | METH_KEYWORDS,
      "Writes what layers make of new tokens, one behind the other, and appends to their caches."},
+    {"prepare_router", with_names(prepare_router), METH_FASTCALL | METH_KEYWORDS,
+     "The handle of a router whose linear and bias the caller keeps."},
+    {"choose", with_names(choose), METH_FASTCALL | METH_KEYWORDS,
+     "Writes the mask of the experts that a router chooses."},
     {"prepare_proposal", with_names(prepare_proposal), METH_FASTCALL | METH_KEYWORDS,
      "The handle of proposals whose linears and norms the caller keeps."},
     {"propose", with_names(propose), METH_FASTCALL | METH_KEYWORDS,

@@ -154,17 +154,17 @@ class ExpertFFN(PackableFFN):
 
     def _mask_TE(self, x_TD: Tensor) -> Tensor | None:
         """The mask where nobody looks at the scores, and the router can do without; else None."""
-        tau = self.unseen_tau()
-        if tau is None or torch.compiler.is_compiling() or x_TD.dtype not in FLOATS:
+        selector = self.unseen_selector()
+        if torch.compiler.is_compiling() or x_TD.dtype not in FLOATS:
             return None
-        return self.router.above_TR(x_TD, tau)
+        if type(selector) is not Threshold or self.off_RD is not None:
+            return None
+        return self.router.above_TR(x_TD, selector.tau)
 
-    def unseen_tau(self) -> float | None:
-        """The threshold of the scores where nothing else is made of them, and nobody looks."""
+    def unseen_selector(self) -> Selector | None:
+        """What chooses among all experts, where nobody looks at it or at the scores; else None."""
         seen = self.observers or self.interventions or self.router._forward_hooks
-        if seen or self.shared or self.off_RD is not None or type(self.selector) is not Threshold:
-            return None
-        return self.selector.tau
+        return None if seen or self.shared else self.selector
 
     def route(self, x_TD: Tensor) -> Routing:
         """Scores and mask, as interventions leave it, shown to the observers."""

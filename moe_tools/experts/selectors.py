@@ -117,13 +117,21 @@ class TopK(Selector):
         Raises:
             ValueError: k exceeds the number of experts.
         """
-        experts = scores_TR.shape[-1]
+        k = self.count(scores_TR.shape[-1])
+        chosen_TK = scores_TR.argsort(dim=-1, descending=True, stable=True)[..., :k]
+        return torch.zeros_like(scores_TR, dtype=torch.bool).scatter(-1, chosen_TK, True)
+
+    def count(self, experts: int) -> int:
+        """How many of the experts run.
+
+        Raises:
+            ValueError: more than there are.
+        """
         k = self.k if self.share is None else max(1, math.ceil(round(self.share * experts, 6)))
         assert k is not None
         if k > experts:
             raise ValueError(f"top-k asks for {k} of {experts} experts")
-        chosen_TK = scores_TR.argsort(dim=-1, descending=True, stable=True)[..., :k]
-        return torch.zeros_like(scores_TR, dtype=torch.bool).scatter(-1, chosen_TK, True)
+        return k
 
     def limits_TR(self, scores_TR: Tensor) -> Tensor:
         """The share of experts that are ranked before."""

@@ -25,6 +25,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.routers.few_bits import FewBitsRouter
+from moe_tools.experts.routers.sigmoid import SigmoidRouter
+from moe_tools.experts.selectors import Threshold, TopK
 from moe_tools.hosts.activations import Activation, kernel_act
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.layouts import Layout
@@ -36,12 +38,14 @@ from moe_tools.inference.layer_forms import Found
 from moe_tools.inference.packed_linear import PackedLinear
 from moe_tools.kernels.cpu.decoder_layer import (
     MOST_SEQUENCES,
+    ChosenFFN,
     CpuDecoderLayer,
     DenseFFN,
-    ProposedFFN,
 )
 from moe_tools.kernels.cpu.linear import CpuLinear
 from moe_tools.kernels.cpu.packed import CpuFFN
+from moe_tools.kernels.cpu.proposal import CpuProposal
+from moe_tools.kernels.cpu.router import CpuRouter
 from moe_tools.kernels.cpu.rows import FLOATS
 
 _log = logging.getLogger(__name__)
@@ -114,23 +118,39 @@ class Parts:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """An FFN whose neurons are proposed, as part of the second call."""
+    """A routed FFN whose experts or neurons are chosen as part of the second call."""
 
     native: CpuDecoderLayer
     ffn: ExpertFFN
     hooks: tuple[Mapping[Any, Any], ...]
-
     constant: Tensor | None
     """`bias_D` of the FFN, which the call adds."""
 
-    def tau(self) -> float | None:
-        """The threshold; None: somebody looks at the FFN, which then is called as a module."""
-        ffn, made = self.ffn, cast("ProposedFFN", self.native.ffn)
-        router = cast("FewBitsRouter", ffn.router)
-        same = router.proposal is made.proposal and ffn.mode == "hard" and not ffn.training
-        if not same or ffn.bias_D is not self.constant or any(self.hooks):
+    def knob(self) -> float | None:
+        """The threshold, or how many; None: the FFN is called as a module.
+
+        That is where somebody looks at it, or something else chooses than did when it was made.
+        """
+        ffn, chooser = self.ffn, cast("ChosenFFN", self.native.ffn).chooser
+        if ffn.mode != "hard" or ffn.training or ffn.bias_D is not self.constant or any(self.hooks):
             return None
-        return ffn.unseen_tau()
+        selector = ffn.unseen_selector()
+        if isinstance(chooser, CpuProposal):
+            same = cast("FewBitsRouter", ffn.router).proposal is chooser
+            return selector.tau if same and type(selector) is Threshold else None
+        if not _chooses(ffn.router, chooser):
+            return None
+        if chooser.by_rank:
+            return selector.count(ffn.division.num_experts) if type(selector) is TopK else None
+        return selector.tau if type(selector) is Threshold else None
+
+
+def _chooses(router: nn.Module, chooser: CpuRouter) -> bool:
+    """Whether a router is what was prepared of it."""
+    if type(router) is not SigmoidRouter or router.packed is not chooser.weight:
+        return False
+    prepared = cast("Tensor", chooser.bias_E)
+    return router.bias.dtype == torch.float32 and router.bias.data_ptr() == prepared.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -195,8 +215,8 @@ class Step:
         mask = others.get("attention_mask")
         if mask is not None and mask.shape[-1] != keys.shape[2]:
             raise ValueError(f"a mask of {mask.shape[-1]} positions, a cache of {keys.shape[2]}")
-        if self.chosen is not None and (tau := self.chosen.tau()) is not None:
-            return self.chosen.native.new_token(h_B1D, q_BH1W, keys, values, mask, tau)[0]
+        if self.chosen is not None and (knob := self.chosen.knob()) is not None:
+            return self.chosen.native.new_token(h_B1D, q_BH1W, keys, values, mask, knob)[0]
         h_B1D, x_B1D = self.native.new_token(h_B1D, q_BH1W, keys, values, mask)
         if self.native.ffn is not None:
             return h_B1D
@@ -326,18 +346,29 @@ def _prepare(
 
 
 def _chosen(layer: nn.Module, found: Found) -> _Chosen | None:
-    """A routed FFN whose router proposes neurons in one call, None where another one is there."""
+    """A routed FFN that chooses natively, None where another one is there."""
     ffn = layer._modules[layer_forms.FFN]
-    router = ffn.router if isinstance(ffn, ExpertFFN) else None
-    if not isinstance(ffn, ExpertFFN) or not isinstance(router, FewBitsRouter):
+    if not isinstance(ffn, ExpertFFN) or not isinstance(ffn.packed, CpuFFN) or ffn.layout.masked:
         return None
-    if router.proposal is None or not isinstance(ffn.packed, CpuFFN) or ffn.layout.masked:
+    chooser = _chooser(ffn)
+    if chooser is None or ffn.off_RD is not None:
         return None
     constant_D = None if ffn.bias_D is None else ffn.bias_D.detach().float().contiguous()
-    made = ProposedFFN(router.proposal, ffn.packed.kernel, constant_D)
+    made = ChosenFFN(chooser, ffn.packed.kernel, constant_D)
     native = CpuDecoderLayer(found.attention, found.norms, found.dtype, made)
-    hooks = ffn._forward_hooks, ffn._forward_pre_hooks, router._forward_pre_hooks
+    hooks = ffn._forward_hooks, ffn._forward_pre_hooks, ffn.router._forward_pre_hooks
     return _Chosen(native, ffn, hooks, ffn.bias_D)
+
+
+def _chooser(ffn: ExpertFFN) -> CpuProposal | CpuRouter | None:
+    router = ffn.router
+    if isinstance(router, FewBitsRouter):
+        return router.proposal
+    if not isinstance(router, SigmoidRouter) or type(ffn.selector) not in (Threshold, TopK):
+        return None
+    if ffn.shared or router.bias.dtype != torch.float32 or router.packed is None:
+        return None
+    return CpuRouter(router.packed, router.bias.detach(), by_rank=type(ffn.selector) is TopK)
 
 
 def _dense_ffn(layer: nn.Module, layout: Layout) -> DenseFFN | None:
@@ -413,7 +444,11 @@ def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: Step) -> bool:
                 }
                 for cache in caches
             )
-            pairs = [(step(layer, h_B1D, ours), host.forward(layer, h_B1D, **theirs))]
+            try:
+                expected = host.forward(layer, h_B1D, **theirs)
+            except Exception:  # it wants more than a token
+                return False
+            pairs = [(step(layer, h_B1D, ours), expected)]
             one, other = (cast("Any", cache.layers[step.index]) for cache in caches)
             pairs += [(one.keys, other.keys), (one.values, other.values)]
             if not all(_are_near(*pair, _tolerance(step.native)) for pair in pairs):

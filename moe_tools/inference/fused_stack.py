@@ -70,9 +70,9 @@ class Stack:
         return self.now.h_B1D
 
     def _computed(self, h_B1D: Tensor, others: Mapping[str, Any]) -> Tensor | None:
-        taus = [0.0 if step.chosen is None else step.chosen.tau() for step in self.steps]
+        knobs = [0.0 if step.chosen is None else step.chosen.knob() for step in self.steps]
         cache, mask = others["past_key_values"], others.get("attention_mask")
-        if None in taus or not self.parts.are_as_they_were():
+        if None in knobs or not self.parts.are_as_they_were():
             return None
         rooms = self._rooms(cache, len(h_B1D))
         if rooms is None:
@@ -89,7 +89,7 @@ class Stack:
             [room.all_values_BKSW for room in rooms],
             used,
             mask,
-            cast("list[float]", taus),
+            cast("list[float]", knobs),
         )
         for room, layer in zip(rooms, cache.layers, strict=False):
             room.take(layer)

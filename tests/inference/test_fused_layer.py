@@ -289,8 +289,7 @@ def test_a_converted_model_writes_the_same(family: str, conversion: str, calls: 
     fast = optimised(model)
     calls.ffns.clear()
     assert_same_text(fast, model, **padded())
-    computes = NATIVE if conversion == "few bits" else HOSTS
-    assert calls.ffns == [computes] * LAYERS * 5
+    assert calls.ffns == [NATIVE] * LAYERS * 5
 
 
 def test_a_routed_mixtral_writes_the_same(calls: Calls) -> None:

@@ -1,0 +1,50 @@
+"""`CpuRouter`: which experts a token wants, said by the sigmoid of a linear.
+
+Letters: T tokens (any leading dimensions), D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_tools.kernels.cpu.linear import CpuLinear
+from moe_tools.kernels.cpu.native import address, extension
+from moe_tools.kernels.cpu.rows import DTYPES
+
+
+class CpuRouter:
+    """sigmoid(W x + b) above a threshold, or the highest of them, in one native call, in fp32.
+
+    Args:
+        weight: W, without a bias.
+        bias_E: b, fp32; read where it lies.
+        by_rank: the highest scores; of equal ones the lower experts, and NaN counts as the highest.
+    """
+
+    def __init__(self, weight: CpuLinear, bias_E: Tensor | None, *, by_rank: bool) -> None:
+        self.weight, self.bias_E, self.by_rank = weight, bias_E, by_rank
+        self._native = extension()
+        self.handle = self._native.prepare_router(
+            weight=weight.handle, bias_E=address(bias_E), by_rank=int(by_rank)
+        )
+
+    def __call__(self, x_TD: Tensor, knob: float) -> Tensor:
+        """Computes mask_TE, bool, of x in fp32, bf16 or fp16 on the CPU.
+
+        Args:
+            x_TD: the tokens.
+            knob: the threshold, which scores have to exceed, or how many are chosen.
+        """
+        x_TD = x_TD.contiguous()  # stays alive until the kernel is done
+        mask_TE = torch.empty((*x_TD.shape[:-1], len(self.weight.rows_NB)), dtype=torch.bool)
+        self._native.choose(
+            self.handle,
+            threads=torch.get_num_threads(),
+            x_TD=x_TD.data_ptr(),
+            dtype=DTYPES.index(x_TD.dtype),
+            tokens=x_TD.numel() // self.weight.width,
+            knob=float(knob),
+            mask_TE=mask_TE.data_ptr(),
+        )
+        return mask_TE
