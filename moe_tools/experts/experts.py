@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from moe_tools.experts.division import Division
 from moe_tools.experts.importance import Importance
@@ -157,11 +158,15 @@ class ExpertFFN(PackableFFN):
         tau = self.unseen_tau()
         if tau is None or torch.compiler.is_compiling() or x_TD.dtype not in FLOATS:
             return None
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return None
         return self.router.above_TR(x_TD, tau)
 
     def unseen_tau(self) -> float | None:
         """The threshold of the scores where nothing else is made of them, and nobody looks."""
-        seen = self.observers or self.interventions or self.router._forward_hooks
+        router = self.router
+        heard = router._forward_hooks or router._forward_pre_hooks or "forward" in router.__dict__
+        seen = self.observers or self.interventions or heard
         if seen or self.shared or self.off_RD is not None or type(self.selector) is not Threshold:
             return None
         return self.selector.tau
