@@ -118,6 +118,8 @@ class _Chosen:
 
     native: CpuDecoderLayer
     ffn: ExpertFFN
+    beside: Mapping[str, nn.Module | None]
+    """The modules of the layer, among which it has to be still."""
     hooks: tuple[Mapping[Any, Any], ...]
 
     constant: Tensor | None
@@ -125,10 +127,14 @@ class _Chosen:
 
     def tau(self) -> float | None:
         """The threshold; None: somebody looks at the FFN, which then is called as a module."""
-        ffn, made = self.ffn, cast("ProposedFFN", self.native.ffn)
-        router = cast("FewBitsRouter", ffn.router)
-        same = router.proposal is made.proposal and ffn.mode == "hard" and not ffn.training
-        if not same or ffn.bias_D is not self.constant or any(self.hooks):
+        ffn, made, router = self.ffn, cast("ProposedFFN", self.native.ffn), self.ffn.router
+        if self.beside.get(layer_forms.FFN) is not ffn or "forward" in ffn.__dict__:
+            return None
+        if not isinstance(router, FewBitsRouter) or router.proposal is not made.proposal:
+            return None
+        if ffn.mode != "hard" or ffn.training:
+            return None
+        if ffn.bias_D is not self.constant or any(self.hooks):
             return None
         return ffn.unseen_tau()
 
@@ -164,8 +170,7 @@ class Step:
         cache = others.get("past_key_values")
         if not isinstance(cache, Cache) or self.index >= len(cache.layers):
             return False
-        keys = getattr(cache.layers[self.index], "keys", None)
-        if keys is not None and keys.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _asks_for_gradients(cache.layers[self.index]):
             return False
         if self.config.get("_attn_implementation_internal") not in self.attentions:
             return False
@@ -336,8 +341,8 @@ def _chosen(layer: nn.Module, found: Found) -> _Chosen | None:
     constant_D = None if ffn.bias_D is None else ffn.bias_D.detach().float().contiguous()
     made = ProposedFFN(router.proposal, ffn.packed.kernel, constant_D)
     native = CpuDecoderLayer(found.attention, found.norms, found.dtype, made)
-    hooks = ffn._forward_hooks, ffn._forward_pre_hooks, router._forward_pre_hooks
-    return _Chosen(native, ffn, hooks, ffn.bias_D)
+    hooks = ffn._forward_hooks, ffn._forward_pre_hooks
+    return _Chosen(native, ffn, layer._modules, hooks, ffn.bias_D)
 
 
 def _dense_ffn(layer: nn.Module, layout: Layout) -> DenseFFN | None:
@@ -362,6 +367,12 @@ def _appended(cache: Cache, index: int, k_BK1W: Tensor, v_BK1W: Tensor) -> tuple
     if type(cache) is DynamicCache and type(layer) is DynamicLayer and not cache.offloading:
         return append(layer, k_BK1W, v_BK1W)
     return cache.update(k_BK1W, v_BK1W, index)
+
+
+def _asks_for_gradients(layer: Any) -> bool:
+    """Whether a cache holds keys or values that do."""
+    held = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return any(one is not None and one.requires_grad for one in held)
 
 
 def _is_mask(mask: Any, sequences: int) -> bool:
