@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_tools.kernels.cpu.linear import CpuLinear
 from moe_tools.kernels.cpu.native import address, extension
-from moe_tools.kernels.cpu.rows import DTYPES
+from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
 
 
 class CpuRouter:
@@ -35,7 +35,18 @@ class CpuRouter:
         Args:
             x_TD: the tokens.
             knob: the threshold, which scores have to exceed, or how many are chosen.
+
+        Raises:
+            ValueError: another width, dtype or device, or fewer than one of the highest.
         """
+        width = self.weight.width
+        if x_TD.shape[-1:] != (width,) or x_TD.dtype not in FLOATS or not x_TD.is_cpu:
+            raise ValueError(
+                f"x_TD is {tuple(x_TD.shape)}, {x_TD.dtype} on {x_TD.device}: this router takes "
+                f"{width} columns in fp32, bf16 or fp16 on the CPU"
+            )
+        if self.by_rank and knob < 1:
+            raise ValueError(f"the highest {knob} experts: give a number of 1 or more")
         x_TD = x_TD.contiguous()  # stays alive until the kernel is done
         mask_TE = torch.empty((*x_TD.shape[:-1], len(self.weight.rows_NB)), dtype=torch.bool)
         self._native.choose(
@@ -43,7 +54,7 @@ class CpuRouter:
             threads=torch.get_num_threads(),
             x_TD=x_TD.data_ptr(),
             dtype=DTYPES.index(x_TD.dtype),
-            tokens=x_TD.numel() // self.weight.width,
+            tokens=x_TD.numel() // width,
             knob=float(knob),
             mask_TE=mask_TE.data_ptr(),
         )

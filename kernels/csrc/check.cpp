@@ -1,11 +1,12 @@
 // Drives the kernels under a sanitizer (`make sanitize`): every instruction set, format and odd
-// shape against two plain loops, alone and from two threads at once, and without memory. Exits with
-// 1 on a difference.
+// shape against two plain loops, alone and from two threads at once, and without memory; a stack
+// against its layers. Exits with 1 on a difference.
 #include <algorithm>
 #include <cmath>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
@@ -13,6 +14,8 @@
 #include "decoder_layer.h"
 #include "failing_new.h"
 #include "linear.h"
+#include "proposal.h"
+#include "router.h"
 #include "sparse_ffn.h"
 
 namespace {
@@ -190,14 +193,20 @@ void compare(const Problem& p, const Isa& isa, const std::vector<float>& y) {
     }
 }
 
+// The rows of a part of the FFN, one behind the other.
+std::vector<std::byte> rows_of(const Problem& p, int part) {
+    std::vector<std::byte> packed;
+    for (std::int64_t n = 0; n < p.c.neurons; ++n) {
+        const auto* row = p.rows.data() + (n * (p.c.inputs + 1) + part) * p.bytes;
+        packed.insert(packed.end(), row, row + p.bytes);
+    }
+    return packed;
+}
+
 // The first rows of the FFN as a linear.
 void check_linear(const Problem& p, const Isa& isa) {
     const std::int64_t apart = p.c.inputs + 1, rows = p.c.neurons;
-    std::vector<std::byte> packed;
-    for (std::int64_t n = 0; n < rows; ++n) {
-        const auto* row = p.rows.data() + n * apart * p.bytes;
-        packed.insert(packed.end(), row, row + p.bytes);
-    }
+    const std::vector<std::byte> packed = rows_of(p, 0);
     const bool biased = !p.biases.empty() && p.c.inputs == 1;
     const Linear linear{packed.data(), biased ? p.biases.data() : nullptr, rows, p.c.width,
                         p.lines,       p.c.dtype};
@@ -214,6 +223,81 @@ void check_linear(const Problem& p, const Isa& isa) {
                          int(p.c.dtype));
             std::exit(1);
         }
+}
+
+// All rows but those of down as a proposal, whose scores are the hidden values. Near ties may differ.
+void check_proposal(const Problem& p, const Isa& isa) {
+    const std::int64_t neurons = p.c.neurons;
+    std::vector<std::byte> rows[2];
+    std::vector<float> biases[2];
+    Linear linears[2];
+    for (int part = 0; part < p.c.inputs; ++part) {
+        rows[part] = rows_of(p, part);
+        for (std::int64_t n = 0; n < neurons && !p.biases.empty(); ++n)
+            biases[part].push_back(p.biases[n * p.c.inputs + part]);
+        linears[part] = {rows[part].data(), p.biases.empty() ? nullptr : biases[part].data(),
+                         neurons,           p.c.width,
+                         p.lines,           p.c.dtype};
+    }
+    const std::vector<float> norm(std::size_t(neurons), 0.5f);
+    const bool gated = p.c.inputs == 2;
+    const Proposal proposal{gated ? &linears[0] : nullptr, &linears[gated], {p.c.act, 0},
+                            Activation{},                  norm.data()};
+    std::vector<std::uint8_t> mask(std::size_t(p.c.tokens * neurons), 7);
+    const float tau = 0.05f;
+    propose(proposal, p.x.data(), DType::f32, p.c.tokens, tau, mask.data(), isa, p.c.threads);
+    for (int t = 0; t < p.c.tokens; ++t)
+        for (int n = 0; n < neurons; ++n) {
+            const float score = std::abs(hidden(p, t, n)) / 2;
+            const int found = mask[t * neurons + n];
+            if (found == (score > tau) || (found < 2 && std::abs(score - tau) < 1e-4f * (1 + score)))
+                continue;
+            std::fprintf(stderr, "%s: a neuron of score %g is proposed: %d (T %d, D %d, dtype %d)\n",
+                         isa.name, score, found, p.c.tokens, p.c.width, int(p.c.dtype));
+            std::exit(1);
+        }
+}
+
+// All rows but those of down as a router. Near ties may differ.
+void check_router(const Problem& p, const Isa& isa) {
+    const std::int64_t apart = p.c.inputs + 1, experts = p.c.neurons;
+    std::vector<std::byte> packed;
+    for (std::int64_t n = 0; n < experts; ++n) {
+        const auto* row = p.rows.data() + n * apart * p.bytes;
+        packed.insert(packed.end(), row, row + p.bytes);
+    }
+    const Linear weight{packed.data(), nullptr, experts, p.c.width, p.lines, p.c.dtype};
+    const std::int64_t count = 1 + experts / 3;
+    for (const bool by_rank : {false, true}) {
+        std::vector<std::uint8_t> mask(std::size_t(p.c.tokens * experts), 2);
+        const Router router{&weight, nullptr, by_rank};
+        choose(router, p.x.data(), DType::f32, p.c.tokens, by_rank ? float(count) : 0.5f, mask.data(),
+               isa, p.c.threads);
+        for (std::int64_t t = 0; t < p.c.tokens; ++t) {
+            std::vector<float> z;
+            for (std::int64_t n = 0; n < experts; ++n) {
+                float sum = 0;
+                for (int d = 0; d < p.c.width; ++d)
+                    sum += p.values[n * apart * p.padded + d] * p.seen[t * p.c.width + d];
+                z.push_back(sum);
+            }
+            std::vector<float> sorted = z;
+            std::sort(sorted.rbegin(), sorted.rend());
+            const float limit = by_rank ? sorted[std::size_t(count - 1)] : 0;
+            std::int64_t chosen = 0;
+            for (std::int64_t n = 0; n < experts; ++n) {
+                const int on = mask[t * experts + n];
+                chosen += on;
+                const bool tie = std::abs(z[n] - limit) <= 1e-4f * (1 + std::abs(limit));
+                const bool expected = by_rank ? z[n] >= limit : z[n] > limit;
+                if (on > 1 || (!tie && on != expected && z[n] < 16)) {
+                    std::fprintf(stderr, "%s: expert %d is %d\n", isa.name, int(n), on);
+                    std::exit(1);
+                }
+            }
+            if (by_rank && chosen != count) std::exit(1);
+        }
+    }
 }
 
 // --- decoder layers -------------------------------------------------------------------------------
@@ -239,6 +323,7 @@ struct LayerProblem {
     // As the kernels see them: rounded to the format of h.
     std::vector<float> h, cos, sin, q, cached_keys, cached_values, added;
     std::vector<std::uint8_t> allowed;
+    Problem chosen;  // an FFN whose neurons are proposed
 
     float offset(int norm) const { return norm % 2 ? 1.0f : 0.0f; }
 };
@@ -301,6 +386,9 @@ LayerProblem make_layer(const LayerCase& c, unsigned seed) {
     p.added = numbers(positions * c.positions);
     for (std::int64_t i = 0; i < positions * c.positions; ++i)
         p.allowed.push_back(i % c.positions == c.positions - 1 || random() % 2);
+    p.chosen = make({1,         c.width, int(neurons), 1,     1 + c.gated, 1,     0,
+                     c.weights, c.act,   false,        false, false,       false},
+                    random());
     return p;
 }
 
@@ -405,7 +493,56 @@ std::vector<float> slow_layer(const LayerProblem& p) {
     return all;
 }
 
-std::vector<float> fast_layer(const LayerProblem& p, const Isa& isa) {
+// Layers as a stack, against the same in two calls each, bit by bit. `keys` and `values` are what
+// the caches hold, but for the last position; `mask` is that of a call.
+void check_stack(const DecoderLayer* const (&layers)[3], const LayerProblem& p,
+                 const std::vector<std::byte>& h, const std::vector<std::byte>& cos,
+                 const std::vector<std::byte>& sin, const std::vector<std::byte>& keys,
+                 const std::vector<std::byte>& values, const void* mask, const Isa& isa) {
+    constexpr std::size_t kCount = 3;
+    const LayerCase& c = p.c;
+    const std::int64_t size = kLine / per_line(c.dtype), one = c.one_position ? 1 : c.sequences;
+    const std::int64_t head = p.head * c.positions, sequence = p.keys * c.positions;
+    const std::int64_t mask_sequence = c.one_position ? 0 : c.positions;
+    const std::vector<double> taus(kCount, 0.05);
+    using Bytes = std::vector<std::byte>;
+    std::vector<Bytes> held(2 * kCount, keys);
+    for (std::size_t i = kCount; i < held.size(); ++i) held[i] = values;
+    std::vector<Bytes> caches = held;
+    Bytes q(std::size_t(c.sequences * p.queries * size)), k(std::size_t(c.sequences * p.keys * size));
+    Bytes v = k, from = h, to = h, x = h;
+    for (std::size_t i = 0; i < kCount; ++i) {
+        new_heads(*layers[i], {c.sequences, from.data(), cos.data(), sin.data(), one, q.data(),
+                               k.data(), v.data()}, isa, c.threads);
+        for (std::int64_t row = 0; row < c.sequences * c.key_heads; ++row) {
+            const std::int64_t at = (row * c.positions + c.positions - 1) * p.head * size;
+            const auto bytes = std::size_t(p.head * size);
+            std::memcpy(&held[i][std::size_t(at)], &k[std::size_t(row) * bytes], bytes);
+            std::memcpy(&held[kCount + i][std::size_t(at)], &v[std::size_t(row) * bytes], bytes);
+        }
+        const auto cached = [&](const Bytes& data) {
+            return Cached{reinterpret_cast<const char*>(data.data()), sequence, head, p.head};
+        };
+        new_token(*layers[i], {c.sequences, c.positions, from.data(), q.data(), cached(held[i]),
+                               cached(held[kCount + i]), c.mask, c.dtype, mask, mask_sequence,
+                               float(taus[i]), to.data(), x.data()}, isa, c.threads);
+        from = to;
+    }
+    std::vector<void*> places;
+    for (Bytes& cache : caches) places.push_back(cache.data());
+    Bytes out(h.size());
+    run_stack(layers,
+              {kCount, c.sequences, c.positions - 1, h.data(), cos.data(),
+               sin.data(), one, places.data(), places.data() + kCount, sequence, head, p.head,
+               c.mask, c.dtype, mask, mask_sequence, taus.data(), out.data()},
+              isa, c.threads);
+    if (out == to && caches == held) return;
+    std::fprintf(stderr, "%s: a stack differs from its layers (B %d, D %d, S %d, dtype %d)\n", isa.name,
+                 c.sequences, c.width, c.positions, int(c.dtype));
+    std::exit(1);
+}
+
+std::vector<float> fast_layer(const LayerProblem& p, const Isa& isa, bool stacked = false) {
     const LayerCase& c = p.c;
     std::vector<std::vector<std::byte>> weights;
     for (const auto& norm : p.norms) weights.push_back(stored(norm, c.dtype));
@@ -419,6 +556,7 @@ std::vector<float> fast_layer(const LayerProblem& p, const Isa& isa) {
         c.width, c.key_heads * c.sharing, c.key_heads, p.head, c.dtype, 0.2f,
         linear(kQ, true), linear(kK, true), linear(kV, true), linear(kO, true),
         linear(kGate, ffn && c.gated), linear(kUp, ffn), linear(kDown, ffn), {c.act, 0},
+        nullptr, nullptr, nullptr, nullptr,
         norm(0), norm(1), norm(2), norm(3), norm(4), norm(5)};
     const auto made = [&](std::int64_t count) {
         return stored(std::vector<float>(std::size_t(count)), c.dtype);
@@ -441,8 +579,18 @@ std::vector<float> fast_layer(const LayerProblem& p, const Isa& isa) {
                                                  : added.data();
     new_token(layer,
               {c.sequences, c.positions, h.data(), queries.data(), cached(keys), cached(values),
-               c.mask, c.dtype, mask, c.one_position ? 0 : c.positions, out.data(), x.data()},
+               c.mask, c.dtype, mask, c.one_position ? 0 : c.positions, 0, out.data(), x.data()},
               isa, c.threads);
+    const std::vector<float> norms(std::size_t(p.chosen.c.neurons), 1.0f);
+    const Proposal proposal{linear(kGate, c.gated), linear(kUp, true), {c.act, 0}, Activation{},
+                            norms.data()};
+    const Weights neurons{p.chosen.rows.data(), nullptr, nullptr, nullptr, p.chosen.c.neurons, c.width,
+                          p.chosen.lines, p.chosen.c.inputs, c.weights, {{c.act, 0}, Activation{}}};
+    DecoderLayer proposed = layer;
+    proposed.gate = proposed.up = proposed.down = nullptr;
+    proposed.proposal = &proposal, proposed.neurons = &neurons, proposed.constant_D = p.h.data();
+    const DecoderLayer* const layers[] = {&layer, &proposed, &layer};
+    if (stacked) check_stack(layers, p, h, cos, sin, keys, values, mask, isa);
     std::vector<float> all;
     for (const auto* part : {&q, &k, &v, &out, &x}) {
         if (part == &x && ffn) continue;
@@ -523,10 +671,12 @@ void check_all(unsigned seed, int cases) {
             if (isa->runs_here()) {
                 compare(problem, *isa, fast(problem, *isa));
                 check_linear(problem, *isa);
+                check_proposal(problem, *isa);
+                check_router(problem, *isa);
             }
         const LayerProblem layer = make_layer(draw_layer(random), random());
         for (const Isa* isa : kIsas)
-            if (isa->runs_here()) compare_layer(layer, *isa, fast_layer(layer, *isa));
+            if (isa->runs_here()) compare_layer(layer, *isa, fast_layer(layer, *isa, true));
     }
 }
 

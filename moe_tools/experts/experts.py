@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from moe_tools.experts.division import Division
 from moe_tools.experts.importance import Importance
@@ -157,13 +158,17 @@ class ExpertFFN(PackableFFN):
         selector = self.unseen_selector()
         if torch.compiler.is_compiling() or x_TD.dtype not in FLOATS:
             return None
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return None
         if type(selector) is not Threshold or self.off_RD is not None:
             return None
         return self.router.above_TR(x_TD, selector.tau)
 
     def unseen_selector(self) -> Selector | None:
         """What chooses among all experts, where nobody looks at it or at the scores; else None."""
-        seen = self.observers or self.interventions or self.router._forward_hooks
+        router = self.router
+        heard = router._forward_hooks or router._forward_pre_hooks or "forward" in router.__dict__
+        seen = self.observers or self.interventions or heard
         return None if seen or self.shared else self.selector
 
     def route(self, x_TD: Tensor) -> Routing:

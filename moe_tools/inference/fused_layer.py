@@ -122,6 +122,8 @@ class _Chosen:
 
     native: CpuDecoderLayer
     ffn: ExpertFFN
+    beside: Mapping[str, nn.Module | None]
+    """The modules of the layer, among which it has to be still."""
     hooks: tuple[Mapping[Any, Any], ...]
     constant: Tensor | None
     """`bias_D` of the FFN, which the call adds."""
@@ -132,11 +134,16 @@ class _Chosen:
         That is where somebody looks at it, or something else chooses than did when it was made.
         """
         ffn, chooser = self.ffn, cast("ChosenFFN", self.native.ffn).chooser
-        if ffn.mode != "hard" or ffn.training or ffn.bias_D is not self.constant or any(self.hooks):
+        if self.beside.get(layer_forms.FFN) is not ffn or "forward" in ffn.__dict__:
+            return None
+        if ffn.mode != "hard" or ffn.training:
+            return None
+        if ffn.bias_D is not self.constant or ffn.off_RD is not None or any(self.hooks):
             return None
         selector = ffn.unseen_selector()
         if isinstance(chooser, CpuProposal):
-            same = cast("FewBitsRouter", ffn.router).proposal is chooser
+            router = ffn.router
+            same = isinstance(router, FewBitsRouter) and router.proposal is chooser
             return selector.tau if same and type(selector) is Threshold else None
         if not _chooses(ffn.router, chooser):
             return None
@@ -184,8 +191,7 @@ class Step:
         cache = others.get("past_key_values")
         if not isinstance(cache, Cache) or self.index >= len(cache.layers):
             return False
-        keys = getattr(cache.layers[self.index], "keys", None)
-        if keys is not None and keys.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and _asks_for_gradients(cache.layers[self.index]):
             return False
         if self.config.get("_attn_implementation_internal") not in self.attentions:
             return False
@@ -356,8 +362,8 @@ def _chosen(layer: nn.Module, found: Found) -> _Chosen | None:
     constant_D = None if ffn.bias_D is None else ffn.bias_D.detach().float().contiguous()
     made = ChosenFFN(chooser, ffn.packed.kernel, constant_D)
     native = CpuDecoderLayer(found.attention, found.norms, found.dtype, made)
-    hooks = ffn._forward_hooks, ffn._forward_pre_hooks, ffn.router._forward_pre_hooks
-    return _Chosen(native, ffn, hooks, ffn.bias_D)
+    hooks = ffn._forward_hooks, ffn._forward_pre_hooks
+    return _Chosen(native, ffn, layer._modules, hooks, ffn.bias_D)
 
 
 def _chooser(ffn: ExpertFFN) -> CpuProposal | CpuRouter | None:
@@ -393,6 +399,12 @@ def _appended(cache: Cache, index: int, k_BK1W: Tensor, v_BK1W: Tensor) -> tuple
     if type(cache) is DynamicCache and type(layer) is DynamicLayer and not cache.offloading:
         return append(layer, k_BK1W, v_BK1W)
     return cache.update(k_BK1W, v_BK1W, index)
+
+
+def _asks_for_gradients(layer: Any) -> bool:
+    """Whether a cache holds keys or values that do."""
+    held = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return any(one is not None and one.requires_grad for one in held)
 
 
 def _is_mask(mask: Any, sequences: int) -> bool:

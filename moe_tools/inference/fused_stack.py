@@ -38,6 +38,10 @@ _MODELS = (
 )
 
 
+_preparing = threading.Lock()
+"""Of two threads that call a model for the first time, one prepares it."""
+
+
 class _Now(threading.local):
     """Of each thread: what happens in the model right now."""
 
@@ -52,9 +56,21 @@ class Stack:
     """What was prepared for the layers of a model."""
 
     native: CpuStack
+    layers: list[nn.Module]
     steps: tuple[Step, ...]
     parts: Parts
     now: _Now
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether a model runs these layers and no others, and each of them knows of it."""
+        held = cast("nn.ModuleList", model._modules["layers"])._modules
+        if list(held.values()) != self.layers:
+            return False
+        if vars(model.config).get("num_hidden_layers") != len(self.layers):
+            return False
+        return all(
+            layer.__dict__.get("_stack") is self and not layer.training for layer in self.layers
+        )
 
     def handed_on(
         self, layer: nn.Module, h_B1D: Tensor, others: Mapping[str, Any]
@@ -64,7 +80,7 @@ class Stack:
             return None
         if h_B1D is self.now.h_B1D:
             return h_B1D
-        if layer is not self.parts.modules[0] or not self.steps[0].fits(h_B1D, others):
+        if layer is not self.layers[0] or not self.steps[0].fits(h_B1D, others):
             return None
         self.now.h_B1D = self._computed(h_B1D, others)
         return self.now.h_B1D
@@ -105,13 +121,14 @@ class Stack:
         rooms = [room for layer in layers if (room := room_in(layer)) is not None]
         if len(rooms) < len(layers):
             return None
-        like = rooms[0]
-        dtype, strides, used = self.steps[0].native.dtype, like.all_keys_BKSW.stride(), like.used
+        like, native = rooms[0], self.steps[0].native
+        dtype, sizes, used = native.dtype, native.attention, like.used
+        shape = (sequences, sizes.key_heads, like.all_keys_BKSW.shape[2], sizes.head)
         alike = all(
             room.used == used
-            and len(room.keys_BKSW) == sequences
             and not room.keys_BKSW.requires_grad
-            and room.all_keys_BKSW.stride() == strides == room.all_values_BKSW.stride()
+            and not room.values_BKSW.requires_grad
+            and room.all_keys_BKSW.shape == shape == room.all_values_BKSW.shape
             and room.all_keys_BKSW.dtype == dtype == room.all_values_BKSW.dtype
             for room in rooms
         )
@@ -124,7 +141,7 @@ class FusedStack(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Lets the first layer compute what all of them make, where it can."""
         stack = None if torch.compiler.is_compiling() or self.training else self._prepared()
-        if stack is None:
+        if stack is None or not stack.is_of(self):
             return super().forward(*args, **kwargs)
         with _inside(stack.now):
             return super().forward(*args, **kwargs)
@@ -132,9 +149,12 @@ class FusedStack(nn.Module):
     def _prepared(self) -> Stack | None:
         """Prepares the layers, also where a copy or a pickle of the model left that out."""
         if "_stack" not in self.__dict__:
-            self.__dict__["_stack"] = made = _prepare(self)
-            for layer in cast("nn.ModuleList", self.layers) if made is not None else ():
-                layer.__dict__["_stack"] = made
+            with _preparing:
+                if "_stack" not in self.__dict__:
+                    made = _prepare(self)
+                    for layer in () if made is None else made.layers:
+                        layer.__dict__["_stack"] = made
+                    self.__dict__["_stack"] = made
         return cast("Stack | None", self.__dict__["_stack"])
 
     def _apply(self, *args: Any, **options: Any) -> Any:
@@ -182,7 +202,7 @@ def _prepare(model: nn.Module) -> Stack | None:
     if (
         not found
         or len(found) < len(layers)
-        or len(layers) != cast("Any", model.config).num_hidden_layers
+        or len(layers) != vars(model.config).get("num_hidden_layers")
     ):
         return None
     natives = [step.chosen.native if step.chosen else step.native for step in found]
@@ -192,7 +212,7 @@ def _prepare(model: nn.Module) -> Stack | None:
         return None
     own = Parts.of(model, [f"layers.{index}" for index in range(len(layers))], [])
     parts = own.with_those_of([step.parts for step in found])
-    return Stack(CpuStack(natives), tuple(found), parts, _Now())
+    return Stack(CpuStack(natives), list(layers), tuple(found), parts, _Now())
 
 
 @functools.cache

@@ -156,6 +156,27 @@ def test_one_expert_at_a_time_adds_up_to_the_dense_ffn(
 
 @every_isa
 @every_dtype
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_neurons_that_are_fetched_whole_add_up(
+    isa: str, dtype: torch.dtype, tokens: int, gated: bool
+) -> None:
+    """Few neurons, a block of them, one more: what is fetched ahead ends where the rows end."""
+    for neurons in (1, 3, 63, 64, 65, 128, 129):
+        for act in ("silu", "gelu", "identity"):
+            weights, x_TD = make(neurons, 50, act=act, gated=gated), torch.randn(tokens, 50)
+            packed = CpuFFN(weights, dtype, or_dense=False, isa=isa)
+            with patch.object(backend, "limits_for", lambda *_: Limits(16, 1.0, 1.0)):
+                for mask_TE in (None, torch.rand(tokens, neurons) < 0.3):
+                    expected_TD = exact(weights, dtype, x_TD, mask_TE).float()
+                    tolerance = TOLERANCES[torch.float32]
+                    if rounds_h(dtype, isa):
+                        tolerance = ROUNDED_INT4
+                    torch.testing.assert_close(packed(x_TD, mask_TE), expected_TD, **tolerance)
+
+
+@every_isa
+@every_dtype
 @pytest.mark.parametrize("x_dtype", DTYPES[:3], ids=str)
 def test_infinities_and_tiny_numbers_survive(
     isa: str, dtype: torch.dtype, x_dtype: torch.dtype

@@ -73,3 +73,13 @@ def test_a_bias_that_is_changed_is_followed_and_none_is_zero() -> None:
     assert not router(x_TD, 0.6).any() and not plain(x_TD, 0.6).any() and plain(x_TD, 0.4).all()
     bias_E[1] = 3.0
     assert router(x_TD, 0.6).tolist() == [[False, True, False]] * 2
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    linear = CpuLinear(torch.zeros(3, 64), None, torch.float32)
+    router = CpuRouter(linear, None, by_rank=True)
+    for x_TD in (torch.zeros(1, 65), torch.zeros(1, 64).long()):
+        with pytest.raises(ValueError, match="takes 64 columns"):
+            router(x_TD, 1)
+    with pytest.raises(ValueError, match="give a number of 1 or more"):
+        router(torch.zeros(1, 64), 0)

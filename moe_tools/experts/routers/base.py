@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ class ProductFP32(nn.Module):
     def product_TN(self, x_TD: Tensor) -> Tensor:
         """x W^T + b, in fp32."""
         bias_N = None if self.bias is None else self.bias.float()
-        if self.packed is None:
+        if self.packed is None or not self._is_packed():
             return nn.functional.linear(x_TD.float(), self.weight.float(), bias_N)
         y_TN = self.packed(x_TD.float())
         return y_TN if bias_N is None else y_TN + bias_N
@@ -217,6 +217,22 @@ class ProductFP32(nn.Module):
         if own_rows(self.weight) and native_cpu():
             self.packed = CpuLinear(self.weight, None, self.weight.dtype)
             self.weight.data = self.packed.weight_ND()
+
+    def _is_packed(self) -> bool:
+        """Whether the weight still lies where the kernels read it."""
+        if torch.compiler.is_compiling():
+            return True
+        rows_NB = cast("CpuLinear", self.packed).rows_NB
+        return self.weight.data_ptr() == rows_NB.data_ptr()
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Packs the weight anew where it is cast or moved."""
+        applied: Any = super()._apply
+        made = applied(*args, **options)
+        if self.packed is not None and not self._is_packed():
+            self.packed = None
+            self.pack()
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what the kernels read: the weight says it as well."""
