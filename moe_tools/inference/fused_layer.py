@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, cast
 
@@ -28,7 +26,6 @@ from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.experts.routers.sigmoid import SigmoidRouter
 from moe_tools.experts.selectors import Threshold, TopK
 from moe_tools.hosts.activations import Activation, kernel_act
-from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.layouts import Layout
 from moe_tools.hosts.projections import Projections
 from moe_tools.hosts.shapes import part_of
@@ -156,6 +153,8 @@ def _chooses(router: nn.Module, chooser: CpuRouter) -> bool:
     """Whether a router is what was prepared of it."""
     if type(router) is not SigmoidRouter or router.packed is not chooser.weight:
         return False
+    if not router.is_packed():
+        return False
     prepared = cast("Tensor", chooser.bias_E)
     return router.bias.dtype == torch.float32 and router.bias.data_ptr() == prepared.data_ptr()
 
@@ -263,7 +262,7 @@ class FusedLayer(nn.Module):
             found = layer_forms.find(self, _host(self))
             made = None
             if isinstance(found, Found):
-                made = _prepare(self, found, self._ffn_layout, self._attentions)
+                made = prepare(self, found, self._ffn_layout, self._attentions)
             self.__dict__["_step"] = made
         return cast("Step | None", self.__dict__["_step"])
 
@@ -283,59 +282,32 @@ class FusedLayer(nn.Module):
         return _unpickled, (_host(self),), self.__getstate__()
 
 
-def fuse_layers(model: nn.Module, dense: Sequence[FFN]) -> None:
-    """Lets the layers of known forms compute new tokens natively, in place.
-
-    One line of the log says how many were fused, and why others were not.
-
-    Args:
-        model: in eval mode, its linears packed.
-        dense: FFNs that are proven to be plain, whose linears are packed.
-    """
-    layouts = {ffn.name: ffn.layout for ffn in dense if not ffn.also}
-    reasons: Counter[str] = Counter()
-    fused = 0
-    for path, layer in list(model.named_modules()):
-        host = type(layer)
-        found = layer_forms.find(layer, host)
-        if found is None:
-            continue
-        if isinstance(found, str):
-            reasons[found] += 1
-            continue
-        layout = layouts.get(f"{path}.{layer_forms.FFN}")
-        proven = {layer.get_submodule(layer_forms.ATTENTION).config._attn_implementation}
-        attentions = frozenset(proven | {"eager", "sdpa"})
-        step = _prepare(layer, found.widened(), layout, attentions)
-        if not _is_the_hosts(layer, host, replace(step, chosen=None)):
-            reasons["the host's own numbers are others"] += 1
-            continue
-        layer.__class__ = _fused_class(cast("Any", host))
-        layer.__dict__["_ffn_layout"] = layout
-        layer.__dict__["_attentions"] = attentions
-        fused += 1
-    why = "".join(f"; {count} are not: {reason}" for reason, count in reasons.items())
-    if fused or why:
-        _log.info("%s: %d layers are fused%s", type(model).__name__, fused, why)
-
-
 def _host(layer: nn.Module) -> type[nn.Module]:
     return cast("type[nn.Module]", type(layer).__mro__[2])
 
 
 @functools.cache
-def _fused_class(host: type[nn.Module]) -> type[nn.Module]:
+def fused_class(host: type[nn.Module]) -> type[nn.Module]:
+    """A host's class with `FusedLayer` in front."""
     return type(host.__name__, (FusedLayer, host), {"__module__": host.__module__})
 
 
 def _unpickled(host: type[nn.Module]) -> nn.Module:
-    kind = _fused_class(cast("Any", host))
+    kind = fused_class(cast("Any", host))
     return kind.__new__(kind)
 
 
-def _prepare(
+def prepare(
     layer: nn.Module, found: Found, layout: Layout | None, attentions: frozenset[str]
 ) -> Step:
+    """Prepares what computes the new tokens of a layer.
+
+    Args:
+        layer: with packed linears.
+        found: its parts.
+        layout: of its FFN, where that is a plain dense one.
+        attentions: implementations of attention that give the same numbers.
+    """
     ffn, paths = None, list(found.paths)
     if layout is not None and (ffn := _dense_ffn(layer, layout)) is not None:
         paths += [layer_forms.FFN, *(f"{layer_forms.FFN}.{path}" for path in layout.parts())]
@@ -417,81 +389,3 @@ def _is_mask(mask: Any, sequences: int) -> bool:
         and mask.stride(3) == 1
         and mask.dtype in (torch.bool, *FLOATS)
     )
-
-
-NEAR_FLOATS, NEAR_CODES = 1e-5, 1e-2
-"""How far we may be from the host in fp32, relative to the largest number: with weights as floats,
-and in few bits, where x is rounded, too, and a difference in its last place may show."""
-
-
-@torch.no_grad()
-def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: Step) -> bool:
-    """Whether a step gives the numbers of its host: two sequences, some positions in the cache.
-
-    In fp32, whatever the weights are, so that nobody's roundings hide a difference. Experts that
-    are chosen are left out of it: a near tie would choose others.
-    """
-    drawn = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=drawn)
-
-    sizes = step.native.attention
-    h_B1D, angles = random(2, 1, sizes.q.width), random(2, 1, sizes.head // 2)
-    turned = torch.cat([angles, angles], dim=-1)
-    cached = [random(2, sizes.key_heads, 5, sizes.head) for _ in range(2)]
-    on = torch.tensor([[[[False, True, True, True, False, True]]]] * 2)
-    # in numbers, which every attention adds; "eager" would add a bool as 1
-    masked = torch.zeros(on.shape).masked_fill(~on, torch.finfo(torch.float32).min)
-    ffn = layer.get_submodule(layer_forms.FFN)
-    with _passing(ffn) if step.native.ffn is None else nullcontext():
-        for mask in (None, masked):
-            caches = [_cache_of(cached, step.index) for _ in range(2)]
-            ours, theirs = (
-                {
-                    "attention_mask": mask,
-                    "position_embeddings": (turned.cos(), turned.sin()),
-                    "position_ids": torch.tensor([[5], [5]]),
-                    "past_key_values": cache,
-                }
-                for cache in caches
-            )
-            try:
-                expected = host.forward(layer, h_B1D, **theirs)
-            except Exception:  # it wants more than a token
-                return False
-            pairs = [(step(layer, h_B1D, ours), expected)]
-            one, other = (cast("Any", cache.layers[step.index]) for cache in caches)
-            pairs += [(one.keys, other.keys), (one.values, other.values)]
-            if not all(_are_near(*pair, _tolerance(step.native)) for pair in pairs):
-                return False
-    return True
-
-
-@contextmanager
-def _passing(ffn: nn.Module) -> Iterator[None]:
-    """Lets an FFN give what it was given; its own linears would not take fp32 from a bf16 model."""
-    before = ffn.__dict__.get("forward")
-    ffn.__dict__["forward"] = lambda x_TD: x_TD
-    try:
-        yield
-    finally:
-        del ffn.__dict__["forward"]
-        if before is not None:
-            ffn.__dict__["forward"] = before
-
-
-def _cache_of(cached: Sequence[Tensor], index: int) -> DynamicCache:
-    cache = DynamicCache()
-    for each in range(index + 1):
-        cache.update(cached[0], cached[1], each)
-    return cache
-
-
-def _tolerance(native: CpuDecoderLayer) -> float:
-    return NEAR_FLOATS if all(one.dtype in FLOATS for one in native.linears()) else NEAR_CODES
-
-
-def _are_near(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    most = tolerance * float(other.abs().max())
-    return one.shape == other.shape and float((one - other).abs().max()) <= most

@@ -23,7 +23,7 @@ from moe_tools.hosts.input_threshold import threshold_of, thresholds_in
 from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
-from moe_tools.inference.fused_layer import fuse_layers
+from moe_tools.inference.fuse_layers import fuse_layers
 from moe_tools.inference.fused_stack import fuse_stack
 from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
 from moe_tools.inference.state import free_matrices, widen_router

@@ -161,7 +161,7 @@ def test_which_families_are_fused(
     family: str, calls: Calls, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make(family)
-    with caplog.at_level(logging.INFO, "moe_tools.inference.fused_layer"):
+    with caplog.at_level(logging.INFO, "moe_tools.inference.fuse_layers"):
         fast = optimised(model)
     calls.ffns.clear()
     assert_same_text(fast, model)
@@ -197,7 +197,7 @@ def test_why_layers_are_not_fused_is_said(
     config: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = make("llama", **config, vocab_size=64)
-    with caplog.at_level(logging.INFO, "moe_tools.inference.fused_layer"):
+    with caplog.at_level(logging.INFO, "moe_tools.inference.fuse_layers"):
         fast = optimised(model)
     assert not layers_of(fast) and said in caplog.text
     assert_same_text(fast, model)
@@ -259,7 +259,7 @@ def test_a_layer_that_computes_something_else_is_not_fused(
     model = make()
     for layer in cast("Any", model).model.layers:
         layer.self_attn.__class__ = Other
-    with caplog.at_level(logging.INFO, "moe_tools.inference.fused_layer"):
+    with caplog.at_level(logging.INFO, "moe_tools.inference.fuse_layers"):
         fast = optimised(model, linears=linears)
     assert "0 layers are fused; 2 are not: the host's own numbers are others" in caplog.text
     assert not layers_of(fast)

@@ -204,7 +204,7 @@ class ProductFP32(nn.Module):
     def product_TN(self, x_TD: Tensor) -> Tensor:
         """x W^T + b, in fp32."""
         bias_N = None if self.bias is None else self.bias.float()
-        if self.packed is None or not self._is_packed():
+        if self.packed is None or not self.is_packed():
             return nn.functional.linear(x_TD.float(), self.weight.float(), bias_N)
         y_TN = self.packed(x_TD.float())
         return y_TN if bias_N is None else y_TN + bias_N
@@ -218,7 +218,7 @@ class ProductFP32(nn.Module):
             self.packed = CpuLinear(self.weight, None, self.weight.dtype)
             self.weight.data = self.packed.weight_ND()
 
-    def _is_packed(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether the weight still lies where the kernels read it."""
         if torch.compiler.is_compiling():
             return True
@@ -229,7 +229,7 @@ class ProductFP32(nn.Module):
         """Packs the weight anew where it is cast or moved."""
         applied: Any = super()._apply
         made = applied(*args, **options)
-        if self.packed is not None and not self._is_packed():
+        if self.packed is not None and not self.is_packed():
             self.packed = None
             self.pack()
         return made
