@@ -10,7 +10,7 @@ namespace {
 
 // The scales of sixteen groups from a line on; behind the last stands whatever is in memory.
 inline __m512 scales_from(const char* numbers, std::int64_t before, std::int64_t group) {
-    return Avx512::load(reinterpret_cast<const Bf16*>(numbers - before * kLine) + group);
+    return Avx512::load(scales_of(numbers, before) + group);
 }
 
 inline __m512 one_of(__m512 values, int i) {

@@ -132,17 +132,20 @@ class Heads {
         const std::int64_t q = c_.sequences * l_.query_heads * l_.head;
         const std::int64_t k = c_.sequences * l_.key_heads * l_.head;
         y_[0] = sized(w.y, q + 2 * k), y_[1] = y_[0] + q, y_[2] = y_[1] + k;
-        to_floats(c_.cos_BW, l_.dtype, c_.positions * l_.head, sized(w.cos, c_.positions * l_.head));
-        to_floats(c_.sin_BW, l_.dtype, c_.positions * l_.head, sized(w.sin, c_.positions * l_.head));
+        const std::int64_t turns = c_.positions * l_.head;
+        to_floats(c_.cos_BW, l_.dtype, turns, sized(w.cos, turns));
+        to_floats(c_.sin_BW, l_.dtype, turns, sized(w.sin, turns));
         inputs_ = w.inputs;
         cos_ = w.cos.data(), sin_ = w.sin.data();
     }
 
     // The first linear that wants x as linear i does.
     int owner(int i) const {
+        const auto as_wanted = [&](int j) {
+            return parts_[j].x() == parts_[i].x() && linears_[j]->padded() == linears_[i]->padded();
+        };
         int first = 0;
-        while (parts_[first].x() != parts_[i].x() || linears_[first]->padded() != linears_[i]->padded())
-            ++first;
+        while (!as_wanted(first)) ++first;
         return first;
     }
     const Inputs& input(int i) const { return inputs_[owner(i)].get(); }
@@ -243,11 +246,11 @@ class Attention {
     }
 
     // The rows of some positions, and the last one again where the kernels look ahead.
-    void list(const Cached& cached, std::int64_t b, std::int64_t head, std::int64_t begin, int count,
-              const void** rows) const {
+    void list(const Cached& cached, std::int64_t b, std::int64_t head, std::int64_t begin,
+              int count, const void** rows) const {
+        const std::int64_t first = b * cached.sequence + head * cached.head;
         for (int i = 0; i < count; ++i)
-            rows[i] = element(cached.data_BKSW, l_.dtype,
-                              b * cached.sequence + head * cached.head + (begin + i) * cached.position);
+            rows[i] = element(cached.data_BKSW, l_.dtype, first + (begin + i) * cached.position);
         std::fill(rows + count, rows + count + kAhead, rows[count - 1]);
     }
 
@@ -333,7 +336,8 @@ class Token {
             up.run(i, x, c_.sequences, u, DType::f32);
             if (l_.gate) gate.run(i, x, c_.sequences, g, DType::f32);
             for (std::int64_t b = 0; b < c_.sequences; ++b) {
-                const std::int64_t from = b * neurons + up.begin(i), count = up.end(i) - up.begin(i);
+                const std::int64_t from = b * neurons + up.begin(i);
+                const std::int64_t count = up.end(i) - up.begin(i);
                 l_.act((l_.gate ? g : u) + from, std::size_t(count), 0);
                 for (std::int64_t f = from; l_.gate && f < from + count; ++f) u[f] *= g[f];
             }
@@ -363,7 +367,8 @@ class Token {
         sparse_ffn(*l_.neurons, batch, isa_, threads_, {kFewest, 1.0, 1.0});
         float* y = w_.y.data();
         to_floats(w_.made.data(), l_.dtype, numbers, y);
-        for (std::int64_t i = 0; l_.constant_D && i < numbers; ++i) y[i] += l_.constant_D[i % l_.width];
+        for (std::int64_t i = 0; l_.constant_D && i < numbers; ++i)
+            y[i] += l_.constant_D[i % l_.width];
         add(l_.behind_ffn, y, w_.h.data());
     }
 
@@ -411,36 +416,40 @@ void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, 
 void run_stack(const DecoderLayer* const* layers, const Stack& call, const Isa& isa, int threads) {
     const DecoderLayer& first = *layers[0];
     const std::int64_t size = kLine / per_line(first.dtype);  // bytes of a number
-    const std::int64_t b_count = call.sequences, width = first.width * b_count * size;
-    const std::int64_t q_bytes = b_count * first.query_heads * first.head * size;
-    const std::int64_t k_bytes = b_count * first.key_heads * first.head * size;
+    const std::int64_t sequences = call.sequences, h_bytes = sequences * first.width * size;
+    const std::int64_t head = first.head * size, k_bytes = sequences * first.key_heads * head;
+    const std::int64_t q_bytes = sequences * first.query_heads * head;
     thread_local Scratch scratch;
-    std::byte* q = scratch.get(std::size_t(q_bytes + 2 * k_bytes + 2 * width));
-    std::byte *k = q + q_bytes, *v = k + k_bytes, *h = v + k_bytes, *x = h + width;
-    const void* from = call.h_BD;
+    std::byte* q = scratch.get(std::size_t(q_bytes + 2 * k_bytes + 2 * h_bytes));
+    std::byte *k = q + q_bytes, *v = k + k_bytes, *h = v + k_bytes, *x = h + h_bytes;
+    // Puts the new position of every head behind those in use.
+    const auto append = [&](const std::byte* made, void* cache) {
+        for (std::int64_t i = 0; i < sequences * first.key_heads; ++i) {
+            const std::int64_t b = i / first.key_heads, of = i % first.key_heads;
+            const std::int64_t at = b * call.sequence + of * call.head + call.used * call.position;
+            std::memcpy(static_cast<std::byte*>(cache) + at * size, made + i * head,
+                        std::size_t(head));
+        }
+    };
+    const auto cached = [&](void* data) {
+        return Cached{static_cast<const char*>(data), call.sequence, call.head, call.position};
+    };
+    NewHeads heads{sequences, call.h_BD, call.cos_BW, call.sin_BW, call.positions, q, k, v};
+    NewToken token{};
+    token.sequences = sequences, token.positions = call.used + 1, token.q_BHW = q;
+    token.mask = call.mask, token.mask_dtype = call.mask_dtype;
+    token.mask_BS = call.mask_BS, token.mask_sequence = call.mask_sequence, token.x_BD = x;
     for (std::int64_t i = 0; i < call.layers; ++i) {
-        const DecoderLayer& layer = *layers[i];
-        new_heads(layer, {b_count, from, call.cos_BW, call.sin_BW, call.positions, q, k, v}, isa, threads);
-        const auto append = [&](const std::byte* made, void* cache) {
-            for (std::int64_t b = 0; b < b_count; ++b)
-                for (std::int64_t head = 0; head < layer.key_heads; ++head) {
-                    const std::int64_t at = b * call.sequence + head * call.head + call.used * call.position;
-                    std::memcpy(static_cast<std::byte*>(cache) + at * size,
-                                made + (b * layer.key_heads + head) * layer.head * size,
-                                std::size_t(layer.head * size));
-                }
-        };
+        new_heads(*layers[i], heads, isa, threads);
         append(k, call.keys[i]);
         append(v, call.values[i]);
-        const auto cached = [&](void* data) {
-            return Cached{static_cast<const char*>(data), call.sequence, call.head, call.position};
-        };
+        token.h_BD = heads.h_BD;
+        token.keys = cached(call.keys[i]), token.values = cached(call.values[i]);
+        token.knob = float(call.knobs[i]);
         // h is read before it is written: each layer's may take the place of the one before.
-        void* to = i + 1 < call.layers ? h : call.out_BD;
-        new_token(layer, {b_count, call.used + 1, from, q, cached(call.keys[i]), cached(call.values[i]),
-                          call.mask, call.mask_dtype, call.mask_BS, call.mask_sequence,
-                          float(call.knobs[i]), to, x}, isa, threads);
-        from = to;
+        token.out_BD = i + 1 < call.layers ? h : call.out_BD;
+        new_token(*layers[i], token, isa, threads);
+        heads.h_BD = token.out_BD;
     }
 }
 

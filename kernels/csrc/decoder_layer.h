@@ -29,8 +29,8 @@ struct DecoderLayer {
     DType dtype;  // of h, of the heads and of the cache
     float scale;  // of queries times keys
     const Linear *q, *k, *v, *o;
-    // One of three: a dense FFN; one of whose neurons a proposal or a router chooses; or nothing: the
-    // caller computes it.
+    // One of three: a dense FFN; one of whose neurons a proposal or a router chooses; or nothing:
+    // the caller computes it.
     const Linear *gate, *up, *down;
     Activation act;  // of the gate, or of up where there is none
     const Proposal* proposal;

@@ -61,7 +61,8 @@ class Job {
         };
         const int blocks = int((w_.width + kColumns - 1) / kColumns);
         const auto columns = [&](int b) { finish(sums, slices.count, b); };
-        in_parallel(std::min(threads, slices.count), Loop{slices.count, slice}, Loop{blocks, columns});
+        threads = std::min(threads, slices.count);
+        in_parallel(threads, Loop{slices.count, slice}, Loop{blocks, columns});
         std::int64_t read = 0;
         for (const std::int64_t count : rows) read += count;
         return read;

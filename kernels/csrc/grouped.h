@@ -43,11 +43,6 @@ struct Int4Units {
     }
 };
 
-// The scales of a row whose numbers begin at `numbers`.
-inline const Bf16* scales_of(const char* numbers, std::int64_t scales) {
-    return reinterpret_cast<const Bf16*>(numbers - scales * kLine);
-}
-
 // The sum over groups of a row's scale times x's sum, in as many parts as V has lanes.
 template <class V>
 inline typename V::F sum_of_zeros(const Bf16* scales, const float* sums, std::int64_t groups) {
@@ -97,7 +92,8 @@ inline void dot_groups(const void* const* rows, const void* const* x, std::int64
         for (int t = 0; t < T; ++t) {
             if (code != 0) {
                 const float* sums = GroupedX(x[t], padded).sums;
-                const auto zeros = sum_of_zeros<V>(scales_of(now[r], before), sums, padded / kGroup);
+                const Bf16* scales_r = scales_of(now[r], before);
+                const auto zeros = sum_of_zeros<V>(scales_r, sums, padded / kGroup);
                 sum[r][t] = V::fma(V::set(-code), zeros, sum[r][t]);
             }
             z[r * stride + t] = V::sum(sum[r][t]);

@@ -48,12 +48,15 @@ void some_tokens(const Proposal& proposal, const void* x_TD, DType dtype, std::i
 
 }  // namespace
 
-void propose(const Proposal& proposal, const void* x_TD, DType dtype, std::int64_t tokens, float tau,
-             std::uint8_t* mask_TF, const Isa& isa, int threads) {
+void propose(const Proposal& proposal, const void* x_TD, DType dtype, std::int64_t tokens,
+             float tau, std::uint8_t* mask_TF, const Isa& isa, int threads) {
     const Linear& up = *proposal.up;
-    for (std::int64_t t = 0; t < tokens; t += kTokens)
-        some_tokens(proposal, element(x_TD, dtype, t * up.width), dtype, std::min(kTokens, tokens - t),
-                    tau, mask_TF + t * up.rows, isa, std::max(threads, 1));
+    for (std::int64_t t = 0; t < tokens; t += kTokens) {
+        const void* x = element(x_TD, dtype, t * up.width);
+        const std::int64_t count = std::min(kTokens, tokens - t);
+        some_tokens(proposal, x, dtype, count, tau, mask_TF + t * up.rows, isa,
+                    std::max(threads, 1));
+    }
 }
 
 }  // namespace ffn

@@ -15,7 +15,7 @@ struct Proposal {
 
 // Writes mask_TF: 1 where a token wants a neuron, else 0. On at most `threads` threads; the result
 // depends neither on their number nor on their timing.
-void propose(const Proposal& proposal, const void* x_TD, DType dtype, std::int64_t tokens, float tau,
-             std::uint8_t* mask_TF, const Isa& isa, int threads);
+void propose(const Proposal& proposal, const void* x_TD, DType dtype, std::int64_t tokens,
+             float tau, std::uint8_t* mask_TF, const Isa& isa, int threads);
 
 }  // namespace ffn

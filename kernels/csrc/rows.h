@@ -67,10 +67,10 @@ struct Widened : Line<V, W> {
 
 constexpr int kTogether = 4;  // rows that are read side by side: streams that memory serves well
 
-// Fetches lines ahead of the four rows that are read side by side: the processor itself does not see
-// the next row coming. Rows that lie one behind the other, and short ones, are fetched one after the
-// other, so far ahead that all four are there; long ones four side by side, as they are read. The
-// first lines are fetched already, by who read the rows before.
+// Fetches lines ahead of the four rows that are read side by side: the processor itself does not
+// see the next row coming. Rows that lie one behind the other, and short ones, are fetched one after
+// the other, so far ahead that all four are there; long ones four side by side, as they are read.
+// The first lines are fetched already, by who read the rows before.
 //
 // Into the second cache, not the first: of lines on their way to the first, a core waits for two
 // dozen at most, which is half of what the memory gives (11 against 18 GB/s of one thread).
@@ -183,9 +183,9 @@ constexpr int span_of<Int8> = kGroup;
 template <>
 constexpr int span_of<Int4> = kGroup;
 
-// Scale number `group` of a row whose numbers begin at `numbers`.
-inline Bf16 scale_of(const char* numbers, std::int64_t scales, std::int64_t group) {
-    return reinterpret_cast<const Bf16*>(numbers - scales * kLine)[group];
+// The scales of a row, which stand in so many lines before its numbers.
+inline const Bf16* scales_of(const char* numbers, std::int64_t before) {
+    return reinterpret_cast<const Bf16*>(numbers - before * kLine);
 }
 
 template <class V, class W, int R, int T>
@@ -204,7 +204,7 @@ inline void add_block(const void* const* rows, const float* h, int stride, float
                 for (int t = 0; t < T; ++t) {
                     f_RT[r][t] = h_RT[r][t];
                     if constexpr (span == numbers) continue;
-                    const Bf16 scale = scale_of(streams.now[r], scales, line * spans + s);
+                    const Bf16 scale = scales_of(streams.now[r], scales)[line * spans + s];
                     f_RT[r][t] = V::mul(h_RT[r][t], V::set(scale));
                 }
             for (int k = s * span; k < (s + 1) * span; k += V::lanes) {
