@@ -18,7 +18,8 @@ from transformers.cache_utils import DynamicCache
 
 from moe_tools.hosts.ffn import FFN
 from moe_tools.inference import layer_forms
-from moe_tools.inference.fused_layer import Step, fused_class, prepare
+from moe_tools.inference.fused_layer import FusedLayer, Step, prepare
+from moe_tools.inference.in_front import put_in_front
 from moe_tools.kernels.cpu.decoder_layer import CpuDecoderLayer
 from moe_tools.kernels.cpu.rows import FLOATS
 
@@ -56,7 +57,7 @@ def fuse_layers(model: nn.Module, dense: Sequence[FFN]) -> None:
         if not _is_the_hosts(layer, host, replace(step, chosen=None)):
             reasons["the host's own numbers are others"] += 1
             continue
-        layer.__class__ = fused_class(cast("Any", host))
+        put_in_front(FusedLayer, layer)
         layer.__dict__["_ffn_layout"] = layout
         layer.__dict__["_attentions"] = attentions
         fused += 1

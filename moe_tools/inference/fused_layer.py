@@ -10,7 +10,6 @@ positions.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -31,6 +30,7 @@ from moe_tools.hosts.projections import Projections
 from moe_tools.hosts.shapes import part_of
 from moe_tools.inference import layer_forms
 from moe_tools.inference.growing_cache import append
+from moe_tools.inference.in_front import InFront
 from moe_tools.inference.layer_forms import Found
 from moe_tools.inference.packed_linear import PackedLinear
 from moe_tools.kernels.cpu.decoder_layer import (
@@ -45,8 +45,6 @@ from moe_tools.kernels.cpu.proposal import CpuProposal
 from moe_tools.kernels.cpu.router import CpuRouter
 from moe_tools.kernels.cpu.rows import FLOATS
 
-_log = logging.getLogger(__name__)
-
 _KNOWN = {
     "attention_mask",
     "cache_position",
@@ -58,10 +56,6 @@ _KNOWN = {
 }
 """Arguments that layers of the known forms act upon, or hand to modules that the host computes or
 that do not read them: `output_router_logits` comes with every token of a model with experts."""
-
-
-_MADE = ("_step", "_stack")
-"""Attributes of a layer that are made when they are wanted."""
 
 
 @dataclass(frozen=True)
@@ -236,8 +230,10 @@ class Step:
         return cached_BKSW.to(self.native.dtype).contiguous()
 
 
-class FusedLayer(nn.Module):
+class FusedLayer(InFront):
     """What `fuse_layers` puts in front of the class of a layer."""
+
+    made = ("_step", "_stack")
 
     _step: Step | None
     _ffn_layout: Layout | None
@@ -259,42 +255,12 @@ class FusedLayer(nn.Module):
     def prepared(self) -> Step | None:
         """Prepares the layer, also where a copy or a pickle of it left that out."""
         if "_step" not in self.__dict__:
-            found = layer_forms.find(self, _host(self))
+            found = layer_forms.find(self, self.host)
             made = None
             if isinstance(found, Found):
                 made = prepare(self, found, self._ffn_layout, self._attentions)
             self.__dict__["_step"] = made
         return cast("Step | None", self.__dict__["_step"])
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        """Prepares the layer anew where its tensors are cast or moved."""
-        for made in _MADE:
-            self.__dict__.pop(made, None)
-        applied: Any = super()._apply
-        return applied(*args, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what was prepared."""
-        return {name: value for name, value in self.__dict__.items() if name not in _MADE}
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Names the host's class: this one is made while the program runs."""
-        return _unpickled, (_host(self),), self.__getstate__()
-
-
-def _host(layer: nn.Module) -> type[nn.Module]:
-    return cast("type[nn.Module]", type(layer).__mro__[2])
-
-
-@functools.cache
-def fused_class(host: type[nn.Module]) -> type[nn.Module]:
-    """A host's class with `FusedLayer` in front."""
-    return type(host.__name__, (FusedLayer, host), {"__module__": host.__module__})
-
-
-def _unpickled(host: type[nn.Module]) -> nn.Module:
-    kind = fused_class(cast("Any", host))
-    return kind.__new__(kind)
 
 
 def prepare(

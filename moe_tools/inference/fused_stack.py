@@ -27,6 +27,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from moe_tools.inference.fused_layer import FusedLayer, Parts, Step
 from moe_tools.inference.growing_cache import Room, room_in
+from moe_tools.inference.in_front import InFront, put_in_front
 from moe_tools.inference.layer_forms import code_of
 from moe_tools.kernels.cpu.decoder_layer import CpuStack
 
@@ -135,8 +136,10 @@ class Stack:
         return rooms if alike else None
 
 
-class FusedStack(nn.Module):
+class FusedStack(InFront):
     """What `fuse_stack` puts in front of the class of a model."""
+
+    made = ("_stack",)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Lets the first layer compute what all of them make, where it can."""
@@ -157,27 +160,13 @@ class FusedStack(nn.Module):
                     self.__dict__["_stack"] = made
         return cast("Stack | None", self.__dict__["_stack"])
 
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        """Prepares the layers anew where their tensors are cast or moved."""
-        self.__dict__.pop("_stack", None)
-        applied: Any = super()._apply
-        return applied(*args, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves out what was prepared."""
-        return {name: value for name, value in self.__dict__.items() if name != "_stack"}
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Names the host's class: this one is made while the program runs."""
-        return _unpickled, (type(self).__mro__[2],), self.__getstate__()
-
 
 def fuse_stack(model: nn.Module) -> None:
     """Lets a model whose layers are all fused compute a new token in one call, in place."""
     for module in list(model.modules()):
         known = code_of(type(module).forward) in _codes() and _is_uniform(module)
         if known and _prepare(module) is not None:
-            module.__class__ = _fused_class(cast("Any", type(module)))
+            put_in_front(FusedStack, module)
 
 
 def _is_uniform(module: nn.Module) -> bool:
@@ -218,13 +207,3 @@ def _prepare(model: nn.Module) -> Stack | None:
 @functools.cache
 def _codes() -> frozenset[Any]:
     return frozenset(code_of(kind.forward) for kind in _MODELS)
-
-
-@functools.cache
-def _fused_class(host: type[nn.Module]) -> type[nn.Module]:
-    return type(host.__name__, (FusedStack, host), {"__module__": host.__module__})
-
-
-def _unpickled(host: type[nn.Module]) -> nn.Module:
-    kind = _fused_class(cast("Any", host))
-    return kind.__new__(kind)

@@ -104,9 +104,9 @@ def find(layer: nn.Module, host: type[nn.Module]) -> Found | str | None:
         layer: with packed linears.
         host: its class, as transformers made it.
     """
-    names = _norms_bycode_of().get(code_of(host.forward))
+    names = _norms_by_code().get(code_of(host.forward))
     module = layer._modules.get(ATTENTION)
-    heads = None if module is None else _heads_bycode_of().get(code_of(type(module).forward))
+    heads = None if module is None else _heads_by_code().get(code_of(type(module).forward))
     if names is None or module is None or heads is None:
         return None
     linears = [module._modules.get(f"{name}_proj") for name in "qkvo"]
@@ -187,10 +187,10 @@ def code_of(function: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 @cache
-def _norms_bycode_of() -> dict[tuple[Any, ...], NormNames]:
+def _norms_by_code() -> dict[tuple[Any, ...], NormNames]:
     return {code_of(kind.forward): names for kind, names in _LAYERS}
 
 
 @cache
-def _heads_bycode_of() -> dict[tuple[Any, ...], tuple[str, ...]]:
+def _heads_by_code() -> dict[tuple[Any, ...], tuple[str, ...]]:
     return {code_of(kind.forward): names for kind, names in _ATTENTIONS}
