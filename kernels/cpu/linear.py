@@ -18,6 +18,7 @@ from moe_tools.kernels.cpu.rows import (
     DTYPES,
     FLOATS,
     NAMES,
+    check_x,
     line_count,
     read_rows,
     row_bytes,
@@ -111,11 +112,7 @@ class CpuLinear:
         Raises:
             ValueError: another width, dtype or device.
         """
-        if x_TD.shape[-1] != self.width or x_TD.dtype not in FLOATS or not x_TD.is_cpu:
-            raise ValueError(
-                f"x_TD is {tuple(x_TD.shape)}, {x_TD.dtype} on {x_TD.device}: this linear takes "
-                f"{self.width} columns in fp32, bf16 or fp16 on the CPU"
-            )
+        check_x(x_TD, self.width, "linear")
         if torch.compiler.is_compiling():
             made: Tensor = linear_cpu(x_TD, *self.operands)
             return made

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.linear import CpuLinear
 from moe_tools.kernels.cpu.native import extension
-from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
+from moe_tools.kernels.cpu.rows import DTYPES, check_x
 
 
 class CpuProposal:
@@ -58,11 +58,7 @@ class CpuProposal:
         Raises:
             ValueError: another width, dtype or device.
         """
-        if x_TD.shape[-1:] != (self._width,) or x_TD.dtype not in FLOATS or not x_TD.is_cpu:
-            raise ValueError(
-                f"x_TD is {tuple(x_TD.shape)}, {x_TD.dtype} on {x_TD.device}: this proposal takes "
-                f"{self._width} columns in fp32, bf16 or fp16 on the CPU"
-            )
+        check_x(x_TD, self._width, "proposal")
         x_TD = x_TD.contiguous()  # stays alive until the kernel is done
         mask_TF = torch.empty((*x_TD.shape[:-1], self._neurons), dtype=torch.bool)
         self._native.propose(

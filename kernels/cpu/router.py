@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_tools.kernels.cpu.linear import CpuLinear
 from moe_tools.kernels.cpu.native import address, extension
-from moe_tools.kernels.cpu.rows import DTYPES, FLOATS
+from moe_tools.kernels.cpu.rows import DTYPES, check_x
 
 
 class CpuRouter:
@@ -40,11 +40,7 @@ class CpuRouter:
             ValueError: another width, dtype or device, or fewer than one of the highest.
         """
         width = self.weight.width
-        if x_TD.shape[-1:] != (width,) or x_TD.dtype not in FLOATS or not x_TD.is_cpu:
-            raise ValueError(
-                f"x_TD is {tuple(x_TD.shape)}, {x_TD.dtype} on {x_TD.device}: this router takes "
-                f"{width} columns in fp32, bf16 or fp16 on the CPU"
-            )
+        check_x(x_TD, width, "router")
         if self.by_rank and knob < 1:
             raise ValueError(f"the highest {knob} experts: give a number of 1 or more")
         x_TD = x_TD.contiguous()  # stays alive until the kernel is done

@@ -57,6 +57,19 @@ def row_bytes(width: int, dtype: torch.dtype) -> int:
     return scale_bytes(width, dtype) + line_count(width, dtype) * LINE
 
 
+def check_x(x_TD: Tensor, width: int, what: str) -> None:
+    """Checks what meets rows of some width.
+
+    Raises:
+        ValueError: another width, dtype or device.
+    """
+    if x_TD.shape[-1:] != (width,) or x_TD.dtype not in FLOATS or not x_TD.is_cpu:
+        raise ValueError(
+            f"x_TD is {tuple(x_TD.shape)}, {x_TD.dtype} on {x_TD.device}: this {what} takes "
+            f"{width} columns in fp32, bf16 or fp16 on the CPU"
+        )
+
+
 def write_rows(
     rows_FB: Tensor, matrix_FD: Tensor, dtype: torch.dtype, order: Order = "multiplied"
 ) -> None:

@@ -7,18 +7,8 @@ from pathlib import Path
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-"""Ours -> llama.cpp's, inside a layer."""
+from moe_tools.export.gguf import LAYER
+
 OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -60,4 +50,4 @@ def _name(name: str) -> str | None:
         return OUTSIDE.get(name)
     _, _, number, rest = name.split(".", 3)
     inside, _, leaf = rest.rpartition(".")
-    return f"blk.{number}.{NAMES[inside]}.{leaf}" if leaf == "weight" else None
+    return f"blk.{number}.{LAYER[inside]}.{leaf}" if leaf == "weight" else None

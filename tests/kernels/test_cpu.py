@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moe_tools.kernels.cpu.stored as backend
+from moe_tools.bench.generate import threads
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu.limits import Limits, limits_for
 from moe_tools.kernels.cpu.native import isas
@@ -79,16 +78,6 @@ def exact(
 def rounds_h(dtype: torch.dtype, isa: str | None = None) -> bool:
     """Whether h is rounded to bf16 for weights of four bits."""
     return dtype == torch.int4 and (isa or isas()[-1]) == "avx512_bf16"
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @st.composite

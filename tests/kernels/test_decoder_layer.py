@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_tools.bench.generate import threads
 from moe_tools.kernels.activations import NAMES, Act
 from moe_tools.kernels.cpu.decoder_layer import (
     MOST_SEQUENCES,
@@ -41,16 +41,6 @@ ROLES = ("before_attention", "behind_attention", "before_ffn", "behind_ffn")
 NORMS = ("of_queries", "of_keys", *ROLES)
 LAYOUTS = ("plain", "room behind", "transposed", "apart")
 MASKS = ("none", "bool", "added")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- the slow twin --------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_tools.bench.generate import threads
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routers import FewBitsRouter
@@ -35,16 +34,6 @@ TIE = 1e-3
 TAU = {"llama": 1e-3, "gpt2": 0.05, "opt": 1e-3}
 """Some neurons of a token are above, and some are not."""
 TOKENS = (1, 2, 16, 17, 63, 64, 65, 70)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Twin:
