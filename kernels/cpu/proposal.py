@@ -67,7 +67,7 @@ class CpuProposal:
             x_TD=x_TD.data_ptr(),
             dtype=DTYPES.index(x_TD.dtype),
             tokens=x_TD.numel() // self._width,
-            tau=tau,
-            mask_TF=mask_TF.data_ptr(),
+            knob=tau,
+            mask_TE=mask_TF.data_ptr(),
         )
         return mask_TF

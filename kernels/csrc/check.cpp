@@ -524,7 +524,7 @@ void check_stack(const DecoderLayer* const (&layers)[3], const LayerProblem& p,
             return Cached{reinterpret_cast<const char*>(data.data()), sequence, head, p.head};
         };
         new_token(*layers[i], {c.sequences, c.positions, from.data(), q.data(), cached(held[i]),
-                               cached(held[kCount + i]), c.mask, c.dtype, mask, mask_sequence,
+                               cached(held[kCount + i]), {c.mask, c.dtype, mask, mask_sequence},
                                float(taus[i]), to.data(), x.data()}, isa, c.threads);
         from = to;
     }
@@ -534,7 +534,7 @@ void check_stack(const DecoderLayer* const (&layers)[3], const LayerProblem& p,
     run_stack(layers,
               {kCount, c.sequences, c.positions - 1, h.data(), cos.data(),
                sin.data(), one, places.data(), places.data() + kCount, sequence, head, p.head,
-               c.mask, c.dtype, mask, mask_sequence, taus.data(), out.data()},
+               {c.mask, c.dtype, mask, mask_sequence}, taus.data(), out.data()},
               isa, c.threads);
     if (out == to && caches == held) return;
     std::fprintf(stderr, "%s: a stack differs from its layers (B %d, D %d, S %d, dtype %d)\n", isa.name,
@@ -579,7 +579,7 @@ std::vector<float> fast_layer(const LayerProblem& p, const Isa& isa, bool stacke
                                                  : added.data();
     new_token(layer,
               {c.sequences, c.positions, h.data(), queries.data(), cached(keys), cached(values),
-               c.mask, c.dtype, mask, c.one_position ? 0 : c.positions, 0, out.data(), x.data()},
+               {c.mask, c.dtype, mask, c.one_position ? 0 : c.positions}, 0, out.data(), x.data()},
               isa, c.threads);
     const std::vector<float> norms(std::size_t(p.chosen.c.neurons), 1.0f);
     const Proposal proposal{linear(kGate, c.gated), linear(kUp, true), {c.act, 0}, Activation{},

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "hidden.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -272,11 +273,13 @@ class Attention {
     }
 
     float masked(std::int64_t b, std::int64_t position) const {
-        if (c_.mask == Mask::none) return 0;
-        const std::int64_t at = b * c_.mask_sequence + position;
-        if (c_.mask == Mask::allowed) return static_cast<const char*>(c_.mask_BS)[at] ? 0 : kNever;
+        const Masked& mask = c_.mask;
+        if (mask.kind == Mask::none) return 0;
+        const std::int64_t at = b * mask.sequence + position;
+        if (mask.kind == Mask::allowed)
+            return static_cast<const char*>(mask.data_BS)[at] ? 0 : kNever;
         float added;
-        to_floats(element(c_.mask_BS, c_.mask_dtype, at), c_.mask_dtype, 1, &added);
+        to_floats(element(mask.data_BS, mask.dtype, at), mask.dtype, 1, &added);
         return added;
     }
 
@@ -324,24 +327,13 @@ class Token {
     }
 
     void feed_forward() {
-        const LinearPieces up(*l_.up, l_.dtype, isa_, threads_);
-        const LinearPieces gate(l_.gate ? *l_.gate : *l_.up, l_.dtype, isa_, threads_);
+        const HiddenPieces hidden(l_.gate, *l_.up, l_.act, Activation{}, l_.dtype, isa_, threads_);
         const LinearPieces down(*l_.down, l_.dtype, isa_, threads_);
         const std::int64_t neurons = l_.up->rows;
         float *u = sized(w_.z, c_.sequences * neurons), *g = sized(w_.gate, c_.sequences * neurons);
         float *y = w_.y.data(), *h = w_.h.data();
-        w_.inputs[0].from(normed(h), c_.sequences, l_.width, l_.dtype, *l_.up, up.x());
-        const auto hide = [&](int i) {
-            const Inputs& x = w_.inputs[0].get();
-            up.run(i, x, c_.sequences, u, DType::f32);
-            if (l_.gate) gate.run(i, x, c_.sequences, g, DType::f32);
-            for (std::int64_t b = 0; b < c_.sequences; ++b) {
-                const std::int64_t from = b * neurons + up.begin(i);
-                const std::int64_t count = up.end(i) - up.begin(i);
-                l_.act((l_.gate ? g : u) + from, std::size_t(count), 0);
-                for (std::int64_t f = from; l_.gate && f < from + count; ++f) u[f] *= g[f];
-            }
-        };
+        w_.inputs[0].from(normed(h), c_.sequences, l_.width, l_.dtype, *l_.up, hidden.x());
+        const auto hide = [&](int i) { hidden.run(i, w_.inputs[0].get(), c_.sequences, u, g); };
         const auto prepare = [&](int) {
             w_.inputs[1].from(u, c_.sequences, neurons, l_.dtype, *l_.down, down.x());
         };
@@ -349,7 +341,7 @@ class Token {
             down.run(i, w_.inputs[1].get(), c_.sequences, y, DType::f32);
         };
         const auto finish = [&](int) { add(l_.behind_ffn, y, h); };
-        in_parallel(threads_, Loop{up.count(), hide}, Loop{1, prepare}, Loop{down.count(), project},
+        in_parallel(threads_, Loop{hidden.count(), hide}, Loop{1, prepare}, Loop{down.count(), project},
                     Loop{1, finish});
     }
 
@@ -437,8 +429,7 @@ void run_stack(const DecoderLayer* const* layers, const Stack& call, const Isa& 
     NewHeads heads{sequences, call.h_BD, call.cos_BW, call.sin_BW, call.positions, q, k, v};
     NewToken token{};
     token.sequences = sequences, token.positions = call.used + 1, token.q_BHW = q;
-    token.mask = call.mask, token.mask_dtype = call.mask_dtype;
-    token.mask_BS = call.mask_BS, token.mask_sequence = call.mask_sequence, token.x_BD = x;
+    token.mask = call.mask, token.x_BD = x;
     for (std::int64_t i = 0; i < call.layers; ++i) {
         new_heads(*layers[i], heads, isa, threads);
         append(k, call.keys[i]);

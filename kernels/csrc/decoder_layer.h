@@ -59,18 +59,22 @@ struct Cached {
 
 enum class Mask : int { none, allowed, added };  // bytes that are 0 or 1, or numbers to be added
 
+struct Masked {
+    Mask kind;
+    DType dtype;  // of numbers
+    const void* data_BS;
+    std::int64_t sequence;  // from one sequence's row to the next, in numbers
+};
+
 // The second half. The result depends neither on the number of threads nor on their timing.
 struct NewToken {
     std::int64_t sequences, positions;
     const void *h_BD, *q_BHW;
     Cached keys, values;
-    Mask mask;
-    DType mask_dtype;  // of numbers
-    const void* mask_BS;
-    std::int64_t mask_sequence;  // from one sequence's row to the next, in numbers
-    float knob;                  // of the proposal or the router: a threshold, or how many
-    void* out_BD;                // written: h behind the layer; without an FFN behind attention
-    void* x_BD;                  // written, without an FFN: what goes into it
+    Masked mask;
+    float knob;    // of the proposal or the router: a threshold, or how many
+    void* out_BD;  // written: h behind the layer; without an FFN behind attention
+    void* x_BD;    // written, without an FFN: what goes into it
 };
 
 void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, int threads);
@@ -84,10 +88,7 @@ struct Stack {
     std::int64_t positions;  // rows of these
     void *const *keys, *const *values;      // BKSW of every layer
     std::int64_t sequence, head, position;  // of all of them: from one to the next, in numbers
-    Mask mask;
-    DType mask_dtype;
-    const void* mask_BS;
-    std::int64_t mask_sequence;
+    Masked mask;
     const double* knobs;
     void* out_BD;
 };

@@ -32,11 +32,32 @@ using ffn::Isa;
 using ffn::Limits;
 using ffn::Weights;
 
-constexpr const char *kCapsule = "moe_tools.ffn", *kLinear = "moe_tools.linear",
-                     *kLayer = "moe_tools.decoder_layer", *kProposal = "moe_tools.proposal",
-                     *kRouter = "moe_tools.router";
-
 struct PythonError {};  // thrown where Python's own error is set already
+
+// What is prepared once, what to run it with, and the name of its capsule.
+template <class Kind>
+struct Prepared {
+    Kind what;
+    const Isa* isa;
+};
+
+template <class Kind>
+constexpr const char* kName = nullptr;
+template <>
+constexpr const char* kName<Weights> = "moe_tools.ffn";
+template <>
+constexpr const char* kName<ffn::Linear> = "moe_tools.linear";
+template <>
+constexpr const char* kName<ffn::Proposal> = "moe_tools.proposal";
+template <>
+constexpr const char* kName<ffn::Router> = "moe_tools.router";
+template <>
+constexpr const char* kName<ffn::DecoderLayer> = "moe_tools.decoder_layer";
+
+template <class Kind>
+const Prepared<Kind>* held(PyObject* capsule) {
+    return static_cast<const Prepared<Kind>*>(PyCapsule_GetPointer(capsule, kName<Kind>));
+}
 
 template <class T>
 T* address(unsigned long long value) {
@@ -59,12 +80,17 @@ class Arguments {
 
     // What a capsule holds; null for None.
     template <class Kind>
-    const Kind* prepared(const char* name, const char* capsule) {
+    const Prepared<Kind>* prepared(const char* name) {
         PyObject* given = find(name);
         if (given == Py_None) return nullptr;
-        const auto* made = static_cast<const Kind*>(PyCapsule_GetPointer(given, capsule));
+        const Prepared<Kind>* made = held<Kind>(given);
         if (!made) throw PythonError();
         return made;
+    }
+    template <class Kind>
+    const Kind* what(const char* name) {
+        const Prepared<Kind>* made = prepared<Kind>(name);
+        return made ? &made->what : nullptr;
     }
 
     // An integer below `end`, as what it stands for.
@@ -131,41 +157,30 @@ PyObject* guarded(const Body& body) {
     }
 }
 
-// Weights and what to run them with.
-struct Prepared {
-    Weights weights;
-    const Isa* isa;
-};
-
-struct PreparedLinear {
-    ffn::Linear weights;
-    const Isa* isa;
-};
-
-struct PreparedLayer {
-    ffn::DecoderLayer layer;
-    const Isa* isa;
-};
-
-struct PreparedProposal {
-    ffn::Proposal proposal;
-    const Isa* isa;
-};
-
-struct PreparedRouter {
-    ffn::Router router;
-    const Isa* isa;
-};
-
-// Hands what was prepared to Python, which deletes it.
-template <class Kind>
-PyObject* capsule(Kind made, const char* name) {
-    auto owned = std::make_unique<Kind>(std::move(made));
-    PyObject* capsule = PyCapsule_New(owned.get(), name, [](PyObject* self) {
-        delete static_cast<Kind*>(PyCapsule_GetPointer(self, PyCapsule_GetName(self)));
+// Reads what is to be prepared, all by names, and hands it to Python, which deletes it.
+template <class Kind, Prepared<Kind> (*read)(Arguments)>
+PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
+        auto owned = std::make_unique<Prepared<Kind>>(read(Arguments(args, names)));
+        PyObject* capsule = PyCapsule_New(owned.get(), kName<Kind>, [](PyObject* self) {
+            delete static_cast<Prepared<Kind>*>(PyCapsule_GetPointer(self, kName<Kind>));
+        });
+        if (capsule) owned.release();
+        return capsule;
     });
-    if (capsule) owned.release();
-    return capsule;
+}
+
+// The first argument of a call; the others have names.
+template <class Kind>
+const Prepared<Kind>& first(PyObject* const* args, Py_ssize_t count, const char* what) {
+    if (count != 1) {
+        PyErr_Format(PyExc_TypeError, "give the %s, then names", what);
+        throw PythonError();
+    }
+    const Prepared<Kind>* made = held<Kind>(args[0]);
+    if (!made) throw PythonError();
+    return *made;
 }
 
 // An instruction set that runs here.
@@ -176,9 +191,21 @@ const Isa* read_isa(Arguments& from) {
     throw PythonError();
 }
 
-Prepared read_prepared(Arguments from) {
-    Prepared made{};
-    Weights& weights = made.weights;
+ffn::Activation read_act(Arguments& from, const char* kind, const char* threshold) {
+    Activation made;
+    made.kind = from.code<Act>(kind, ffn::kActs);
+    made.threshold = float(from.real(threshold));
+    return made;
+}
+
+// Of x, h and the cache.
+DType read_float(Arguments& from, const char* name) {
+    return from.code<DType>(name, int(DType::i8));  // those before it are floats
+}
+
+Prepared<Weights> read_ffn(Arguments from) {
+    Prepared<Weights> made{};
+    Weights& weights = made.what;
     weights.rows_FPD = from.tensor<const std::byte>("rows_FPB");
     weights.biases_FP = from.tensor<const float>("biases_FP");
     weights.off_F = from.tensor<const float>("off_F");
@@ -188,10 +215,8 @@ Prepared read_prepared(Arguments from) {
     weights.lines = from.integer("lines");
     weights.inputs = 1 + from.code<int>("gated", 2);
     weights.dtype = from.code<DType>("dtype", ffn::kDTypes);
-    weights.acts[0].kind = from.code<Act>("act", ffn::kActs);
-    weights.acts[0].threshold = float(from.real("threshold"));
-    weights.acts[1].kind = from.code<Act>("up_act", ffn::kActs);
-    weights.acts[1].threshold = float(from.real("up_threshold"));
+    weights.acts[0] = read_act(from, "act", "threshold");
+    weights.acts[1] = read_act(from, "up_act", "up_threshold");
     weights.screen.rows_FD = from.tensor<const std::byte>("screen_FB");
     weights.screen.scales_F = from.tensor<const float>("screen_scale_F");
     weights.screen.errors_F = from.tensor<const float>("screen_error_F");
@@ -201,105 +226,84 @@ Prepared read_prepared(Arguments from) {
     return made;
 }
 
-PreparedLinear read_linear(Arguments from) {
-    PreparedLinear made{};
-    made.weights.rows_ND = from.tensor<const std::byte>("rows_NB");
-    made.weights.bias_N = from.tensor<const float>("bias_N");
-    made.weights.rows = from.integer("rows");
-    made.weights.width = from.integer("width");
-    made.weights.lines = from.integer("lines");
-    made.weights.dtype = from.code<DType>("dtype", ffn::kDTypes);
-    made.weights.zero = float(from.real("zero"));
+Prepared<ffn::Linear> read_linear(Arguments from) {
+    Prepared<ffn::Linear> made{};
+    made.what.rows_ND = from.tensor<const std::byte>("rows_NB");
+    made.what.bias_N = from.tensor<const float>("bias_N");
+    made.what.rows = from.integer("rows");
+    made.what.width = from.integer("width");
+    made.what.lines = from.integer("lines");
+    made.what.dtype = from.code<DType>("dtype", ffn::kDTypes);
+    made.what.zero = float(from.real("zero"));
     made.isa = read_isa(from);
     from.finish();
     return made;
 }
 
-// The caller keeps the linears.
-PreparedLayer read_layer(Arguments from) {
-    PreparedLayer made{};
-    ffn::DecoderLayer& layer = made.layer;
-    const auto linear = [&](const char* name) {
-        const auto* found = from.prepared<PreparedLinear>(name, kLinear);
-        if (found) made.isa = found->isa;
-        return found ? &found->weights : nullptr;
-    };
+// The caller keeps the linears of what follows. A linear that has to be there:
+const Prepared<ffn::Linear>& read_needed(Arguments& from, const char* name) {
+    const auto* found = from.prepared<ffn::Linear>(name);
+    if (found) return *found;
+    PyErr_Format(PyExc_ValueError, "%s is None", name);
+    throw PythonError();
+}
+
+Prepared<ffn::Proposal> read_proposal(Arguments from) {
+    Prepared<ffn::Proposal> made{};
+    made.what.gate = from.what<ffn::Linear>("gate");
+    const auto& up = read_needed(from, "up");
+    made.what.up = &up.what, made.isa = up.isa;
+    made.what.act = read_act(from, "act", "threshold");
+    made.what.up_act = read_act(from, "up_act", "up_threshold");
+    made.what.norm_F = from.tensor<const float>("norm_F");
+    from.finish();
+    return made;
+}
+
+Prepared<ffn::Router> read_router(Arguments from) {
+    Prepared<ffn::Router> made{};
+    const auto& weight = read_needed(from, "weight");
+    made.what.weight = &weight.what, made.isa = weight.isa;
+    made.what.bias_E = from.tensor<const float>("bias_E");
+    made.what.by_rank = from.code<int>("by_rank", 2);
+    from.finish();
+    return made;
+}
+
+Prepared<ffn::DecoderLayer> read_layer(Arguments from) {
+    Prepared<ffn::DecoderLayer> made{};
+    ffn::DecoderLayer& layer = made.what;
     const auto norm = [&](const char* weight, const char* eps, const char* offset) {
         const void* weight_D = from.tensor<const void>(weight);
         return ffn::Norm{weight_D, layer.dtype, float(from.real(eps)), float(from.real(offset))};
     };
-    layer.dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+    layer.dtype = read_float(from, "dtype");
     layer.width = from.integer("width");
     layer.query_heads = from.integer("query_heads");
     layer.key_heads = from.integer("key_heads");
     layer.head = from.integer("head");
     layer.scale = float(from.real("scale"));
-    layer.q = linear("q");
-    layer.k = linear("k");
-    layer.v = linear("v");
-    layer.o = linear("o");
-    layer.gate = linear("gate");
-    layer.up = linear("up");
-    layer.down = linear("down");
-    layer.act.kind = from.code<Act>("act", ffn::kActs);
-    layer.act.threshold = float(from.real("threshold"));
-    const auto* proposal = from.prepared<PreparedProposal>("proposal", kProposal);
-    const auto* router = from.prepared<PreparedRouter>("router", kRouter);
-    const auto* neurons = from.prepared<Prepared>("neurons", kCapsule);
-    layer.proposal = proposal ? &proposal->proposal : nullptr;
-    layer.router = router ? &router->router : nullptr;
-    layer.neurons = neurons ? &neurons->weights : nullptr;
+    const auto& q = read_needed(from, "q");
+    layer.q = &q.what, made.isa = q.isa;
+    layer.k = &read_needed(from, "k").what;
+    layer.v = &read_needed(from, "v").what;
+    layer.o = &read_needed(from, "o").what;
+    layer.gate = from.what<ffn::Linear>("gate");
+    layer.up = from.what<ffn::Linear>("up");
+    layer.down = from.what<ffn::Linear>("down");
+    layer.act = read_act(from, "act", "threshold");
+    layer.proposal = from.what<ffn::Proposal>("proposal");
+    layer.router = from.what<ffn::Router>("router");
+    layer.neurons = from.what<Weights>("neurons");
     layer.constant_D = from.tensor<const float>("constant_D");
-    layer.before_attention = norm("before_attention", "before_attention_eps", "before_attention_offset");
+    layer.before_attention =
+        norm("before_attention", "before_attention_eps", "before_attention_offset");
     layer.of_queries = norm("of_queries", "of_queries_eps", "of_queries_offset");
     layer.of_keys = norm("of_keys", "of_keys_eps", "of_keys_offset");
-    layer.behind_attention = norm("behind_attention", "behind_attention_eps", "behind_attention_offset");
+    layer.behind_attention =
+        norm("behind_attention", "behind_attention_eps", "behind_attention_offset");
     layer.before_ffn = norm("before_ffn", "before_ffn_eps", "before_ffn_offset");
     layer.behind_ffn = norm("behind_ffn", "behind_ffn_eps", "behind_ffn_offset");
-    from.finish();
-    return made;
-}
-
-PyObject* prepare_layer(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-    return guarded([&]() -> PyObject* {
-        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
-        return capsule(read_layer(Arguments(args, names)), kLayer);
-    });
-}
-
-PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-    return guarded([&]() -> PyObject* {
-        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
-        return capsule(read_prepared(Arguments(args, names)), kCapsule);
-    });
-}
-
-PyObject* prepare_linear(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-    return guarded([&]() -> PyObject* {
-        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
-        return capsule(read_linear(Arguments(args, names)), kLinear);
-    });
-}
-
-// What a call of `run` says, but for the FFN.
-struct Call {
-    int threads;
-    Batch batch;
-    Limits limits;
-};
-
-Call read_call(Arguments from) {
-    Call made{};
-    made.threads = int(from.integer("threads"));
-    made.batch.x_TD = from.tensor<const void>("x_TD");
-    made.batch.dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
-    made.batch.tokens = from.integer("tokens");
-    made.batch.mask_TE = from.tensor<const std::uint8_t>("mask_TE");
-    made.batch.experts = from.integer("experts");
-    made.batch.y_TD = from.tensor<void>("y_TD");
-    made.limits.few = from.integer("few");
-    made.limits.most_few = from.real("most_few");
-    made.limits.most_many = from.real("most_many");
     from.finish();
     return made;
 }
@@ -318,143 +322,70 @@ void unlocked(const Body& body) {
     if (error) std::rethrow_exception(error);
 }
 
-// Once a token and layer, hence without Python's parser of format strings.
+// The calls below come once a token and layer, hence without Python's parser of format strings.
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
-        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the FFN, then names");
-        const auto* ffn = static_cast<Prepared*>(PyCapsule_GetPointer(args[0], kCapsule));
-        if (!ffn) throw PythonError();
-        const Call call = read_call(Arguments(args + 1, names));
+        const auto& made = first<Weights>(args, count, "FFN");
+        Arguments from(args + 1, names);
+        const int threads = int(from.integer("threads"));
+        Batch batch{};
+        batch.x_TD = from.tensor<const void>("x_TD");
+        batch.dtype = read_float(from, "dtype");
+        batch.tokens = from.integer("tokens");
+        batch.mask_TE = from.tensor<const std::uint8_t>("mask_TE");
+        batch.experts = from.integer("experts");
+        batch.y_TD = from.tensor<void>("y_TD");
+        Limits limits{};
+        limits.few = from.integer("few");
+        limits.most_few = from.real("most_few");
+        limits.most_many = from.real("most_many");
+        from.finish();
         std::int64_t read = 0;
-        unlocked([&] {
-            read = ffn::sparse_ffn(ffn->weights, call.batch, *ffn->isa, call.threads, call.limits);
-        });
+        unlocked([&] { read = ffn::sparse_ffn(made.what, batch, *made.isa, threads, limits); });
         return PyLong_FromLongLong(read);
     });
 }
 
 PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
-        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the linear, then names");
-        const auto* made = static_cast<PreparedLinear*>(PyCapsule_GetPointer(args[0], kLinear));
-        if (!made) throw PythonError();
+        const auto& made = first<ffn::Linear>(args, count, "linear");
         Arguments from(args + 1, names);
         const int threads = int(from.integer("threads"));
         ffn::Product product{};
         product.x_TD = from.tensor<const void>("x_TD");
-        product.dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+        product.dtype = read_float(from, "dtype");
         product.tokens = from.integer("tokens");
         product.y_TN = from.tensor<void>("y_TN");
         from.finish();
-        unlocked([&] { ffn::linear(made->weights, product, *made->isa, threads); });
+        unlocked([&] { ffn::linear(made.what, product, *made.isa, threads); });
         Py_RETURN_NONE;
     });
 }
 
-// The caller keeps the linears.
-PreparedProposal read_proposal(Arguments from) {
-    PreparedProposal made{};
-    const auto* gate = from.prepared<PreparedLinear>("gate", kLinear);
-    const auto* up = from.prepared<PreparedLinear>("up", kLinear);
-    if (!up) {
-        PyErr_SetString(PyExc_ValueError, "a proposal needs rows of up");
-        throw PythonError();
-    }
-    made.isa = up->isa;
-    made.proposal.gate = gate ? &gate->weights : nullptr;
-    made.proposal.up = &up->weights;
-    made.proposal.act.kind = from.code<Act>("act", ffn::kActs);
-    made.proposal.act.threshold = float(from.real("threshold"));
-    made.proposal.up_act.kind = from.code<Act>("up_act", ffn::kActs);
-    made.proposal.up_act.threshold = float(from.real("up_threshold"));
-    made.proposal.norm_F = from.tensor<const float>("norm_F");
-    from.finish();
-    return made;
-}
-
-PyObject* prepare_proposal(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+// Writes the mask of what a proposal or a router chooses.
+template <class Chooser, void (*choose)(const Chooser&, const void*, DType, std::int64_t, float,
+                                        std::uint8_t*, const Isa&, int)>
+PyObject* write_mask(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
-        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
-        return capsule(read_proposal(Arguments(args, names)), kProposal);
-    });
-}
-
-// The caller keeps the linear and the bias.
-PreparedRouter read_router(Arguments from) {
-    PreparedRouter made{};
-    const auto* weight = from.prepared<PreparedLinear>("weight", kLinear);
-    if (!weight) {
-        PyErr_SetString(PyExc_ValueError, "a router needs a weight");
-        throw PythonError();
-    }
-    made.isa = weight->isa;
-    made.router.weight = &weight->weights;
-    made.router.bias_E = from.tensor<const float>("bias_E");
-    made.router.by_rank = from.code<int>("by_rank", 2);
-    from.finish();
-    return made;
-}
-
-PyObject* prepare_router(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-    return guarded([&]() -> PyObject* {
-        if (count) return PyErr_Format(PyExc_TypeError, "give every argument by its name");
-        return capsule(read_router(Arguments(args, names)), kRouter);
-    });
-}
-
-PyObject* choose(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-    return guarded([&]() -> PyObject* {
-        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the router, then names");
-        const auto* made = static_cast<PreparedRouter*>(PyCapsule_GetPointer(args[0], kRouter));
-        if (!made) throw PythonError();
+        const auto& made = first<Chooser>(args, count, "chooser");
         Arguments from(args + 1, names);
         const int threads = int(from.integer("threads"));
         const void* x_TD = from.tensor<const void>("x_TD");
-        const DType dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
+        const DType dtype = read_float(from, "dtype");
         const std::int64_t tokens = from.integer("tokens");
         const float knob = float(from.real("knob"));
         auto* mask_TE = from.tensor<std::uint8_t>("mask_TE");
         from.finish();
         unlocked([&] {
-            ffn::choose(made->router, x_TD, dtype, tokens, knob, mask_TE, *made->isa, threads);
+            choose(made.what, x_TD, dtype, tokens, knob, mask_TE, *made.isa, threads);
         });
         Py_RETURN_NONE;
     });
-}
-
-PyObject* propose(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
-    return guarded([&]() -> PyObject* {
-        if (count != 1) return PyErr_Format(PyExc_TypeError, "give the proposal, then names");
-        const auto* made = static_cast<PreparedProposal*>(PyCapsule_GetPointer(args[0], kProposal));
-        if (!made) throw PythonError();
-        Arguments from(args + 1, names);
-        const int threads = int(from.integer("threads"));
-        const void* x_TD = from.tensor<const void>("x_TD");
-        const DType dtype = from.code<DType>("dtype", int(DType::i8));  // a float of any kind
-        const std::int64_t tokens = from.integer("tokens");
-        const float tau = float(from.real("tau"));
-        auto* mask_TF = from.tensor<std::uint8_t>("mask_TF");
-        from.finish();
-        unlocked([&] {
-            ffn::propose(made->proposal, x_TD, dtype, tokens, tau, mask_TF, *made->isa, threads);
-        });
-        Py_RETURN_NONE;
-    });
-}
-
-const PreparedLayer& read_prepared_layer(PyObject* const* args, Py_ssize_t count) {
-    if (count != 1) {
-        PyErr_Format(PyExc_TypeError, "give the layer, then names");
-        throw PythonError();
-    }
-    const auto* made = static_cast<PreparedLayer*>(PyCapsule_GetPointer(args[0], kLayer));
-    if (!made) throw PythonError();
-    return *made;
 }
 
 PyObject* new_heads(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
-        const PreparedLayer& made = read_prepared_layer(args, count);
+        const auto& made = first<ffn::DecoderLayer>(args, count, "layer");
         Arguments from(args + 1, names);
         const int threads = int(from.integer("threads"));
         ffn::NewHeads call{};
@@ -467,7 +398,7 @@ PyObject* new_heads(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         call.k_BKW = from.tensor<void>("k_BKW");
         call.v_BKW = from.tensor<void>("v_BKW");
         from.finish();
-        unlocked([&] { ffn::new_heads(made.layer, call, *made.isa, threads); });
+        unlocked([&] { ffn::new_heads(made.what, call, *made.isa, threads); });
         Py_RETURN_NONE;
     });
 }
@@ -482,9 +413,18 @@ ffn::Cached read_cached(Arguments& from, const char* data, const char* sequence,
     return made;
 }
 
+ffn::Masked read_masked(Arguments& from) {
+    ffn::Masked made{};
+    made.kind = from.code<ffn::Mask>("mask", 3);
+    made.dtype = read_float(from, "mask_dtype");
+    made.data_BS = from.tensor<const void>("mask_BS");
+    made.sequence = from.integer("mask_sequence");
+    return made;
+}
+
 PyObject* new_token(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
-        const PreparedLayer& made = read_prepared_layer(args, count);
+        const auto& made = first<ffn::DecoderLayer>(args, count, "layer");
         Arguments from(args + 1, names);
         const int threads = int(from.integer("threads"));
         ffn::NewToken call{};
@@ -493,16 +433,14 @@ PyObject* new_token(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         call.h_BD = from.tensor<const void>("h_BD");
         call.q_BHW = from.tensor<const void>("q_BHW");
         call.keys = read_cached(from, "keys", "keys_sequence", "keys_head", "keys_position");
-        call.values = read_cached(from, "values", "values_sequence", "values_head", "values_position");
-        call.mask = from.code<ffn::Mask>("mask", 3);
-        call.mask_dtype = from.code<DType>("mask_dtype", int(DType::i8));
-        call.mask_BS = from.tensor<const void>("mask_BS");
-        call.mask_sequence = from.integer("mask_sequence");
+        call.values =
+            read_cached(from, "values", "values_sequence", "values_head", "values_position");
+        call.mask = read_masked(from);
         call.knob = float(from.real("knob"));
         call.out_BD = from.tensor<void>("out_BD");
         call.x_BD = from.tensor<void>("x_BD");
         from.finish();
-        unlocked([&] { ffn::new_token(made.layer, call, *made.isa, threads); });
+        unlocked([&] { ffn::new_token(made.what, call, *made.isa, threads); });
         Py_RETURN_NONE;
     });
 }
@@ -514,10 +452,9 @@ PyObject* run_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         std::vector<const ffn::DecoderLayer*> layers;
         const Isa* isa = nullptr;
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); ++i) {
-            PyObject* one = PyTuple_GET_ITEM(args[0], i);
-            const auto* made = static_cast<PreparedLayer*>(PyCapsule_GetPointer(one, kLayer));
+            const auto* made = held<ffn::DecoderLayer>(PyTuple_GET_ITEM(args[0], i));
             if (!made) throw PythonError();
-            layers.push_back(&made->layer);
+            layers.push_back(&made->what);
             isa = made->isa;
         }
         Arguments from(args + 1, names);
@@ -535,10 +472,7 @@ PyObject* run_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         call.sequence = from.integer("sequence");
         call.head = from.integer("head");
         call.position = from.integer("position");
-        call.mask = from.code<ffn::Mask>("mask", 3);
-        call.mask_dtype = from.code<DType>("mask_dtype", int(DType::i8));
-        call.mask_BS = from.tensor<const void>("mask_BS");
-        call.mask_sequence = from.integer("mask_sequence");
+        call.mask = read_masked(from);
         call.knobs = from.tensor<const double>("knobs");
         call.out_BD = from.tensor<void>("out_BD");
         from.finish();
@@ -576,29 +510,31 @@ PyCFunction with_names(Function function) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
+constexpr int kByNames = METH_FASTCALL | METH_KEYWORDS;
+
 PyMethodDef methods[] = {
-    {"prepare", with_names(prepare), METH_FASTCALL | METH_KEYWORDS,
+    {"prepare", with_names(prepare<Weights, read_ffn>), kByNames,
      "The handle of an FFN whose tensors the caller keeps."},
-    {"run", with_names(run), METH_FASTCALL | METH_KEYWORDS,
+    {"run", with_names(run), kByNames,
      "Writes y; the number of rows read, or -1 if the tokens want more than the limits."},
-    {"prepare_linear", with_names(prepare_linear), METH_FASTCALL | METH_KEYWORDS,
+    {"prepare_linear", with_names(prepare<ffn::Linear, read_linear>), kByNames,
      "The handle of a linear whose tensors the caller keeps."},
-    {"multiply", with_names(multiply), METH_FASTCALL | METH_KEYWORDS, "Writes y = x W^T + b."},
-    {"prepare_layer", with_names(prepare_layer), METH_FASTCALL | METH_KEYWORDS,
+    {"multiply", with_names(multiply), kByNames, "Writes y = x W^T + b."},
+    {"prepare_layer", with_names(prepare<ffn::DecoderLayer, read_layer>), kByNames,
      "The handle of a decoder layer whose linears and norms the caller keeps."},
-    {"new_heads", with_names(new_heads), METH_FASTCALL | METH_KEYWORDS,
+    {"new_heads", with_names(new_heads), kByNames,
      "Writes queries, keys and values of new tokens."},
-    {"new_token", with_names(new_token), METH_FASTCALL | METH_KEYWORDS,
+    {"new_token", with_names(new_token), kByNames,
      "Writes what a layer makes of new tokens, given keys and values."},
-    {"run_stack", with_names(run_stack), METH_FASTCALL | METH_KEYWORDS,
+    {"run_stack", with_names(run_stack), kByNames,
      "Writes what layers make of new tokens, one behind the other, and appends to their caches."},
-    {"prepare_router", with_names(prepare_router), METH_FASTCALL | METH_KEYWORDS,
+    {"prepare_router", with_names(prepare<ffn::Router, read_router>), kByNames,
      "The handle of a router whose linear and bias the caller keeps."},
-    {"choose", with_names(choose), METH_FASTCALL | METH_KEYWORDS,
+    {"choose", with_names(write_mask<ffn::Router, ffn::choose>), kByNames,
      "Writes the mask of the experts that a router chooses."},
-    {"prepare_proposal", with_names(prepare_proposal), METH_FASTCALL | METH_KEYWORDS,
+    {"prepare_proposal", with_names(prepare<ffn::Proposal, read_proposal>), kByNames,
      "The handle of proposals whose linears and norms the caller keeps."},
-    {"propose", with_names(propose), METH_FASTCALL | METH_KEYWORDS,
+    {"propose", with_names(write_mask<ffn::Proposal, ffn::propose>), kByNames,
      "Writes the mask of the neurons whose score is above tau."},
     {"isas", isas, METH_NOARGS, "Instruction sets that run here, the fastest last."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages; may be ignored."},

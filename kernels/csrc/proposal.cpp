@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "hidden.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -15,35 +16,25 @@ void some_tokens(const Proposal& proposal, const void* x_TD, DType dtype, std::i
                  float tau, std::uint8_t* mask_TF, const Isa& isa, int threads) {
     thread_local Scratch scratch;
     thread_local std::vector<float> products;
-    const Linear &up = *proposal.up, &gate = proposal.gate ? *proposal.gate : up;
+    const Linear& up = *proposal.up;
     const std::int64_t neurons = up.rows;
     threads = useful_threads(threads, 2 * neurons * row_bytes(up.dtype, up.lines));
-    const LinearPieces ups(up, dtype, isa, threads), gates(gate, dtype, isa, threads);
+    const HiddenPieces hidden(proposal.gate, up, proposal.act, proposal.up_act, dtype, isa,
+                              threads);
     Inputs x;
     const Batch batch{x_TD, nullptr, dtype, tokens, nullptr, 1};
-    x.prepare(batch, up.width, up.padded(), ups.x(),
+    x.prepare(batch, up.width, up.padded(), hidden.x(),
               scratch.get(std::size_t(tokens) * Inputs::stride(up.padded())));
     products.resize(std::size_t(2 * tokens * neurons));
-    float *u = products.data(), *g = u + tokens * neurons;
+    float *h = products.data(), *g = h + tokens * neurons;
     const auto piece = [&](int i) {
-        ups.run(i, x, tokens, u, DType::f32);
-        if (proposal.gate) gates.run(i, x, tokens, g, DType::f32);
-        const auto count = std::size_t(ups.end(i) - ups.begin(i));
-        for (std::int64_t t = 0; t < tokens; ++t) {
-            const std::int64_t from = t * neurons + ups.begin(i);
-            if (proposal.gate) {
-                proposal.act(g + from, count, 0);
-                proposal.up_act(u + from, count, 0);
-                for (std::size_t f = 0; f < count; ++f) u[from + f] *= g[from + f];
-            } else {
-                proposal.act(u + from, count, 0);
-            }
-            const float* norm = proposal.norm_F + ups.begin(i);
-            for (std::size_t f = 0; f < count; ++f)
-                mask_TF[from + f] = std::fabs(u[from + f]) * norm[f] > tau;
-        }
+        hidden.run(i, x, tokens, h, g);
+        for (std::int64_t t = 0; t < tokens; ++t)
+            for (std::int64_t f = hidden.begin(i); f < hidden.end(i); ++f)
+                mask_TF[t * neurons + f] =
+                    std::fabs(h[t * neurons + f]) * proposal.norm_F[f] > tau;
     };
-    in_parallel(threads, Loop{ups.count(), piece});
+    in_parallel(threads, Loop{hidden.count(), piece});
 }
 
 }  // namespace
