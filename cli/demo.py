@@ -113,14 +113,11 @@ def _time(donor: str, prox: str) -> None:
     from moe_tools.checkpoint.loading import load
     from moe_tools.checkpoint.quiet import quiet_transformers
     from moe_tools.inference.optimized import optimize
-    from moe_tools.inference.packed_linear import pack_linears
 
     with quiet_transformers():
-        four_bits = load(donor, dtype=torch.bfloat16)
-        pack_linears(four_bits, "int4")
         models = {
             "dense": load(donor, dtype=torch.bfloat16),
-            "dense, all linears int4": four_bits,
+            "dense, all linears int4": optimize(load(donor, dtype=torch.bfloat16), linears="int4"),
             "half off, native kernels": optimize(load(prox, dtype=torch.bfloat16)),
             "half off, the others int4": optimize(load(prox, dtype=torch.bfloat16), linears="int4"),
         }
