@@ -177,19 +177,10 @@ class CpuDecoderLayer:
         self.width = attention.q.width
         self.attention, self.norms, self.ffn = attention, norms, ffn
         self._native = extension()
-        given = {
-            "before_attention": norms.before_attention,
-            "of_queries": attention.of_queries,
-            "of_keys": attention.of_keys,
-            "behind_attention": norms.behind_attention,
-            "before_ffn": norms.before_ffn,
-            "behind_ffn": norms.behind_ffn,
-        }
+        of_heads = {"of_queries": attention.of_queries, "of_keys": attention.of_keys}
         options: dict[str, object] = {}
-        for name, norm in given.items():
-            options[name] = 0 if norm is None else address(norm.weight_D)
-            options[f"{name}_eps"] = 0.0 if norm is None else norm.eps
-            options[f"{name}_offset"] = 0.0 if norm is None else norm.offset
+        for name, norm in (vars(norms) | of_heads).items():
+            options |= _norm(name, norm)
         act = ffn.act if isinstance(ffn, DenseFFN) else Act("identity")
         chosen = ffn if isinstance(ffn, ChosenFFN) else None
         chooser = None if chosen is None else chosen.chooser
@@ -305,11 +296,13 @@ class CpuStack:
 
     Args:
         layers: with an FFN each.
+        last: the norm behind them.
     """
 
-    def __init__(self, layers: Sequence[CpuDecoderLayer]) -> None:
-        self.layers = tuple(layers)
+    def __init__(self, layers: Sequence[CpuDecoderLayer], last: RMSNorm | None = None) -> None:
+        self.layers, self.last = tuple(layers), last
         self._handles = tuple(layer.handle for layer in layers)
+        self._norms = {False: _norm("last", None), True: _norm("last", last)}
         self._native = extension()
 
     def __call__(
@@ -317,11 +310,12 @@ class CpuStack:
         h_B1D: Tensor,
         cos_B1W: Tensor,
         sin_B1W: Tensor,
-        keys_BKSW: Sequence[Tensor],
-        values_BKSW: Sequence[Tensor],
+        cache_2LBKSW: Tensor,
         used: int,
         mask_B11S: Tensor | None,
         knobs: Sequence[float],
+        *,
+        normed: bool = False,
     ) -> Tensor:
         """Computes h behind the last layer, and writes the new position of every cache.
 
@@ -329,17 +323,17 @@ class CpuStack:
             h_B1D: what enters the first layer; contiguous.
             cos_B1W: as in `CpuDecoderLayer.new_heads`.
             sin_B1W: likewise.
-            keys_BKSW: of every layer, with room behind the positions in use; all of equal strides.
-            values_BKSW: likewise, and of the strides of the keys.
+            cache_2LBKSW: keys of every layer, and values, with room behind the positions in use;
+                numbers of a position side by side.
             used: positions in use; the new one is written behind them.
             mask_B11S: as in `CpuDecoderLayer.new_token`.
             knobs: of every layer, as in `CpuDecoderLayer.new_token`.
+            normed: end with the norm behind them.
         """
         out_B1D = torch.empty_like(h_B1D)
-        keys = array("Q", [keys.data_ptr() for keys in keys_BKSW])
-        values = array("Q", [values.data_ptr() for values in values_BKSW])
         numbers = array("d", knobs)
-        sequence, head, position, _ = keys_BKSW[0].stride()
+        both, layer, sequence, head, position, _ = cache_2LBKSW.stride()
+        keys = cache_2LBKSW.data_ptr()
         self._native.run_stack(
             self._handles,
             threads=torch.get_num_threads(),
@@ -349,16 +343,27 @@ class CpuStack:
             cos_BW=cos_B1W.data_ptr(),
             sin_BW=sin_B1W.data_ptr(),
             positions=len(cos_B1W),
-            keys=keys.buffer_info()[0],
-            values=values.buffer_info()[0],
+            keys=keys,
+            values=keys + both * cache_2LBKSW.itemsize,
+            layer=layer,
             sequence=sequence,
             head=head,
             position=position,
             **(_NO_MASK if mask_B11S is None else _mask(mask_B11S)),
             knobs=numbers.buffer_info()[0],
+            **self._norms[normed],
             out_BD=out_B1D.data_ptr(),
         )
         return out_B1D
+
+
+def _norm(name: str, norm: RMSNorm | None) -> dict[str, object]:
+    """A norm, as csrc/module.cpp reads it."""
+    return {
+        name: 0 if norm is None else address(norm.weight_D),
+        f"{name}_eps": 0.0 if norm is None else norm.eps,
+        f"{name}_offset": 0.0 if norm is None else norm.offset,
+    }
 
 
 def _mask(mask_B11S: Tensor) -> dict[str, int]:

@@ -528,14 +528,19 @@ void check_stack(const DecoderLayer* const (&layers)[3], const LayerProblem& p,
                                float(taus[i]), to.data(), x.data()}, isa, c.threads);
         from = to;
     }
-    std::vector<void*> places;
-    for (Bytes& cache : caches) places.push_back(cache.data());
+    const auto layer_bytes = keys.size();
+    std::vector<char> memory(2 * kCount * layer_bytes);
+    const auto place = [&](std::size_t i) { return memory.data() + i * layer_bytes; };
+    for (std::size_t i = 0; i < 2 * kCount; ++i)
+        std::memcpy(place(i), caches[i].data(), layer_bytes);
     Bytes out(h.size());
     run_stack(layers,
-              {kCount, c.sequences, c.positions - 1, h.data(), cos.data(),
-               sin.data(), one, places.data(), places.data() + kCount, sequence, head, p.head,
-               {c.mask, c.dtype, mask, mask_sequence}, taus.data(), out.data()},
+              {kCount, c.sequences, c.positions - 1, h.data(), cos.data(), sin.data(), one,
+               place(0), place(kCount), std::int64_t(layer_bytes) / size, sequence, head, p.head,
+               {c.mask, c.dtype, mask, mask_sequence}, taus.data(), Norm{}, out.data()},
               isa, c.threads);
+    for (std::size_t i = 0; i < 2 * kCount; ++i)
+        std::memcpy(caches[i].data(), place(i), layer_bytes);
     if (out == to && caches == held) return;
     std::fprintf(stderr, "%s: a stack differs from its layers (B %d, D %d, S %d, dtype %d)\n", isa.name,
                  c.sequences, c.width, c.positions, int(c.dtype));

@@ -14,7 +14,9 @@
 namespace ffn {
 namespace {
 
-constexpr std::int64_t kChunk = 256;  // positions of a head that one thread attends to at a time
+// Positions of a head that a thread attends to at a time: of short texts fewer, so that threads
+// share them out evenly.
+constexpr std::int64_t kChunk = 256, kShortChunk = 64, kShort = 8 * kShortChunk;
 constexpr std::int64_t kFewest = 8;   // tokens that share one reading of chosen neurons
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
@@ -189,7 +191,8 @@ class Attention {
           sharing_(layer.query_heads / layer.key_heads),
           lines_((layer.head + per_line(layer.dtype) - 1) / per_line(layer.dtype)),
           padded_(lines_ * per_line(layer.dtype)),
-          chunks_((call.positions + kChunk - 1) / kChunk) {
+          chunk_(call.positions <= kShort ? kShortChunk : kChunk),
+          chunks_((call.positions + chunk_ - 1) / chunk_) {
         const std::int64_t queries = c_.sequences * l_.query_heads;
         partial_ = sized(work().partial, queries * chunks_ * (padded_ + 2));
         const Batch batch{c_.q_BHW, nullptr, l_.dtype, queries, nullptr, 1};
@@ -203,23 +206,24 @@ class Attention {
     void run(int i) const {
         const std::int64_t chunk = i % chunks_, head = i / chunks_ % l_.key_heads;
         const std::int64_t b = i / chunks_ / l_.key_heads;
-        const std::int64_t begin = chunk * kChunk;
-        const int count = int(std::min(kChunk, c_.positions - begin));
+        const std::int64_t begin = chunk * chunk_;
+        const int count = int(std::min(chunk_, c_.positions - begin));
         thread_local std::vector<float> scores;
         scores.resize(std::size_t(count * sharing_));
-        const void* rows[kChunk + kAhead];
+        const void *rows[kChunk + kAhead], *values[kChunk + kAhead];
         list(c_.keys, b, head, begin, count, rows);
+        list(c_.values, b, head, begin, count, values);
+        fetch(rows, count);
+        fetch(values, count);
         const std::int64_t query = b * l_.query_heads + head * sharing_;
         kernels_.dot({rows, count, lines_}, queries_.data() + query, int(sharing_), scores.data());
-        float* sums[kMostSharing];
+        float *to[kMostSharing], *sums[kMostSharing];
         for (std::int64_t q = 0; q < sharing_; ++q) {
-            float* to = partial(query + q, chunk);
-            weigh(scores.data() + q, b, begin, count, to);
-            sums[q] = to + 2;
+            to[q] = partial(query + q, chunk), sums[q] = to[q] + 2;
             std::fill(sums[q], sums[q] + padded_, 0.0f);
         }
-        list(c_.values, b, head, begin, count, rows);
-        kernels_.add({rows, count, lines_}, scores.data(), sums, int(sharing_), 0, lines_);
+        weigh(scores.data(), b, begin, count, to);
+        kernels_.add({values, count, lines_}, scores.data(), sums, int(sharing_), 0, lines_);
     }
 
     // The chunks of every query together: x_BHW. Zeros where no position is allowed.
@@ -255,21 +259,38 @@ class Attention {
         std::fill(rows + count, rows + count + kAhead, rows[count - 1]);
     }
 
-    // Scores of one query, `sharing_` apart, become weights; the largest and the sum go to `to`.
-    void weigh(float* scores, std::int64_t b, std::int64_t begin, int count, float* to) const {
-        float most = kNever, sum = 0;
+    // All at once: what the kernels fetch as they go comes late in so few rows.
+    void fetch(const void* const* rows, int count) const {
+        for (int i = 0; i < count; ++i)
+            for (std::int64_t line = 0; line < lines_; ++line)
+                __builtin_prefetch(static_cast<const char*>(rows[i]) + line * kLine, 0, 2);
+    }
+
+    // Scores become weights; the largest and the sum of each query go to `to`. One step a loop, so
+    // that the long one, over all powers of e, is made vectors.
+    void weigh(float* scores, std::int64_t b, std::int64_t begin, int count, float* const* to) const {
+        float most[kMostSharing];
+        std::fill(most, most + sharing_, kNever);
+        float* score = scores;
         for (int i = 0; i < count; ++i) {
-            float& score = scores[i * sharing_];
             const float added = masked(b, begin + i);
-            score = added == kNever ? kNever : score * l_.scale + added;  // whatever the key is
-            most = std::max(most, score);
+            for (std::int64_t q = 0; q < sharing_; ++q, ++score) {
+                *score = added == kNever ? kNever : *score * l_.scale + added;  // whatever the key is
+                most[q] = std::max(most[q], *score);
+            }
         }
-        for (int i = 0; i < count; ++i) {
-            float& score = scores[i * sharing_];
-            score = score == kNever ? 0 : exponential(score - most);
-            sum += score;
+        score = scores;
+        for (std::int64_t q = 0; q < sharing_; ++q) to[q][0] = most[q], to[q][1] = 0;
+        for (int i = 0; i < count; ++i)
+            for (std::int64_t q = 0; q < sharing_; ++q, ++score)
+                *score = *score == kNever ? kNever : *score - most[q];
+        for (std::int64_t i = 0; i < count * sharing_; ++i) {
+            const float power = exponential(scores[i]);
+            scores[i] = scores[i] == kNever ? 0 : power;
         }
-        to[0] = most, to[1] = sum;
+        score = scores;
+        for (int i = 0; i < count; ++i)
+            for (std::int64_t q = 0; q < sharing_; ++q, ++score) to[q][1] += *score;
     }
 
     float masked(std::int64_t b, std::int64_t position) const {
@@ -286,7 +307,7 @@ class Attention {
     const DecoderLayer& l_;
     const NewToken& c_;
     const RowKernels& kernels_;
-    const std::int64_t sharing_, lines_, padded_, chunks_;
+    const std::int64_t sharing_, lines_, padded_, chunk_, chunks_;
     Inputs queries_;
     float* partial_;
 };
@@ -415,33 +436,41 @@ void run_stack(const DecoderLayer* const* layers, const Stack& call, const Isa& 
     std::byte* q = scratch.get(std::size_t(q_bytes + 2 * k_bytes + 2 * h_bytes));
     std::byte *k = q + q_bytes, *v = k + k_bytes, *h = v + k_bytes, *x = h + h_bytes;
     // Puts the new position of every head behind those in use.
-    const auto append = [&](const std::byte* made, void* cache) {
+    const auto append = [&](const std::byte* made, char* cache) {
         for (std::int64_t i = 0; i < sequences * first.key_heads; ++i) {
             const std::int64_t b = i / first.key_heads, of = i % first.key_heads;
             const std::int64_t at = b * call.sequence + of * call.head + call.used * call.position;
-            std::memcpy(static_cast<std::byte*>(cache) + at * size, made + i * head,
-                        std::size_t(head));
+            std::memcpy(cache + at * size, made + i * head, std::size_t(head));
         }
     };
-    const auto cached = [&](void* data) {
-        return Cached{static_cast<const char*>(data), call.sequence, call.head, call.position};
+    const auto cached = [&](const char* data) {
+        return Cached{data, call.sequence, call.head, call.position};
     };
     NewHeads heads{sequences, call.h_BD, call.cos_BW, call.sin_BW, call.positions, q, k, v};
     NewToken token{};
     token.sequences = sequences, token.positions = call.used + 1, token.q_BHW = q;
     token.mask = call.mask, token.x_BD = x;
     for (std::int64_t i = 0; i < call.layers; ++i) {
+        char* keys = call.keys_LBKSW + i * call.layer * size;
+        char* values = call.values_LBKSW + i * call.layer * size;
         new_heads(*layers[i], heads, isa, threads);
-        append(k, call.keys[i]);
-        append(v, call.values[i]);
+        append(k, keys);
+        append(v, values);
         token.h_BD = heads.h_BD;
-        token.keys = cached(call.keys[i]), token.values = cached(call.values[i]);
+        token.keys = cached(keys), token.values = cached(values);
         token.knob = float(call.knobs[i]);
         // h is read before it is written: each layer's may take the place of the one before.
         token.out_BD = i + 1 < call.layers ? h : call.out_BD;
         new_token(*layers[i], token, isa, threads);
         heads.h_BD = token.out_BD;
     }
+    if (!call.last.weight_D) return;
+    const std::int64_t numbers = sequences * first.width;
+    float* last = sized(work().h, numbers);
+    to_floats(call.out_BD, first.dtype, numbers, last);
+    for (std::int64_t b = 0; b < sequences; ++b)
+        normalize(call.last, last + b * first.width, first.width, last + b * first.width);
+    from_floats(last, numbers, first.dtype, call.out_BD);
 }
 
 }  // namespace ffn

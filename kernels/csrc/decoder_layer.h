@@ -86,11 +86,12 @@ struct Stack {
     const void* h_BD;
     const void *cos_BW, *sin_BW;
     std::int64_t positions;  // rows of these
-    void *const *keys, *const *values;      // BKSW of every layer
-    std::int64_t sequence, head, position;  // of all of them: from one to the next, in numbers
+    char *keys_LBKSW, *values_LBKSW;
+    std::int64_t layer, sequence, head, position;  // from one to the next, in numbers
     Masked mask;
     const double* knobs;
-    void* out_BD;
+    Norm last;     // behind the last layer
+    void* out_BD;  // written
 };
 
 void run_stack(const DecoderLayer* const* layers, const Stack& call, const Isa& isa, int threads);

@@ -270,12 +270,17 @@ Prepared<ffn::Router> read_router(Arguments from) {
     return made;
 }
 
+ffn::Norm read_norm(Arguments& from, DType dtype, const char* weight, const char* eps,
+                    const char* offset) {
+    const void* weight_D = from.tensor<const void>(weight);
+    return {weight_D, dtype, float(from.real(eps)), float(from.real(offset))};
+}
+
 Prepared<ffn::DecoderLayer> read_layer(Arguments from) {
     Prepared<ffn::DecoderLayer> made{};
     ffn::DecoderLayer& layer = made.what;
     const auto norm = [&](const char* weight, const char* eps, const char* offset) {
-        const void* weight_D = from.tensor<const void>(weight);
-        return ffn::Norm{weight_D, layer.dtype, float(from.real(eps)), float(from.real(offset))};
+        return read_norm(from, layer.dtype, weight, eps, offset);
     };
     layer.dtype = read_float(from, "dtype");
     layer.width = from.integer("width");
@@ -467,13 +472,15 @@ PyObject* run_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
         call.cos_BW = from.tensor<const void>("cos_BW");
         call.sin_BW = from.tensor<const void>("sin_BW");
         call.positions = from.integer("positions");
-        call.keys = from.tensor<void* const>("keys");
-        call.values = from.tensor<void* const>("values");
+        call.keys_LBKSW = from.tensor<char>("keys");
+        call.values_LBKSW = from.tensor<char>("values");
+        call.layer = from.integer("layer");
         call.sequence = from.integer("sequence");
         call.head = from.integer("head");
         call.position = from.integer("position");
         call.mask = read_masked(from);
         call.knobs = from.tensor<const double>("knobs");
+        call.last = read_norm(from, layers[0]->dtype, "last", "last_eps", "last_offset");
         call.out_BD = from.tensor<void>("out_BD");
         from.finish();
         unlocked([&] { ffn::run_stack(layers.data(), call, *isa, threads); });

@@ -81,7 +81,9 @@ void in_parallel(int threads, const Loop<Bodies>&... loops) {
     const auto run = [&](const auto& loop) {
         const auto one = [&](int i) { failure.guard([&] { loop.body(i); }); };
 #ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
+        // Many in a row to a thread at first, since one that goes on where it was need not wait for
+        // memory; one by one at the end, since a core may be shared.
+#pragma omp for schedule(guided, 1)
         for (int i = 0; i < loop.count; ++i) one(i);
 #else
         share_out(threads, loop.count, one);

@@ -292,7 +292,9 @@ def _seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> Seconds:
         attention_mask=torch.ones_like(ids_BT),
         streamer=clock,
         max_new_tokens=new,
-        min_new_tokens=new,
+        # No word ends the text. `min_new_tokens` would go through all words for every token.
+        eos_token_id=model.get_input_embeddings().num_embeddings,
+        pad_token_id=0,
         do_sample=False,
     )
     first, last = clock.moments[1], clock.moments[-1]

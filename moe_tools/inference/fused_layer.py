@@ -65,10 +65,13 @@ class Parts:
     places: tuple[tuple[dict[str, nn.Module | None], str], ...]
     """Of each: the modules beside it, and its name among them."""
     modules: list[nn.Module]
+    held: tuple[dict[str, Any], ...]
+    """By each of them: all of this is asked for every token, and nothing of it is in a cache."""
     hooks: tuple[Mapping[Any, Any], ...]
-    packed: tuple[tuple[PackedLinear, CpuLinear], ...]
-    norms: tuple[tuple[nn.Module, int], ...]
-    """With the address of the weight, which the kernels read where it lies."""
+    packed: tuple[tuple[dict[str, Any], CpuLinear], ...]
+    """What a linear holds, and what was packed of it."""
+    norms: tuple[tuple[dict[str, Any], int], ...]
+    """A norm's parameters, and the address of the weight, which the kernels read where it lies."""
 
     @classmethod
     def of(cls, layer: nn.Module, paths: Sequence[str], norms: Collection[str]) -> Parts:
@@ -81,9 +84,10 @@ class Parts:
         return cls(
             tuple((layer.get_submodule(parent)._modules, name) for parent, _, name in split),
             modules,
+            tuple(vars(module) for module in modules),
             tuple(hook for both in hooks for hook in both),
-            tuple((linear, linear.packed) for linear in linears),
-            tuple((norm, cast("Tensor", norm.weight).data_ptr()) for norm in found),
+            tuple((vars(linear), linear.packed) for linear in linears),
+            tuple((vars(norm)["_parameters"], _weight_of(norm)) for norm in found),
         )
 
     def with_those_of(self, others: Sequence[Parts]) -> Parts:
@@ -91,6 +95,7 @@ class Parts:
         return Parts(
             tuple(chain(self.places, *(parts.places for parts in others))),
             list(chain(self.modules, *(parts.modules for parts in others))),
+            tuple(chain(self.held, *(parts.held for parts in others))),
             tuple(chain(self.hooks, *(parts.hooks for parts in others))),
             tuple(chain(self.packed, *(parts.packed for parts in others))),
             tuple(chain(self.norms, *(parts.norms for parts in others))),
@@ -100,10 +105,10 @@ class Parts:
         """Whether all are in their places, and nobody listens to one of them."""
         if any(self.hooks) or [beside.get(name) for beside, name in self.places] != self.modules:
             return False
-        if any("forward" in module.__dict__ for module in self.modules):
+        if any("forward" in held for held in self.held):
             return False
-        return all(linear.packed is packed for linear, packed in self.packed) and all(
-            cast("Tensor", norm.weight).data_ptr() == address for norm, address in self.norms
+        return all(linear["packed"] is packed for linear, packed in self.packed) and all(
+            parameters["weight"].data_ptr() == address for parameters, address in self.norms
         )
 
 
@@ -337,6 +342,10 @@ def _appended(cache: Cache, index: int, k_BK1W: Tensor, v_BK1W: Tensor) -> tuple
     if type(cache) is DynamicCache and type(layer) is DynamicLayer and not cache.offloading:
         return append(layer, k_BK1W, v_BK1W)
     return cache.update(k_BK1W, v_BK1W, index)
+
+
+def _weight_of(norm: nn.Module) -> int:
+    return cast("Tensor", norm.weight).data_ptr()
 
 
 def _asks_for_gradients(layer: Any) -> bool:

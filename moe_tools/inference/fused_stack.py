@@ -1,9 +1,9 @@
 """Models whose layers are all fused compute a new token of all of them in one native call.
 
-The host's own loop over its layers stays: the first layer computes what all of them make, and the
-others hand on what they are given. That is right only inside the `forward` of a model that does
-nothing between its layers, so it holds there alone: of models whose code is that of a form below.
-What stands between two calls takes longer than a layer of a small model.
+That is right only inside the `forward` of a model that does nothing between its layers, so it
+holds there alone: of models whose code is that of a form below. What stands around the layers is
+done by `around_layers.py`, or by the host's own code. Its loop then stays: the first layer computes
+what all of them make, and the others hand on what they are given.
 
 Letters: B sequences, D width.
 """
@@ -19,17 +19,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
+from moe_tools.inference.around_layers import NORM, new_token
 from moe_tools.inference.fused_layer import FusedLayer, Parts, Step
-from moe_tools.inference.growing_cache import Room, room_in
+from moe_tools.inference.growing_cache import SharedRoom, shared_room
 from moe_tools.inference.in_front import InFront, put_in_front
-from moe_tools.inference.layer_forms import code_of
-from moe_tools.kernels.cpu.decoder_layer import CpuStack
+from moe_tools.inference.layer_forms import code_of, rms_norm
+from moe_tools.kernels.cpu.decoder_layer import CpuDecoderLayer, CpuStack, RMSNorm
 
 _MODELS = (
     modeling_llama.LlamaModel,
@@ -60,6 +61,8 @@ class Stack:
     layers: list[nn.Module]
     steps: tuple[Step, ...]
     parts: Parts
+    last: Parts | None
+    """The norm behind the layers, where `native` knows it."""
     now: _Now
 
     def is_of(self, model: nn.Module) -> bool:
@@ -81,59 +84,63 @@ class Stack:
             return None
         if h_B1D is self.now.h_B1D:
             return h_B1D
-        if layer is not self.layers[0] or not self.steps[0].fits(h_B1D, others):
+        if layer is not self.layers[0]:
             return None
-        self.now.h_B1D = self._computed(h_B1D, others)
+        self.now.h_B1D = self.computed(h_B1D, others)
         return self.now.h_B1D
 
-    def _computed(self, h_B1D: Tensor, others: Mapping[str, Any]) -> Tensor | None:
+    def behind_layers(self, h_B1D: Tensor, others: Mapping[str, Any]) -> tuple[Tensor, bool] | None:
+        """Computes h behind all layers, and whether it is normed, too; None as in `computed`."""
+        normed = self.last is not None and self.last.are_as_they_were()
+        made = self.computed(h_B1D, others, normed=normed)
+        return None if made is None else (made, normed)
+
+    def computed(
+        self, h_B1D: Tensor, others: Mapping[str, Any], *, normed: bool = False
+    ) -> Tensor | None:
+        """Computes h behind all layers; None: they compute one by one.
+
+        Args:
+            h_B1D: what enters the first layer.
+            others: what each is given besides.
+            normed: end with the norm behind them.
+        """
+        if not self.steps[0].fits(h_B1D, others):
+            return None
         knobs = [0.0 if step.chosen is None else step.chosen.knob() for step in self.steps]
         cache, mask = others["past_key_values"], others.get("attention_mask")
         if None in knobs or not self.parts.are_as_they_were():
             return None
-        rooms = self._rooms(cache, len(h_B1D))
-        if rooms is None:
-            return None
-        used = rooms[0].used
-        if mask is not None and mask.shape[-1] != used + 1:
+        room = self._room(cache, len(h_B1D))
+        if room is None or (mask is not None and mask.shape[-1] != room.used + 1):
             return None
         cos_B1W, sin_B1W = others["position_embeddings"]
         made = self.native(
             h_B1D.contiguous(),
             cos_B1W,
             sin_B1W,
-            [room.all_keys_BKSW for room in rooms],
-            [room.all_values_BKSW for room in rooms],
-            used,
+            room.all_2LBKSW,
+            room.used,
             mask,
             cast("list[float]", knobs),
+            normed=normed,
         )
-        for room, layer in zip(rooms, cache.layers, strict=False):
-            room.take(layer)
+        room.take(cache.layers[: len(self.steps)])
         return made
 
-    def _rooms(self, cache: Any, sequences: int) -> list[Room] | None:
-        """A free position in the cache of every layer; None where they are not alike."""
-        layers = cache.layers[: len(self.steps)]
-        if type(cache) is not DynamicCache or cache.offloading or len(layers) < len(self.steps):
+    def _room(self, cache: Any, sequences: int) -> SharedRoom | None:
+        """A free position in the cache of every layer; None where the kernels cannot write it."""
+        if type(cache) is not DynamicCache or cache.offloading:
             return None
-        if any(type(layer) is not DynamicLayer for layer in layers):
+        room = shared_room(cache, len(self.steps))
+        if room is None:
             return None
-        rooms = [room for layer in layers if (room := room_in(layer)) is not None]
-        if len(rooms) < len(layers):
-            return None
-        like, native = rooms[0], self.steps[0].native
-        dtype, sizes, used = native.dtype, native.attention, like.used
-        shape = (sequences, sizes.key_heads, like.all_keys_BKSW.shape[2], sizes.head)
-        alike = all(
-            room.used == used
-            and not room.keys_BKSW.requires_grad
-            and not room.values_BKSW.requires_grad
-            and room.all_keys_BKSW.shape == shape == room.all_values_BKSW.shape
-            and room.all_keys_BKSW.dtype == dtype == room.all_values_BKSW.dtype
-            for room in rooms
-        )
-        return rooms if alike else None
+        native = self.steps[0].native
+        shape = (sequences, native.attention.key_heads, native.attention.head)
+        _, _, batch, heads, _, head = room.all_2LBKSW.shape
+        fits = room.all_2LBKSW.dtype == native.dtype and (batch, heads, head) == shape
+        asked = torch.is_grad_enabled() and any(view.requires_grad for view in room.views)
+        return room if fits and not asked else None
 
 
 class FusedStack(InFront):
@@ -146,6 +153,9 @@ class FusedStack(InFront):
         stack = None if torch.compiler.is_compiling() or self.training else self._prepared()
         if stack is None or not stack.is_of(self):
             return super().forward(*args, **kwargs)
+        made = None if args else new_token(self, kwargs, stack.behind_layers)
+        if made is not None:
+            return made
         with _inside(stack.now):
             return super().forward(*args, **kwargs)
 
@@ -201,7 +211,17 @@ def _prepare(model: nn.Module) -> Stack | None:
         return None
     own = Parts.of(model, [f"layers.{index}" for index in range(len(layers))], [])
     parts = own.with_those_of([step.parts for step in found])
-    return Stack(CpuStack(natives), list(layers), tuple(found), parts, _Now())
+    last = _last(model, natives[0])
+    behind = None if last is None else Parts.of(model, [NORM], [NORM])
+    return Stack(CpuStack(natives, last), list(layers), tuple(found), parts, behind, _Now())
+
+
+def _last(model: nn.Module, native: CpuDecoderLayer) -> RMSNorm | None:
+    norm = model._modules.get(NORM)
+    found = None if norm is None else rms_norm(norm)
+    if found is None or found.weight_D.shape != (native.width,):
+        return None
+    return found if found.weight_D.dtype == native.dtype else None
 
 
 @functools.cache

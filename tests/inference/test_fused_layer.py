@@ -89,9 +89,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     together = CpuStack.__call__
 
-    def counting_all(self: CpuStack, *args: Any) -> Any:
+    def counting_all(self: CpuStack, *args: Any, **options: Any) -> Any:
         made.ffns += [NATIVE] * len(self.layers)
-        return together(self, *args)
+        return together(self, *args, **options)
 
     monkeypatch.setattr(CpuDecoderLayer, "new_token", counting)
     monkeypatch.setattr(CpuStack, "__call__", counting_all)

@@ -61,9 +61,9 @@ class Calls:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     made, together, alone = Calls(), CpuStack.__call__, CpuDecoderLayer.new_token
 
-    def all_layers(self: CpuStack, *args: Any) -> Any:
+    def all_layers(self: CpuStack, *args: Any, **options: Any) -> Any:
         made.all += 1
-        return together(self, *args)
+        return together(self, *args, **options)
 
     def one_layer(self: CpuDecoderLayer, *args: Any) -> Any:
         made.one += 1
@@ -598,7 +598,7 @@ def test_values_of_fewer_positions_are_computed_layer_by_layer(calls: Calls) -> 
     for layer in cache.layers:
         layer.values = layer.values[:, :, :1]
     stack = fast.model._prepared()
-    assert stack is not None and stack._rooms(cache, 2) is None
+    assert stack is not None and stack._room(cache, 2) is None
 
 
 def test_a_cache_of_another_dtype_is_the_hosts(calls: Calls) -> None:
@@ -633,7 +633,7 @@ def test_an_error_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
     cache, other = begun(fast), begun(model)
     before = numbers_in(cache)
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch, torch.no_grad():

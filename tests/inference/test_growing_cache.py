@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from moe_tools.inference.growing_cache import LEAST, append
+from moe_tools.inference.growing_cache import LEAST, append, shared_room
 
 HEADS, HEAD = 2, 3
 
@@ -187,3 +187,115 @@ def test_another_dtype_widens_as_it_did(dtype: torch.dtype) -> None:
     assert pair.ours.keys.dtype == pair.theirs.keys.dtype
     pair.append(2)
     pair.check()
+
+
+# --- layers that share their memory ---------------------------------------------------------------
+
+LAYERS = 3
+
+
+class CachePair:
+    """Our cache and transformers' own, and every view that was given out so far."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = DynamicCache(), DynamicCache()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.update(3)
+
+    def new(self, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        batch = len(self.theirs.layers[0].keys) if self.theirs.layers else 2  # type: ignore[arg-type]
+        return [tuple(torch.randn(2, batch, HEADS, tokens, HEAD)) for _ in range(LAYERS)]  # type: ignore[misc]
+
+    def append(self, tokens: int) -> None:
+        for _ in range(tokens):
+            made = self.new(1)
+            put(self.ours, made)
+            for index, (k, v) in enumerate(made):
+                self.theirs.update(k, v, index)
+
+    def update(self, tokens: int) -> None:
+        for index, (k, v) in enumerate(self.new(tokens)):
+            for cache in (self.ours, self.theirs):
+                cache.update(k, v, index)
+
+    def crop(self, tokens: int) -> None:
+        for cache in (self.ours, self.theirs):
+            cache.crop(-min(tokens, cache.get_seq_length() - 1))
+
+    def crop_one(self, _: int) -> None:
+        """Layers that are no longer alike are nobody's shared memory."""
+        for cache in (self.ours, self.theirs):
+            cache.layers[1].crop(-1)
+        assert self.theirs.get_seq_length() == 1 or shared_room(self.ours, LAYERS) is None
+        (k, v), *_ = self.new(1)
+        for cache in (self.ours, self.theirs):
+            cache.layers[1].update(k, v)
+
+    def repeat(self, _: int) -> None:
+        for cache in (self.ours, self.theirs):
+            cache.batch_repeat_interleave(2 if len(self.theirs.layers[0].keys) < 4 else 1)  # type: ignore[arg-type]
+
+    def deepcopy(self, _: int) -> None:
+        left, self.ours = self.ours, copy.deepcopy(self.ours)
+        put(left, self.new(1))
+
+    def copy(self, _: int) -> None:
+        """As whoever keeps a prompt's cache for the next text does."""
+        left, self.ours = self.ours, copy.copy(self.ours)
+        self.ours.layers = [copy.copy(layer) for layer in left.layers]
+        put(left, self.new(1))
+
+    def pickle(self, _: int) -> None:
+        self.ours = pickle.loads(pickle.dumps(self.ours))
+
+    def check(self) -> None:
+        for one, other in zip(self.ours.layers, self.theirs.layers, strict=True):
+            for name in ("keys", "values"):
+                ours = getattr(one, name)
+                assert torch.equal(ours, getattr(other, name))
+                self.seen.append((ours, ours.clone()))
+        assert all(torch.equal(view, before) for view, before in self.seen)
+
+
+def put(cache: DynamicCache, made: list[tuple[Tensor, Tensor]]) -> None:
+    """Writes a new position of every layer, as the kernels do."""
+    room = shared_room(cache, LAYERS)
+    assert room is not None
+    for index, (k, v) in enumerate(made):
+        room.all_2LBKSW[0, index, :, :, room.used] = k[:, :, 0]
+        room.all_2LBKSW[1, index, :, :, room.used] = v[:, :, 0]
+    room.take(cache.layers)
+
+
+SHARED = ("append", "update", "crop", "crop_one", "repeat", "deepcopy", "copy", "pickle")
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(SHARED) | st.just("append"),
+            st.integers(1, 4) | st.just(LEAST + 2),
+            st.booleans(),
+        ),
+        max_size=12,
+    )
+)
+def test_a_shared_room_holds_what_transformers_own_cache_holds(
+    calls: list[tuple[str, int, bool]],
+) -> None:
+    torch.manual_seed(0)
+    pair = CachePair()
+    for name, number, inference in calls:
+        inference = inference and name != "pickle"
+        with torch.inference_mode(inference), torch.no_grad():
+            getattr(pair, name)(number)
+            pair.check()
+
+
+def test_a_shared_room_is_written_in_place() -> None:
+    pair, places = CachePair(), set()
+    for _ in range(LEAST):
+        pair.append(1)
+        places.add(pair.ours.layers[0].keys.data_ptr())  # type: ignore[union-attr]
+    assert len(places) == 1
