@@ -26,16 +26,27 @@ def dense_ffn(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | None) -> Tens
 
 def _switch(h_TF: Tensor, mask_TE: Tensor, off_F: Tensor | None) -> None:
     """Sets h to off + mask (h - off), and to off where the mask is 0 and h is infinite or NaN."""
-    mask_TE = mask_TE.to(h_TF.dtype)
     if off_F is not None:
         h_TF.sub_(off_F)
+    switch = _keep if mask_TE.dtype == torch.bool else _weigh
     for h_TEN, mask_TE1 in _runs(h_TF, mask_TE):
-        h_TEN.mul_(mask_TE1)
-        # To fill takes several times as long as to multiply, and is hardly ever needed.
-        if not h_TEN.sum(dtype=torch.float32).isfinite():
-            h_TEN.masked_fill_(mask_TE1 == 0, 0.0)
+        switch(h_TEN, mask_TE1)
     if off_F is not None:
         h_TF.add_(off_F)
+
+
+def _keep(h_TEN: Tensor, mask_TE1: Tensor) -> None:
+    """All bits of h, or none: a twentieth of the time of `where`, which infinity and NaN would need."""
+    bits_TEN = h_TEN.view(torch.int32 if h_TEN.dtype == torch.float32 else torch.int16)
+    bits_TEN.bitwise_and_(mask_TE1.view(torch.int8).neg())
+
+
+def _weigh(h_TEN: Tensor, mask_TE1: Tensor) -> None:
+    mask_TE1 = mask_TE1.to(h_TEN.dtype)
+    h_TEN.mul_(mask_TE1)
+    # To fill takes several times as long as to multiply, and is hardly ever needed.
+    if not h_TEN.sum(dtype=torch.float32).isfinite():
+        h_TEN.masked_fill_(mask_TE1 == 0, 0.0)
 
 
 def _runs(h_TF: Tensor, mask_TE: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -142,7 +142,7 @@ float hidden(const Problem& p, int token, int neuron) {
         float z = p.biases.empty() ? 0 : p.biases[neuron * p.c.inputs + part];
         const float* row = &p.values[(neuron * (p.c.inputs + 1) + part) * p.padded];
         for (int d = 0; d < p.c.width; ++d) z += row[d] * p.seen[token * p.c.width + d];
-        if (!part) Activation{p.c.act, 0}(&z, 1, 0);
+        if (!part) kPortable.activate({p.c.act, 0}, &z, 1, 0);
         h *= z;
     }
     return h;
@@ -483,7 +483,7 @@ std::vector<float> slow_layer(const LayerProblem& p) {
     normalize(p, 4, x);
     if (p.c.neurons) {
         std::vector<float> up = multiplied(p, kUp, x), gate = multiplied(p, kGate, x);
-        Activation{p.c.act, 0}(p.c.gated ? gate.data() : up.data(), up.size(), 0);
+        kPortable.activate({p.c.act, 0}, p.c.gated ? gate.data() : up.data(), up.size(), 0);
         for (std::size_t i = 0; p.c.gated && i < up.size(); ++i) up[i] *= gate[i];
         y = multiplied(p, kDown, up);
         add(5);

@@ -187,6 +187,7 @@ class Attention {
     Attention(const DecoderLayer& layer, const NewToken& call, const Isa& isa)
         : l_(layer),
           c_(call),
+          isa_(isa),
           kernels_(kernels_for(isa, layer.dtype, layer.dtype)),
           sharing_(layer.query_heads / layer.key_heads),
           lines_((layer.head + per_line(layer.dtype) - 1) / per_line(layer.dtype)),
@@ -266,8 +267,7 @@ class Attention {
                 __builtin_prefetch(static_cast<const char*>(rows[i]) + line * kLine, 0, 2);
     }
 
-    // Scores become weights; the largest and the sum of each query go to `to`. One step a loop, so
-    // that the long one, over all powers of e, is made vectors.
+    // Scores become weights; the largest and the sum of each query go to `to`.
     void weigh(float* scores, std::int64_t b, std::int64_t begin, int count, float* const* to) const {
         float most[kMostSharing];
         std::fill(most, most + sharing_, kNever);
@@ -284,10 +284,7 @@ class Attention {
         for (int i = 0; i < count; ++i)
             for (std::int64_t q = 0; q < sharing_; ++q, ++score)
                 *score = *score == kNever ? kNever : *score - most[q];
-        for (std::int64_t i = 0; i < count * sharing_; ++i) {
-            const float power = exponential(scores[i]);
-            scores[i] = scores[i] == kNever ? 0 : power;
-        }
+        isa_.powers(scores, std::size_t(count * sharing_));
         score = scores;
         for (int i = 0; i < count; ++i)
             for (std::int64_t q = 0; q < sharing_; ++q, ++score) to[q][1] += *score;
@@ -306,6 +303,7 @@ class Attention {
 
     const DecoderLayer& l_;
     const NewToken& c_;
+    const Isa& isa_;
     const RowKernels& kernels_;
     const std::int64_t sharing_, lines_, padded_, chunk_, chunks_;
     Inputs queries_;

@@ -54,7 +54,7 @@ static inline float from_bits(std::uint32_t bits) {
     return value;
 }
 
-inline std::uint32_t to_bits(float value) {
+static inline std::uint32_t to_bits(float value) {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     return bits;

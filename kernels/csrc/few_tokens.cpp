@@ -43,6 +43,7 @@ class Job {
           chosen_(chosen),
           tokens_(int(batch.tokens)),
           padded_(weights.padded()),
+          isa_(isa),
           kernels_(kernels_for(isa, weights.dtype, batch.dtype)),
           screen_(isa.screen),
           whole_(!weights.screen.rows_FD && !gives_zeros(weights.acts[0].kind)) {}
@@ -127,7 +128,7 @@ class Job {
         for (int i = 0; i < hidden.count; ++i) {
             const std::int64_t n = chosen_.neurons[hidden.live[i]];
             float* z = hidden.z + i * tokens_;
-            w_.acts[part](z, std::size_t(tokens_), w_.bias(n, part));
+            isa_.activate(w_.acts[part], z, std::size_t(tokens_), w_.bias(n, part));
         }
         keep(hidden);
     }
@@ -245,6 +246,7 @@ class Job {
     const Chosen& chosen_;
     const int tokens_;
     const std::int64_t padded_;
+    const Isa& isa_;
     const RowKernels& kernels_;
     const Dot screen_;
     const bool whole_;  // no product can be left out

@@ -17,6 +17,7 @@ class HiddenPieces {
           gated_(gate != nullptr),
           act_(act),
           up_act_(up_act),
+          isa_(isa),
           neurons_(up.rows) {}
 
     int count() const { return up_.count(); }
@@ -31,10 +32,10 @@ class HiddenPieces {
         const auto count = std::size_t(end(piece) - begin(piece));
         for (std::int64_t t = 0; t < tokens; ++t) {
             float* h = h_TF + t * neurons_ + begin(piece);
-            (gated_ ? up_act_ : act_)(h, count, 0);
+            isa_.activate(gated_ ? up_act_ : act_, h, count, 0);
             if (!gated_) continue;
             float* g = g_TF + t * neurons_ + begin(piece);
-            act_(g, count, 0);
+            isa_.activate(act_, g, count, 0);
             for (std::size_t f = 0; f < count; ++f) h[f] *= g[f];
         }
     }
@@ -43,6 +44,7 @@ class HiddenPieces {
     const LinearPieces up_, gate_;
     const bool gated_;
     const Activation act_, up_act_;
+    const Isa& isa_;
     const std::int64_t neurons_;
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "dtype.h"
 #include "grouped_x.h"  // here, before any `target` pragma
 
@@ -30,18 +31,40 @@ using Dot = void (*)(const RowList& rows, const void* const* x, int tokens, floa
 using Add = void (*)(const RowList& rows, const float* h, float* const* y, int tokens,
                      std::int64_t begin, std::int64_t end);
 
+// y[token * stride + row] = row . x[token], of many tokens. Rows are computed in tiles: y has room
+// for whole ones, and what `data` holds behind `count` fills the last. `memory` has `tile_bytes`, on
+// a cache line.
+constexpr int kTileRows = 32;
+static_assert(kTileRows <= kAhead);
+using Tiles = void (*)(const RowList& rows, const void* const* x, int tokens, float* y,
+                       std::int64_t stride, std::byte* memory);
+
+// A byte for each number, and a float for each group.
+static inline constexpr std::int64_t tile_bytes(std::int64_t padded) {
+    return kTileRows * (padded + padded / kGroup * std::int64_t(sizeof(float)));
+}
+
 struct RowKernels {
     Dot dot;
     Add add;
-    Add add_rounded;  // faster, and rounds h to the format of x
-    DType x;          // in which format `dot` wants x; i8 is that of GroupedX
+    Add add_rounded;        // faster, and rounds h to the format of x
+    DType x;                // in which format `dot` and `tiles` want x; i8 is that of GroupedX
+    Tiles tiles = nullptr;  // null: `dot` serves many tokens, too
 };
+
+// z = act(z + bias)
+using Activate = void (*)(const Activation& act, float* z, std::size_t count, float bias);
+
+// x = e^x, exactly 0 where x is -infinity
+using Powers = void (*)(float* x, std::size_t count);
 
 struct Isa {
     const char* name;
     bool (*runs_here)();
     RowKernels of[kDTypes];  // by DType of the weights
     Dot screen;              // of rows of int8 without scales with floats
+    Activate activate;
+    Powers powers;
     const Isa* widened;  // for x in another format than `of` wants; may be itself
 };
 

@@ -21,6 +21,7 @@ bool runs_here() {
 FFN_TARGET_BEGIN("avx2,fma,f16c")
 #include "avx2.h"
 #include "rows.h"
+#include "acts.h"
 #include "grouped.h"
 
 namespace ffn {
@@ -31,6 +32,8 @@ extern const Isa kAvx2 = {
     {row_kernels<Avx2, float>(), row_kernels<Avx2, Bf16>(), row_kernels<Avx2, Half>(),
      int8_kernels<Avx2, Avx2>(), int4_kernels<Avx2, Avx2>()},
     dot<Avx2, std::int8_t>,
+    activate,
+    powers,
     &kAvx2,
 };
 

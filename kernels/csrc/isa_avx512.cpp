@@ -19,6 +19,7 @@ FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f")
 #include "avx2.h"
 #include "avx512.h"
 #include "rows.h"
+#include "acts.h"
 #include "grouped.h"
 
 namespace ffn {
@@ -29,6 +30,8 @@ extern const Isa kAvx512 = {
     {row_kernels<Avx512, float>(), row_kernels<Avx512, Bf16>(), row_kernels<Avx512, Half>(),
      int8_kernels<Avx512, Avx2>(), int4_kernels<Avx512, Avx2>()},
     dot<Avx512, std::int8_t>,
+    activate,
+    powers,
     &kAvx512,
 };
 

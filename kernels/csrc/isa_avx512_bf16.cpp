@@ -21,8 +21,10 @@ bool runs_here() {
 FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni")
 #include "avx512.h"
 #include "rows.h"
+#include "acts.h"
 #include "added.h"
 #include "grouped.h"
+#include "tiles.h"
 
 namespace ffn {
 namespace {
@@ -136,8 +138,10 @@ void add_rounded(const RowList& list, const float* h, float* const* y, int token
 }
 
 constexpr Add add_int8 = add_groups<AddInt8, Int8>, add_int4 = add_groups<AddInt4, Int4>;
-constexpr RowKernels kInt8 = {dot_grouped<Vnni, Int8Units<Vnni>>, add_int8, add_int8, DType::i8};
-constexpr RowKernels kInt4 = {dot_grouped<Vnni, Int4Units<Vnni>>, add_int4, add_int4, DType::i8};
+constexpr RowKernels kInt8 = {dot_grouped<Vnni, Int8Units<Vnni>>, add_int8, add_int8, DType::i8,
+                              tiles<Vnni, Int8Units<Vnni>>};
+constexpr RowKernels kInt4 = {dot_grouped<Vnni, Int4Units<Vnni>>, add_int4, add_int4, DType::i8,
+                              tiles<Vnni, Int4Units<Vnni>>};
 constexpr RowKernels kBf16Pairs = {dot<Avx512, Bf16, Bf16Pairs>, add<Avx512, Bf16>, add_rounded,
                                    DType::bf16};
 
@@ -149,6 +153,8 @@ extern const Isa kAvx512Bf16 = {
     {row_kernels<Avx512, float>(), kBf16Pairs, row_kernels<Avx512, Half>(),
      kInt8, kInt4},
     dot<Avx512, std::int8_t>,
+    activate,
+    powers,
     &kAvx512,
 };
 

@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include "rows.h"
+#include "acts.h"
 #include "grouped.h"
 
 namespace ffn {
@@ -102,6 +103,8 @@ extern const Isa kPortable = {
     {row_kernels<Portable, float>(), row_kernels<Portable, Bf16>(), row_kernels<Portable, Half>(),
      int8_kernels<Portable, Portable>(), int4_kernels<Portable, Portable>()},
     dot<Portable, std::int8_t>,
+    activate,
+    powers,
     &kPortable,
 };
 

@@ -11,8 +11,8 @@ namespace ffn {
 namespace {
 
 constexpr std::int64_t kTokens = 256;         // whose x is prepared at a time
-constexpr int kRows = 64;                     // that are multiplied at a time
-constexpr std::int64_t kFours = 4;            // rows are read four by four
+constexpr std::int64_t kTiled = 12;           // tokens, from which on tiles are faster
+constexpr int kRows = 2 * kTileRows;          // that are multiplied at a time
 constexpr std::int64_t kPieceBytes = 131072;  // of W that a thread takes at a time, at most
 
 void some_tokens(const Linear& weights, const Product& product, const Isa& isa, int threads) {
@@ -39,7 +39,7 @@ LinearPieces::LinearPieces(const Linear& weights, DType x, const Isa& isa, int t
     threads = useful_threads(threads, bytes);
     const std::int64_t rounds = bytes / (kPieceBytes * threads) + 1;
     const std::int64_t each = std::max<std::int64_t>(1, w_.rows / (rounds * threads));
-    rows_ = (each + kFours - 1) / kFours * kFours;
+    rows_ = (each + kTileRows - 1) / kTileRows * kTileRows;
     count_ = int((w_.rows + rows_ - 1) / rows_);
 }
 
@@ -47,16 +47,25 @@ void LinearPieces::run(int piece, const Inputs& x, std::int64_t tokens, void* y_
                        DType y) const {
     thread_local std::vector<float> z;
     z.resize(std::size_t(kRows * tokens));
+    const bool tiled = kernels_.tiles && tokens >= kTiled;
+    thread_local Scratch scratch;
+    std::byte* memory = tiled ? scratch.get(std::size_t(tile_bytes(w_.padded()))) : nullptr;
+    const std::int64_t of_row = tiled ? 1 : tokens, of_token = tiled ? kRows : 1;  // in z
     const void* list[kRows + kAhead];
     for (std::int64_t row = begin(piece); row < end(piece); row += kRows) {
         const int count = int(std::min<std::int64_t>(kRows, end(piece) - row));
         for (int i = 0; i < count + kAhead; ++i)
             list[i] = w_.rows_ND + std::min(row + i, w_.rows - 1) * bytes_;
-        kernels_.dot({list, count, w_.lines, w_.zero, true}, x.data(), int(tokens), z.data());
+        const RowList rows{list, count, w_.lines, w_.zero, true};
+        if (tiled)
+            kernels_.tiles(rows, x.data(), int(tokens), z.data(), kRows, memory);
+        else
+            kernels_.dot(rows, x.data(), int(tokens), z.data());
         for (std::int64_t t = 0; t < tokens; ++t) {
             float sums[kRows];
+            const float* z_t = z.data() + t * of_token;
             for (int i = 0; i < count; ++i)
-                sums[i] = z[std::size_t(i * tokens + t)] + (w_.bias_N ? w_.bias_N[row + i] : 0);
+                sums[i] = z_t[i * of_row] + (w_.bias_N ? w_.bias_N[row + i] : 0);
             const char* to = element(y_TN, y, t * w_.rows + row);
             from_floats(sums, count, y, const_cast<char*>(to));
         }

@@ -45,6 +45,7 @@ class Prompt {
         : w_(weights),
           batch_(batch),
           wanted_(wanted),
+          isa_(isa),
           kernels_(kernels_for(isa, weights.dtype, batch.dtype)) {}
 
     // The products to make, as a share of those of every token with every neuron.
@@ -128,7 +129,7 @@ class Prompt {
         for (int i = 0; i < piece.neurons; ++i) {
             const std::int64_t n = piece.neuron + i;
             float* z = work.z.data() + i * count;
-            w_.acts[part](z, count, w_.bias(n, part));
+            isa_.activate(w_.acts[part], z, count, w_.bias(n, part));
             ffn::multiply(piece.h.data() + i * count, z, count);
         }
         if (!w_.off_F) compact(piece, work.live);
@@ -212,9 +213,19 @@ class Prompt {
     const Weights& w_;
     const Batch& batch_;
     const Wanted& wanted_;
+    const Isa& isa_;
     const RowKernels& kernels_;
     Inputs x_;
 };
+
+// The share of pairs of a token and an expert that it wants: of the products, at least so many.
+double wanted_share(const Batch& batch) {
+    if (!batch.mask_TE) return 1;
+    const std::int64_t pairs = batch.tokens * batch.experts;
+    std::int64_t on = 0;
+    for (std::int64_t i = 0; i < pairs; ++i) on += batch.mask_TE[i] != 0;
+    return double(on) / double(pairs);
+}
 
 }  // namespace
 
@@ -223,6 +234,7 @@ std::int64_t many_tokens(const Weights& weights, const Batch& batch, const Isa& 
     thread_local Scratch scratch;
     thread_local Wanted wanted;
     thread_local std::vector<Chunk> chunks;
+    if (wanted_share(batch) > most) return -1;  // what is exact takes a millisecond to find
     wanted.find(batch, weights.neurons);
     Prompt prompt(weights, batch, isa, wanted);
     if (prompt.share() > most) return -1;

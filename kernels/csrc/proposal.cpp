@@ -10,7 +10,7 @@
 namespace ffn {
 namespace {
 
-constexpr std::int64_t kTokens = 64;  // at a time
+constexpr std::int64_t kTokens = 128;  // at a time
 
 void some_tokens(const Proposal& proposal, const void* x_TD, DType dtype, std::int64_t tokens,
                  float tau, std::uint8_t* mask_TF, const Isa& isa, int threads) {

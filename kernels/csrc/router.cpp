@@ -44,7 +44,9 @@ void choose(const Router& router, const void* x_TD, DType dtype, std::int64_t to
     for (std::int64_t t = 0; t < tokens; ++t) {
         float* z = scores.data() + t * experts;
         for (std::int64_t e = 0; e < experts; ++e)
-            z[e] = 1 / (1 + exponential(-(z[e] + (router.bias_E ? router.bias_E[e] : 0))));
+            z[e] = -(z[e] + (router.bias_E ? router.bias_E[e] : 0));
+        isa.powers(z, std::size_t(experts));
+        for (std::int64_t e = 0; e < experts; ++e) z[e] = 1 / (1 + z[e]);
         if (router.by_rank)
             highest(z, experts, std::int64_t(knob), mask_TE + t * experts);
         else
