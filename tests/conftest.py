@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Else DeepSpeed, once transformers imports it, says on standard output that it found no GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Limits of a machine would choose other ways on another one.
+os.environ["MOE_TOOLS_LIMITS"] = "built-in"
 # Triton reads it when it is first imported, by whomever: its kernels then run on CPU tensors.
 os.environ["TRITON_INTERPRET"] = "1"
 

@@ -36,7 +36,7 @@ def _switch(h_TF: Tensor, mask_TE: Tensor, off_F: Tensor | None) -> None:
 
 
 def _keep(h_TEN: Tensor, mask_TE1: Tensor) -> None:
-    """All bits of h, or none: a twentieth of the time of `where`, which infinity and NaN would need."""
+    """All bits of h, or none, whatever it is: a twentieth of the time of `where`."""
     bits_TEN = h_TEN.view(torch.int32 if h_TEN.dtype == torch.float32 else torch.int16)
     bits_TEN.bitwise_and_(mask_TE1.view(torch.int8).neg())
 

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.cpu.memory import allocate
-from moe_tools.kernels.cpu.rows import BITS, Order, line_count, read_rows, row_bytes, write_rows
+from moe_tools.kernels.cpu.rows import (
+    BITS,
+    Order,
+    line_count,
+    read_rows,
+    row_bytes,
+    rows_as,
+    write_rows,
+)
 from moe_tools.kernels.weights import FFNWeights
 
 
@@ -42,18 +50,29 @@ class PackedRows:
         """The cache lines that hold the numbers of a row."""
         return line_count(self.width, self.dtype)
 
+    def of(self, neurons: slice) -> PackedRows:
+        """Returns some neurons, without what belongs to the output."""
+        biases_FP, off_F = (
+            None if one is None else one[neurons] for one in (self.biases_FP, self.off_F)
+        )
+        return replace(
+            self,
+            bytes_FPB=self.bytes_FPB[neurons],
+            biases_FP=biases_FP,
+            off_F=off_F,
+            bias_D=None,
+            down_D=None,
+        )
+
     def stored_FD(self, part: int) -> Tensor:
         """Returns a view of the numbers of a part; where there is none, only the shape."""
         if self.dtype in BITS:
             return torch.empty(len(self.bytes_FPB), self.width, device="meta")
-        return self._numbers_FD(part)
+        return read_rows(self.bytes_FPB[:, part], self.width, self.dtype)
 
     def matrix_FD(self, part: int, dtype: torch.dtype) -> Tensor:
         """Returns the weights of a part as `dtype`: a view if they are stored so."""
-        return self._numbers_FD(part).to(dtype)
-
-    def _numbers_FD(self, part: int) -> Tensor:
-        return read_rows(self.bytes_FPB[:, part], self.width, self.dtype, self._order(part))
+        return rows_as(self.bytes_FPB[:, part], self.width, self.dtype, dtype, self._order(part))
 
     def write(self, part: int, matrix_FD: Tensor) -> None:
         """Stores the weights of a part."""

@@ -6,7 +6,7 @@ neuron: its rows of gate (if any), up and down; B bytes of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,9 @@ from moe_tools.kernels.cpu.rows import BITS, DTYPES
 from moe_tools.kernels.cpu.screen import Screen
 from moe_tools.kernels.few_bits import group_int8
 from moe_tools.kernels.weights import FFNWeights
+
+AT_ONCE = 1024
+"""Neurons whose codes are made floats at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +66,11 @@ class StoredFFN:
             up_act=self.up_act,
             off_F=self.rows.off_F,
         )
+
+    def weights_as(self, dtype: torch.dtype) -> FFNWeights:
+        """Returns the FFN with its numbers as floats."""
+        made = self.weights(lambda part: self.rows.matrix_FD(part, dtype))
+        return made.changed(lambda rows_FD: rows_FD, lambda bias: bias.to(dtype))
 
     def prepare(self) -> object:
         """Returns a handle of the compiled module, which holds addresses and keeps no tensor."""
@@ -107,8 +115,12 @@ class Kernel:
         """Computes y_TD, in the dtype of x, from arguments that fit."""
         if mask_TE is not None and mask_TE.dtype != torch.bool:
             return self._dense(x_TD, mask_TE)
+        return self.run(x_TD, mask_TE, self._limits(x_TD))
+
+    def run(self, x_TD: Tensor, mask_TE: Tensor | None, limits: Limits) -> Tensor:
+        """Computes y_TD in the way that some limits choose; the mask is of booleans."""
         y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-        read = self._call(x_TD, mask_TE, y_TD, self._limits(x_TD))
+        read = self._call(x_TD, mask_TE, y_TD, limits)
         return self._dense(x_TD, mask_TE) if read < 0 else y_TD
 
     def rows_read(self, x_TD: Tensor, mask_TE: Tensor | None) -> int:
@@ -141,13 +153,40 @@ class Kernel:
 
     def _dense(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         with torch.no_grad():
-            x_TD = group_int8(x_TD) if self.stored.rows.dtype in BITS else x_TD
+            if self.stored.rows.dtype in BITS:
+                return self._dense_in_slices(group_int8(x_TD), mask_TE)
             return dense_ffn(self._in(x_TD.dtype), x_TD, mask_TE)
+
+    def _dense_in_slices(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+        """Makes floats of some neurons at a time: they stay in the last cache. Sums are in fp32."""
+        rows = self.stored.rows
+        y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
+        experts = 1 if mask_TE is None else mask_TE.shape[-1]
+        for some, neurons in _slices(len(rows.bytes_FPB), experts):
+            own_TE = None if mask_TE is None else mask_TE[..., some]
+            weights = replace(self.stored, rows=rows.of(neurons)).weights_as(x_TD.dtype)
+            y_TD += dense_ffn(weights, x_TD, own_TE)
+        return (y_TD if rows.bias_D is None else y_TD + rows.bias_D).to(x_TD.dtype)
 
     def _in(self, dtype: torch.dtype) -> FFNWeights:
         """Returns the weights as `dtype`: the original ones, if they have it."""
         if self.original is not None and self.original.up_FD.dtype == dtype:
             return self.original
-        rows = self.stored.rows
-        made = self.stored.weights(lambda part: rows.matrix_FD(part, dtype))
-        return made.changed(lambda rows_FD: rows_FD, lambda bias: bias.to(dtype))
+        return self.stored.weights_as(dtype)
+
+
+def _slices(neurons: int, experts: int) -> Iterator[tuple[slice, slice]]:
+    """Yields whole experts and their neurons, about `AT_ONCE` at a time.
+
+    The first F mod E experts have a neuron more, so that in each slice, too, the longer come first.
+    """
+    if experts == 1:
+        for begin in range(0, neurons, AT_ONCE):
+            yield slice(0, 1), slice(begin, min(begin + AT_ONCE, neurons))
+        return
+    size, longer = divmod(neurons, experts)
+    step = max(1, AT_ONCE // max(size, 1))
+    for first in range(0, experts, step):
+        last = min(first + step, experts)
+        begin, end = (one * size + min(one, longer) for one in (first, last))
+        yield slice(first, last), slice(begin, end)

@@ -60,11 +60,11 @@ static inline std::uint32_t to_bits(float value) {
     return bits;
 }
 
-inline float to_float(float value) { return value; }
-inline float to_float(std::int8_t value) { return value; }
+static inline float to_float(float value) { return value; }
+static inline float to_float(std::int8_t value) { return value; }
 static inline float to_float(Bf16 value) { return from_bits(std::uint32_t{value.bits} << 16); }
 
-inline float to_float(Half value) {
+static inline float to_float(Half value) {
     const std::uint32_t sign = std::uint32_t(value.bits & 0x8000) << 16;
     const std::uint32_t rest = std::uint32_t(value.bits & 0x7fff) << 13;
     if (rest >= 0x7c00u << 13) return from_bits(sign | rest | 0x7f800000);  // infinity, NaN
@@ -73,16 +73,16 @@ inline float to_float(Half value) {
 }
 
 // All of them round to nearest, ties to even.
-inline void from_float(float value, float& out) { out = value; }
+static inline void from_float(float value, float& out) { out = value; }
 
-inline void from_float(float value, Bf16& out) {
+static inline void from_float(float value, Bf16& out) {
     const std::uint32_t bits = to_bits(value);
     const bool nan = (bits & 0x7fffffff) > 0x7f800000;
     const std::uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
     out.bits = nan ? 0x7fc0 : std::uint16_t(rounded >> 16);
 }
 
-inline void from_float(float value, Half& out) {
+static inline void from_float(float value, Half& out) {
     const std::uint32_t bits = to_bits(value), size = bits & 0x7fffffff;
     std::uint32_t half;
     if (size > 0x7f800000) {

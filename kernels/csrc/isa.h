@@ -58,6 +58,17 @@ using Activate = void (*)(const Activation& act, float* z, std::size_t count, fl
 // x = e^x, exactly 0 where x is -infinity
 using Powers = void (*)(float* x, std::size_t count);
 
+// A row in groups.
+struct RowFormat {
+    DType dtype;  // i8 or i4
+    std::int64_t width, lines;
+    float zero;  // of int4: the code that stands for 0
+    bool added;  // of int4: in the order of a row of W_down
+};
+
+// Writes the numbers of a row in a format of floats.
+using ReadRow = void (*)(const std::byte* row, const RowFormat& format, DType dtype, void* to);
+
 struct Isa {
     const char* name;
     bool (*runs_here)();
@@ -65,6 +76,7 @@ struct Isa {
     Dot screen;              // of rows of int8 without scales with floats
     Activate activate;
     Powers powers;
+    ReadRow read_row;
     const Isa* widened;  // for x in another format than `of` wants; may be itself
 };
 

@@ -23,6 +23,7 @@ FFN_TARGET_BEGIN("avx2,fma,f16c")
 #include "rows.h"
 #include "acts.h"
 #include "grouped.h"
+#include "read_row.h"
 
 namespace ffn {
 
@@ -34,6 +35,7 @@ extern const Isa kAvx2 = {
     dot<Avx2, std::int8_t>,
     activate,
     powers,
+    read_row<Avx2>,
     &kAvx2,
 };
 

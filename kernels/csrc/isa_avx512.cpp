@@ -21,6 +21,7 @@ FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f")
 #include "rows.h"
 #include "acts.h"
 #include "grouped.h"
+#include "read_row.h"
 
 namespace ffn {
 
@@ -32,6 +33,7 @@ extern const Isa kAvx512 = {
     dot<Avx512, std::int8_t>,
     activate,
     powers,
+    read_row<Avx512>,
     &kAvx512,
 };
 

@@ -24,6 +24,7 @@ FFN_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16,avx512vnni"
 #include "acts.h"
 #include "added.h"
 #include "grouped.h"
+#include "read_row.h"
 #include "tiles.h"
 
 namespace ffn {
@@ -155,6 +156,7 @@ extern const Isa kAvx512Bf16 = {
     dot<Avx512, std::int8_t>,
     activate,
     powers,
+    read_row<Avx512>,
     &kAvx512,
 };
 

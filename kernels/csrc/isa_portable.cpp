@@ -4,6 +4,7 @@
 #include "rows.h"
 #include "acts.h"
 #include "grouped.h"
+#include "read_row.h"
 
 namespace ffn {
 namespace {
@@ -105,6 +106,7 @@ extern const Isa kPortable = {
     dot<Portable, std::int8_t>,
     activate,
     powers,
+    read_row<Portable>,
     &kPortable,
 };
 

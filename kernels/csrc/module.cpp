@@ -19,6 +19,7 @@
 #include "decoder_layer.h"
 #include "linear.h"
 #include "proposal.h"
+#include "read_rows.h"
 #include "router.h"
 #include "sparse_ffn.h"
 
@@ -488,6 +489,29 @@ PyObject* run_stack(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
     });
 }
 
+PyObject* read_rows(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+    return guarded([&]() -> PyObject* {
+        if (count != 0) return PyErr_Format(PyExc_TypeError, "give names only");
+        Arguments from(args, names);
+        const int threads = int(from.integer("threads"));
+        ffn::Reading reading{};
+        reading.rows = from.tensor<const std::byte>("rows");
+        reading.stride = from.integer("stride");
+        reading.count = from.integer("count");
+        reading.format.dtype = from.code<ffn::DType>("stored", ffn::kDTypes);
+        reading.format.width = from.integer("width");
+        reading.format.lines = from.integer("lines");
+        reading.format.zero = float(from.real("zero"));
+        reading.format.added = from.code<int>("added", 2) != 0;
+        reading.dtype = read_float(from, "dtype");
+        reading.to = from.tensor<void>("to");
+        const Isa* isa = read_isa(from);
+        from.finish();
+        unlocked([&] { ffn::read_rows(reading, *isa, threads); });
+        Py_RETURN_NONE;
+    });
+}
+
 PyObject* isas(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     for (const Isa* isa : ffn::kIsas) {
@@ -535,6 +559,8 @@ PyMethodDef methods[] = {
      "Writes what a layer makes of new tokens, given keys and values."},
     {"run_stack", with_names(run_stack), kByNames,
      "Writes what layers make of new tokens, one behind the other, and appends to their caches."},
+    {"read_rows", with_names(read_rows), kByNames,
+     "Writes rows of int8 or int4 as floats."},
     {"prepare_router", with_names(prepare<ffn::Router, read_router>), kByNames,
      "The handle of a router whose linear and bias the caller keeps."},
     {"choose", with_names(write_mask<ffn::Router, ffn::choose>), kByNames,

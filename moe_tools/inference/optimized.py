@@ -27,6 +27,8 @@ from moe_tools.inference.fuse_layers import fuse_layers
 from moe_tools.inference.fused_stack import fuse_stack
 from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
 from moe_tools.inference.state import free_matrices, widen_router
+from moe_tools.kernels.cpu.measured_limits import use_measured
+from moe_tools.kernels.cpu.packed import CpuFFN
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.sparse_ffn import Backend, pack
@@ -143,6 +145,7 @@ def optimize(
     if native:
         fuse_layers(model, dense)
         fuse_stack(model)
+        use_measured(_dtypes(model))
     _fold_head(model)
     return model.requires_grad_(False)
 
@@ -241,6 +244,14 @@ def _put(model: nn.Module, ffn: ExpertFFN | FFN, packed: PackedFFN) -> PackableF
     module.packed = packed
     graft(model, ffn, module)
     return module
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Those of FFNs that the native kernels hold, where x is in bf16."""
+    packed = [module.packed for module in model.modules() if isinstance(module, PackableFFN)]
+    found = {one.kernel.stored.rows.dtype for one in packed if isinstance(one, CpuFFN)}
+    in_bf16 = any(one.dtype == torch.bfloat16 for one in model.parameters())
+    return found if in_bf16 else set()
 
 
 def _fold_head(model: nn.Module) -> None:

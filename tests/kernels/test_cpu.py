@@ -21,7 +21,7 @@ from moe_tools.kernels.cpu.native import isas
 from moe_tools.kernels.cpu.packed import CpuFFN
 from moe_tools.kernels.cpu.rows import DTYPES
 from moe_tools.kernels.few_bits import group_int8
-from moe_tools.kernels.quantize import QUANTIZED, rounded
+from moe_tools.kernels.quantize import INT4, QUANTIZED, rounded
 from moe_tools.kernels.reference import neuron_mask, sparse_ffn_reference
 from moe_tools.kernels.weights import FFNWeights
 
@@ -312,13 +312,14 @@ def test_tokens_and_what_they_want_decide_what_is_dense(
 
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 @pytest.mark.parametrize("x", DTYPES[:3], ids=str)
-def test_only_bf16_has_matrix_products_that_are_faster(
-    weights: torch.dtype, x: torch.dtype
-) -> None:
-    for tokens in (1, 16, 17, 512):
+def test_only_products_of_bf16_are_faster(weights: torch.dtype, x: torch.dtype) -> None:
+    """Of many tokens with codes, too, which are made bf16 for that."""
+    for tokens in (1, 16, 17, 65, 512):
         limits = limits_for(weights, x, tokens, 2048)
         assert limits.few == 8 and limits.most_few == 1.0
-        assert (limits.most_many < 1.0) == (weights == x == torch.bfloat16 and tokens > 16)
+        from_on = 64 if weights in (torch.int8, INT4) else 16
+        known = weights in (torch.bfloat16, torch.int8, INT4) and x == torch.bfloat16
+        assert (limits.most_many < 1.0) == (known and tokens > from_on)
 
 
 @pytest.mark.parametrize("method", ["__call__", "rows_read"])
