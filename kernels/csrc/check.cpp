@@ -13,6 +13,7 @@
 
 #include "decoder_layer.h"
 #include "failing_new.h"
+#include "columns.h"
 #include "linear.h"
 #include "proposal.h"
 #include "router.h"
@@ -220,6 +221,31 @@ void check_linear(const Problem& p, const Isa& isa) {
             if (std::abs(y[t * rows + n] - expected) <= 1e-4f * (1 + std::abs(expected))) continue;
             std::fprintf(stderr, "%s: a linear gives %g, should be %g (T %d, D %d, dtype %d)\n",
                          isa.name, y[t * rows + n], expected, p.c.tokens, p.c.width,
+                         int(p.c.dtype));
+            std::exit(1);
+        }
+}
+
+// The rows of down as the columns of a linear, which meet an x that is zero in every third place.
+void check_columns(const Problem& p, const Isa& isa) {
+    const std::int64_t apart = p.c.inputs + 1, columns = p.c.neurons;
+    const std::vector<std::byte> packed = rows_of(p, p.c.inputs);
+    const Columns weights{packed.data(), data(p.down), columns, p.c.width, p.lines, p.c.dtype};
+    std::vector<float> x(std::size_t(p.c.tokens * columns)), y(std::size_t(p.c.tokens * p.c.width));
+    for (std::size_t i = 0; i < x.size(); ++i) x[i] = i % 3 ? p.x[i % p.x.size()] : 0;
+    ffn::columns(weights, {x.data(), y.data(), DType::f32, p.c.tokens}, isa, p.c.threads);
+    for (std::int64_t t = 0; t < p.c.tokens; ++t)
+        for (std::int64_t n = 0; n < p.c.width; ++n) {
+            float expected = p.down.empty() ? 0 : p.down[n], size = 1;
+            for (std::int64_t d = 0; d < columns; ++d) {
+                const float part = p.values[((d + 1) * apart - 1) * p.padded + n] * x[t * columns + d];
+                expected += part, size += std::abs(part);
+            }
+            // int4: x times a scale is rounded to bf16
+            const float allowed = p.c.dtype == DType::i4 ? 4e-3f : 1e-4f;
+            if (std::abs(y[t * p.c.width + n] - expected) <= allowed * size) continue;
+            std::fprintf(stderr, "%s: columns give %g, should be %g (T %d, D %d, dtype %d)\n",
+                         isa.name, y[t * p.c.width + n], expected, p.c.tokens, int(columns),
                          int(p.c.dtype));
             std::exit(1);
         }
@@ -676,6 +702,7 @@ void check_all(unsigned seed, int cases) {
             if (isa->runs_here()) {
                 compare(problem, *isa, fast(problem, *isa));
                 check_linear(problem, *isa);
+                check_columns(problem, *isa);
                 check_proposal(problem, *isa);
                 check_router(problem, *isa);
             }

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "columns.h"
 #include "decoder_layer.h"
 #include "linear.h"
 #include "proposal.h"
@@ -48,6 +49,8 @@ template <>
 constexpr const char* kName<Weights> = "moe_tools.ffn";
 template <>
 constexpr const char* kName<ffn::Linear> = "moe_tools.linear";
+template <>
+constexpr const char* kName<ffn::Columns> = "moe_tools.columns";
 template <>
 constexpr const char* kName<ffn::Proposal> = "moe_tools.proposal";
 template <>
@@ -241,6 +244,19 @@ Prepared<ffn::Linear> read_linear(Arguments from) {
     return made;
 }
 
+Prepared<ffn::Columns> read_columns(Arguments from) {
+    Prepared<ffn::Columns> made{};
+    made.what.columns_DN = from.tensor<const std::byte>("columns_DB");
+    made.what.bias_N = from.tensor<const float>("bias_N");
+    made.what.columns = from.integer("columns");
+    made.what.rows = from.integer("rows");
+    made.what.lines = from.integer("lines");
+    made.what.dtype = from.code<DType>("dtype", ffn::kDTypes);
+    made.isa = read_isa(from);
+    from.finish();
+    return made;
+}
+
 // The caller keeps the linears of what follows. A linear that has to be there:
 const Prepared<ffn::Linear>& read_needed(Arguments& from, const char* name) {
     const auto* found = from.prepared<ffn::Linear>(name);
@@ -352,9 +368,11 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* name
     });
 }
 
-PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
+// Writes y = x W^T + b, from rows or columns of W.
+template <class Weight, void (*multiply)(const Weight&, const ffn::Product&, const Isa&, int)>
+PyObject* write_product(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     return guarded([&]() -> PyObject* {
-        const auto& made = first<ffn::Linear>(args, count, "linear");
+        const auto& made = first<Weight>(args, count, "weight");
         Arguments from(args + 1, names);
         const int threads = int(from.integer("threads"));
         ffn::Product product{};
@@ -363,7 +381,7 @@ PyObject* multiply(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject*
         product.tokens = from.integer("tokens");
         product.y_TN = from.tensor<void>("y_TN");
         from.finish();
-        unlocked([&] { ffn::linear(made.what, product, *made.isa, threads); });
+        unlocked([&] { multiply(made.what, product, *made.isa, threads); });
         Py_RETURN_NONE;
     });
 }
@@ -550,7 +568,12 @@ PyMethodDef methods[] = {
      "Writes y; the number of rows read, or -1 if the tokens want more than the limits."},
     {"prepare_linear", with_names(prepare<ffn::Linear, read_linear>), kByNames,
      "The handle of a linear whose tensors the caller keeps."},
-    {"multiply", with_names(multiply), kByNames, "Writes y = x W^T + b."},
+    {"multiply", with_names(write_product<ffn::Linear, ffn::linear>), kByNames,
+     "Writes y = x W^T + b."},
+    {"prepare_columns", with_names(prepare<ffn::Columns, read_columns>), kByNames,
+     "The handle of the columns of a linear whose tensors the caller keeps."},
+    {"multiply_columns", with_names(write_product<ffn::Columns, ffn::columns>), kByNames,
+     "Writes y = x W^T + b, and reads no column that meets zeros only."},
     {"prepare_layer", with_names(prepare<ffn::DecoderLayer, read_layer>), kByNames,
      "The handle of a decoder layer whose linears and norms the caller keeps."},
     {"new_heads", with_names(new_heads), kByNames,

@@ -77,13 +77,15 @@ void multiply_tokens(const Lanes (&lanes)[kBlocks], std::int64_t padded, float z
         __m512i part[kBlocks][T];
         for (auto& block : part)
             for (__m512i& one : block) one = _mm512_setzero_si512();
-        for (std::int64_t q = g * kQuads; q < (g + 1) * kQuads; ++q) {
+#pragma GCC unroll 8
+        for (int q = 0; q < kQuads; ++q) {
             __m512i w[kBlocks];
             for (int b = 0; b < kBlocks; ++b)
-                w[b] = _mm512_loadu_si512(lanes[b].codes + q * kLine);
+                w[b] = _mm512_loadu_si512(lanes[b].codes + (g * kQuads + q) * kLine);
             for (int t = 0; t < T; ++t) {
                 std::int32_t four;
-                std::memcpy(&four, static_cast<const char*>(x[t]) + 4 * q, sizeof four);
+                const char* from = static_cast<const char*>(x[t]) + g * kGroup;
+                std::memcpy(&four, from + 4 * q, sizeof four);
                 const __m512i x_t = _mm512_set1_epi32(four);
                 for (int b = 0; b < kBlocks; ++b)
                     part[b][t] = _mm512_dpbusd_epi32(part[b][t], w[b], x_t);

@@ -185,7 +185,7 @@ def _packable(
 def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
     """Returns why an FFN stays as it is; None when it can be packed."""
     if any(threshold_of(linear) is not None for linear in ffn.projections.linears()):
-        return "its inputs have thresholds, which no kernel runs"
+        return "its inputs have thresholds, which kernels of experts do not know"
     if isinstance(ffn, FFN):
         if not gives_zeros(ffn.act):
             return f"dense, and {type(ffn.act).__name__} gives no exact zeros"

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moe_tools.experts.routers import Router
+from moe_tools.hosts.input_threshold import threshold_of
+from moe_tools.kernels.cpu.columns import CpuColumns
 from moe_tools.kernels.cpu.linear import CpuLinear, own_rows
 from moe_tools.kernels.cpu.rows import FLOATS
 from moe_tools.kernels.quantize import INT4
@@ -71,13 +73,47 @@ class PackedLinear(nn.Linear):
             self.weight = nn.Parameter(self.weight.detach().to("meta"), requires_grad=False)
 
 
+class ColumnLinear(nn.Linear):
+    """A linear whose inputs have a threshold: what meets a zero of x is not read.
+
+    It is the host's own module of another class: name, hooks and parameters stay, and `weight` is a
+    view of what the kernels read. It has no gradients.
+    """
+
+    columns: CpuColumns
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Computes y_TN, in the dtype of x.
+
+        Raises:
+            ValueError: a gradient is asked for.
+        """
+        if x_TD.requires_grad and torch.is_grad_enabled():
+            raise ValueError("a packed linear has no gradients: call it under torch.no_grad()")
+        return self.columns(x_TD)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what the kernels read: the weight says it as well."""
+        return {name: value for name, value in self.__dict__.items() if name != "columns"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Packs the weight anew."""
+        nn.Module.__setstate__(self, state)
+        self.pack()
+
+    def pack(self) -> None:
+        """Lets the kernels read the columns; whoever shares the weight goes with it."""
+        self.columns = CpuColumns(self.weight, self.bias, self.weight.dtype)
+        self.weight.data = self.columns.weight_ND()
+
+
 def pack_linears(
     model: nn.Module, kind: Kind | None = None, besides: Collection[nn.Module] = ()
 ) -> None:
     """Packs the plain linears of a model in place, but for routers and the modules `besides`.
 
     In their own dtype those are packed whose rows fill whole cache lines, as in every model that is
-    not tiny. With a kind one warning says which linears stay and why: a subclass of nn.Linear, a
+    not tiny; of those whose inputs have a threshold (TEAL) the columns. With a kind one warning says which linears stay and why: a subclass of nn.Linear, a
     Conv1D, or one that is quantized already.
 
     Args:
@@ -101,7 +137,12 @@ def pack_linears(
             reasons[reason] += 1
     if kind is None:
         for linear in found.values():
-            if _is_own(linear):
+            if not _is_own(linear):
+                continue
+            if _is_sparse(linear):
+                linear.__class__ = ColumnLinear
+                cast(ColumnLinear, linear).pack()
+            else:
                 _pack(linear, linear.weight.dtype)
         return
     why = "; ".join(f"{reason} ({count} linears)" for reason, count in reasons.items())
@@ -130,6 +171,12 @@ def can_pack(model: nn.Module) -> bool:
 def _is_own(linear: nn.Linear) -> bool:
     """Whether the kernels read a linear in its own dtype, in the place of its weight."""
     return own_rows(linear.weight) and bool(native_cpu())
+
+
+def _is_sparse(linear: nn.Linear) -> bool:
+    """Whether a threshold makes zeros of x; one that is turned back afterwards has none."""
+    threshold = threshold_of(linear)
+    return threshold is not None and threshold.rotation is None
 
 
 def _pack(linear: nn.Linear, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from moe_tools.experts.conversion import Conversion, attach_experts, read_conver
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.hosts.input_threshold import MOST, thresholds_in
 from moe_tools.inference.optimized import optimize
-from moe_tools.inference.packed_linear import PackedLinear
+from moe_tools.inference.packed_linear import ColumnLinear, PackedLinear
 from moe_tools.measure.inputs import count_inputs
 from moe_tools.recipe import Attach, Lora, Split, Swap, Threshold, Train
 from moe_tools.steps.step import Work
@@ -444,19 +444,48 @@ def test_a_share_out_of_range_is_refused(sparsity: float) -> None:
         Threshold(0.5, rotate=True, sites="hidden").check()
 
 
-def test_linears_keep_their_thresholds_on_packed_rows() -> None:
-    model = made(hidden_act="relu")
+@pytest.mark.parametrize("where", ["ffn", "all"])
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_linears_keep_their_thresholds_on_packed_columns(where: Any, act: str) -> None:
+    model = made(step=replace(HALF, where=where), hidden_act=act)
     dropped, expected = thresholds_in(model).keys(), logits(model)
-    fast = optimize(model)
+    fast = optimize(copy.deepcopy(model))
     assert dropped and thresholds_in(fast).keys() == dropped
-    assert type(fast.model.layers[0].mlp.up_proj) is PackedLinear
+    layer = fast.model.layers[0]
+    assert type(layer.mlp.up_proj) is ColumnLinear
+    assert type(layer.self_attn.q_proj) is (ColumnLinear if where == "all" else PackedLinear)
     torch.testing.assert_close(logits(fast), expected, atol=2e-5, rtol=1e-5)
+    ids = text(2, 6)
+    made_ids = [one.generate(ids, max_new_tokens=9, do_sample=False) for one in (model, fast)]
+    assert torch.equal(*made_ids)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(fast.state_dict()[name], tensor)
+
+
+def test_columns_survive_a_copy_a_pickle_and_a_cast() -> None:
+    fast = optimize(made(step=replace(HALF, where="all")))
+    expected = logits(fast)
+    again = pickle.loads(pickle.dumps(fast))
+    for one in (again, copy.deepcopy(fast)):
+        assert type(one.model.layers[0].mlp.up_proj) is ColumnLinear
+        assert torch.equal(logits(one), expected)
+    with torch.no_grad():  # one by one, as a new token is computed
+        one, cast = (each.model.layers[0].mlp for each in (fast, again.bfloat16()))
+        x_TD = torch.randn(1, one.up_proj.in_features)
+        torch.testing.assert_close(cast(x_TD.bfloat16()).float(), one(x_TD), atol=3e-2, rtol=3e-2)
+
+
+def test_what_is_turned_back_has_no_zeros_to_skip() -> None:
+    fast = optimize(made(step=replace(HALF, where="all", rotate=True)))
+    assert type(fast.model.layers[0].self_attn.q_proj) is PackedLinear
 
 
 def test_no_kernel_takes_an_ffn_with_thresholds() -> None:
     routed = chosen()
     given_to(replace(HALF, sites="hidden"), routed)
-    with pytest.raises(ValueError, match="inputs have thresholds, which no kernel runs"):
+    with pytest.raises(
+        ValueError, match="inputs have thresholds, which kernels of experts do not know"
+    ):
         optimize(routed)
 
 
