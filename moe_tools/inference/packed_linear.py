@@ -113,8 +113,9 @@ def pack_linears(
     """Packs the plain linears of a model in place, but for routers and the modules `besides`.
 
     In their own dtype those are packed whose rows fill whole cache lines, as in every model that is
-    not tiny; of those whose inputs have a threshold (TEAL) the columns. With a kind one warning says which linears stay and why: a subclass of nn.Linear, a
-    Conv1D, or one that is quantized already.
+    not tiny; of those whose inputs have a threshold (TEAL) the columns. With a kind one warning
+    says which linears stay and why: a subclass of nn.Linear, a Conv1D, or one that is quantized
+    already.
 
     Args:
         model: on the CPU.
