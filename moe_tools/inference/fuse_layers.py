@@ -76,7 +76,7 @@ def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: Step) -> bool:
     drawn = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=drawn)
+        return torch.randn(shape, generator=drawn, dtype=torch.float32)
 
     sizes = step.native.attention
     h_B1D, angles = random(2, 1, sizes.q.width), random(2, 1, sizes.head // 2)
@@ -84,7 +84,8 @@ def _is_the_hosts(layer: nn.Module, host: type[nn.Module], step: Step) -> bool:
     cached = [random(2, sizes.key_heads, 5, sizes.head) for _ in range(2)]
     on = torch.tensor([[[[False, True, True, True, False, True]]]] * 2)
     # in numbers, which every attention adds; "eager" would add a bool as 1
-    masked = torch.zeros(on.shape).masked_fill(~on, torch.finfo(torch.float32).min)
+    none = torch.zeros(on.shape, dtype=torch.float32)
+    masked = none.masked_fill(~on, torch.finfo(torch.float32).min)
     ffn = layer.get_submodule(layer_forms.FFN)
     with _passing(ffn) if step.native.ffn is None else nullcontext():
         for mask in (None, masked):

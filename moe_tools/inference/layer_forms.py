@@ -156,7 +156,7 @@ def rms_norm(module: nn.Module) -> RMSNorm | None:
     if not weight.is_cpu or weight.dtype not in NEAR:
         return None
     drawn = torch.Generator().manual_seed(0)
-    x_D = torch.randn(len(weight), generator=drawn)
+    x_D = torch.randn(len(weight), generator=drawn, dtype=torch.float32)
     for offset in (0.0, 1.0):
         norm = RMSNorm(weight, eps, offset)
         if all(_computes(module, norm, (size * x_D).to(weight.dtype)) for size in (1, 30, 1e-3)):

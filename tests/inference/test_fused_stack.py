@@ -169,6 +169,18 @@ def test_which_models_are_not_stacked(
     assert calls.during(lambda: stepped(fast)) == (0, LAYERS * STEPS)
 
 
+def test_another_default_dtype_changes_nothing(calls: Calls) -> None:
+    """As of a model that is made in bf16: the proof is in fp32 all the same."""
+    model = make()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        fast = optimize(copy.deepcopy(model))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert calls.during(lambda: stepped(fast)) == (STEPS, 0)
+    assert_same_steps(fast, model)
+
+
 @pytest.mark.parametrize(
     "conversion",
     [THRESHOLD, Conversion("donor", 8, "sigmoid", {"kind": "topk", "k": 3})],
