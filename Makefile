@@ -72,7 +72,7 @@ bench: $(STAMP) ## time an FFN, its kernels, a model that generates, a training 
 	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32 --packed-dtype bf16 int8 int4
 	$(BIN)/moe-tools bench kernels --shape llama2-7b --dtype bf16 --expert-size 32 --batch 4 16 512
 	$(BIN)/moe-tools bench generate --shape d2048 --dtype bf16 --expert-size 32 --packed-dtype int4 --linears int4 $(AGAINST)
-	$(BIN)/moe-tools bench generate --shape d2048 --dtype bf16 --expert-size 32 --packed-dtype int8 --linears int8
+	$(BIN)/moe-tools bench generate --shape d2048 --dtype bf16 --expert-size 32 --packed-dtype int8 --linears int8 $(AGAINST)
 	[ ! -d demo/prox ] || $(BIN)/moe-tools bench generate demo/prox --dtype bf16 --packed-dtype int4 --linears int4 $(AGAINST)
 	$(BIN)/moe-tools bench train --dtype bf16
 	$(BIN)/moe-tools bench clustering

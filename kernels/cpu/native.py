@@ -34,22 +34,25 @@ def isas() -> list[str]:
     Raises:
         ValueError: as `extension`.
     """
-    names: list[str] = extension().isas()
-    return names
+    return list(_places())
 
 
 def isa_index(isa: str | None) -> int:
-    """Returns the place of an instruction set among `isas()`; None is the fastest.
+    """Returns the place of an instruction set among all; None is the fastest that runs.
 
     Raises:
         ValueError: this CPU does not run it, or as `extension`.
     """
-    known = isas()
-    if isa is None:
-        return len(known) - 1
-    if isa not in known:
-        raise ValueError(f"unknown instruction set {isa!r}; this CPU runs: {', '.join(known)}")
-    return known.index(isa)
+    places = _places()
+    isa = list(places)[-1] if isa is None else isa
+    if isa not in places:
+        raise ValueError(f"unknown instruction set {isa!r}; this CPU runs: {', '.join(places)}")
+    return places[isa]
+
+
+def _places() -> dict[str, int]:
+    places: dict[str, int] = extension().isas()
+    return places
 
 
 def address(tensor: Tensor | None) -> int:

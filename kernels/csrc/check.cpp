@@ -13,6 +13,7 @@
 
 #include "decoder_layer.h"
 #include "failing_new.h"
+#include "agrees.h"
 #include "columns.h"
 #include "linear.h"
 #include "proposal.h"
@@ -738,6 +739,20 @@ void fail_each(const Call& call, const Compare& compare) {
     }
 }
 
+// Sets that run here agree; one that takes rows of int4 for rows of int8 does not.
+void check_agrees() {
+    for (const Isa* isa : kIsas)
+        if (isa->runs_here() && !agrees(*isa, kPortable)) {
+            std::fprintf(stderr, "%s differs from %s\n", isa->name, kPortable.name);
+            std::exit(1);
+        }
+    Isa wrong = kPortable;
+    wrong.of[int(DType::i4)] = kPortable.of[int(DType::i8)];
+    if (!agrees(wrong, kPortable)) return;
+    std::fprintf(stderr, "a wrong instruction set agrees\n");
+    std::exit(1);
+}
+
 void check_without_memory(int tokens, int threads) {
     const bool screened = tokens < 4;
     const Case c{tokens,     31,        65,   9,    2,        threads, 4,
@@ -759,6 +774,7 @@ void check_layer_without_memory(int neurons, int threads) {
 }  // namespace
 
 int main() {
+    check_agrees();
     check_all(0, 60);
     std::thread beside(check_all, 1, 30);
     check_all(2, 30);

@@ -83,14 +83,21 @@ struct Isa {
 extern const Isa kPortable;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define FFN_X86 1
-extern const Isa kAvx2, kAvx512, kAvx512Bf16;
+extern const Isa kAvx2, kAvxVnni, kAvx512, kAvx512Bf16;
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#define FFN_ARM 1
+extern const Isa kDotprod;
 #endif
 
-// From the plainest to the fastest.
+// From the plainest to the fastest; a CPU may lack one and have what comes behind it.
 inline constexpr const Isa* kIsas[] = {
     &kPortable,
 #ifdef FFN_X86
-    &kAvx2, &kAvx512, &kAvx512Bf16,
+    &kAvx2, &kAvxVnni, &kAvx512, &kAvx512Bf16,
+#endif
+#ifdef FFN_ARM
+    &kDotprod,
 #endif
 };
 

@@ -531,14 +531,15 @@ PyObject* read_rows(PyObject*, PyObject* const* args, Py_ssize_t count, PyObject
 }
 
 PyObject* isas(PyObject*, PyObject*) {
-    PyObject* names = PyList_New(0);
-    for (const Isa* isa : ffn::kIsas) {
-        if (!names || !isa->runs_here()) break;  // each one needs those before it
-        PyObject* name = PyUnicode_FromString(isa->name);
-        if (!name || PyList_Append(names, name) < 0) Py_CLEAR(names);
-        Py_XDECREF(name);
+    PyObject* places = PyDict_New();
+    for (int i = 0; places && i < int(std::size(ffn::kIsas)); ++i) {
+        if (!ffn::kIsas[i]->runs_here()) continue;
+        PyObject* place = PyLong_FromLong(i);
+        if (!place || PyDict_SetItemString(places, ffn::kIsas[i]->name, place) < 0)
+            Py_CLEAR(places);
+        Py_XDECREF(place);
     }
-    return names;
+    return places;
 }
 
 PyObject* advise_huge_pages(PyObject*, PyObject* args) {
@@ -592,7 +593,7 @@ PyMethodDef methods[] = {
      "The handle of proposals whose linears and norms the caller keeps."},
     {"propose", with_names(write_mask<ffn::Proposal, ffn::propose>), kByNames,
      "Writes the mask of the neurons whose score is above tau."},
-    {"isas", isas, METH_NOARGS, "Instruction sets that run here, the fastest last."},
+    {"isas", isas, METH_NOARGS, "The names of instruction sets that run here, the fastest last, and their places."},
     {"advise_huge_pages", advise_huge_pages, METH_VARARGS, "Asks for huge pages; may be ignored."},
     {nullptr, nullptr, 0, nullptr},
 };
