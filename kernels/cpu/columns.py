@@ -18,6 +18,7 @@ from moe_tools.kernels.cpu.native import address, extension, isa_index
 from moe_tools.kernels.cpu.rows import (
     BITS,
     DTYPES,
+    as_floats,
     check_x,
     line_count,
     row_bytes,
@@ -54,8 +55,7 @@ class CpuColumns:
         rows, columns = weight_ND.shape
         columns_DB = allocate((columns, row_bytes(rows, dtype))).zero_()
         write_rows(columns_DB, weight_ND.detach().T, dtype, "added")
-        bias_N = None if bias_N is None else bias_N.detach().float().contiguous()
-        self._hold(columns_DB, bias_N, rows, dtype, isa)
+        self._hold(columns_DB, as_floats(bias_N), rows, dtype, isa)
 
     def _hold(self, *stored: Any) -> None:
         """Prepares the kernel; `stored` is what a pickle keeps."""

@@ -2,8 +2,8 @@
 
 Few tokens share every row that one of them wants (what takes the time is reading); of many, only
 those that want a row are multiplied with it (what takes the time is arithmetic). Where the ways
-cross is measured once on every machine (`measured_limits.py`); until then tables of Zen 5 with two
-threads are in force (LOG.md).
+cross is measured once on every machine (`inference/measured_limits.py`); until then tables of Zen 5
+with two threads are in force (LOG.md).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from moe_tools.kernels.cpu.rows import (
     DTYPES,
     FLOATS,
     NAMES,
+    as_floats,
     check_x,
     line_count,
     read_rows,
@@ -64,7 +65,7 @@ class CpuLinear:
         rows, width = weight_ND.shape
         rows_NB = allocate((rows, row_bytes(width, dtype))).zero_()
         write_rows(rows_NB, weight_ND.detach(), dtype)
-        self._hold(rows_NB, _as_floats(bias_N), width, dtype, 0.0, isa)
+        self._hold(rows_NB, as_floats(bias_N), width, dtype, 0.0, isa)
 
     def _hold(self, *stored: Any) -> None:
         """Prepares the kernel; `stored` is what a pickle keeps."""
@@ -95,7 +96,7 @@ class CpuLinear:
         rows, width = few.codes_FD.shape
         rows_NB = allocate((rows, row_bytes(width, INT4))).zero_()
         write_codes(rows_NB, few, INT4)
-        made._hold(rows_NB, _as_floats(bias_N), width, INT4, few.offset, isa)
+        made._hold(rows_NB, as_floats(bias_N), width, INT4, few.offset, isa)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -141,10 +142,6 @@ class CpuLinear:
     def weight_ND(self, rows: slice = slice(None)) -> Tensor:
         """Returns some rows in fp32, or a view where they are stored as floats."""
         return read_rows(self.rows_NB[rows], self.width, self.dtype, offset=self.offset)
-
-
-def _as_floats(bias_N: Tensor | None) -> Tensor | None:
-    return None if bias_N is None else bias_N.detach().float().contiguous()
 
 
 def _unpickled(rows_NB: Tensor, *others: Any) -> CpuLinear:

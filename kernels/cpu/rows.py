@@ -58,6 +58,11 @@ def row_bytes(width: int, dtype: torch.dtype) -> int:
     return scale_bytes(width, dtype) + line_count(width, dtype) * LINE
 
 
+def as_floats(bias_N: Tensor | None) -> Tensor | None:
+    """Returns a bias as the kernels read it."""
+    return None if bias_N is None else bias_N.detach().float().contiguous()
+
+
 def check_x(x_TD: Tensor, width: int, what: str) -> None:
     """Checks what meets rows of some width.
 

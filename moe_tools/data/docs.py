@@ -14,15 +14,14 @@ import gc
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
+from moe_tools.cached import cache_file, write_cache
 from moe_tools.data.holdout import TextSplit, is_held_out, normalise
 from moe_tools.data.progress import progress
 from moe_tools.data.wheels import python_files
@@ -181,10 +180,7 @@ def _check(split: TextSplit, body: str) -> None:
 
 
 def _cache_file(split: TextSplit) -> Path:
-    """In `$XDG_CACHE_HOME/moe_tools`; its standard says to ignore a relative path."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    base = base if base.is_absolute() else Path("~/.cache").expanduser()
-    return base / "moe_tools" / f"docs-{TEXT[split][:16]}-{split}.jsonl"
+    return cache_file(f"docs-{TEXT[split][:16]}-{split}.jsonl")
 
 
 def _read_cache(split: TextSplit) -> list[str] | None:
@@ -199,17 +195,8 @@ def _read_cache(split: TextSplit) -> list[str] | None:
 
 
 def _write_cache(split: TextSplit, body: str) -> None:
-    """Complete or not there at all."""
-    path = _cache_file(split)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with open(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(body)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_cache(_cache_file(split), body)
     except OSError as error:
         logger.warning("cannot cache the docs corpus, the next run reads it again: %s", error)
 

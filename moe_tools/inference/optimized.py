@@ -25,9 +25,9 @@ from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.inference.fuse_layers import fuse_layers
 from moe_tools.inference.fused_stack import fuse_stack
+from moe_tools.inference.measured_limits import use_measured
 from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
 from moe_tools.inference.state import free_matrices, widen_router
-from moe_tools.kernels.cpu.measured_limits import use_measured
 from moe_tools.kernels.cpu.packed import CpuFFN
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import INT4

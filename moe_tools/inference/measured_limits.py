@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_tools.cached import cache_file, write_cache
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.cpu import limits
 from moe_tools.kernels.cpu.limits import BUILT_IN, TOKENS, Limits, Table
@@ -31,7 +31,7 @@ from moe_tools.kernels.weights import FFNWeights
 
 _log = logging.getLogger(__name__)
 
-VARIABLE = "MOE_TOOLS_LIMITS"
+VARIABLE, FILE = "MOE_TOOLS_LIMITS", "limits.json"
 NEURONS, TOGETHER = 2048, 4
 """Of the FFN that is timed, and of its experts: the kernels read four neurons together."""
 SHARE = 0.5
@@ -112,17 +112,10 @@ def _table(written: Any) -> Table:
     return Table(narrow, wide)  # type: ignore[arg-type]
 
 
-def _file() -> Path:
-    """In `$XDG_CACHE_HOME/moe_tools`; its standard says to ignore a relative path."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    base = base if base.is_absolute() else Path("~/.cache").expanduser()
-    return base / "moe_tools" / "limits.json"
-
-
 def _read() -> dict[str, Any]:
     """What `_write` wrote, and can be read; the rest is measured again."""
     with suppress(OSError, ValueError):
-        found = json.loads(_file().read_text(encoding="utf-8"))
+        found = json.loads(cache_file(FILE).read_text(encoding="utf-8"))
         known = {}
         for key, written in found.items() if isinstance(found, dict) else ():
             with suppress(ValueError, TypeError, KeyError):
@@ -132,12 +125,6 @@ def _read() -> dict[str, Any]:
 
 
 def _write(known: dict[str, Any]) -> None:
-    """Whole or not at all; where nothing can be written, the next process measures again."""
-    file = _file()
+    """Where nothing can be written, the next process measures again."""
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, delete=False, encoding="utf-8"
-        ) as made:
-            json.dump(known, made, indent=1)
-        Path(made.name).replace(file)
+        write_cache(cache_file(FILE), json.dumps(known, indent=1))

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from moe_tools.bench.generate import threads
-from moe_tools.kernels.cpu import limits, measured_limits
+from moe_tools.inference import measured_limits
+from moe_tools.inference.measured_limits import VARIABLE, measure, use_measured
+from moe_tools.kernels.cpu import limits
 from moe_tools.kernels.cpu.limits import BUILT_IN, Table, limits_for
-from moe_tools.kernels.cpu.measured_limits import VARIABLE, measure, use_measured
 from moe_tools.kernels.quantize import INT4
 
 BF16 = torch.bfloat16
