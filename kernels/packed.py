@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_tools.kernels.few_bits import group_int8
 from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.scores import Scores
 from moe_tools.kernels.weights import FFNWeights
 
 
@@ -34,8 +35,15 @@ class PackedFFN(ABC):
         """Returns the FFN itself: it never changes, and its numbers are most of a model."""
         return self
 
-    def __call__(self, x_TD: Tensor, mask_TE: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x_TD: Tensor, mask_TE: Tensor | None = None, residual_TD: Tensor | None = None
+    ) -> Tensor:
         """Computes y_TD, in the dtype of x; without a mask every neuron may run.
+
+        Args:
+            x_TD: any leading dimensions.
+            mask_TE: which experts run.
+            residual_TD: is added to y.
 
         Raises:
             ValueError: shapes that do not fit, or a gradient is asked for.
@@ -45,7 +53,24 @@ class PackedFFN(ABC):
             raise ValueError(
                 "a packed FFN has no gradients: call it under torch.no_grad(), or use sparse_ffn"
             )
-        return self._run(x_TD, mask_TE)
+        return self._run_onto(x_TD, mask_TE, residual_TD)
+
+    def takes(self, x_TD: Tensor, scores: Scores) -> bool:
+        """Whether `scored` can compute this, and is expected to be the fastest way."""
+        return False
+
+    def scored(self, x_TD: Tensor, scores: Scores, residual_TD: Tensor | None = None) -> Tensor:
+        """Computes y_TD of the experts that `scores` select, where `takes` says so.
+
+        Raises:
+            ValueError: it does not.
+        """
+        raise ValueError(f"backend {self.backend!r} takes a mask, no scores")
+
+    def _run_onto(self, x_TD: Tensor, mask_TE: Tensor | None, residual_TD: Tensor | None) -> Tensor:
+        """Computes y_TD and adds the residual, if there is one."""
+        y_TD = self._run(x_TD, mask_TE)
+        return y_TD if residual_TD is None else residual_TD + y_TD
 
     @abstractmethod
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:

@@ -54,7 +54,8 @@ def sparse_ffn(
     Differentiable in every floating input, the mask included; backend "cpu" is not, and refuses.
     A native backend wants its weights packed: pack once with `pack` and call the result;
     `backend="cpu"` packs for this one call. `backend="triton"` takes weights as they are, where
-    each row is contiguous, and is never chosen by auto.
+    each row is contiguous. On a GPU auto takes it where `triton.limits` expects it to be faster, at
+    half of the neurons a token; never for a mask that learns, whose gradient is another there.
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or one that cannot run this or has
@@ -69,9 +70,18 @@ def sparse_ffn(
                 "or backend 'reference'"
             )
         return pack(weights, backend=backend)(x_TD, mask_TE)
-    if backend == "triton":
-        return _triton(weights).sparse_ffn_triton(weights, x_TD, mask_TE)
+    if backend == "triton" or (backend == "auto" and _pays_on_gpu(weights, x_TD, mask_TE)):
+        y_TD: Tensor = triton_kernels("ffn").sparse_ffn_triton(weights, x_TD, mask_TE)
+        return y_TD
     return sparse_ffn_reference(weights, x_TD, mask_TE)
+
+
+def _pays_on_gpu(weights: FFNWeights, x_TD: Tensor, mask_TE: Tensor | None) -> bool:
+    if not on_gpu(x_TD) or (mask_TE is not None and mask_TE.requires_grad):
+        return False
+    if triton_kernels("ffn").unsupported(weights, x_TD, mask_TE):
+        return False
+    return bool(triton_kernels("packed").pays(weights, x_TD))
 
 
 def pack(
@@ -81,6 +91,7 @@ def pack(
     backend: Backend = "auto",
     sole: bool = False,
     screen: float | None = None,
+    share: float | None = None,
 ) -> PackedFFN:
     """Copies the weights into the form that a backend reads: packed(x_TD, mask_TE) is y_TD.
 
@@ -91,26 +102,36 @@ def pack(
     Args:
         weights: of one FFN.
         dtype: in which they are stored, theirs by default; int8 and int4 have a scale for each 32
-            of a row (Triton's int8 one a row), and x is rounded to int8 in such groups, too.
+            of a row, and x is rounded to int8 in such groups, too (not on Triton).
         backend: auto takes the fastest that can run this, and goes through matrix products where
             those are faster. A named backend runs whatever the speed.
         sole: let go of `weights`, so that whoever owns them can free them: matrix products, too,
             then read the copy. Only the reference keeps what already has its dtype.
         screen: of backend cpu, see `CpuFFN`: a copy of the gate in int8 leaves out what cannot
             fire, with a margin in standard deviations, or `inf`. The others need none.
+        share: of its neurons that one token wants, on a GPU, where nobody can count them in time:
+            it says for how many tokens the kernels pay (`TritonFFN`).
 
     Raises:
         ValueError: an unknown backend, one that cannot run this, or int8 and int4 where auto finds
             no kernel that reads them.
     """
     dtype = dtype or weights.up_FD.dtype
-    if _known(backend) == "auto":
+    if _known(backend) == "auto" and on_gpu(weights.up_FD):
+        triton = triton_kernels("packed")
+        if (why_not := triton.cannot_store(weights, dtype)) is None:
+            packed: PackedFFN = triton.TritonFFN(weights, dtype, or_dense=True, share=share)
+            return packed
+        if dtype in QUANTIZED:
+            raise ValueError(why_not)
+        _left_to_pytorch(why_not)
+    elif backend == "auto":
         why_not = unsupported(weights, dtype)
         if dtype in QUANTIZED and (why := why_not or _missing()):
             raise ValueError(
                 f"no kernel reads {dtype} here, and PyTorch would only round, without saving "
-                "memory: take fp32, bf16 or fp16, on a GPU backend='triton' for int8, or "
-                f"backend='reference' to round on purpose ({why})"
+                "memory: take fp32, bf16 or fp16, or backend='reference' to round on purpose "
+                f"({why})"
             )
         if why_not is None and (isa := native_cpu()):
             announce(isa)
@@ -118,7 +139,8 @@ def pack(
     if backend == "cpu":
         return CpuFFN(weights, dtype, or_dense=False, screen=screen)
     if backend == "triton":
-        return _triton(weights).TritonFFN(weights, dtype)
+        stored: PackedFFN = triton_kernels("packed").TritonFFN(weights, dtype, share=share)
+        return stored
     return ReferenceFFN(rounded(weights, dtype), integers=dtype in QUANTIZED)
 
 
@@ -150,23 +172,36 @@ def announce(isa: str) -> None:
     _log.info("sparse_ffn runs on native CPU kernels, %s", isa)
 
 
+@functools.cache
+def _left_to_pytorch(why: str) -> None:
+    """Logs once why a GPU runs an FFN without our kernels."""
+    _log.warning("sparse_ffn runs on PyTorch alone: %s", why)
+
+
 def backends() -> list[str]:
     """Returns the backends of `sparse_ffn` that run here, the fastest first, without `auto`."""
-    missing = {"cpu": not native_cpu(), "triton": not _has_gpu_and_triton()}
+    missing = {
+        "cpu": not native_cpu(),
+        "triton": not (torch.cuda.is_available() and _has_triton()),
+    }
     return [name for name in get_args(Backend)[1:] if not missing.get(name)]
 
 
-def _has_gpu_and_triton() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is where the Triton kernels run; the log says once if only Triton lacks."""
+    if not tensor.is_cuda:
+        return False
+    if not _has_triton():
+        _left_to_pytorch("Triton is not installed: pip install 'moe-tools[gpu]'")
+    return _has_triton()
 
 
-def _triton(weights: FFNWeights) -> ModuleType:
-    if weights.off_F is not None:
-        raise ValueError("backend 'triton' takes what is off for zero: leave off_F out")
-    return triton_kernels("ffn")
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def triton_kernels(module: Literal["ffn", "moe"]) -> ModuleType:
+def triton_kernels(module: Literal["ffn", "moe", "packed"]) -> ModuleType:
     """Imports the Triton kernels, on demand.
 
     Raises:

@@ -26,6 +26,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moe_tools.kernels.few_bits import FewBits
+from moe_tools.kernels.quantize import INT4
+from moe_tools.kernels.scores import FewBitScores, LinearScores
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import MOST_TOGETHER
 from moe_tools.kernels.triton.grouped_call import GroupedCall
@@ -36,19 +39,24 @@ from moe_tools.kernels.triton.launches import (
     grouped_backward_launches,
     grouped_launches,
 )
+from moe_tools.kernels.triton.stored import Rows, of_codes
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
 BUDGET = {
     "list_experts": (96, 1),
-    "list_firing": (192, 24),
-    "compute_hidden": (192, 32),
-    "combine": (224, 48),
+    "list_firing": (208, 25),
+    "list_routed": (112, 48),
+    "list_proposed": (192, 25),
+    "compute_hidden": (236, 34),
+    "combine": (224, 52),
     "add_shares": (160, 0),
-    "compute_hidden_grads": (224, 56),
+    "compute_hidden_grads": (224, 58),
     "compute_weight_grads": (255, 20),
     "compute_mask_grads": (128, 4),
     "group_pairs": (96, 8),
@@ -62,6 +70,8 @@ BUDGET = {
 With more than 255 registers the compiler spills. A program may have 163 KiB of shared memory on an
 sm_80, 227 on an sm_90 and 64 on a gfx942.
 """
+SPILLED = {"sm_100": 8}
+"""Bytes of stack that the compiler takes there for some launches on codes, beside 96 registers."""
 TOKENS = (1, 16, 64, 512)
 """The cases have the smallest, the middle and the largest tile of tokens, and groups by expert."""
 _TYPES = {
@@ -95,8 +105,16 @@ class Usage:
     def fits(self) -> bool:
         """Whether it is within the budget, keeps local memory empty and reads rows by 128 bits."""
         registers, shared = BUDGET[self.kernel]
-        lean = self.registers <= registers and not self.spills and self.shared <= 1024 * shared
-        return lean and self.load_bits in ((), (128,))
+        lean = self.registers <= registers and self.shared <= 1024 * shared
+        wide = min(self.load_bits, default=128) >= (64 if self._narrow else 128)
+        return lean and wide and self.spills <= SPILLED.get(self.target, 0)
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether a tile of codes of four bits has only 8 bytes for each of 256 threads."""
+        return _is_amd(self.target) and self.case.startswith(
+            ("proposed", "experts int4", "gate first int4")
+        )
 
 
 def cases(
@@ -104,18 +122,22 @@ def cases(
 ) -> Iterator[tuple[str, list[KernelLaunch]]]:
     """Yields the name and launches of what is compiled: experts of 8 neurons, fp32 for one token.
 
+    bf16, and on one target, as it makes next to no difference, fp16.
+
     More tokens than one tile holds are grouped: 8 experts of a host, of which each token takes two.
     """
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16, torch.float16) if target == "sm_90" else (torch.bfloat16,):
         end = f"{_TYPES[dtype]}, {tokens} tokens"
         if tokens > MOST_TOGETHER:
             yield from _grouped_cases(_grouped_call(tokens, width, neurons, dtype), end)
             continue
-        call = replace(_call(tokens, width, neurons, dtype), tickets=target != "gfx942")
+        call = replace(_call(tokens, width, neurons, dtype), tickets=not _is_amd(target))
         yield from _cases(call, end)
-        yield from _int8_cases(call, f"int8 {end}")
+        yield from _scored_cases(call, end)
+        for name, stored in (("int8", torch.int8), ("int4", INT4)):
+            yield from _codes_cases(call, stored, f"{name} {end}")
     if tokens == 1:
-        call = replace(_call(1, width, neurons, torch.float32), tickets=target != "gfx942")
+        call = replace(_call(1, width, neurons, torch.float32), tickets=not _is_amd(target))
         yield from _cases(call, "fp32, 1 tokens")
 
 
@@ -129,14 +151,27 @@ def _cases(call: Call, end: str) -> _Cases:
     yield f"backward {end}", backward_launches(call, torch.empty_like(call.x_TD))[0]
 
 
-def _int8_cases(call: Call, end: str) -> _Cases:
-    rows_FD = call.gate_FD.to(torch.int8)
-    scale_F = _blank(call.neurons, dtype=torch.float32)
-    given = replace(call, gate_FD=rows_FD, up_FD=rows_FD, down_FD=rows_FD)
-    given = replace(given, gate_scale_F=scale_F, up_scale_F=scale_F, down_scale_F=scale_F)
+def _codes_cases(call: Call, dtype: torch.dtype, end: str) -> _Cases:
+    rows = _blank_rows(call.neurons, call.x_TD.shape[1], dtype)
+    given = replace(call, gate_FD=rows.stored, up_FD=rows.stored, down_FD=rows.stored)
+    scale_FG = rows.scale_FG
+    given = replace(given, gate_scale_FG=scale_FG, up_scale_FG=scale_FG, down_scale_FG=scale_FG)
     yield f"experts {end}", forward_launches(given)[0]
     recheck = replace(given, act="relu", gate_first=True)  # of a predicted list
     yield f"gate first {end}", forward_launches(recheck)[0]
+
+
+def _scored_cases(call: Call, end: str) -> _Cases:
+    """A router of experts, and copies in four bits; the residual is added to y."""
+    call = replace(call, mask_TE=None, residual_TD=call.x_TD)
+    width, dtype = call.x_TD.shape[1], call.x_TD.dtype
+    weight_RD = _blank(max(1, call.neurons // 8), width, dtype=dtype)
+    routed = LinearScores(call.x_TD, weight_RD, weight_RD[:, 0], 0.5)
+    yield f"routed {end}", forward_launches(call, routed)[0]
+    copy = _blank_rows(call.neurons, width, INT4)._replace(offset=0.5)
+    norm_F = _blank(call.neurons, dtype=torch.float32)
+    proposed = FewBitScores(call.x_TD, copy, copy, norm_F, 0.5)
+    yield f"proposed {end}", forward_launches(call, proposed)[0]
 
 
 def _grouped_cases(call: GroupedCall, end: str) -> _Cases:
@@ -165,6 +200,17 @@ def _grouped_call(tokens: int, width: int, neurons: int, dtype: torch.dtype) -> 
         chosen_TK=_blank(tokens, 2, dtype=torch.int64),
         weight_TK=_blank(tokens, 2, dtype=torch.float32),
     )
+
+
+def _blank_rows(neurons: int, width: int, dtype: torch.dtype) -> Rows:
+    """Rows of codes, laid out as `store` would, without data."""
+    codes_FD = _blank(neurons, width, dtype=torch.int8)
+    scale_FG = _blank(neurons, -(-width // 32), dtype=torch.bfloat16)
+    return of_codes(FewBits(codes_FD, scale_FG, 8), halves=dtype == INT4)
+
+
+def _is_amd(target: str) -> bool:
+    return TARGETS[target].backend == "hip"
 
 
 def _blank(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -209,7 +255,7 @@ def _divides(value: Any) -> bool:
 def measure(case: str, launch: KernelLaunch, target: str) -> Usage:
     """Compiles one launch and reads its resources."""
     made = compile_launch(launch, TARGETS[target])
-    amd = TARGETS[target].backend == "hip"
+    amd = _is_amd(target)
     text = made.asm["amdgcn" if amd else "ptx"]
     registers, spills = _amd_usage(text) if amd else _nvidia_usage(made.asm["cubin"])
     widths = tuple(sorted(set(_row_loads(text))))
@@ -247,7 +293,9 @@ def _load_bits(line: str) -> int | None:
         return 8 * int(found[1], 0)
     if found := re.search(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", line):
         return int(found[1] or 1) * int(found[2])
-    if found := re.search(r"\b(?:global|buffer)_load_(dwordx?(\d)?|[us]?short|[us]byte)", line):
+    if found := re.search(
+        r"\b(?:global|buffer)_load_(?:lds_)?(dwordx?(\d)?|[us]?short|[us]byte)", line
+    ):
         return 32 * int(found[2] or 1) if "dword" in found[1] else 16 if "short" in found[1] else 8
     return None
 

@@ -5,7 +5,7 @@ Letters: T tokens, D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,14 +16,16 @@ from moe_tools.kernels.activations import GIVES_ZEROS
 from moe_tools.kernels.triton.config import Config, pinned, tokens_of_a_program
 
 BIASES = ("gate_F", "up_F", "down_D")
-SCALES = ("gate_scale_F", "up_scale_F", "down_scale_F")
-CONTIGUOUS = ("x_TD", "mask_TE", *BIASES, *SCALES)
+SCALES = ("gate_scale_FG", "up_scale_FG", "down_scale_FG")
+CONTIGUOUS = ("x_TD", "mask_TE", "off_F", "residual_TD", *BIASES, *SCALES)
 """Operands of which the kernels see no strides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One FFN and its input. A plain FFN has no `up`: its one projection stands in `gate`.
+
+    Rows in few bits are wider or narrower than D, see `stored.Rows`.
 
     Weights may also be (X, N, D), F = X N: the experts of an MoE host, X of N neurons. Gate and up
     may then stand in one tensor, expert by expert; the rows of `down` follow each other.
@@ -41,10 +43,14 @@ class Call:
     gate_F: Tensor | None = None
     up_F: Tensor | None = None
     down_D: Tensor | None = None
-    gate_scale_F: Tensor | None = None
-    """Scales belong to int8 weights: a row stands for its numbers times its scale."""
-    up_scale_F: Tensor | None = None
-    down_scale_F: Tensor | None = None
+    gate_scale_FG: Tensor | None = None
+    """Scales belong to weights in eight and four bits, see `stored.Rows`."""
+    up_scale_FG: Tensor | None = None
+    down_scale_FG: Tensor | None = None
+    off_F: Tensor | None = None
+    """What is taken from h of a neuron that runs, since `down_D` has it for all neurons."""
+    residual_TD: Tensor | None = None
+    """Added to y, in the dtype of x."""
     act: str = "silu"
     up_act: str = "identity"
     threshold: float = 0.0
@@ -96,14 +102,14 @@ class Call:
     def stages(self) -> int:
         """Steps in flight of the loops over weights.
 
-        One for int8: a pipeline would copy eight bytes a thread, not 16.
+        One for codes: a pipeline would copy eight bytes a thread, not 16.
         """
-        return 1 if self.int8 else 2
+        return 1 if self.codes else 2
 
     @cached_property
-    def int8(self) -> bool:
-        """Whether the weights are stored in eight bits."""
-        return self.gate_FD.dtype == torch.int8
+    def codes(self) -> bool:
+        """Whether the weights are stored in eight or four bits."""
+        return self.gate_scale_FG is not None
 
     @cached_property
     def skips_zeros(self) -> bool:
@@ -128,7 +134,7 @@ class Call:
     @cached_property
     def tiling(self) -> Config:
         """The tile sizes, fitted to the shape."""
-        config = self.config or pinned(self.tokens, self.int8)
+        config = self.config or pinned(self.tokens, self.codes)
         return config.fitted(self.tokens, self.x_TD.shape[1])
 
     @cached_property
@@ -137,6 +143,17 @@ class Call:
         if self.mask_TE is None or self.mask_TE.dtype != torch.bool:
             return self.mask_TE
         return self.mask_TE.view(torch.uint8)
+
+    @property
+    def written_TE(self) -> Tensor:
+        """The mask of a call that has one."""
+        assert self.mask_TE is not None
+        return self.mask_TE
+
+    def with_mask(self, experts: int) -> Call:
+        """The call with memory for a mask, which launch one writes."""
+        mask_TE = self.empty(len(self.x_TD), experts, dtype=torch.uint8)
+        return replace(self, mask_TE=mask_TE)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory on the device of x that a kernel will fill."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import next_power
-from moe_tools.kernels.triton.device import load_N, neuron_major
+from moe_tools.kernels.triton.device import neuron_major
 from moe_tools.kernels.triton.hidden import HiddenGrads, count_before
 from moe_tools.kernels.triton.kernel_launch import KernelLaunch, row_stride
 from moe_tools.kernels.triton.lists import Lists
@@ -27,8 +27,8 @@ from moe_tools.kernels.triton.rows import load_rows_ND, row_of
 
 @triton.jit
 def add_rows(
-    sums, hidden, rows, stride, scale, tokens, neuron_N, row_N, on_N, column_D, D, F,
-    SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr,
+    sums, hidden, rows, scale, stride, tokens, neuron_N, row_N, on_N, start, D, F,
+    SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Returns sums + hidden rows; SKIP_ZEROS reads no row whose hidden values are all zero."""
     from_TN = hidden + neuron_major(tokens, neuron_N, F, BLOCK_T)
@@ -36,15 +36,8 @@ def add_rows(
     reads_N = on_N
     if SKIP_ZEROS:
         reads_N = tl.max((hidden_TN != 0).to(tl.int32), 0) > 0
-    rows_ND = load_rows_ND(rows, stride, row_N, reads_N, column_D, D)
-    if scale is None:
-        return add_weighted(sums, hidden_TN, rows_ND, BLOCK_T)
-    else:  # Scales relative to the largest at hand: h times a scale would be too small for fp16.
-        scale_N = load_N(scale, neuron_N, on_N)
-        largest = tl.max(scale_N)
-        relative_TN = hidden_TN.to(tl.float32) * (scale_N / largest)[None, :]
-        relative_TN = relative_TN.to(hidden_TN.dtype)
-        return sums + largest * add_weighted(tl.zeros_like(sums), relative_TN, rows_ND, BLOCK_T)
+    rows_ND = load_rows_ND(rows, scale, stride, row_N, reads_N, start, D, BLOCK_D, 0.0)
+    return add_weighted(sums, hidden_TN, rows_ND, BLOCK_T)
 
 
 @triton.jit
@@ -58,30 +51,29 @@ def add_weighted(sums, weight_TN, rows_ND, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def sum_share_TD(
-    hidden, rows, stride, scale, hidden_2, rows_2, stride_2, packed, start, stop, tokens, column_D,
+    hidden, rows, scale, stride, hidden_2, rows_2, stride_2, packed, first, stop, tokens, start,
     D, F, group, skip,
     SKIP_ZEROS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the places from `start` to `stop` of the packed list."""
+    """Adds up the places from `first` to `stop` of the packed list, from column `start` on."""
     if BLOCK_T == 1:
         sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     else:
         sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for place in range(start, stop, BLOCK_N):
+    for place in range(first, stop, BLOCK_N):
         place_N = place + tl.arange(0, BLOCK_N)
         on_N = place_N < stop
         neuron_N = tl.load(packed + tokens * F + place_N, mask=on_N, other=0)
         row_N = row_of(neuron_N, group, skip)
         sums = add_rows(
-            sums, hidden, rows, stride, scale, tokens, neuron_N, row_N, on_N, column_D, D, F,
-            SKIP_ZEROS, BLOCK_T,
+            sums, hidden, rows, scale, stride, tokens, neuron_N, row_N, on_N, start, D, F,
+            SKIP_ZEROS, BLOCK_T, BLOCK_D,
         )  # fmt: skip
         if rows_2 is not None:
             sums = add_rows(
-                sums, hidden_2, rows_2, stride_2, None, tokens, neuron_N, row_N, on_N, column_D,
-                D, F,
-                SKIP_ZEROS, BLOCK_T,
+                sums, hidden_2, rows_2, None, stride_2, tokens, neuron_N, row_N, on_N, start, D, F,
+                SKIP_ZEROS, BLOCK_T, BLOCK_D,
             )  # fmt: skip
     if BLOCK_T == 1:
         return tl.sum(sums, axis=0)[None, :]
@@ -98,9 +90,10 @@ def places_TD(partials, tokens, column_D, D, PLACES: tl.constexpr, BLOCK_T: tl.c
 
 @triton.jit
 def add_places(
-    first_TD, bias, y, tokens, column_D, T, D, PLACES: tl.constexpr, BLOCK_T: tl.constexpr
+    first_TD, bias, residual, y, tokens, column_D, T, D,
+    PLACES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Writes y = bias + the sums of all places, in their order."""
+    """Writes y = bias + the sums of all places, in their order, and then the residual, if any."""
     inside_D = column_D < D
     y_TD = tl.zeros(first_TD.shape, tl.float32)
     if bias is not None:
@@ -112,17 +105,21 @@ def add_places(
     token_T = tokens * BLOCK_T + tl.arange(0, BLOCK_T)
     to_TD = y + token_T[:, None].to(tl.int64) * D + column_D[None, :]
     inside_TD = (token_T < T)[:, None] & inside_D[None, :]
-    tl.store(to_TD, y_TD.to(y.dtype.element_ty), mask=inside_TD)
+    y_TD = y_TD.to(y.dtype.element_ty)
+    if residual is not None:
+        from_TD = residual + token_T[:, None].to(tl.int64) * D + column_D[None, :]
+        y_TD += tl.load(from_TD, mask=inside_TD, other=0.0)
+    tl.store(to_TD, y_TD, mask=inside_TD)
 
 
 @triton.jit
 def combine(
-    hidden, rows, stride, scale, hidden_2, rows_2, stride_2, packed, counts, bias, partials,
-    tickets, y, T, D, F, group, skip, num_tiles,
+    hidden, rows, scale, stride, hidden_2, rows_2, stride_2, packed, counts, bias, residual,
+    partials, tickets, y, T, D, F, group, skip, num_tiles,
     ATOMIC: tl.constexpr, TICKETS: tl.constexpr, SKIP_ZEROS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Writes y_TD = bias + hidden rows, plus a second such sum in the backward pass (gate and up).
+    """Writes y_TD = bias + hidden rows + residual; backward, the sum of gate's and up's rows.
 
     ATOMIC adds every share to one place, which must start at zero: less to write, but the order
     of the sums, and so their last bit, may change from run to run. Without TICKETS, `add_shares`
@@ -132,11 +129,11 @@ def combine(
     column_D = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     count = count_before(counts, tokens, num_tiles, num_tiles, TILES)
     share = tl.cdiv(count, SPLITS)
-    start = split * share
-    stop = tl.minimum(start + share, count)
+    first = split * share
+    stop = tl.minimum(first + share, count)
     sums_TD = sum_share_TD(
-        hidden, rows, stride, scale, hidden_2, rows_2, stride_2, packed, start, stop, tokens,
-        column_D, D, F, group, skip, SKIP_ZEROS, BLOCK_T, BLOCK_N, BLOCK_D,
+        hidden, rows, scale, stride, hidden_2, rows_2, stride_2, packed, first, stop, tokens,
+        tile * BLOCK_D, D, F, group, skip, SKIP_ZEROS, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     places: tl.constexpr = 1 if ATOMIC else SPLITS
     first_TD = places_TD(partials, tokens, column_D, D, places, BLOCK_T)
@@ -152,27 +149,28 @@ def combine(
         ticket = tl.atomic_add(tickets + tokens * tl.num_programs(0) + tile, 1, sem="acq_rel")
         if ticket == SPLITS - 1:
             tl.debug_barrier()
-            add_places(first_TD, bias, y, tokens, column_D, T, D, places, BLOCK_T)
+            add_places(first_TD, bias, residual, y, tokens, column_D, T, D, places, BLOCK_T)
 
 
 @triton.jit
 def add_shares(
-    partials, bias, y, T, D, PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    partials, bias, residual, y, T, D,
+    PLACES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes y as the last ticket of `combine` does, in a launch of its own."""
     column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     tokens = tl.program_id(1)
     first_TD = places_TD(partials, tokens, column_D, D, PLACES, BLOCK_T)
-    add_places(first_TD, bias, y, tokens, column_D, T, D, PLACES, BLOCK_T)
+    add_places(first_TD, bias, residual, y, tokens, column_D, T, D, PLACES, BLOCK_T)
 
 
 def launch_combine(call: Call, lists: Lists, hidden: Tensor, y_TD: Tensor) -> list[KernelLaunch]:
-    """The launches that write y from h and the rows of down."""
+    """The launches that write y from h, the rows of down and the residual."""
     streams = {
         "hidden": hidden,
         "rows": call.down_FD,
+        "scale": call.down_scale_FG,
         "stride": row_stride(call.down_FD),
-        "scale": call.down_scale_F,
         "hidden_2": None,
         "rows_2": None,
         "stride_2": 0,
@@ -180,7 +178,7 @@ def launch_combine(call: Call, lists: Lists, hidden: Tensor, y_TD: Tensor) -> li
         "skip": 0,
         "SKIP_ZEROS": call.skips_zeros,
     }
-    return _launches(call, lists, y_TD, call.down_D, streams)
+    return _launches(call, lists, y_TD, call.down_D, call.residual_TD, streams)
 
 
 def launch_combine_grads(
@@ -190,19 +188,24 @@ def launch_combine_grads(
     streams = {
         "hidden": values.d_gate_x,
         "rows": call.gate_FD,
-        "stride": row_stride(call.gate_FD),
         "scale": None,
+        "stride": row_stride(call.gate_FD),
         "hidden_2": values.d_up_x,
         "rows_2": call.up_FD,
         "stride_2": row_stride(call.up_FD),
         **call.grouping,
         "SKIP_ZEROS": False,
     }
-    return _launches(call, lists, dx_TD, None, streams)
+    return _launches(call, lists, dx_TD, None, None, streams)
 
 
 def _launches(
-    call: Call, lists: Lists, y_TD: Tensor, bias_D: Tensor | None, streams: dict[str, Any]
+    call: Call,
+    lists: Lists,
+    y_TD: Tensor,
+    bias_D: Tensor | None,
+    residual_TD: Tensor | None,
+    streams: dict[str, Any],
 ) -> list[KernelLaunch]:
     """`combine`, and `add_shares` where it is needed; `streams` are what is summed, by name."""
     splits, width = call.tiling.splits, y_TD.shape[1]
@@ -211,6 +214,7 @@ def _launches(
     sums = {
         "partials": make(shape, dtype=torch.float32, device=y_TD.device),
         "bias": bias_D,
+        "residual": residual_TD,
         "y": y_TD,
         "T": len(y_TD),
         "D": width,

@@ -47,15 +47,16 @@ class Config:
 
     def fitted(self, tokens: int, width: int) -> Config:
         """Takes no more columns than the width has, and no less than matrix units ask for (16)."""
-        least = 1 if tokens == 1 else 16
+        least = 2 if tokens == 1 else 16  # two codes of four bits share a byte
+        together = 1 if tokens == 1 else 16
         columns = max(least, next_power(width))
         return replace(
             self,
-            tile=max(self.tile, least),
-            gate_tile=max(self.gate_tile, least),
-            rows=max(self.rows, least),
+            tile=max(self.tile, together),
+            gate_tile=max(self.gate_tile, together),
+            rows=max(self.rows, together),
             columns=max(least, min(self.columns, columns)),
-            down_rows=max(self.down_rows, least),
+            down_rows=max(self.down_rows, together),
             down_columns=max(least, min(self.down_columns, columns)),
         )
 
@@ -97,21 +98,21 @@ FEW_TOKENS = Config(
 MANY_TOKENS = replace(FEW_TOKENS, gate_tile=32, rows=32, columns=64)
 """64 tokens: half the columns, for sm_90 keeps both operands in shared memory; twice the rows, for
 fewer than 8 elements a thread make narrow loads."""
-INT8 = replace(FEW_TOKENS, gate_tile=32, rows=32)
-"""Weights in eight bits and more than one token: 256 threads still load 16 bytes each."""
+CODES = replace(FEW_TOKENS, gate_tile=32, rows=32)
+"""Weights in eight and four bits and more than one token: a thread still loads 16 bytes."""
 GROUPED = replace(FEW_TOKENS, gate_tile=64, rows=64, columns=32)
 """64 pairs of one expert; `tile`, `gate_tile` and `splits` play no part."""
 
 
-def pinned(tokens: int, int8: bool = False) -> Config:
+def pinned(tokens: int, codes: bool = False) -> Config:
     """The default, chosen by registers, spills and load widths: no GPU has timed it yet.
 
-    `int8` says that the weights are stored in eight bits.
+    `codes` says that the weights are stored in eight or four bits.
     """
     if tokens == 1:
         return ONE_TOKEN
-    if int8:
-        return INT8
+    if codes:
+        return CODES
     return FEW_TOKENS if tokens <= 32 else MANY_TOKENS
 
 

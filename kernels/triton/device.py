@@ -41,15 +41,13 @@ def load_x_TD(x, token_T, column_D, T, D):
 
 @triton.jit
 def load_N(numbers, neuron_N, on_N):
-    """Loads one number of each neuron: its bias, or the scale of its row."""
+    """Loads one number of each neuron, such as its bias."""
     return tl.load(numbers + neuron_N, mask=on_N, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def projected_TN(product_TN, scale, bias, neuron_N, on_N):
-    """Multiplies a product with stored rows by the rows' scales and adds the bias."""
-    if scale is not None:
-        product_TN *= load_N(scale, neuron_N, on_N)[None, :]
+def with_bias_TN(product_TN, bias, neuron_N, on_N):
+    """Adds the bias of each neuron, if there is one."""
     if bias is not None:
         product_TN += load_N(bias, neuron_N, on_N)[None, :]
     return product_TN
@@ -76,7 +74,7 @@ def add_product(sums, x_TD, rows_ND, BLOCK_T: tl.constexpr):
     """Returns sums + x rows^T: fused multiply-adds for one token, matrix units for more."""
     if BLOCK_T == 1:
         return sums + x_TD.to(tl.float32) * rows_ND.to(tl.float32)
-    else:  # int8 fits any of the dtypes of x without an error
+    else:
         rows_DN = tl.trans(rows_ND.to(x_TD.dtype))
         return tl.dot(x_TD, rows_DN, sums, input_precision="ieee")
 
@@ -92,13 +90,15 @@ def product_TN(sums, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def project_TN(
-    x, dy, gate, up, down, gate_stride, up_stride, down_stride, token_T, neuron_N, row_N, on_N,
-    T, D,
+    x, dy, gate, gate_scale, gate_stride, up, up_scale, up_stride, down, down_stride,
+    token_T, neuron_N, row_N, on_N, T, D,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr = 0.0,
 ):  # fmt: skip
     """Computes gate x, up x and down dy in one pass over D; weights that are None are left out.
 
-    `row_N` are the neurons' rows of gate and up; those of down follow each other.
+    `row_N` are the neurons' rows of gate and up; those of down follow each other. OFFSET is that
+    of gate and up in few bits, see `rows.load_rows_ND`.
     """
     gate_sums = no_sums(BLOCK_T, BLOCK_N, BLOCK_D)
     up_sums = no_sums(BLOCK_T, BLOCK_N, BLOCK_D)
@@ -108,14 +108,20 @@ def project_TN(
         if (gate is not None) or (up is not None):
             x_TD = load_x_TD(x, token_T, column_D, T, D)
         if gate is not None:
-            gate_ND = load_rows_ND(gate, gate_stride, row_N, on_N, column_D, D)
+            gate_ND = load_rows_ND(
+                gate, gate_scale, gate_stride, row_N, on_N, start, D, BLOCK_D, OFFSET
+            )  # fmt: skip
             gate_sums = add_product(gate_sums, x_TD, gate_ND, BLOCK_T)
         if up is not None:
-            up_ND = load_rows_ND(up, up_stride, row_N, on_N, column_D, D)
+            up_ND = load_rows_ND(
+                up, up_scale, up_stride, row_N, on_N, start, D, BLOCK_D, OFFSET
+            )  # fmt: skip
             up_sums = add_product(up_sums, x_TD, up_ND, BLOCK_T)
         if down is not None:
             dy_TD = load_x_TD(dy, token_T, column_D, T, D)
-            down_ND = load_rows_ND(down, down_stride, neuron_N, on_N, column_D, D)
+            down_ND = load_rows_ND(
+                down, None, down_stride, neuron_N, on_N, start, D, BLOCK_D, 0.0
+            )  # fmt: skip
             down_sums = add_product(down_sums, dy_TD, down_ND, BLOCK_T)
     return (
         product_TN(gate_sums, BLOCK_T),

@@ -5,31 +5,22 @@ Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from moe_tools.kernels.activations import GIVES_ZEROS, Act, ActivationLike, named
-from moe_tools.kernels.packed import PackedFFN
-from moe_tools.kernels.quantize import quantize_rows
+from moe_tools.kernels.triton.call import SCALES
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.weights import FFNWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What x and the weights may be; weights may be int8, too, with one scale a row."""
+"""What x and the weights may be; packed weights may be int8 and int4, too (`packed.TritonFFN`)."""
 
 UNNAMED = "backend 'triton' knows activations by name: give a name or an Act, not a function"
-
-
-class Scales(NamedTuple):
-    """The scales of int8 weights: a row stands for its numbers times its scale."""
-
-    up_F: Tensor
-    down_F: Tensor
-    gate_F: Tensor | None = None
 
 
 def sparse_ffn_triton(
@@ -37,7 +28,6 @@ def sparse_ffn_triton(
     x_TD: Tensor,
     mask_TE: Tensor | None = None,
     *,
-    scales: Scales | None = None,
     gate_first: bool | None = None,
     atomic: bool = False,
     config: Config | None = None,
@@ -48,14 +38,14 @@ def sparse_ffn_triton(
     mask switches off is not computed, so where the mask is zero its gradient is zero.
 
     Args:
-        weights: as they are, not copied; on the device of x. A bias that is a view is copied.
+        weights: as they are, not copied; on the device of x. A bias that is a view is copied. With
+            `off_F`, each call reads all of W_down once, for the constant that it makes.
         x_TD: any leading dimensions.
         mask_TE: which experts run, or with which weight; None is all of them.
-        scales: of int8 weights, which have no gradients.
         gate_first: compute the activation of every selected neuron first and go on with those
-            where it is not zero (exact). By default, where the activation can be zero. Otherwise
-            gate and up are computed together. With a mask of neurons, it is whether a predicted
-            list is checked again.
+            where it is not zero (exact). By default, where the activation can be zero and what is
+            off adds nothing. Otherwise gate and up are computed together. With a mask of neurons,
+            it is whether a predicted list is checked again.
         atomic: add the shares of each sum as they come; y may then differ in the last bit from
             run to run.
         config: tile sizes, of `tune`; by default pinned ones.
@@ -64,21 +54,32 @@ def sparse_ffn_triton(
         ValueError: what `unsupported` says; shapes that do not fit.
     """
     weights.check_call(x_TD, mask_TE)
-    refusal = unsupported(weights, x_TD, mask_TE, gate_first=gate_first, scales=scales)
+    refusal = unsupported(weights, x_TD, mask_TE, gate_first=gate_first)
     if refusal:
         raise ValueError(refusal)
-    activations = activation_options(weights.act, weights.up_act)
     y_TD: Tensor = forward(
-        x_TD=x_TD.reshape(-1, weights.width).contiguous(),
-        mask_TE=None if mask_TE is None else mask_TE.reshape(-1, mask_TE.shape[-1]).contiguous(),
-        **_projections(weights),
-        **_scales(weights, scales),
-        **activations,
-        gate_first=activations["act"] in GIVES_ZEROS if gate_first is None else gate_first,
+        flat(x_TD),
+        mask_TE=None if mask_TE is None else flat(mask_TE),
+        **operands(weights.changed(lambda rows: rows, Tensor.contiguous)),
+        **dict.fromkeys(SCALES),
+        residual_TD=None,
+        **activation_options(weights.act, weights.up_act),
+        gate_first=goes_gate_first(weights) if gate_first is None else gate_first,
         atomic=atomic,
         config=[] if config is None else config.numbers,
     )
     return y_TD.view(x_TD.shape)
+
+
+def flat(values: Tensor) -> Tensor:
+    """Two dimensions, whose rows follow each other, as the kernels read x, masks and the like."""
+    return values.reshape(-1, values.shape[-1]).contiguous()
+
+
+def goes_gate_first(weights: FFNWeights) -> bool:
+    """Whether a zero of the activation says that a neuron adds nothing."""
+    act = named(weights.act)
+    return weights.off_F is None and isinstance(act, Act) and act.name in GIVES_ZEROS
 
 
 def activation_options(act: ActivationLike, up_act: ActivationLike) -> dict[str, Any]:
@@ -93,27 +94,26 @@ def activation_options(act: ActivationLike, up_act: ActivationLike) -> dict[str,
     }
 
 
-def _projections(weights: FFNWeights) -> dict[str, Tensor | None]:
-    """Rows and biases by the operator's names: a plain FFN's one projection stands in gate."""
-    up_F, gate_F = _contiguous(weights.up_F), _contiguous(weights.gate_F)
-    down = {"down_FD": weights.down_FD, "down_D": _contiguous(weights.down_D)}
+def operands(weights: FFNWeights) -> dict[str, Tensor | None]:
+    """Rows, biases and constants by the operator's names: a plain FFN's one projection is `gate`.
+
+    What is off adds `off_F` times its rows. The kernels add that for every neuron, as a part of the
+    bias, and subtract off_F from h of those that run.
+    """
+    down = {"down_FD": weights.down_FD, "down_D": constant_D(weights), "off_F": weights.off_F}
     if weights.gate_FD is None:
-        return {"gate_FD": weights.up_FD, "gate_F": up_F, "up_FD": None, "up_F": None, **down}
-    gate = {"gate_FD": weights.gate_FD, "gate_F": gate_F}
-    return {**gate, "up_FD": weights.up_FD, "up_F": up_F, **down}
+        up = {"gate_FD": weights.up_FD, "gate_F": weights.up_F, "up_FD": None, "up_F": None}
+        return {**up, **down}
+    gate = {"gate_FD": weights.gate_FD, "gate_F": weights.gate_F}
+    return {**gate, "up_FD": weights.up_FD, "up_F": weights.up_F, **down}
 
 
-def _scales(weights: FFNWeights, scales: Scales | None) -> dict[str, Tensor | None]:
-    """The scales by the operator's names, in the places of their projections."""
-    up_F, down_F, gate_F = (None, None, None) if scales is None else map(_contiguous, scales)
-    if weights.gate_FD is None:
-        up_F, gate_F = None, up_F
-    return {"gate_scale_F": gate_F, "up_scale_F": up_F, "down_scale_F": down_F}
-
-
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    """Copies a view into a vector whose numbers follow each other, as the kernels read them."""
-    return None if vector is None else vector.contiguous()
+def constant_D(weights: FFNWeights) -> Tensor | None:
+    """What is added to y of every token: the bias, and what all neurons add when they are off."""
+    if weights.off_F is None:
+        return weights.down_D
+    off_D = weights.off_F.float() @ weights.down_FD.float()
+    return off_D if weights.down_D is None else off_D + weights.down_D.float()
 
 
 def unsupported(
@@ -122,18 +122,16 @@ def unsupported(
     mask_TE: Tensor | None = None,
     *,
     gate_first: bool | None = None,
-    scales: Scales | None = None,
 ) -> str | None:
     """Says why these kernels cannot run this; None when they can."""
     rows = {"up_FD": weights.up_FD, "down_FD": weights.down_FD, "gate_FD": weights.gate_FD}
     for name, weight in rows.items():
         if weight is None:
             continue
-        wanted = x_TD.dtype if scales is None else torch.int8
-        if weight.dtype != wanted or x_TD.dtype not in DTYPES:
+        if weight.dtype != x_TD.dtype or x_TD.dtype not in DTYPES:
             return (
                 f"x_TD is {x_TD.dtype} and {name} {weight.dtype}: backend 'triton' takes fp32, "
-                "bf16 or fp16, one for all, and int8 weights with `scales`"
+                "bf16 or fp16, one for all; `pack` stores int8 and int4"
             )
         if weight.shape[1] > 1 and weight.stride(1) != 1:
             return (
@@ -145,11 +143,22 @@ def unsupported(
         return UNNAMED
     if gate_first and act.name not in GIVES_ZEROS:
         return f"gate_first needs an activation that can be zero: {', '.join(GIVES_ZEROS)}"
-    if scales is not None and torch.is_grad_enabled():
-        others = (x_TD, mask_TE, *scales)
-        if weights.requires_grad or any(one is not None and one.requires_grad for one in others):
-            return "int8 weights have no gradients: call under torch.no_grad()"
-    return no_device(x_TD)
+    if gate_first and weights.off_F is not None:
+        return "gate_first leaves out what is zero, and with off_F that is not what is off"
+    biases = {"gate_F": weights.gate_F, "up_F": weights.up_F, "down_D": weights.down_D}
+    others = {**rows, **biases, "off_F": weights.off_F, "mask_TE": mask_TE}
+    return elsewhere(x_TD, others) or no_device(x_TD)
+
+
+def elsewhere(x_TD: Tensor, others: dict[str, Tensor | None]) -> str | None:
+    """Says which tensor is on another device than x; None: none is."""
+    for name, other in others.items():
+        if other is not None and other.device != x_TD.device:
+            return (
+                f"x_TD is on {x_TD.device} and {name} on {other.device}: backend 'triton' wants "
+                "all of a call on one device"
+            )
+    return None
 
 
 def no_device(x_TD: Tensor) -> str | None:
@@ -160,34 +169,3 @@ def no_device(x_TD: Tensor) -> str | None:
             "before the first import, interprets the kernels there, slowly"
         )
     return None
-
-
-class TritonFFN(PackedFFN):
-    """Copies of the weights, each row contiguous; in int8 with one scale a row.
-
-    Raises:
-        ValueError: a dtype that the kernels do not read.
-    """
-
-    backend = "triton"
-
-    def __init__(self, weights: FFNWeights, dtype: torch.dtype) -> None:
-        if dtype not in (*DTYPES, torch.int8):
-            raise ValueError(f"backend 'triton' stores fp32, bf16, fp16 and int8, not {dtype}")
-        kept = weights.up_FD.dtype if dtype == torch.int8 else dtype
-        scales_F: list[Tensor] = []
-
-        def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(kept, copy=True, memory_format=torch.contiguous_format)
-
-        def quantize(weight_FD: Tensor) -> Tensor:
-            rows_FD, scale_F = quantize_rows(weight_FD.detach())
-            scales_F.append(scale_F)
-            return rows_FD.contiguous()
-
-        super().__init__(weights.changed(quantize if dtype == torch.int8 else copy, copy))
-        self.scales = Scales(*scales_F) if scales_F else None
-
-    def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            return sparse_ffn_triton(self.weights, x_TD, mask_TE, scales=self.scales)

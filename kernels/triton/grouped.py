@@ -131,9 +131,9 @@ def compute_pairs_hidden(
     neuron_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     on_N = neuron_N < N
     gate_TN, up_TN, _ = project_TN(
-        x, None, rows_of(gate, expert, gate_expert), rows_of(up, expert, up_expert), None,
-        gate_stride, up_stride, 0, pair_T // K, neuron_N, neuron_N, on_N, T, D,
-        BLOCK_T, BLOCK_N, BLOCK_D,
+        x, None, rows_of(gate, expert, gate_expert), None, gate_stride,
+        rows_of(up, expert, up_expert), None, up_stride, None, 0,
+        pair_T // K, neuron_N, neuron_N, on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     hidden_TN = activate(gate_TN, threshold, ACT) * activate(up_TN, up_threshold, UP_ACT)
     hidden_TN *= load_weight_T(weight, pair_T, P)[:, None]
@@ -171,18 +171,19 @@ def combine_pairs(
     expert, pair_T = find_pairs(pairs, counts, tile, T, X, P, BLOCK_T, EXPERTS)
     if expert >= X:
         return
-    column_D = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = tl.program_id(0) * BLOCK_D
+    column_D = start + tl.arange(0, BLOCK_D)
     sums_TD = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, N, BLOCK_N):
         neuron_N = first + tl.arange(0, BLOCK_N)
         sums_TD = add_rows(
-            sums_TD, hidden, rows_of(rows, expert, rows_expert), stride, None, tile, neuron_N,
-            neuron_N, neuron_N < N, column_D, D, N, False, BLOCK_T,
+            sums_TD, hidden, rows_of(rows, expert, rows_expert), None, stride, tile, neuron_N,
+            neuron_N, neuron_N < N, start, D, N, False, BLOCK_T, BLOCK_D,
         )  # fmt: skip
         if rows_2 is not None:
             sums_TD = add_rows(
-                sums_TD, hidden_2, rows_of(rows_2, expert, rows_2_expert), stride_2, None, tile,
-                neuron_N, neuron_N, neuron_N < N, column_D, D, N, False, BLOCK_T,
+                sums_TD, hidden_2, rows_of(rows_2, expert, rows_2_expert), None, stride_2, tile,
+                neuron_N, neuron_N, neuron_N < N, start, D, N, False, BLOCK_T, BLOCK_D,
             )  # fmt: skip
     to_TD = y + pair_T[:, None].to(tl.int64) * D + column_D[None, :]
     tl.store(to_TD, sums_TD, mask=(pair_T < P)[:, None] & (column_D < D)[None, :])

@@ -81,14 +81,15 @@ def compute_pairs_hidden_grads(
     neuron_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     on_N = neuron_N < N
     gate_TN, up_TN, dh_TN = project_TN(
-        x, dy, rows_of(gate, expert, gate_expert), rows_of(up, expert, up_expert),
-        rows_of(down, expert, down_expert), gate_stride, up_stride, down_stride, pair_T // K,
-        neuron_N, neuron_N, on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
+        x, dy, rows_of(gate, expert, gate_expert), None, gate_stride,
+        rows_of(up, expert, up_expert), None, up_stride,
+        rows_of(down, expert, down_expert), down_stride,
+        pair_T // K, neuron_N, neuron_N, on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     weight_TN = tl.broadcast_to(load_weight_T(weight, pair_T, P)[:, None], (BLOCK_T, BLOCK_N))
     d_weight_TN = write_hidden_grads(
         hidden, d_gate_x, d_up_x, neuron_major(tile, neuron_N, N, BLOCK_T), on_N,
-        gate_TN, up_TN, dh_TN, weight_TN, threshold, up_threshold, ACT, UP_ACT, True,
+        gate_TN, up_TN, dh_TN, weight_TN, None, threshold, up_threshold, ACT, UP_ACT, True,
     )  # fmt: skip
     to_T = d_weight + pair_T.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     tl.store(to_T, tl.sum(d_weight_TN, 1), mask=pair_T < P)

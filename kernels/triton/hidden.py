@@ -16,11 +16,12 @@ from torch import Tensor, float32
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.device import (
     activate,
+    load_N,
     load_weight_TN,
     neuron_major,
     project_TN,
-    projected_TN,
     slope,
+    with_bias_TN,
 )
 from moe_tools.kernels.triton.kernel_launch import KernelLaunch, row_stride
 from moe_tools.kernels.triton.lists import Lists
@@ -78,13 +79,16 @@ def take_neurons(
 
 @triton.jit
 def compute_hidden(
-    x, gate, up, gate_stride, up_stride, gate_scale, up_scale, gate_bias, up_bias, mask, gates,
+    x, gate, gate_scale, gate_stride, gate_bias, up, up_scale, up_stride, up_bias, off, mask, gates,
     hidden, neurons, counts, packed, T, D, F, E, group, skip, num_tiles, threshold, up_threshold,
     ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Writes h = weight * act(gate x) * up_act(up x); without `gate`, reads gate x from `gates`."""
+    """Writes h = weight * (act(gate x) * up_act(up x) - off) of the listed neurons.
+
+    Without `gate`, gate x is what launch one left in `gates`.
+    """
     tokens, tile, first, count = find_places(counts, num_tiles, BLOCK_N, TILE)
     if first >= count:
         return
@@ -93,18 +97,20 @@ def compute_hidden(
     )  # fmt: skip
     token_T = tokens * BLOCK_T + tl.arange(0, BLOCK_T)
     gate_TN, up_TN, _ = project_TN(
-        x, None, gate, up, None, gate_stride, up_stride, 0, token_T, neuron_N,
-        row_of(neuron_N, group, skip), on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
+        x, None, gate, gate_scale, gate_stride, up, up_scale, up_stride, None, 0, token_T,
+        neuron_N, row_of(neuron_N, group, skip), on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     if gate is None:
         from_TN = gates + neuron_major(tokens, neuron_N, F, BLOCK_T)
         gate_TN = tl.load(from_TN, mask=on_N[None, :], other=0.0)
     else:
-        gate_TN = projected_TN(gate_TN, gate_scale, gate_bias, neuron_N, on_N)
+        gate_TN = with_bias_TN(gate_TN, gate_bias, neuron_N, on_N)
     hidden_TN = activate(gate_TN, threshold, ACT)
     if GATED:
-        up_TN = projected_TN(up_TN, up_scale, up_bias, neuron_N, on_N)
+        up_TN = with_bias_TN(up_TN, up_bias, neuron_N, on_N)
         hidden_TN *= activate(up_TN, up_threshold, UP_ACT)
+    if off is not None:
+        hidden_TN -= load_N(off, neuron_N, on_N)[None, :]
     weight_TN = load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E)
     hidden_TN = tl.where(weight_TN != 0, weight_TN * hidden_TN, 0.0)
     to_TN = hidden + neuron_major(tokens, neuron_N, F, BLOCK_T)
@@ -116,8 +122,8 @@ def launch_hidden(call: Call, lists: Lists, gates: Tensor | None, hidden: Tensor
     arguments = {
         **_operands(call, lists),
         "gate": call.gate_FD if gates is None else None,
-        "gate_scale": call.gate_scale_F,
-        "up_scale": call.up_scale_F,
+        "gate_scale": call.gate_scale_FG,
+        "up_scale": call.up_scale_FG,
         "gates": gates,
         "hidden": hidden,
         "BLOCK_D": call.tiling.columns,
@@ -135,6 +141,7 @@ def _operands(call: Call, lists: Lists) -> dict[str, Any]:
         "up_stride": row_stride(call.up_FD),
         "gate_bias": call.gate_F,
         "up_bias": call.up_F,
+        "off": call.off_F,
         "mask": call.mask,
         **call.sizes,
         **call.grouping,
@@ -152,7 +159,7 @@ def _grid(call: Call, lists: Lists) -> tuple[int, int]:
 
 @triton.jit
 def write_hidden_grads(
-    hidden, d_gate_x, d_up_x, at_TN, on_N, gate_TN, up_TN, dh_TN, weight_TN,
+    hidden, d_gate_x, d_up_x, at_TN, on_N, gate_TN, up_TN, dh_TN, weight_TN, off_N,
     threshold, up_threshold,
     ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
@@ -171,6 +178,8 @@ def write_hidden_grads(
         tl.store(d_up_x + at_TN, d_up_TN.to(dtype), mask=on_N[None, :])
     d_gate_TN = tl.where(runs_TN, weight_TN * d_gate_TN, 0.0)
     tl.store(d_gate_x + at_TN, d_gate_TN.to(dtype), mask=on_N[None, :])
+    if off_N is not None:
+        h_TN -= off_N[None, :]
     hidden_TN = tl.where(runs_TN, weight_TN * h_TN, 0.0)
     tl.store(hidden + at_TN, hidden_TN.to(dtype), mask=on_N[None, :])
     return tl.where(runs_TN, h_TN * dh_TN, 0.0)
@@ -178,7 +187,7 @@ def write_hidden_grads(
 
 @triton.jit
 def compute_hidden_grads(
-    x, dy, gate, up, down, gate_stride, up_stride, down_stride, gate_bias, up_bias, mask,
+    x, dy, gate, gate_stride, gate_bias, up, up_stride, up_bias, down, down_stride, off, mask,
     hidden, d_gate_x, d_up_x, d_weight, neurons, counts, packed,
     T, D, F, E, group, skip, num_tiles, threshold, up_threshold,
     ACT: tl.constexpr, UP_ACT: tl.constexpr, GATED: tl.constexpr,
@@ -194,15 +203,16 @@ def compute_hidden_grads(
     )  # fmt: skip
     token_T = tokens * BLOCK_T + tl.arange(0, BLOCK_T)
     gate_TN, up_TN, dh_TN = project_TN(
-        x, dy, gate, up, down, gate_stride, up_stride, down_stride, token_T, neuron_N,
-        row_of(neuron_N, group, skip), on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
+        x, dy, gate, None, gate_stride, up, None, up_stride, down, down_stride, token_T,
+        neuron_N, row_of(neuron_N, group, skip), on_N, T, D, BLOCK_T, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    gate_TN = projected_TN(gate_TN, None, gate_bias, neuron_N, on_N)
-    up_TN = projected_TN(up_TN, None, up_bias, neuron_N, on_N)
+    gate_TN = with_bias_TN(gate_TN, gate_bias, neuron_N, on_N)
+    up_TN = with_bias_TN(up_TN, up_bias, neuron_N, on_N)
+    off_N = None if off is None else load_N(off, neuron_N, on_N)
     weight_TN = load_weight_TN(mask, token_T, neuron_N, on_N, T, F, E)
     d_weight_TN = write_hidden_grads(
         hidden, d_gate_x, d_up_x, neuron_major(tokens, neuron_N, F, BLOCK_T), on_N,
-        gate_TN, up_TN, dh_TN, weight_TN, threshold, up_threshold, ACT, UP_ACT, GATED,
+        gate_TN, up_TN, dh_TN, weight_TN, off_N, threshold, up_threshold, ACT, UP_ACT, GATED,
     )  # fmt: skip
     if d_weight is not None:
         to_TN = d_weight + neuron_major(tokens, neuron_N, F, BLOCK_T)

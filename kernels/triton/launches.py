@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_tools.kernels.scores import FewBitScores, LinearScores, Scores
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.combine import launch_combine, launch_combine_grads
 from moe_tools.kernels.triton.gradients import Gradients, launch_mask_grads, launch_weight_grads
@@ -32,21 +33,33 @@ from moe_tools.kernels.triton.grouped_gradients import (
 from moe_tools.kernels.triton.hidden import HiddenGrads, launch_hidden, launch_hidden_grads
 from moe_tools.kernels.triton.kernel_launch import KernelLaunch
 from moe_tools.kernels.triton.lists import Lists, launch_list_experts, launch_list_firing
+from moe_tools.kernels.triton.proposed import launch_list_proposed
+from moe_tools.kernels.triton.routed import blank_lists, launch_list_routed
 
 
-def forward_launches(call: Call) -> tuple[list[KernelLaunch], Tensor]:
+def forward_launches(call: Call, scores: Scores | None = None) -> tuple[list[KernelLaunch], Tensor]:
     """Three launches, and the y_TD that they write: list the neurons, compute h, combine the rows.
 
     A fourth adds the shares where launch three does not (`Call.tickets`).
+
+    Args:
+        call: the FFN and its input.
+        scores: what selects, in place of the call's mask.
     """
-    lists = Lists.blank(call, call.tiling.gate_tile if call.gate_first else call.tiling.tile)
-    hidden, y_TD = call.values(), torch.empty_like(call.x_TD)
-    if call.gate_first:
-        gates = call.values(torch.float32)
+    gates = call.values(torch.float32) if call.gate_first and scores is None else None
+    if isinstance(scores, LinearScores):
+        call, lists = call.with_mask(scores.experts), blank_lists(scores, call)
+        first = launch_list_routed(call, scores, lists, call.written_TE)
+    elif isinstance(scores, FewBitScores):
+        call, lists = call.with_mask(call.neurons), Lists.blank(call, call.tiling.gate_tile)
+        first = launch_list_proposed(call, scores, lists, call.written_TE)
+    elif gates is not None:
+        lists = Lists.blank(call, call.tiling.gate_tile)
         first = launch_list_firing(call, lists, gates)
     else:
-        gates = None
+        lists = Lists.blank(call, call.tiling.tile)
         first = launch_list_experts(call, lists)
+    hidden, y_TD = call.values(), torch.empty_like(call.x_TD)
     launches = [
         first,
         launch_hidden(call, lists, gates, hidden),

@@ -1,4 +1,4 @@
-"""Up to which share of the neurons the kernels are faster than matrix products, and with which tiles.
+"""Where the kernels are faster than matrix products on a card, and with which tiles.
 
 What was measured on a card (`make gpu`) is a table of `Entry`, in `tuned.json` beside this file for
 cards that we had at hand. A card that nobody measured gets `UNTUNED`, which errs towards matrix
@@ -23,8 +23,8 @@ Kind = Literal["given", "gate first"]
 Dtype = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
 UNTUNED: dict[int, float] = {1: 0.6, 4: 0.4, 16: 0.25, MOST_TOGETHER: 0.1}
-"""Tokens -> the share, on a card that nobody measured. Not measured anywhere: at one token the bytes
-that are saved pay for launches and gaps; matrix units make more tokens nearly free for the others."""
+"""Tokens -> the share, on a card that nobody measured: a guess. At one token the bytes that are saved
+have to pay for launches and gaps; matrix units make more tokens nearly free for dense products."""
 FILE = Path(__file__).with_name("tuned.json")
 
 
@@ -45,7 +45,7 @@ class Entry:
     neurons: int
     tokens: int
     share: float
-    """The largest share of the union at which the kernels are as fast as matrix products; 0: never."""
+    """Of the neurons, in the union: up to it the kernels are as fast as matrix products; 0: never."""
     tiles: tuple[int, ...]
     """The numbers of the fastest `Config`."""
 
@@ -90,9 +90,14 @@ class Limits:
         Args:
             tokens: of the call.
             share: of the neurons that one token wants. Tokens are taken to choose on their own, so
-                that the union is the largest that is likely.
+                that the union is the largest that is likely, and to be as many as were measured.
         """
-        return union(share, min(tokens, MOST_TOGETHER)) <= self.share(tokens)
+        together = next((most for most in self._counts() if most >= tokens), MOST_TOGETHER)
+        return union(share, together) <= self.share(tokens)
+
+    def _counts(self) -> list[int]:
+        """The numbers of tokens that were measured: for those between them the next one speaks."""
+        return [entry.tokens for entry in self.entries] or list(UNTUNED)
 
     def _of(self, tokens: int) -> Entry | None:
         """That of the next larger number of tokens that was measured, or of the largest."""
@@ -101,7 +106,7 @@ class Limits:
 
 
 def union(share: float, tokens: int) -> float:
-    """Share of the neurons that at least one of several tokens wants, if each chooses on its own."""
+    """Share of the neurons that some of several tokens want, if each chooses on its own."""
     return 1 - (1 - share) ** tokens
 
 

@@ -21,7 +21,7 @@ from moe_tools.kernels.triton.device import (
     load_weight_TN,
     neuron_major,
     project_TN,
-    projected_TN,
+    with_bias_TN,
 )
 from moe_tools.kernels.triton.kernel_launch import KernelLaunch, row_stride
 from moe_tools.kernels.triton.rows import row_of
@@ -42,9 +42,9 @@ class Lists:
     tickets: Tensor
 
     @classmethod
-    def blank(cls, call: Call, tile: int) -> Self:
-        """Memory for the lists of a call."""
-        num_tiles = -(-call.neurons // tile)
+    def blank(cls, call: Call, tile: int, num_tiles: int | None = None) -> Self:
+        """Memory for the lists of a call; by default the tiles follow each other without gaps."""
+        num_tiles = -(-call.neurons // tile) if num_tiles is None else num_tiles
         num_columns = -(-call.x_TD.shape[1] // call.tiling.down_columns)
         return cls(
             tile=tile,
@@ -126,7 +126,7 @@ def launch_list_experts(call: Call, lists: Lists) -> KernelLaunch:
 
 @triton.jit
 def list_firing(
-    x, gate, gate_stride, gate_scale, gate_bias, mask, gates, neurons, counts, tickets,
+    x, gate, gate_scale, gate_stride, gate_bias, mask, gates, neurons, counts, tickets,
     T, D, F, E, group, skip, num_columns, threshold,
     ACT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -138,10 +138,10 @@ def list_firing(
     on_TN = load_weight_TN(mask, token_T, neuron_N, neuron_N < F, T, F, E) != 0
     on_N = tl.max(on_TN.to(tl.int32), 0) > 0
     gate_TN, _, _ = project_TN(
-        x, None, gate, None, None, gate_stride, 0, 0, token_T, neuron_N,
+        x, None, gate, gate_scale, gate_stride, None, None, 0, None, 0, token_T, neuron_N,
         row_of(neuron_N, group, skip), on_N, T, D, BLOCK_T, TILE, BLOCK_D,
     )  # fmt: skip
-    gate_TN = projected_TN(gate_TN, gate_scale, gate_bias, neuron_N, on_N)
+    gate_TN = with_bias_TN(gate_TN, gate_bias, neuron_N, on_N)
     fires_TN = on_TN & (activate(gate_TN, threshold, ACT) != 0)
     fires_N = tl.max(fires_TN.to(tl.int32), 0) > 0
     to_TN = gates + neuron_major(tokens, neuron_N, F, BLOCK_T)
@@ -156,8 +156,8 @@ def launch_list_firing(call: Call, lists: Lists, gates: Tensor) -> KernelLaunch:
     arguments = {
         "x": call.x_TD,
         "gate": call.gate_FD,
+        "gate_scale": call.gate_scale_FG,
         "gate_stride": row_stride(call.gate_FD),
-        "gate_scale": call.gate_scale_F,
         "gate_bias": call.gate_F,
         "mask": call.mask,
         "gates": gates,

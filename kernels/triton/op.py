@@ -5,7 +5,8 @@ Letters: T tokens, D model width, F neurons, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.gradients import Gradients
+from moe_tools.kernels.triton.kernel_launch import KernelLaunch
 from moe_tools.kernels.triton.launches import backward_launches, forward_launches
 
 
@@ -23,111 +25,83 @@ def operands_of(operator: Any) -> tuple[str, ...]:
     return tuple(one.name for one in arguments if not one.kwarg_only)
 
 
-@torch.library.custom_op("moe_tools::sparse_ffn_triton", mutates_args=())
-def forward(
-    x_TD: Tensor,
-    gate_FD: Tensor,
-    up_FD: Tensor | None,
-    down_FD: Tensor,
-    mask_TE: Tensor | None,
-    gate_F: Tensor | None,
-    up_F: Tensor | None,
-    down_D: Tensor | None,
-    gate_scale_F: Tensor | None,
-    up_scale_F: Tensor | None,
-    down_scale_F: Tensor | None,
-    *,
-    act: str,
-    up_act: str,
-    threshold: float,
-    up_threshold: float,
-    gate_first: bool,
-    atomic: bool,
-    config: Sequence[int],
-) -> Tensor:
-    """Computes y_TD; the operands are those of `Call`."""
-    if not len(x_TD):
-        return torch.empty_like(x_TD)
-    call = Call(
-        x_TD=x_TD,
-        gate_FD=gate_FD,
-        up_FD=up_FD,
-        down_FD=down_FD,
-        mask_TE=mask_TE,
-        gate_F=gate_F,
-        up_F=up_F,
-        down_D=down_D,
-        gate_scale_F=gate_scale_F,
-        up_scale_F=up_scale_F,
-        down_scale_F=down_scale_F,
-        act=act,
-        up_act=up_act,
-        threshold=threshold,
-        up_threshold=up_threshold,
-        gate_first=gate_first,
-        atomic=atomic,
-        config=Config.from_numbers(config),
-    )
-    launches, y_TD = forward_launches(call)
-    for launch in launches:
-        launch.run()
-    return y_TD
+def run(launches: Sequence[KernelLaunch], x_TD: Tensor) -> None:
+    """Puts launches on the stream of the device that has x, whichever is the current one."""
+    with _on_device_of(x_TD):
+        for launch in launches:
+            launch.run()
 
 
-OPERANDS = operands_of(forward)
+def _on_device_of(x_TD: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device_of(x_TD) if x_TD.is_cuda else nullcontext()
 
 
-@forward.register_fake
-def _(x_TD: Tensor, *operands: Any, **options: Any) -> Tensor:
+FFN = (
+    "Tensor x_TD, Tensor gate_FD, Tensor? up_FD, Tensor down_FD, Tensor? mask_TE, "
+    "Tensor? gate_F, Tensor? up_F, Tensor? down_D, "
+    "Tensor? gate_scale_FG, Tensor? up_scale_FG, Tensor? down_scale_FG, "
+    "Tensor? off_F, Tensor? residual_TD"
+)
+"""The tensors of a `Call`, as a schema has them."""
+OPTIONS = "str act, str up_act, float threshold, float up_threshold, int[] config"
+"""The options that every operator takes."""
+
+
+def call_of(operands: Mapping[str, Tensor | None], options: Mapping[str, Any]) -> Call:
+    """The call of an operator's tensors and options, by name."""
+    return Call(**{**operands, **options, "config": Config.from_numbers(options["config"])})
+
+
+def like_x(x_TD: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What an operator returns, without data."""
     return torch.empty_like(x_TD)
 
 
-@torch.library.custom_op("moe_tools::sparse_ffn_triton_backward", mutates_args=())
-def backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    gate_FD: Tensor,
-    up_FD: Tensor | None,
-    down_FD: Tensor,
-    mask_TE: Tensor | None,
-    gate_F: Tensor | None,
-    up_F: Tensor | None,
-    *,
-    act: str,
-    up_act: str,
-    threshold: float,
-    up_threshold: float,
-    atomic: bool,
-    config: Sequence[int],
-) -> list[Tensor]:
+def _forward(*operands: Tensor | None, **options: Any) -> Tensor:
+    """Computes y_TD; the operands are those of `Call`."""
+    call = call_of(dict(zip(OPERANDS, operands, strict=True)), options)
+    if not len(call.x_TD):
+        return torch.empty_like(call.x_TD)
+    launches, y_TD = forward_launches(call)
+    run(launches, call.x_TD)
+    return y_TD
+
+
+forward = torch.library.custom_op(
+    "moe_tools::sparse_ffn_triton",
+    _forward,
+    mutates_args=(),
+    schema=f"({FFN}, *, {OPTIONS}, bool gate_first, bool atomic) -> Tensor",
+)
+forward.register_fake(like_x)
+OPERANDS = operands_of(forward)
+
+
+def _backward(dy_TD: Tensor, *operands: Tensor | None, **options: Any) -> list[Tensor]:
     """Computes `Gradients`, in the order of their fields; of size 0 where there is none."""
-    call = Call(
-        x_TD=x_TD,
-        gate_FD=gate_FD,
-        up_FD=up_FD,
-        down_FD=down_FD,
-        mask_TE=mask_TE,
-        gate_F=gate_F,
-        up_F=up_F,
-        act=act,
-        up_act=up_act,
-        threshold=threshold,
-        up_threshold=up_threshold,
-        atomic=atomic,
-        config=Config.from_numbers(config),
-    )
-    if not len(x_TD):
+    call = call_of(dict(zip(SAVED, operands, strict=True)), options)
+    if not len(dy_TD):
         return [made.zero_() for made in _listed(Gradients.blank(call))]
     launches, made = backward_launches(call, dy_TD.contiguous())
-    for launch in launches:
-        launch.run()
+    run(launches, call.x_TD)
     return _listed(made)
+
+
+SAVED = (*Gradients._fields, "off_F")
+"""What the backward pass takes: h is computed again."""
+backward = torch.library.custom_op(
+    "moe_tools::sparse_ffn_triton_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor dy_TD, Tensor x_TD, Tensor gate_FD, Tensor? up_FD, Tensor down_FD, "
+    "Tensor? mask_TE, Tensor? gate_F, Tensor? up_F, Tensor? off_F, "
+    f"*, {OPTIONS}, bool atomic) -> Tensor[]",
+)
 
 
 @backward.register_fake
 def _(dy_TD: Tensor, *operands: Any, **options: Any) -> list[Tensor]:
-    _, *names = operands_of(backward)
-    return _listed(Gradients.blank(Call(**dict(zip(names, operands, strict=True)))))
+    return _listed(Gradients.blank(call_of(dict(zip(SAVED, operands, strict=True)), options)))
 
 
 def _listed(made: Gradients) -> list[Tensor]:
@@ -139,18 +113,19 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
 ) -> None:
     given = dict(zip(OPERANDS, inputs, strict=True))
-    ctx.save_for_backward(*(given[name] for name in Gradients._fields))
+    ctx.save_for_backward(*(given[name] for name in SAVED))
     ctx.down_dtype = None if given["down_D"] is None else given["down_D"].dtype
     ctx.options = {k: v for k, v in keyword_only_inputs.items() if k != "gate_first"}
 
 
 def _autograd(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
     wanted = dict(zip(OPERANDS, ctx.needs_input_grad, strict=True))
-    saved = dict(zip(Gradients._fields, ctx.saved_tensors, strict=True))
-    made = backward(dy_TD=dy_TD, **saved, **ctx.options)
+    made = backward(dy_TD, *ctx.saved_tensors, **ctx.options)
     grads: dict[str, Tensor] = dict(zip(Gradients._fields, made, strict=True))
     if wanted["down_D"]:
         grads["down_D"] = dy_TD.sum(0).to(ctx.down_dtype)
+    if wanted["residual_TD"]:
+        grads["residual_TD"] = dy_TD
     return tuple(grads[name] if wanted[name] else None for name in OPERANDS)
 
 

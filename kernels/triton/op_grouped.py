@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.grouped_call import GroupedCall
 from moe_tools.kernels.triton.launches import grouped_backward_launches, grouped_launches
-from moe_tools.kernels.triton.op import operands_of
+from moe_tools.kernels.triton.op import operands_of, run
 
 GRADIENTS = ("x_TD", "gate_XND", "up_XND", "down_XND", "weight_TK")
 """The operands that have a gradient, in the order in which the backward operator returns them."""
@@ -51,8 +51,7 @@ def grouped_forward(
         config=Config.from_numbers(config),
     )
     launches, y_PD = grouped_launches(call)
-    for launch in launches:
-        launch.run()
+    run(launches, x_TD)
     return _per_token(y_PD, chosen_TK).to(x_TD.dtype)
 
 
@@ -95,8 +94,7 @@ def grouped_backward(
         config=Config.from_numbers(config),
     )
     launches, made = grouped_backward_launches(call, dy_TD.contiguous())
-    for launch in launches:
-        launch.run()
+    run(launches, x_TD)
     grads = {
         "x_TD": _per_token(made.x_PD, chosen_TK).to(x_TD.dtype),
         "gate_XND": made.gate_XND,

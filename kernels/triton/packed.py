@@ -1,0 +1,296 @@
+"""`TritonFFN`: an FFN that is stored as the Triton kernels read it, and called often.
+
+Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from moe_tools.kernels.activations import Act
+from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.quantize import INT4, QUANTIZED
+from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.scores import FewBitScores, LinearScores, Scores
+from moe_tools.kernels.triton import limits
+from moe_tools.kernels.triton.config import Config
+from moe_tools.kernels.triton.ffn import (
+    DTYPES,
+    UNNAMED,
+    activation_options,
+    constant_D,
+    elsewhere,
+    flat,
+    goes_gate_first,
+    no_device,
+)
+from moe_tools.kernels.triton.op import forward
+from moe_tools.kernels.triton.op_scored import proposed, routed
+from moe_tools.kernels.triton.routed import MOST_NEURONS
+from moe_tools.kernels.triton.stored import store
+from moe_tools.kernels.weights import FFNWeights
+
+NAMES: dict[torch.dtype, limits.Dtype] = dict(
+    zip((*DTYPES, torch.int8, INT4), get_args(limits.Dtype), strict=True)
+)
+"""The dtypes that are stored, by the names of the table of limits."""
+ASSUMED = 0.5
+"""Share of its neurons that a token is taken to want, where nobody says."""
+
+
+class TritonFFN(PackedFFN):
+    """Copies of the weights, a neuron a row; x may be fp32, bf16 or fp16 whatever the copies are.
+
+    In int8 and int4 a row has a bf16 scale for each 32 columns (`few_bits.store_rows`); what lies
+    on that grid already stays as it is. x is not rounded.
+
+    Args:
+        weights: copied. What is off may add a constant (`off_F`).
+        dtype: fp32, bf16, fp16, int8 or int4.
+        or_dense: go through matrix products where `limits` expects these to be faster; of int8 and
+            int4 the numbers are made first, in each call.
+        share: of its neurons that one token wants, which decides that; None: `ASSUMED`. How many
+            really run is known on the device alone, and the host never waits for it.
+
+    Raises:
+        ValueError: a dtype or an activation that the kernels do not know.
+    """
+
+    backend = "triton"
+
+    def __init__(
+        self,
+        weights: FFNWeights,
+        dtype: torch.dtype,
+        *,
+        or_dense: bool = False,
+        share: float | None = None,
+    ) -> None:
+        refusal = cannot_store(weights, dtype)
+        if refusal:
+            raise ValueError(refusal)
+        self._dtype, self._or_dense = dtype, or_dense
+        self._share = ASSUMED if share is None else share
+        matrices = {"up_FD": weights.up_FD, "down_FD": weights.down_FD, "gate_FD": weights.gate_FD}
+        self._rows = {name: store(one, dtype) for name, one in matrices.items() if one is not None}
+        copied = weights.changed(_shape, _copy)
+        if dtype not in QUANTIZED:
+            copied = _with_rows(copied, {name: one.stored for name, one in self._rows.items()})
+        super().__init__(copied)
+        self._operands = self._laid_out()
+        self._limits = self._find_limits()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the stored numbers."""
+        return self._rows["up_FD"].stored.device
+
+    def run(
+        self,
+        x_TD: Tensor,
+        mask_TE: Tensor | None = None,
+        residual_TD: Tensor | None = None,
+        *,
+        gate_first: bool | None = None,
+        config: Config | None = None,
+    ) -> Tensor:
+        """Computes y_TD on the kernels, whatever they take; see `sparse_ffn_triton`.
+
+        Raises:
+            ValueError: tensors that are on another device, or an x that no kernel takes.
+        """
+        options = self._options(x_TD, {"mask_TE": mask_TE, "residual_TD": residual_TD}, config)
+        first = goes_gate_first(self.weights) if gate_first is None else gate_first
+        with torch.no_grad():
+            y_TD: Tensor = forward(
+                flat(x_TD),
+                mask_TE=None if mask_TE is None else flat(mask_TE),
+                residual_TD=None if residual_TD is None else flat(residual_TD),
+                **self._operands,
+                **options,
+                gate_first=first,
+                atomic=False,
+            )
+        return y_TD.view(x_TD.shape)
+
+    def takes(self, x_TD: Tensor, scores: Scores) -> bool:
+        """Whether `scored` can compute this, and the kernels are expected to be faster."""
+        if isinstance(scores, LinearScores):
+            together = 16 if _tokens(x_TD) > 1 else 8
+            if together * -(-self.weights.neurons // scores.experts) > MOST_NEURONS:
+                return False
+        return self._pays(x_TD)
+
+    def scored(
+        self,
+        x_TD: Tensor,
+        scores: Scores,
+        residual_TD: Tensor | None = None,
+        *,
+        config: Config | None = None,
+    ) -> Tensor:
+        """Computes y_TD of the experts that `scores` select, in as many launches as with a mask.
+
+        Args:
+            x_TD: any leading dimensions, which `scores` share.
+            scores: a router's last product, or copies in few bits.
+            residual_TD: is added to y.
+            config: tile sizes; by default the fastest that are known.
+
+        Raises:
+            ValueError: as `run`.
+        """
+        others = {"residual_TD": residual_TD, "the router": scores[0]}
+        options = self._options(x_TD, others, config)
+        given = {
+            **self._operands,
+            "mask_TE": None,
+            "residual_TD": None if residual_TD is None else flat(residual_TD),
+        }
+        with torch.no_grad():
+            y_TD = _of_scores(flat(x_TD), scores, given, options)
+        return y_TD.view(x_TD.shape)
+
+    def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+        return self._run_onto(x_TD, mask_TE, None)
+
+    def _run_onto(self, x_TD: Tensor, mask_TE: Tensor | None, residual_TD: Tensor | None) -> Tensor:
+        if self._pays(x_TD):
+            return self.run(x_TD, mask_TE, residual_TD)
+        with torch.no_grad():
+            y_TD = sparse_ffn_reference(self._values(x_TD.dtype), x_TD, mask_TE)
+        return y_TD if residual_TD is None else residual_TD + y_TD
+
+    def _pays(self, x_TD: Tensor) -> bool:
+        return not self._or_dense or self._limits.pays(_tokens(x_TD), self._share)
+
+    def _options(
+        self, x_TD: Tensor, others: dict[str, Tensor | None], config: Config | None
+    ) -> dict[str, Any]:
+        """The operator's options for an input.
+
+        Raises:
+            ValueError: it, or one of the `others`, is not what the kernels take.
+        """
+        refusal = f"x_TD is {x_TD.dtype}: the kernels take {_named(DTYPES)}"
+        if x_TD.dtype in DTYPES:
+            others = {"the packed weights": self._rows["up_FD"].stored, **others}
+            refusal = elsewhere(x_TD, others) or no_device(x_TD) or ""
+        if refusal:
+            raise ValueError(refusal)
+        config = config or self._limits.config(_tokens(x_TD))
+        activations = activation_options(self.weights.act, self.weights.up_act)
+        return {**activations, "config": [] if config is None else config.numbers}
+
+    def _laid_out(self) -> dict[str, Tensor | None]:
+        """The operator's tensors but for those of a call; a plain FFN's one projection is `gate`."""
+        inputs = ("gate_FD", "up_FD") if "gate_FD" in self._rows else ("up_FD",)
+        slots: dict[str, Tensor | None] = {"off_F": self.weights.off_F}
+        for slot, name in (*zip(("gate", "up"), inputs, strict=False), ("down", "down_FD")):
+            slots[f"{slot}_FD"], slots[f"{slot}_scale_FG"], _ = self._rows[name]
+        for slot, name in zip(("gate_F", "up_F"), inputs, strict=False):
+            slots[slot] = getattr(self.weights, name.removesuffix("D"))
+        off = self.weights.off_F is not None
+        slots["down_D"] = constant_D(self._values(torch.float32)) if off else self.weights.down_D
+        return {"up_FD": None, "up_scale_FG": None, "up_F": None, **slots}
+
+    def _values(self, dtype: torch.dtype) -> FFNWeights:
+        """The numbers that are stored, and the biases, in one dtype."""
+        width = self.weights.width
+        rows = {name: one.values_FD(width, dtype) for name, one in self._rows.items()}
+        cast = self.weights.changed(lambda matrix: matrix, lambda bias: bias.to(dtype))
+        return _with_rows(cast, rows)
+
+    def _find_limits(self) -> limits.Limits:
+        return limits_of(self.weights, self.device, self._dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickle with the limits of the card here."""
+        self.__dict__.update(state)
+        self._limits = self._find_limits()
+
+
+def cannot_store(weights: FFNWeights, dtype: torch.dtype) -> str | None:
+    """Says why `TritonFFN` cannot store these; None when it can."""
+    if dtype not in NAMES:
+        return f"backend 'triton' stores {_named(NAMES)}, not {dtype}"
+    if not all(isinstance(act, Act) for _, _, act in weights.inputs):
+        return UNNAMED
+    return None
+
+
+def limits_of(weights: FFNWeights, device: torch.device, dtype: torch.dtype) -> limits.Limits:
+    """What is known of an FFN that is stored in `dtype` on a card."""
+    kind: limits.Kind = "gate first" if goes_gate_first(weights) else "given"
+    return limits.of(card(device), NAMES[dtype], kind, weights.width, weights.neurons)
+
+
+def pays(weights: FFNWeights, x_TD: Tensor) -> bool:
+    """Whether the kernels are expected to be faster, at `ASSUMED` of the neurons a token."""
+    return limits_of(weights, x_TD.device, x_TD.dtype).pays(_tokens(x_TD), ASSUMED)
+
+
+def card(device: torch.device) -> str:
+    """The name of a card, as the table of limits has it; that of any other device is its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _of_scores(
+    x_TD: Tensor, scores: Scores, given: dict[str, Tensor | None], options: dict[str, Any]
+) -> Tensor:
+    """Calls the operator of a kind of scores."""
+    made: Tensor
+    if isinstance(scores, FewBitScores):
+        gate, up = scores.gate, scores.up
+        made = proposed(
+            x_TD,
+            **given,
+            z_TD=flat(scores.z_TD),
+            gate_copy_FP=gate.stored,
+            gate_copy_scale_FG=gate.scale_FG,
+            up_copy_FP=None if up is None else up.stored,
+            up_copy_scale_FG=None if up is None else up.scale_FG,
+            norm_F=scores.norm_F,
+            above=scores.above,
+            offset=gate.offset,
+            **options,
+        )
+        return made
+    made = routed(
+        x_TD,
+        **given,
+        z_TK=flat(scores.z_TK),
+        weight_RK=scores.weight_RK.contiguous(),
+        bias_R=None if scores.bias_R is None else scores.bias_R.contiguous(),
+        above=scores.above,
+        shared=scores.shared,
+        **options,
+    )
+    return made
+
+
+def _with_rows(weights: FFNWeights, rows: dict[str, Tensor]) -> FFNWeights:
+    up_FD, down_FD, gate_FD = rows["up_FD"], rows["down_FD"], rows.get("gate_FD")
+    return replace(weights, up_FD=up_FD, down_FD=down_FD, gate_FD=gate_FD)
+
+
+def _tokens(x_TD: Tensor) -> int:
+    return x_TD.shape[:-1].numel()
+
+
+def _shape(matrix: Tensor) -> Tensor:
+    """The shape and the dtype of a matrix, without its numbers."""
+    return matrix.detach().to("meta")
+
+
+def _copy(bias: Tensor) -> Tensor:
+    return bias.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _named(dtypes: Any) -> str:
+    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(most)} or {last}"
