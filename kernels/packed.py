@@ -21,6 +21,10 @@ class PackedFFN(ABC):
     """An FFN that is packed once and called often. It does not follow changes of the weights."""
 
     backend: ClassVar[str]
+    adds: ClassVar[bool] = False
+    """Whether it adds a residual in the pass that writes y."""
+    selects: ClassVar[bool] = False
+    """Whether it can find for itself which experts run (`scored`)."""
 
     def __init__(self, weights: FFNWeights) -> None:
         self.weights = weights

@@ -100,6 +100,8 @@ MANY_TOKENS = replace(FEW_TOKENS, gate_tile=32, rows=32, columns=64)
 fewer than 8 elements a thread make narrow loads."""
 CODES = replace(FEW_TOKENS, gate_tile=32, rows=32)
 """Weights in eight and four bits and more than one token: a thread still loads 16 bytes."""
+MANY_CODES = replace(CODES, gate_tile=64, rows=64, columns=64)
+"""64 tokens: with 128 columns the numbers that codes become would not fit into registers."""
 GROUPED = replace(FEW_TOKENS, gate_tile=64, rows=64, columns=32)
 """64 pairs of one expert; `tile`, `gate_tile` and `splits` play no part."""
 
@@ -112,7 +114,7 @@ def pinned(tokens: int, codes: bool = False) -> Config:
     if tokens == 1:
         return ONE_TOKEN
     if codes:
-        return CODES
+        return CODES if tokens <= 32 else MANY_CODES
     return FEW_TOKENS if tokens <= 32 else MANY_TOKENS
 
 

@@ -23,8 +23,8 @@ Kind = Literal["given", "gate first"]
 Dtype = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 
 UNTUNED: dict[int, float] = {1: 0.6, 4: 0.4, 16: 0.25, MOST_TOGETHER: 0.1}
-"""Tokens -> the share, on a card that nobody measured: a guess. At one token the bytes that are saved
-have to pay for launches and gaps; matrix units make more tokens nearly free for dense products."""
+"""Tokens -> the share, on a card that nobody measured: a guess. At one token the bytes that are
+saved have to pay for launches and gaps; matrix units make more tokens nearly free when dense."""
 FILE = Path(__file__).with_name("tuned.json")
 
 
@@ -45,7 +45,7 @@ class Entry:
     neurons: int
     tokens: int
     share: float
-    """Of the neurons, in the union: up to it the kernels are as fast as matrix products; 0: never."""
+    """Of the neurons in the union; up to it the kernels are as fast as products; 0: never."""
     tiles: tuple[int, ...]
     """The numbers of the fastest `Config`."""
 

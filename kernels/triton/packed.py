@@ -61,6 +61,8 @@ class TritonFFN(PackedFFN):
     """
 
     backend = "triton"
+    adds = True
+    selects = True
 
     def __init__(
         self,
@@ -77,7 +79,12 @@ class TritonFFN(PackedFFN):
         self._share = ASSUMED if share is None else share
         matrices = {"up_FD": weights.up_FD, "down_FD": weights.down_FD, "gate_FD": weights.gate_FD}
         self._rows = {name: store(one, dtype) for name, one in matrices.items() if one is not None}
-        copied = weights.changed(_shape, _copy)
+        kept = weights.up_FD.dtype if dtype in QUANTIZED else dtype
+
+        def copy(bias: Tensor) -> Tensor:
+            return bias.detach().to(kept, copy=True, memory_format=torch.contiguous_format)
+
+        copied = weights.changed(_shape, copy)
         if dtype not in QUANTIZED:
             copied = _with_rows(copied, {name: one.stored for name, one in self._rows.items()})
         super().__init__(copied)
@@ -179,7 +186,9 @@ class TritonFFN(PackedFFN):
         refusal = f"x_TD is {x_TD.dtype}: the kernels take {_named(DTYPES)}"
         if x_TD.dtype in DTYPES:
             others = {"the packed weights": self._rows["up_FD"].stored, **others}
-            refusal = elsewhere(x_TD, others) or no_device(x_TD) or ""
+            # a graph cannot hold these checks, and the devices of its tensors do not change
+            checks = not torch.compiler.is_compiling()
+            refusal = (checks and (elsewhere(x_TD, others) or no_device(x_TD))) or ""
         if refusal:
             raise ValueError(refusal)
         config = config or self._limits.config(_tokens(x_TD))
@@ -187,7 +196,7 @@ class TritonFFN(PackedFFN):
         return {**activations, "config": [] if config is None else config.numbers}
 
     def _laid_out(self) -> dict[str, Tensor | None]:
-        """The operator's tensors but for those of a call; a plain FFN's one projection is `gate`."""
+        """The operator's tensors that stay; a plain FFN's one projection stands in `gate`."""
         inputs = ("gate_FD", "up_FD") if "gate_FD" in self._rows else ("up_FD",)
         slots: dict[str, Tensor | None] = {"off_F": self.weights.off_F}
         for slot, name in (*zip(("gate", "up"), inputs, strict=False), ("down", "down_FD")):
@@ -285,10 +294,6 @@ def _tokens(x_TD: Tensor) -> int:
 def _shape(matrix: Tensor) -> Tensor:
     """The shape and the dtype of a matrix, without its numbers."""
     return matrix.detach().to("meta")
-
-
-def _copy(bias: Tensor) -> Tensor:
-    return bias.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _named(dtypes: Any) -> str:

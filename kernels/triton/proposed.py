@@ -53,8 +53,8 @@ def launch_list_proposed(
 ) -> KernelLaunch:
     """The launch that writes `mask_TF` and lists the neurons that it selects."""
     gate, up, tiling = scores.gate, scores.up, call.tiling
-    # one token's sums of two streams stand in registers; half a byte a column makes narrow loads
-    columns = max(2, tiling.columns // 2) if call.tokens == 1 else max(128, tiling.columns)
+    # as many as 128 threads load in 16 bytes each, half a byte a column
+    columns = 4096 // tiling.gate_tile
     sizes = {name: size for name, size in call.sizes.items() if name != "E"}
     arguments = {
         "x": scores.z_TD,

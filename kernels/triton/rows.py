@@ -27,8 +27,8 @@ def load_rows_ND(
 ):  # fmt: skip
     """Loads BLOCK_D columns of weight rows; the rows of neurons that are off are not read.
 
-    Codes, which have a `scale`, stand for (code + OFFSET) times the scale of their group. Their rows
-    are padded to `stride` bytes, a multiple of 16, whatever D is.
+    Codes, which have a `scale`, stand for (code + OFFSET) times the scale of their group. Their
+    rows are padded to `stride` bytes, a multiple of 16, whatever D is.
     """
     if scale is None:
         return load_ND(weight, stride, row_N, on_N, start + tl.arange(0, BLOCK_D), D, 0.0)

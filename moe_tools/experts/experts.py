@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,11 +19,14 @@ from moe_tools.experts.division import Division
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers import Router, RowReader
-from moe_tools.experts.selectors import Everything, Selector, Threshold
+from moe_tools.experts.selectors import Everything, Selector, Threshold, TopK
+from moe_tools.experts.training_kernels import TrainingKernels, computed_TD
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.input_threshold import nothing_dropped
 from moe_tools.hosts.linears import device_of, dtype_of
 from moe_tools.kernels.cpu.rows import FLOATS
+from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.scores import Scores
 
 Mode = Literal["soft", "straight", "hard"]
 """How scores G switch experts.
@@ -122,54 +126,91 @@ class ExpertFFN(PackableFFN):
         self.register_buffer("off_RD", None)
         self.observers: list[Callable[[Routing], None]] = []
         """Each is shown every decision."""
+        self.kernels = TrainingKernels(self.name)
         self.interventions: list[Callable[[Tensor], Tensor]] = []
         """Each is given mask_TE and returns another, see `intervene`."""
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """y_TD.
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+        """y_TD, plus the residual where an optimised layer gives it.
 
         Where only the host computes h (`Layout.masked`), it is h_TF that comes in.
 
         Raises:
             ValueError: an optimised FFN in training, or in mode soft.
         """
+        if self.packed is not None and not self.layout.masked:
+            self._check_packed()
+            if self.bias_D is None or residual_TD is None:
+                return self._packed_TD(self.packed, x_TD, residual_TD)
+            return residual_TD + self._packed_TD(self.packed, x_TD, None)
+        y_TD = self._plain_TD(x_TD)
+        return y_TD if residual_TD is None else residual_TD + y_TD
+
+    def _plain_TD(self, x_TD: Tensor) -> Tensor:
+        """y_TD from the host's own modules: all of h, then a mask, unless training skips it."""
         if self.layout.masked:
             routing = self.route(self.entered())
             return self.complete_TD(self.down(self.switch(x_TD, routing)), routing)
-        if self.packed is not None and (mask_TE := self._mask_TE(x_TD)) is not None:
-            self._check_packed()
-            y_TD = self.packed(x_TD, mask_TE)
-            return y_TD if self.bias_D is None else y_TD + self.bias_D.to(y_TD.dtype)
-        routing = self.route(x_TD)
-        if self.packed is None:
-            projections = self.projections
-            y_TD = projections.project_TD(self.switch(projections.hidden_TF(x_TD), routing))
-            return self.complete_TD(y_TD, routing)
-        self._check_packed()
-        return self.complete_TD(self.packed(x_TD, routing.mask_TE), routing)
+        routing, projections = self.route(x_TD), self.projections
+        mask_TE, hard = routing.mask_TE, self.training and self.mode == "hard"
+        if hard and self.kernels.pay(projections, x_TD, mask_TE):
+            weights = replace(projections.weights(), off_F=self.off_F)
+            return self.complete_TD(computed_TD(weights, x_TD, mask_TE), routing)
+        y_TD = projections.project_TD(self.switch(projections.hidden_TF(x_TD), routing))
+        return self.complete_TD(y_TD, routing)
+
+    def _packed_TD(self, packed: PackedFFN, x_TD: Tensor, residual_TD: Tensor | None) -> Tensor:
+        """y_TD from packed weights, which find what runs by themselves where they can."""
+        scores = self._scores(packed, x_TD)
+        if scores is not None and packed.takes(x_TD, scores):
+            y_TD = packed.scored(x_TD, scores, residual_TD)
+        elif (mask_TE := self._mask_TE(x_TD)) is not None:
+            y_TD = packed(x_TD, mask_TE, residual_TD)
+        else:
+            routing = self.route(x_TD)
+            return self.complete_TD(packed(x_TD, routing.mask_TE, residual_TD), routing)
+        return y_TD if self.bias_D is None else y_TD + self.bias_D.to(y_TD.dtype)
 
     def _check_packed(self) -> None:
         if self.training or self.mode == "soft":
             state = "in training" if self.training else "in mode soft"
             raise ValueError(f"{self.name} is optimised and cannot run {state}: load it again")
 
+    def _scores(self, packed: PackedFFN, x_TD: Tensor) -> Scores | None:
+        """What packed weights need to select by themselves, where nobody looks; else None."""
+        tau = self._unseen_tau(x_TD) if packed.selects else None
+        return None if tau is None else self.router.scores(x_TD, tau, self.shared)
+
     def _mask_TE(self, x_TD: Tensor) -> Tensor | None:
         """The mask where nobody looks at the scores, and the router can do without; else None."""
-        selector = self.unseen_selector()
-        if torch.compiler.is_compiling() or x_TD.dtype not in FLOATS:
-            return None
+        tau = None if torch.compiler.is_compiling() or self.shared else self._unseen_tau(x_TD)
+        return None if tau is None else self.router.above_TR(x_TD, tau)
+
+    def _unseen_tau(self, x_TD: Tensor) -> float | None:
+        """The score above which experts run, where nobody looks at any score; else None."""
         if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
             return None
-        if type(selector) is not Threshold or self.off_RD is not None:
+        if self._seen() or x_TD.dtype not in FLOATS or self.off_RD is not None:
             return None
-        return self.router.above_TR(x_TD, selector.tau)
+        return self.selector.tau if type(self.selector) is Threshold else None
 
     def unseen_selector(self) -> Selector | None:
         """What chooses among all experts, where nobody looks at it or at the scores; else None."""
+        return None if self._seen() or self.shared else self.selector
+
+    def _seen(self) -> bool:
+        """Whether somebody looks at the scores or the mask, or changes them."""
         router = self.router
         heard = router._forward_hooks or router._forward_pre_hooks or "forward" in router.__dict__
-        seen = self.observers or self.interventions or heard
-        return None if seen or self.shared else self.selector
+        return bool(self.observers or self.interventions or heard)
+
+    @property
+    def share(self) -> float | None:
+        """Of its neurons that one token wants, where that is the same for all; else None."""
+        selector, routed = self.selector, self.division.num_experts - self.shared
+        if not isinstance(selector, TopK):
+            return None
+        return (selector.count(routed) + self.shared) / self.division.num_experts
 
     def route(self, x_TD: Tensor) -> Routing:
         """Scores and mask, as interventions leave it, shown to the observers."""

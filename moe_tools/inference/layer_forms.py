@@ -49,7 +49,7 @@ class NormNames:
         return [name for name in vars(self).values() if name is not None]
 
 
-_PRE = NormNames("input_layernorm", None, "post_attention_layernorm", None)
+PRE_NORM = NormNames("input_layernorm", None, "post_attention_layernorm", None)
 _POST = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _BOTH = NormNames(
     "input_layernorm",
@@ -58,8 +58,8 @@ _BOTH = NormNames(
     "post_feedforward_layernorm",
 )
 _LAYERS: tuple[tuple[type[nn.Module], NormNames], ...] = (
-    (modeling_llama.LlamaDecoderLayer, _PRE),
-    (modeling_mixtral.MixtralDecoderLayer, _PRE),
+    (modeling_llama.LlamaDecoderLayer, PRE_NORM),
+    (modeling_mixtral.MixtralDecoderLayer, PRE_NORM),
     (modeling_olmo2.Olmo2DecoderLayer, _POST),
     (modeling_gemma3.Gemma3DecoderLayer, _BOTH),
 )
@@ -141,6 +141,12 @@ def find(layer: nn.Module, host: type[nn.Module]) -> Found | str | None:
     norm_paths = (*(f"{ATTENTION}.{name}" for name in heads), *names.all())
     paths = (ATTENTION, *(f"{ATTENTION}.{name}_proj" for name in "qkvo"), *norm_paths)
     return Found(attention, norms, names, paths, norm_paths, dtype, sizes.layer_idx)
+
+
+def is_pre_norm(host: type[nn.Module]) -> bool:
+    """Whether a layer of this class is of a known form whose norms are in front of its parts."""
+    names = _norms_by_code().get(code_of(host.forward))
+    return names is not None and names == PRE_NORM
 
 
 @torch.no_grad()

@@ -27,11 +27,12 @@ from moe_tools.inference.fuse_layers import fuse_layers
 from moe_tools.inference.fused_stack import fuse_stack
 from moe_tools.inference.measured_limits import use_measured
 from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
+from moe_tools.inference.residual import fuse_residuals
 from moe_tools.inference.state import free_matrices, widen_router
 from moe_tools.kernels.cpu.packed import CpuFFN
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import INT4
-from moe_tools.kernels.sparse_ffn import Backend, pack
+from moe_tools.kernels.sparse_ffn import Backend, on_gpu, pack
 from moe_tools.kernels.weights import FFNWeights
 
 PACKED = {
@@ -53,8 +54,8 @@ class OptimizedFFN(PackableFFN):
 
     done = "optimised"
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Computes y_TD.
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+        """Computes y_TD, plus the residual where an optimised layer gives it.
 
         Raises:
             ValueError: in training.
@@ -62,7 +63,7 @@ class OptimizedFFN(PackableFFN):
         if self.training:
             raise ValueError(f"{self.name} is optimised and cannot be trained: load it again")
         assert self.packed is not None
-        return self.packed(x_TD)
+        return self.packed(x_TD, residual_TD=residual_TD)
 
 
 def optimize(
@@ -72,6 +73,7 @@ def optimize(
     backend: Backend = "auto",
     screen: float | None = None,
     linears: Kind | None = None,
+    share: float | None = None,
 ) -> Model:
     """Packs a model for the sparse kernels, in place, and returns it: for inference alone.
 
@@ -101,11 +103,14 @@ def optimize(
             row (`few_bits.store_rows`: what the step `quantize` stored stays as it is); the model's
             own by default. With int8 and int4 products are of integers, and x is rounded to int8;
             they need a kernel that reads them.
-        backend: see `moe_tools.kernels.sparse_ffn.pack`. `auto` takes the native kernels on a CPU
-            and PyTorch elsewhere.
+        backend: see `moe_tools.kernels.sparse_ffn.pack`. `auto` takes the native kernels on a CPU,
+            and the Triton kernels on a GPU, where they can run the FFN.
         screen: of FFNs with ReLU or a relative: a copy of the gate in int8 says which neurons
             cannot fire, with a margin in standard deviations of its error (4 misses next to
             nothing, `inf` nothing at all). Half of the gate's bytes, and as much memory more.
+        share: of its neurons that a token wants, on a GPU, where the host never asks how many run:
+            it decides for how many tokens the kernels are taken (`kernels.triton.limits`). By
+            default what a top-k selector says, or half.
         linears: round the linears outside the FFNs, too, to eight or four bits (attention and head;
             see `pack_linears`), and those of dense FFNs that cannot be packed.
 
@@ -117,10 +122,10 @@ def optimize(
     _check(model, dtype)
     settle(model)
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
-    packing = _Packing(dtype, backend, screen)
+    packing = _Packing(dtype, backend, screen, share)
     native = backend in ("auto", "cpu")
     needed = linears is None and not (native and can_pack(model) and not expert_ffns(model))
-    packable = _packable(model, ffns, needed=needed)
+    packable = _packable(model, ffns, backend, needed=needed)
     for ffn in packable:
         packing.check(ffn)
     if linears is not None and thresholds_in(model):
@@ -137,11 +142,13 @@ def optimize(
         besides = [linear for ffn in own for linear in ffn.projections.linears()]
         pack_linears(model, linears, besides)
     for ffn in packable:
+        packed = packing.pack(ffn)
         if isinstance(ffn, ExpertFFN) and isinstance(ffn.router, FewBitsRouter):
-            ffn.router.pack()
-        free_matrices(_put(model, ffn, packing.pack(ffn)), dtype)
+            ffn.router.pack(packed.backend)
+        free_matrices(_put(model, ffn, packed), dtype)
     for routed in expert_ffns(model):
         widen_router(routed, packs=native)
+    fuse_residuals(model)
     if native:
         fuse_layers(model, dense)
         fuse_stack(model)
@@ -160,14 +167,14 @@ def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _packable(
-    model: nn.Module, ffns: Sequence[ExpertFFN | FFN], *, needed: bool
+    model: nn.Module, ffns: Sequence[ExpertFFN | FFN], backend: Backend, *, needed: bool
 ) -> list[ExpertFFN | FFN]:
     """Returns the FFNs that can be packed; one warning says why the others stay as they are.
 
     Raises:
         ValueError: there are only others, and one is needed.
     """
-    obstacles = [_obstacle(ffn) for ffn in ffns]
+    obstacles = [_obstacle(ffn, backend) for ffn in ffns]
     pairs = list(zip(ffns, obstacles, strict=True))
     reasons = Counter(
         obstacle
@@ -182,7 +189,7 @@ def _packable(
     return [ffn for ffn, obstacle in pairs if obstacle is None]
 
 
-def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
+def _obstacle(ffn: ExpertFFN | FFN, backend: Backend) -> str | None:
     """Returns why an FFN stays as it is; None when it can be packed."""
     if any(threshold_of(linear) is not None for linear in ffn.projections.linears()):
         return "its inputs have thresholds, which kernels of experts do not know"
@@ -195,12 +202,18 @@ def _obstacle(ffn: ExpertFFN | FFN) -> str | None:
     if ffn.mode == "soft":
         return "every expert runs in mode soft"
     if isinstance(ffn.router, FewBitsRouter):
-        obstacle = ffn.router.cannot_pack()
+        obstacle = ffn.router.cannot_pack(_backend_of(ffn, backend))
         if obstacle is not None:
             return obstacle
     elif ffn.router.reads_rows:
         return f"{type(ffn.router).__name__} reads the FFN's own rows"
     return refusal(ffn.projections)
+
+
+def _backend_of(ffn: ExpertFFN, backend: Backend) -> Backend:
+    """What auto is where an FFN is, as far as a router has to know."""
+    on_card = backend == "auto" and on_gpu(ffn.projections.weights().up_FD)
+    return "triton" if on_card else backend
 
 
 @dataclass(frozen=True)
@@ -210,6 +223,7 @@ class _Packing:
     dtype: torch.dtype | None
     backend: Backend
     screen: float | None
+    share: float | None
 
     def check(self, ffn: ExpertFFN | FFN) -> None:
         """Packs the first neuron, to hear what `pack` refuses before anything is changed.
@@ -218,16 +232,24 @@ class _Packing:
             ValueError: what it refuses, with the name of the FFN.
         """
         try:
-            self._pack(_weights(ffn).rows(slice(1)))
+            self._pack(ffn, _weights(ffn).rows(slice(1)))
         except ValueError as error:
             raise ValueError(f"{ffn.name}: {error}") from error
 
     def pack(self, ffn: ExpertFFN | FFN) -> PackedFFN:
         """Packs the whole FFN; its own matrices can then be freed."""
-        return self._pack(_weights(ffn))
+        return self._pack(ffn, _weights(ffn))
 
-    def _pack(self, weights: FFNWeights) -> PackedFFN:
-        return pack(weights, dtype=self.dtype, backend=self.backend, sole=True, screen=self.screen)
+    def _pack(self, ffn: ExpertFFN | FFN, weights: FFNWeights) -> PackedFFN:
+        share = ffn.share if self.share is None and isinstance(ffn, ExpertFFN) else self.share
+        return pack(
+            weights,
+            dtype=self.dtype,
+            backend=self.backend,
+            sole=True,
+            screen=self.screen,
+            share=share,
+        )
 
 
 def _weights(ffn: ExpertFFN | FFN) -> FFNWeights:

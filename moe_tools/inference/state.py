@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.packed_ffn import PackableFFN
-from moe_tools.experts.routers.base import ProductFP32
+from moe_tools.experts.routers.base import LabelRouter, ProductFP32
 from moe_tools.hosts.layouts import child_name
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.quantize import QUANTIZED
@@ -40,10 +40,14 @@ def widen_router(ffn: ExpertFFN, *, packs: bool) -> None:
 
     Args:
         ffn: whose router it is.
-        packs: its matrices stay in their dtype, which the native kernels read, where they can.
+        packs: its matrices stay in their dtype, which the native kernels read, where they can; so
+            does the last one where the packed FFN selects.
     """
     dtypes = {f"router.{name}": value.dtype for name, value in ffn.router.state_dict().items()}
-    kept = set()
+    kept: set[int] = set()
+    last = ffn.router.last if isinstance(ffn.router, LabelRouter) else None
+    if last is not None and ffn.packed is not None and ffn.packed.selects:
+        kept.add(id(last.weight))
     for module in ffn.router.modules():
         if packs and isinstance(module, ProductFP32):
             module.pack()

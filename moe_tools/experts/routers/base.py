@@ -15,6 +15,7 @@ from moe_tools.experts.importance import Importance
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.projections import Projections
 from moe_tools.kernels.cpu.linear import CpuLinear, own_rows
+from moe_tools.kernels.scores import LinearScores, Scores
 from moe_tools.kernels.sparse_ffn import native_cpu
 
 Start = Literal["regression", "open"]
@@ -65,6 +66,16 @@ class Router(nn.Module, ABC):
     def needs_zeros(self) -> bool:
         """Whether it predicts which neurons are exactly 0, and is of no use where none is."""
         return False
+
+    def scores(self, x_TD: Tensor, above: float, shared: int) -> Scores | None:
+        """What a kernel needs to find the experts above a score by itself; None: it cannot.
+
+        Args:
+            x_TD: the FFN's input.
+            above: the score, not included.
+            shared: experts in front of those that are scored, which always run.
+        """
+        return None
 
     def above_TR(self, x_TD: Tensor, tau: float) -> Tensor | None:
         """The mask of scores above tau, where that is to be had without the scores; None: not."""
@@ -165,9 +176,31 @@ class LabelRouter(LearnedRouter):
     positive_weight: float = 1.0
     """What a label of 1 counts for in the loss, where a label of 0 counts for 1."""
 
-    @abstractmethod
+    @property
+    def last(self) -> ProductFP32 | None:
+        """The product whose results are the logits; None: a kind computes these in its own way."""
+        return None
+
+    def enters_last_TK(self, x_TD: Tensor) -> Tensor:
+        """What the last product takes: x itself, or what comes before makes of it."""
+        return x_TD
+
     def logits_TR(self, x_TD: Tensor) -> Tensor:
         """Scores before the sigmoid, in fp32."""
+        assert self.last is not None
+        with in_fp32(x_TD):
+            return self.last.product_TN(self.enters_last_TK(x_TD))
+
+    def scores(self, x_TD: Tensor, above: float, shared: int) -> Scores | None:
+        """Its last product, where that is all that is left to do."""
+        kind, last = type(self), self.last
+        if last is None or kind.logits_TR is not LabelRouter.logits_TR:
+            return None
+        if kind.forward is not LabelRouter.forward:
+            return None
+        with in_fp32(x_TD):
+            z_TK = self.enters_last_TK(x_TD)
+        return LinearScores(z_TK, last.weight, last.bias, above, shared)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """scores_TR in (0, 1)."""

@@ -37,7 +37,9 @@ from moe_tools.kernels.few_bits import (
     group_int8,
     store_rows,
 )
+from moe_tools.kernels.scores import FewBitScores, Scores
 from moe_tools.kernels.sparse_ffn import native_cpu
+from moe_tools.kernels.triton.stored import of_codes
 
 OFF_GRID = 0.15
 """Steps of the grid, root mean square: bf16 moves stored weights by 0.05, others lie 0.29 off."""
@@ -111,18 +113,24 @@ class FewBitsRouter(RowReader):
 
     def proposed_TF(self, x_TD: Tensor) -> Tensor:
         """h~_TF, in the dtype of x."""
-        if self.x_bits is not None:
-            x_TD = group_int8(x_TD)
-        if self.inputs < 1:
-            x_TD = _largest(x_TD, self.inputs)
+        x_TD = self._read(x_TD)
         up, gate = self._packed or self._products(x_TD.dtype)
         return hidden_TF(self.projections.act, up(x_TD), None if gate is None else gate(x_TD))
 
-    def pack(self) -> None:
+    def _read(self, x_TD: Tensor) -> Tensor:
+        """What the proposal reads of x."""
+        if self.x_bits is not None:
+            x_TD = group_int8(x_TD)
+        return _largest(x_TD, self.inputs) if self.inputs < 1 else x_TD
+
+    def pack(self, backend: str) -> None:
         """Takes the copies once, in int4: the FFN's own rows can then be freed.
 
-        The kernel rounds x to int8, as `x_bits: 8` does.
+        The CPU's kernel rounds x to int8, as `x_bits: 8` does.
         """
+        if backend == "triton":
+            self._packed = self._made_of(_Laid)
+            return
         self._packed = self._made_of(CpuLinear.of_codes)
         up, gate = self._packed
         act = kernel_act(self.projections.act)
@@ -136,13 +144,27 @@ class FewBitsRouter(RowReader):
         """In one call of the kernels, once it is packed."""
         return None if self.proposal is None else self.proposal(x_TD, tau)
 
-    def cannot_pack(self) -> str | None:
+    def scores(self, x_TD: Tensor, above: float, shared: int) -> Scores | None:
+        """The copies, where a neuron is an expert and they are laid out for the Triton kernels."""
+        up, gate = self._packed or (None, None)
+        if not isinstance(up, _Laid) or not self.division.of_neurons or shared:
+            return None
+        first = up.rows if gate is None else cast("_Laid", gate).rows
+        second = None if gate is None else up.rows
+        return FewBitScores(self._read(x_TD), first, second, self.norm_F, above)
+
+    def cannot_pack(self, backend: str) -> str | None:
         """Why `pack` cannot be called; None: it can."""
+        if backend == "triton":
+            return None
         rows_FD = self.projections.weights().up_FD
         if self.bits > 4:
             return f"proposals in {self.bits} bits: there is no kernel for them, take 4 or fewer"
         if rows_FD.device.type != "cpu" or not native_cpu():
-            return f"proposals in few bits on {rows_FD.device}: only native CPU kernels read them"
+            return (
+                f"proposals in few bits on {rows_FD.device}: only native CPU kernels and Triton "
+                "read them"
+            )
         return None
 
     def few_bits(self, rows_FD: Tensor) -> FewBits:
@@ -251,6 +273,19 @@ def _largest(x_TD: Tensor, share: float) -> Tensor:
     kept = max(1, round(share * x_TD.shape[-1]))
     index_TK = x_TD.abs().topk(kept, dim=-1).indices
     return torch.zeros_like(x_TD).scatter(-1, index_TK, x_TD.gather(-1, index_TK))
+
+
+class _Laid:
+    """A product with copies as the Triton kernels read them, for when these do not compute it."""
+
+    def __init__(self, few: FewBits, bias_F: Tensor | None) -> None:
+        self.rows, self.width = of_codes(few), few.codes_FD.shape[1]
+        self.bias_F = bias_F
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """x W~^T + b; the numbers are made of the codes each time."""
+        bias_F = None if self.bias_F is None else self.bias_F.to(x_TD.dtype)
+        return nn.functional.linear(x_TD, self.rows.values_FD(self.width, x_TD.dtype), bias_F)
 
 
 class _Plain:

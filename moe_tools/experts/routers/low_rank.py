@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import LabelRouter, LinearFP32, in_fp32, matrix_flops
+from moe_tools.experts.routers.base import LabelRouter, LinearFP32, ProductFP32, matrix_flops
 from moe_tools.hosts.ffn import FFN
 
 ROWS = 4096
@@ -70,10 +70,14 @@ class LowRankRouter(LabelRouter):
         """At random; the options are those of the class after `routed`."""
         return cls(ffn.width, importance.routed, **options)
 
-    def logits_TR(self, x_TD: Tensor) -> Tensor:
-        """Scores before the sigmoid."""
-        with in_fp32(x_TD):
-            return self.second(torch.relu(self.first(x_TD)))
+    @property
+    def last(self) -> ProductFP32:
+        """The second layer."""
+        return self.second
+
+    def enters_last_TK(self, x_TD: Tensor) -> Tensor:
+        """What the first layer leaves."""
+        return torch.relu(self.first(x_TD))
 
     def target_TR(self, h_TF: Tensor, importance: Importance) -> Tensor:
         """Whether the expert is non-zero."""

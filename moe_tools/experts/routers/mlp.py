@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.importance import Importance
-from moe_tools.experts.routers.base import LabelRouter, LinearFP32, in_fp32, matrix_flops
+from moe_tools.experts.routers.base import LabelRouter, LinearFP32, ProductFP32, matrix_flops
 from moe_tools.experts.routers.rows import mean_rows_RD
 from moe_tools.hosts.ffn import FFN
 
@@ -36,8 +36,11 @@ class MLPRouter(LabelRouter):
     def flops(self) -> int:
         return matrix_flops(self.first.weight, self.second.weight)
 
-    def logits_TR(self, x_TD: Tensor) -> Tensor:
-        """Scores before the sigmoid."""
-        with in_fp32(x_TD):
-            unit_TD = nn.functional.normalize(x_TD.float(), dim=-1)
-            return self.second(torch.tanh(self.first(unit_TD)))
+    @property
+    def last(self) -> ProductFP32:
+        """The second layer."""
+        return self.second
+
+    def enters_last_TK(self, x_TD: Tensor) -> Tensor:
+        """What the first layer makes of x at length 1."""
+        return torch.tanh(self.first(nn.functional.normalize(x_TD.float(), dim=-1)))

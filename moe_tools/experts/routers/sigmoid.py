@@ -16,7 +16,6 @@ from moe_tools.experts.routers.base import (
     Router,
     Start,
     Starter,
-    in_fp32,
     matrix_flops,
 )
 from moe_tools.hosts.ffn import FFN
@@ -57,10 +56,10 @@ class SigmoidRouter(LabelRouter, ProductFP32):
     def flops(self) -> int:
         return matrix_flops(self.weight)
 
-    def logits_TR(self, x_TD: Tensor) -> Tensor:
-        """Scores before the sigmoid."""
-        with in_fp32(x_TD):
-            return self.product_TN(x_TD)
+    @property
+    def last(self) -> ProductFP32:
+        """The router itself."""
+        return self
 
 
 class RidgeStart(Starter):
