@@ -5,7 +5,6 @@ Letters: T tokens, D model width, X experts, N neurons of one expert, K experts 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from moe_tools.kernels.activations import ActivationLike
 from moe_tools.kernels.reference import sparse_ffn_reference, weighed
-from moe_tools.kernels.sparse_ffn import triton_kernels
+from moe_tools.kernels.sparse_ffn import left_to_pytorch, on_gpu, triton_kernels
 from moe_tools.kernels.weights import FFNWeights
 
 Backend = Literal["auto", "triton", "reference"]
@@ -71,8 +70,8 @@ def moe_ffn(
         x_TD: two dimensions.
         chosen_TK: which experts; no token chooses one twice.
         weight_TK: what their outputs are multiplied with.
-        backend: auto is triton on a GPU where Triton is installed, otherwise the reference: expert
-            by expert, which asks the device which experts were chosen.
+        backend: auto is triton on a GPU, where Triton is installed and can run these, and otherwise
+            the reference: expert by expert, which asks the device which experts were chosen.
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or one that cannot run this.
@@ -80,10 +79,13 @@ def moe_ffn(
     if backend not in get_args(Backend):
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(get_args(Backend))}")
     _check(experts, x_TD, chosen_TK, weight_TK)
-    installed = importlib.util.find_spec("triton") is not None
-    if backend == "triton" or (backend == "auto" and x_TD.is_cuda and installed):
-        y_TD: Tensor = triton_kernels("moe").moe_ffn_triton(experts, x_TD, chosen_TK, weight_TK)
-        return y_TD
+    if backend == "triton" or (backend == "auto" and on_gpu(x_TD)):
+        kernels, routing = triton_kernels("moe"), (chosen_TK, weight_TK)
+        why_not = kernels.unsupported(experts, x_TD, *routing) if backend == "auto" else None
+        if why_not is None:
+            y_TD: Tensor = kernels.moe_ffn_triton(experts, x_TD, *routing)
+            return y_TD
+        left_to_pytorch(why_not)
     return _reference(experts, x_TD, chosen_TK, weight_TK)
 
 

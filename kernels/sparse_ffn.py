@@ -124,7 +124,7 @@ def pack(
             return packed
         if dtype in QUANTIZED:
             raise ValueError(why_not)
-        _left_to_pytorch(why_not)
+        left_to_pytorch(why_not)
     elif backend == "auto":
         why_not = unsupported(weights, dtype)
         if dtype in QUANTIZED and (why := why_not or _missing()):
@@ -173,7 +173,7 @@ def announce(isa: str) -> None:
 
 
 @functools.cache
-def _left_to_pytorch(why: str) -> None:
+def left_to_pytorch(why: str) -> None:
     """Logs once why a GPU runs an FFN without our kernels."""
     _log.warning("sparse_ffn runs on PyTorch alone: %s", why)
 
@@ -192,7 +192,7 @@ def on_gpu(tensor: Tensor) -> bool:
     if not tensor.is_cuda:
         return False
     if not _has_triton():
-        _left_to_pytorch("Triton is not installed: pip install 'moe-tools[gpu]'")
+        left_to_pytorch("Triton is not installed: pip install 'moe-tools[gpu]'")
     return _has_triton()
 
 

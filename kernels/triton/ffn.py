@@ -5,6 +5,7 @@ Letters: T tokens (any leading dimensions), D model width, F neurons, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def unsupported(
     return elsewhere(x_TD, others) or no_device(x_TD)
 
 
-def elsewhere(x_TD: Tensor, others: dict[str, Tensor | None]) -> str | None:
+def elsewhere(x_TD: Tensor, others: Mapping[str, Tensor | None]) -> str | None:
     """Says which tensor is on another device than x; None: none is."""
     for name, other in others.items():
         if other is not None and other.device != x_TD.device:

@@ -12,13 +12,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import GIVES_ZEROS, Act, named
 from moe_tools.kernels.moe import ExpertWeights
 from moe_tools.kernels.triton.call import BIASES, SCALES
 from moe_tools.kernels.triton.config import MOST_TOGETHER, Config
-from moe_tools.kernels.triton.ffn import DTYPES, UNNAMED, activation_options, no_device
+from moe_tools.kernels.triton.ffn import (
+    DTYPES,
+    UNNAMED,
+    activation_options,
+    elsewhere,
+    no_device,
+)
 from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.triton.op_grouped import grouped_forward
 
@@ -48,7 +55,7 @@ def moe_ffn_triton(
     Raises:
         ValueError: a dtype, an activation or a device that the kernels do not know.
     """
-    refusal = _refusal(experts, x_TD)
+    refusal = unsupported(experts, x_TD, chosen_TK, weight_TK)
     if refusal:
         raise ValueError(refusal)
     x_TD, laid_out = x_TD.contiguous(), _laid_out(experts)
@@ -77,7 +84,7 @@ def _masked(
         up_FD=experts.up_XND,
         down_FD=experts.down_XND,
         mask_TE=mask_TX.scatter(1, chosen_TK, weight_TK),
-        **dict.fromkeys((*BIASES, *SCALES)),
+        **dict.fromkeys((*BIASES, *SCALES, "off_F", "residual_TD")),
         atomic=False,
         **options,
     )
@@ -128,11 +135,18 @@ def _contiguous(weight_XND: Tensor) -> Tensor:
     return weight_XND.reshape(-1).view(weight_XND.shape)
 
 
-def _refusal(experts: ExpertWeights, x_TD: Tensor) -> str | None:
+def unsupported(
+    experts: ExpertWeights, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor
+) -> str | None:
+    """Says why these kernels cannot run this; None when they can."""
     dtypes = {x_TD.dtype, experts.gate_XND.dtype, experts.up_XND.dtype, experts.down_XND.dtype}
     if len(dtypes) > 1 or x_TD.dtype not in DTYPES:
         found = ", ".join(sorted(map(str, dtypes)))
         return f"x_TD and the experts are {found}: the kernels take fp32, bf16 or fp16, one for all"
     if not all(isinstance(named(act), Act) for act in (experts.act, experts.up_act)):
         return UNNAMED
-    return no_device(x_TD)
+    if torch.compiler.is_compiling():
+        return None  # the devices of a graph's tensors do not change
+    rows = {"gate_XND": experts.gate_XND, "up_XND": experts.up_XND, "down_XND": experts.down_XND}
+    others = {**rows, "chosen_TK": chosen_TK, "weight_TK": weight_TK}
+    return elsewhere(x_TD, others) or no_device(x_TD)

@@ -27,11 +27,7 @@ def run_experts(
     chosen_TK: Tensor,
     weight_TK: Tensor,
 ) -> Tensor:
-    """Returns y_TD of one layer's experts, stored as transformers fuses them (gate rows, then up).
-
-    Raises:
-        ValueError: on a GPU, an activation that no kernel computes.
-    """
+    """Returns y_TD of one layer's experts, fused as in transformers (gate rows, then up)."""
     gate_XFD, up_XFD = gate_up_XFD.unflatten(1, (2, -1)).unbind(1)
     acts: tuple[ActivationLike, ActivationLike] = (kernel_act(act) or act, kernel_up_act(act))
     experts = ExpertWeights(gate_XFD, up_XFD, down_XDF.transpose(1, 2), *acts)

@@ -1,4 +1,4 @@
-"""Models that are optimised for the Triton kernels, here interpreted: same numbers, few launches."""
+"""Models that are optimised for the Triton kernels, interpreted: same numbers, few launches."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from moe_tools.experts.swapped import swap_activations
 from moe_tools.inference.optimized import optimize
 from moe_tools.kernels.quantize import INT4
 from tests.families import FAMILIES, build, logits, of_size
+from tests.host_reads import NoHostReads
 
 pytest.importorskip("triton")
 
@@ -89,9 +90,7 @@ def test_a_token_of_a_routed_ffn_is_three_launches(monkeypatch: pytest.MonkeyPat
         ("norm", "list_experts"),
     ],
 )
-def test_every_kind_of_router(
-    router: str, first: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_router(router: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of_neurons = router in ("low_rank", "few_bits")
     selector = LOW if router == "few_bits" else {"kind": "threshold", "tau": 0.4}
     model = make(router=router, expert_size=1 if of_neurons else 4, selector=selector)
@@ -170,6 +169,16 @@ def test_generate_with_a_static_cache_is_one_graph_a_token(router: str) -> None:
     assert torch.equal(text, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "low_rank", "few_bits", "norm"])
+def test_the_host_reads_nothing(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the operators; inside them, launches are made of shapes."""
+    model = make(router=router, expert_size=1 if router == "few_bits" else 4, selector=LOW)
+    fast, cache = optimised(model), StaticCache(config=model.config, max_cache_len=8)
+    monkeypatch.setattr(KernelLaunch, "run", lambda launch: None)
+    with NoHostReads(), torch.no_grad():
+        fast(torch.tensor([[7]]), past_key_values=cache)
 
 
 def test_one_step_is_one_graph() -> None:

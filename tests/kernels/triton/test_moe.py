@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.moe import ExpertWeights, moe_ffn
@@ -29,6 +28,7 @@ from moe_tools.kernels.triton.launches import (
 )
 from moe_tools.kernels.triton.moe import moe_ffn_triton
 from moe_tools.kernels.triton.op_grouped import grouped_backward, grouped_forward
+from tests.host_reads import NoHostReads
 from tools.traffic import count_loads
 
 TINY = Config(16, 16, 16, 16, 16, 16, 2, 4)
@@ -239,17 +239,6 @@ def test_opcheck_is_clean() -> None:
     detached = [one.detach() for one in (x_TD, *rows)]
     back = (torch.randn(MANY, WIDTH), *detached, chosen_TK, weight_TK.detach())
     torch.library.opcheck(grouped_backward, back, options)
-
-
-class NoHostReads(TorchDispatchMode):
-    """Fails where a number, or a shape that depends on one, goes from the device to the host."""
-
-    READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "is_nonzero")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::")
-        assert not name.startswith(self.READS), f"the host reads the device: {func}"
-        return func(*args, **(kwargs or {}))
 
 
 @few_or_many
