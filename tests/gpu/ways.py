@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.moe import ExpertWeights, moe_ffn
+from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.sparse_ffn import pack, sparse_ffn
 from moe_tools.kernels.weights import FFNWeights
@@ -138,10 +139,11 @@ WAYS: dict[str, Callable[[Maker], Way]] = {
     "exact gate of experts": lambda make: make.ffn("relu", masked=True),
     "packed": lambda make: make.packed(make.dtype),
     "int8": lambda make: make.packed(torch.int8),
+    "int4": lambda make: make.packed(INT4),
     "few tokens of a host": lambda make: make.host(FEW),
     "many tokens of a host": lambda make: make.host(MANY),
 }
-LEARN = [name for name in WAYS if name not in ("packed", "int8")]
+LEARN = [name for name in WAYS if name not in ("packed", "int8", "int4")]
 """Those with gradients."""
 
 every_way = pytest.mark.parametrize("name", WAYS)
@@ -154,5 +156,6 @@ def make(name: str, dtype: torch.dtype, place: str) -> Way:
 
 
 def tolerance(name: str, dtype: torch.dtype) -> float:
-    """The `error` that a dtype may make."""
-    return {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] + (2e-2 if name == "int8" else 0)
+    """The `error` that a dtype may make, and what the weights are stored in."""
+    stored = {"int8": 0.02, "int4": 0.2}
+    return {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] + stored.get(name, 0.0)
