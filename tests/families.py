@@ -254,7 +254,8 @@ def build(name: str, *, dropout: float = 0.0, **config: Any) -> PreTrainedModel:
 
 def model_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Two rows of nine tokens, the same for every model; an encoder-decoder gets them twice."""
-    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 64, (2, 9), generator=draw, device="cpu").to(model.device)
     inputs = {"input_ids": ids}
     return inputs | {"decoder_input_ids": ids} if model.config.is_encoder_decoder else inputs
 

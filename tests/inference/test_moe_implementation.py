@@ -24,6 +24,7 @@ from tests.families import FAMILIES, MOE, build, logits, model_inputs
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.either
 every_moe = pytest.mark.parametrize("family", MOE)
 ACTIVATIONS: dict[str, dict[str, Any] | None] = {
     "silu": None,

@@ -313,6 +313,7 @@ def test_what_is_off_may_be_infinite() -> None:
     assert torch.equal(y_TD, sparse_ffn_triton(weights, x_TD, mask_TE))
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_the_order_of_programs_does_not_change_a_bit(
     tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -408,12 +409,16 @@ def test_tune_takes_the_fastest_and_prefers_the_pinned() -> None:
     ids=["strides", "dtypes", "function", "gate-first"],
 )
 def test_what_the_kernels_cannot_run_is_named(
-    changes: dict[str, Any], options: dict[str, Any], message: str
+    changes: dict[str, Any], options: dict[str, Any], message: str, default_device: torch.device
 ) -> None:
+    here = {
+        k: one.to(default_device) if isinstance(one, Tensor) else one for k, one in changes.items()
+    }
     with pytest.raises(ValueError, match=message):
-        sparse_ffn_triton(replace(make((8, 3, 9)), **changes), torch.randn(2, 8), **options)
+        sparse_ffn_triton(replace(make((8, 3, 9)), **here), torch.randn(2, 8), **options)
 
 
+@pytest.mark.interpreter
 def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ValueError, match="backend 'triton' runs on a GPU and x_TD is on"):

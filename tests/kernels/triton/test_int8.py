@@ -108,6 +108,7 @@ def test_small_scales_lose_nothing_in_half_precision(
     torch.testing.assert_close(y_TD, expected_TD, rtol=tolerance, atol=tolerance * largest)
 
 
+@pytest.mark.interpreter
 @tokens_one_or_more
 def test_a_row_is_one_byte_an_element_and_a_scale(tokens: int) -> None:
     weights, mask_TE = make(), torch.rand(tokens, EXPERTS) < 0.4

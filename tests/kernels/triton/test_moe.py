@@ -60,7 +60,8 @@ def everything(
 ) -> dict[str, Tensor]:
     """y and its gradients, by name."""
     wanted = (x_TD, experts.gate_XND, experts.up_XND, experts.down_XND, weight_TK)
-    dy_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(1)).to(y_TD.dtype)
+    draw = torch.Generator(y_TD.device).manual_seed(1)
+    dy_TD = torch.randn(y_TD.shape, generator=draw).to(y_TD.dtype)
     return dict(zip(NAMES, torch.autograd.grad(y_TD, wanted, dy_TD), strict=True)) | {"y_TD": y_TD}
 
 
@@ -154,6 +155,7 @@ def test_the_routing_and_x_may_be_views(tokens: int) -> None:
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.interpreter
 @few_or_many
 def test_experts_without_tokens_are_not_read(tokens: int) -> None:
     experts, (x_TD, chosen_TK, weight_TK) = make(), inputs(tokens)
@@ -171,6 +173,7 @@ def test_experts_without_tokens_are_not_read(tokens: int) -> None:
             assert loads.bytes_of(rows_ND) == int(times[expert]) * once
 
 
+@pytest.mark.interpreter
 def test_drelu_reads_the_neurons_that_fire() -> None:
     experts, (x_TD, chosen_TK, weight_TK) = make("relu", "relu"), inputs(1)
     laid_out = replace(experts, down_XND=experts.down_XND.detach().contiguous())
@@ -186,6 +189,7 @@ def test_drelu_reads_the_neurons_that_fire() -> None:
         assert loads.rows_of(laid_out.down_XND[expert]) == both
 
 
+@pytest.mark.interpreter
 def test_the_order_of_programs_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, (x_TD, chosen_TK, weight_TK) = make(), inputs(MANY)
 
@@ -279,7 +283,12 @@ def test_launches_need_no_data() -> None:
     ],
     ids=["function", "dtypes"],
 )
-def test_what_the_kernels_cannot_run_is_named(changes: dict[str, Any], message: str) -> None:
+def test_what_the_kernels_cannot_run_is_named(
+    changes: dict[str, Any], message: str, default_device: torch.device
+) -> None:
+    here = {
+        k: one.to(default_device) if isinstance(one, Tensor) else one for k, one in changes.items()
+    }
     x_TD, chosen_TK, weight_TK = inputs(FEW)
     with pytest.raises(ValueError, match=message):
-        moe_ffn(replace(make(), **changes), x_TD, chosen_TK, weight_TK, backend="triton")
+        moe_ffn(replace(make(), **here), x_TD, chosen_TK, weight_TK, backend="triton")

@@ -75,6 +75,7 @@ def test_what_the_check_drops_changes_no_bit(name: str, tokens: int) -> None:
     assert torch.equal(y_TD, run(weights, x_TD, predicted_TF & fires_TF, gate_first=True))
 
 
+@pytest.mark.interpreter
 @tokens_one_or_more
 @pytest.mark.parametrize("recheck", [True, False])
 def test_the_check_reads_up_rows_of_firing_neurons_alone(tokens: int, recheck: bool) -> None:

@@ -17,6 +17,7 @@ from tools.traffic import Loads, count_loads
 
 TINY = Config(16, 16, 4, 16, 8, 16, 2, 4)
 WIDTH, EXPERTS, NEURONS = 24, 9, 67
+pytestmark = pytest.mark.interpreter
 tokens_one_or_more = pytest.mark.parametrize("tokens", [1, 5])
 half_or_not = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
