@@ -30,6 +30,7 @@ LAST = 5
 def main(arguments: list[str] | None = None) -> int:
     """Runs the stages, or in a process that was started for it a part of one."""
     options = _parse(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)
     if options.dry_run:
         _interpret()
     if options.worker:

@@ -9,11 +9,12 @@ from functools import partial
 
 from tools.gpu import speed, tiles
 from tools.gpu.card import look
-from tools.gpu.cases import cases, check
+from tools.gpu.cases import cases
+from tools.gpu.check import check
 from tools.gpu.context import Context, Row
 from tools.gpu.workers import MEMORY, MOST, share_out
 
-FIRST = 150
+FIRST = 220
 """Cases before the first kernel of another stage is compiled."""
 Units = dict[str, Callable[[], Row]]
 

@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -175,8 +176,13 @@ def _measure(context: Context, model: Any, way: str) -> Row:
     sizes = TINY if context.dry else FULL
     if way == "eager":
         return _prefills(context, model, sizes) | _decoding(context, model, _Eager, sizes)
+    counters["inductor"].clear()
     try:
-        return _decoding(context, model, _Compiled if way == "compiled" else _Captured, sizes)
+        row = _decoding(context, model, _Compiled if way == "compiled" else _Captured, sizes)
+        skips = counters["inductor"]["cudagraph_skips"]
+        return row | (
+            {"refused": f"{skips} graphs were not replayed as CUDA graphs"} if skips else {}
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler throws
@@ -212,7 +218,7 @@ class _Compiled(_Eager):
         torch._dynamo.reset()
         # The compiler of a dry run only traces: that the step is one graph is what can be seen.
         dry = ids_B1.device.type == "cpu"
-        options = {"backend": "aot_eager"} if dry else {"mode": "reduce-overhead"}
+        options: Any = {"backend": "aot_eager"} if dry else {"mode": "reduce-overhead"}
         super().__init__(torch.compile(model, fullgraph=True, **options), cache, ids_B1)
 
     def __call__(self) -> None:

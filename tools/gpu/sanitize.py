@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.gpu.cases import HOST_ODD, HOST_TINY, ODD, TINY, Call, Case
+from tools.gpu.cases import HOST_ODD, HOST_TINY, ODD, TINY, Case
+from tools.gpu.check import Call
 from tools.gpu.context import Context, Row, Skip
 
 TOOLS = ("memcheck", "racecheck")

@@ -28,11 +28,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("a", "correct", "correctness of every kernel; all are compiled here", 150),
-    Stage("b", "speed", "one FFN beside cuBLAS", 70),
-    Stage("c", "tiles", "the fastest tiles, and up to which share the kernels pay", 80),
-    Stage("d", "generate", "tokens a second of whole models", 100),
-    Stage("e", "training", "a training step", 30),
+    Stage("a", "correct", "correctness of every kernel; all are compiled here", 190),
+    Stage("b", "speed", "one FFN beside cuBLAS", 60),
+    Stage("c", "tiles", "the fastest tiles, and up to which share the kernels pay", 70),
+    Stage("d", "generate", "tokens a second of whole models", 90),
+    Stage("e", "training", "a training step", 20),
     Stage("f", "sanitize", "races and memory, by compute-sanitizer", 40),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from moe_tools.bench.cuda import Layers, Plan, graph_seconds, plan_for
 from moe_tools.bench.rounds import median_ratio
@@ -183,7 +184,7 @@ class _Tuned:
 
     def tune(self) -> Row:
         """Finds the fastest tiling, and then the share up to which it pays."""
-        tilings = self.unit.tilings
+        tilings = [one for one in self.unit.tilings if self.fits(one)]
         seconds = graph_seconds([self.calls(1 - OFF, one) for one in tilings], REPEATS)
         gains = [median_ratio(seconds[0], own) for own in seconds]
         best = max(range(len(tilings)), key=lambda index: gains[index])
@@ -195,6 +196,14 @@ class _Tuned:
             "tiles": [] if config is None else config.numbers,
             "wrong": self.differs(tilings),
         }
+
+    def fits(self, config: Config | None) -> bool:
+        """Whether a program of that tiling has room on the card."""
+        try:
+            self.calls(1 - OFF, config)[0]()
+        except OutOfResources:
+            return False
+        return True
 
     def gain(self, config: Config | None) -> Row:
         """How much faster the tiles of a table are than the pinned ones."""
@@ -236,4 +245,4 @@ def kernels() -> dict[str, Callable[[], object]]:
 def _compile(unit: Unit, config: Config) -> None:
     plan = plan_for(unit.shape, batches=(unit.tokens,))
     small = Plan(plan.width, plan.neurons, plan.experts, plan.dtype, 0, plan.batches)
-    _Tuned(unit, small, "cuda").calls(1 - OFF, config)[0]()
+    _Tuned(unit, small, "cuda").fits(config)

@@ -15,12 +15,13 @@ from transformers import LlamaConfig, LlamaModel
 
 from moe_tools.bench.cuda import between_events
 from moe_tools.experts.conversion import set_mode
-from moe_tools.experts.experts import Mode
+from moe_tools.experts.experts import Mode, expert_ffns
 from tools.gpu.context import Context, Row
 from tools.gpu.generate import FULL, TINY, route, sizes_of
 
 LAYERS, TOKENS, ROUNDS = 2, 2048, 5
-MODES: tuple[Mode, ...] = ("soft", "straight", "hard")
+MODES: tuple[Mode | None, ...] = (None, "soft", "straight", "hard")
+"""None, the dense step, comes first: routers stay."""
 
 
 def run(context: Context) -> Iterator[Row]:
@@ -35,13 +36,14 @@ def run(context: Context) -> Iterator[Row]:
     with torch.device(context.device):
         model: Any = LlamaModel._from_config(config, dtype=sizes.dtype)
     ids_BT = torch.randint(sizes.vocabulary, (1, tokens), device=context.device)
-    for step in context.within(["dense", *MODES]):
-        if step == "soft":  # the first of the routed ones
-            route(model, sizes)
-        if step != "dense":
-            set_mode(model, step)
+    of = {"layers": layers, "tokens": tokens}
+    for mode in context.within(MODES):
+        if mode is not None:
+            if not expert_ffns(model):
+                route(model, sizes)
+            set_mode(model, mode)
         model.train()
-        yield {"step": step, "layers": layers, "tokens": tokens} | _measure(context, model, ids_BT)
+        yield {"step": mode or "dense"} | of | _measure(context, model, ids_BT)
 
 
 def _measure(context: Context, model: Any, ids_BT: Tensor) -> Row:

@@ -21,7 +21,7 @@ from tools.gpu.stages import first_line
 
 MOST = 12
 """Processes; each compiles on a core of its own."""
-MEMORY = 4 << 30
+MEMORY = 6 << 30
 """Bytes of the card that one of them needs, its largest case included."""
 
 
