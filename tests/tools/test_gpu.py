@@ -308,6 +308,7 @@ def test_a_table_is_written_and_read_again(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (entry.width, entry.neurons) == (tiles.TINY.width, tiles.TINY.neurons)
 
     monkeypatch.setattr(limits, "in_force", [])
+    limits.put_in_force([entry])
     later = Context("cuda", time.monotonic() + 60, tmp_path, table=tmp_path / "tuned.json")
     (row,) = tiles.run(later)
     assert row["tried"] == 1 and row["gain"] == 2.0 and row["tiles"] == best.numbers

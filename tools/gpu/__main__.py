@@ -21,6 +21,12 @@ import time
 from pathlib import Path
 from typing import IO
 
+from tools.gpu.card import look
+from tools.gpu.context import Context
+from tools.gpu.page import page
+from tools.gpu.stages import BY_NAME, STAGES, Result, Stage, run_stage
+from tools.gpu.workers import work
+
 GRACE = 20
 """Seconds that a stage may go on behind its limit, for the unit that it has begun."""
 LAST = 5
@@ -50,8 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    from tools.gpu.stages import BY_NAME
-
     parser = argparse.ArgumentParser(
         prog="python -m tools.gpu",
         description="what only a GPU can say: correctness, speed, tiles, models, training, races",
@@ -91,8 +95,6 @@ def _interpret() -> None:
 
 def _refusal(options: argparse.Namespace) -> str | None:
     """Why nothing can run, in one line; None: something can."""
-    from tools.gpu.card import look
-
     card = look()
     if card.refusal is not None and not (options.dry_run and card.triton is not None):
         return card.refusal
@@ -107,27 +109,28 @@ def _refusal(options: argparse.Namespace) -> str | None:
             return str(error)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        for old in (*options.out.glob("[a-f].json"), options.out / "page.md"):
-            old.unlink(missing_ok=True)
+        for stage in _chosen(options):  # what it had found in another run
+            (options.out / f"{stage.letter}.json").unlink(missing_ok=True)
     except OSError as error:
         return f"--out {options.out} cannot be written: {error.strerror}"
     return None
 
 
+def _chosen(options: argparse.Namespace) -> list[Stage]:
+    """The stages that were asked for, in their order."""
+    return [stage for stage in STAGES if options.only is None or stage.name in options.only]
+
+
 def _all(options: argparse.Namespace) -> int:
     """Runs the stages one after the other, and prints the page."""
-    from tools.gpu.card import look
-    from tools.gpu.page import page
-    from tools.gpu.stages import BY_NAME, STAGES, Result
-
     end = time.monotonic() + 60 * options.minutes - LAST
-    chosen = [stage for stage in STAGES if options.only is None or stage.name in options.only]
+    chosen = _chosen(options)
     for index, stage in enumerate(chosen):
         weights = [one.weight for one in chosen[index:]]
         seconds = (end - time.monotonic()) * weights[0] / sum(weights)
         print(f"{stage.letter}. {stage.title} ...", file=sys.stderr, flush=True)
         _run(stage.name, max(0.0, seconds), end - time.monotonic(), options)
-    results = [Result.load(options.out, BY_NAME[stage.name]) for stage in chosen]
+    results = [Result.load(options.out, stage) for stage in chosen]
     card = look()
     title = card.title
     if card.lacks:
@@ -140,8 +143,6 @@ def _all(options: argparse.Namespace) -> int:
 
 def _run(name: str, seconds: float, most: float, options: argparse.Namespace) -> None:
     """Runs a stage in a process, which is killed where it does not see its limit."""
-    from tools.gpu.stages import BY_NAME, Result
-
     command = [sys.executable, "-m", "tools.gpu", "--stage", name, "--seconds", str(seconds)]
     command += ["--out", str(options.out)]
     command += ["--dry-run"] if options.dry_run else []
@@ -175,9 +176,10 @@ def _tail(words: IO[str]) -> str:
 
 def _one(options: argparse.Namespace) -> int:
     """Runs one stage here."""
-    from tools.gpu.context import Context
-    from tools.gpu.stages import BY_NAME, run_stage
+    if options.table is not None:
+        from moe_tools.kernels.triton.limits import put_in_force, read
 
+        put_in_force(read(options.table))
     device = "cpu" if options.dry_run else "cuda"
     deadline = time.monotonic() + options.seconds
     run_stage(BY_NAME[options.stage], Context(device, deadline, options.out, options.table))
@@ -189,7 +191,6 @@ def _work(dry: bool) -> int:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from tools.gpu.correct import units
-    from tools.gpu.workers import work
 
     work(units(dry), sys.stdin, answers)
     return 0

@@ -15,7 +15,7 @@ from moe_tools.kernels.activations import Act, ActName
 from moe_tools.kernels.triton.config import MOST_TOGETHER
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FEW_BITS = ("int8",)
+FEW_BITS = {"int8": torch.int8}
 """What weights are stored as, without gradients."""
 TOKENS = (1, 16, 70, 3, 33, 64)
 """Every tile of tokens, full and not; the first three come first."""

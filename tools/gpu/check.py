@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from moe_tools.inference.optimized import PACKED
 from moe_tools.kernels.activations import GIVES_ZEROS, Act, ActName, named
 from moe_tools.kernels.few_bits import GROUP
 from moe_tools.kernels.moe import ExpertWeights, moe_ffn
@@ -124,7 +123,7 @@ class Call:
         self.dy_TD = self._normal(case.tokens, width).to(FLOATS[case.x_dtype])
         self.packed: Any = None
         if case.dtype in FEW_BITS:
-            self.packed = pack(self.weights(), dtype=PACKED[case.dtype], backend="triton")
+            self.packed = pack(self.weights(), dtype=FEW_BITS[case.dtype], backend="triton")
 
     def weights(self, operands: Made | None = None) -> FFNWeights:
         """The FFN of some operands, by default our own."""

@@ -28,7 +28,7 @@ class Context:
     out: Path
     """The folder of all files."""
     table: Path | None = None
-    """Pinned tiles and limits of an earlier run."""
+    """Tiles and limits of an earlier run, which are in force."""
     done: int = 0
     """Units that ended."""
     total: int = 0

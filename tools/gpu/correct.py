@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from tools.gpu import speed, tiles
 from tools.gpu.card import look
 from tools.gpu.cases import cases
 from tools.gpu.check import check
@@ -36,11 +35,17 @@ def units(dry: bool) -> Units:
     device = "cpu" if dry else "cuda"
     own = cases(dry, [] if dry else look().lacks)
     checks: Units = {case.name: partial(check, case, device) for case in own}
-    others = {} if dry else speed.kernels() | tiles.kernels()
-    compiles: Units = {name: partial(_compile, name, call) for name, call in others.items()}
+    compiles: Units = {} if dry else _compiles()
     names = [*checks]
     first = {name: checks[name] for name in names[:FIRST]}
     return first | compiles | {name: checks[name] for name in names[FIRST:]}
+
+
+def _compiles() -> Units:
+    from tools.gpu import speed, tiles  # these need transformers, which takes seconds
+
+    calls = speed.kernels() | tiles.kernels()
+    return {name: partial(_compile, name, call) for name, call in calls.items()}
 
 
 def _compile(name: str, call: Callable[[], object]) -> Row:

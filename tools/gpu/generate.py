@@ -37,7 +37,6 @@ from moe_tools.hosts import moe_kernels
 from moe_tools.inference.moe_implementation import lay_out_experts, register_experts
 from moe_tools.inference.optimized import optimize
 from moe_tools.kernels.moe import moe_ffn
-from moe_tools.kernels.triton import limits
 from tools.gpu.context import Context, Row, Skip
 from tools.gpu.stages import first_line
 
@@ -76,8 +75,6 @@ TINY = Sizes(32, 96, 64, 2, 64, 8, (5, 3), 2, torch.float32)
 
 def run(context: Context) -> Iterator[Row]:
     """Yields a row for each model and way; a way that fails says why, and the next goes on."""
-    if context.table is not None:
-        limits.put_in_force(limits.read(context.table))
     for host, build in context.within([("llama", _llamas), ("mixtral", _mixtrals)]):
         try:
             for row, model in build(context):
