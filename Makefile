@@ -20,7 +20,7 @@ STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
 .PHONY: help env lock check format test coverage fast test-lowest test-image test-newest sanitize cross demo bench \
-  faults families docs wheel clean
+  faults families gpu docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,10 @@ bench: $(STAMP) ## time an FFN, its kernels, a model that generates, a training 
 faults: $(STAMP) ## kill runs, fill disks, damage files: 25 minutes on two cores (FAULTS="--only kills")
 	$(BIN)/python -m tests.faults $(FAULTS)
 
+# With the Python that has the card's torch, Triton and transformers: no environment is built.
+gpu: ## all that only a GPU can say, in eight minutes, in gpu/ (GPU="--minutes 4 --out DIR", GPU=--dry-run)
+	$(PYTHON) -m tools.gpu $(GPU)
+
 families: $(STAMP) build/transformers-$(NEWEST) ## check every family of the newest transformers, and write docs/families.md
 	PYTHONPATH=build/transformers-$(NEWEST) $(BIN)/python -m tools.families
 
@@ -112,5 +116,5 @@ wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-image $(VENV)-newest build dist demo site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-image $(VENV)-newest build dist demo gpu site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of generate: a converted model, else --shape; of train: a dense model, else SmolLM2",
     )
     parser.add_argument(
-        "--shape", default="smollm2-135m", help="smollm2-135m, llama2-7b, d2048 or DxF"
+        "--shape",
+        default="smollm2-135m",
+        help="smollm2-135m, llama2-7b, mixtral-8x7b, d2048 or DxF",
     )
     parser.add_argument(
         "--expert-size", type=positive, default=8, help="neurons; not of clustering"

@@ -1,8 +1,8 @@
 """Time of one FFN on a GPU: the Triton kernels beside cuBLAS, and the memory's own speed.
 
-Each way is captured in one CUDA graph a layer, so that what is timed is the device and not the
-Python around it, and replayed between two events. Ways take turns, and each goes over so many
-layers that it reads more than twice the L2 before it meets one again.
+Each way is captured in one CUDA graph, so that what is timed is the device and not the Python
+around it, and replayed between two events. Ways take turns, and each goes over so many layers that
+it reads more than twice the L2 before it meets one again.
 
 Letters: T tokens, D model width, F neurons, E experts.
 """
@@ -10,10 +10,11 @@ Letters: T tokens, D model width, F neurons, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle, islice, product
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from moe_tools.bench.ffn import widths
+from moe_tools.bench.kernels import BITS
 from moe_tools.bench.rounds import in_turn
 from moe_tools.bench.ways import (
     BASELINE,
@@ -39,13 +41,20 @@ from moe_tools.bench.ways import (
     with_gates_off,
 )
 from moe_tools.experts.division import Division
+from moe_tools.inference.optimized import PACKED
+from moe_tools.kernels.activations import Act
+from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.reference import neuron_mask
 from moe_tools.kernels.sparse_ffn import pack
 from moe_tools.kernels.weights import FFNWeights
 
-BATCHES = (1, 4, 16)
+BATCHES = (1, 4, 16, 64, 512)
+OPERATIONS = ("experts", "experts int8", "neurons", "exact gate")
+"""Sparse ways; a word of `PACKED` behind "experts" says what their weights are stored as."""
 WARM_UP = 3
 """Rounds before the first that counts."""
+LEAST_CALLS = 8
+"""Calls in a graph, at least: what lies between two graphs is little beside so many."""
 COPIED = 1 << 30
 """Bytes of the buffer that is copied to measure the memory."""
 
@@ -62,6 +71,7 @@ class Plan:
     dtype: torch.dtype
     l2: int
     """Bytes of the device's L2."""
+    batches: tuple[int, ...] = BATCHES
 
     @property
     def size(self) -> int:
@@ -69,17 +79,36 @@ class Plan:
         return ffn_size(self.width, self.neurons, self.dtype)
 
     @property
-    def layers(self) -> int:
-        """Number of layers: in one turn over them the sparsest way reads more than twice the L2."""
-        least = self.size * (1 - max(SPARSITIES))
-        return math.floor(2 * self.l2 / least) + 1
-
-    @property
     def variants(self) -> list[tuple[int, float, str]]:
         """(tokens, sparsity, operation), the dense one first for each number of tokens."""
-        sparse = list(product(SPARSITIES, ("experts", "experts int8", "neurons", "exact gate")))
-        rows = [(0.0, BASELINE), *sparse]
-        return [(tokens, sparsity, operation) for tokens in BATCHES for sparsity, operation in rows]
+        rows = [(0.0, BASELINE), *product(SPARSITIES, OPERATIONS)]
+        return [(tokens, off, operation) for tokens in self.batches for off, operation in rows]
+
+    def stored(self, operation: str) -> torch.dtype:
+        """What the weights of an operation are stored as."""
+        return PACKED.get(operation.removeprefix("experts "), self.dtype)
+
+    def expected(self, tokens: int, off: float, operation: str) -> float:
+        """Bytes of weights that a call is likely to read: those of the union of its tokens."""
+        on = 1 - off**tokens if off else 1.0
+        if operation == "exact gate":
+            on = (1 + 2 * on) / 3
+        return self.size * on * BITS[self.stored(operation)] / BITS[self.dtype]
+
+    def layers(self, tokens: int, off: float, operation: str) -> int:
+        """Number of layers: in one turn over them a way reads more than twice the L2."""
+        return math.floor(2 * self.l2 / self.expected(tokens, off, operation)) + 1
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all layers of all ways take, about: each kind is kept once."""
+        kinds: dict[tuple[bool, torch.dtype], float] = {}
+        for variant in self.variants:
+            stored = self.stored(variant[-1])
+            kind = (variant[-1] in (BASELINE, "exact gate"), stored)
+            size = self.layers(*variant) * self.size * BITS[stored] / BITS[self.dtype]
+            kinds[kind] = max(kinds.get(kind, 0.0), size)
+        return int(2 * sum(kinds.values()))
 
 
 def bench_cuda(
@@ -88,11 +117,39 @@ def bench_cuda(
     expert_size: int = 32,
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 30,
+    batches: Sequence[int] = BATCHES,
+    bandwidth: float | None = None,
 ) -> list[KernelTiming]:
     """Times every variant of the `Plan` for this GPU.
 
+    Args:
+        shape: a name of `SHAPES`, or DxF.
+        expert_size: neurons.
+        dtype: of x, and of weights that are not stored in fewer bits.
+        repeats: rounds that count.
+        batches: numbers of tokens.
+        bandwidth: bytes a second that the memory copies; measured where it is not given.
+
     Raises:
         ValueError: no GPU, no Triton, an unknown shape, or experts larger than its neurons.
+    """
+    plan = plan_for(shape, expert_size=expert_size, dtype=dtype, batches=batches)
+    bandwidth = copy_bandwidth() if bandwidth is None else bandwidth
+    made = ways(plan, "cuda")
+    return timings(made, graph_seconds([way.calls for way in made], repeats), bandwidth)
+
+
+def plan_for(
+    shape: str,
+    *,
+    expert_size: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    batches: Sequence[int] = BATCHES,
+) -> Plan:
+    """The plan of a shape for the GPU at hand.
+
+    Raises:
+        ValueError: no GPU, an unknown shape, or experts larger than its neurons.
     """
     width, neurons = widths(shape)
     experts = Division.of_size(neurons, expert_size).num_experts
@@ -102,99 +159,124 @@ def bench_cuda(
             "or with --device cpu"
         )
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    found = ways(Plan(width, neurons, experts, dtype, l2), "cuda")
-    return timings(found, _time(found, repeats), _copy_bandwidth())
+    return Plan(width, neurons, experts, dtype, l2, tuple(batches))
 
 
 @torch.no_grad()
 def ways(plan: Plan, device: str) -> list[Way]:
     """Builds the variants of a plan; each layer has random weights and its own random experts."""
-    layers = [_Layer(plan, device) for _ in range(plan.layers)]
-    makers = {
-        BASELINE: _dense,
-        "experts": _routed,
-        "experts int8": _routed,
-        "neurons": _routed,
-        "exact gate": _exact,
-    }
-    return [makers[name](plan, layers, tokens, off, name) for tokens, off, name in plan.variants]
+    layers = Layers(plan, device)
+    makers = {BASELINE: _dense, "exact gate": _exact}
+    return [
+        makers.get(name, _routed)(plan, layers, tokens, off, name)
+        for tokens, off, name in plan.variants
+    ]
 
 
-class _Layer:
-    """Random weights, and what `pack` makes of them."""
+class Layers:
+    """FFNs of random weights, each kind made once and as many as the way needs that has most."""
 
     def __init__(self, plan: Plan, device: str) -> None:
-        self.weights = random_ffn(plan.width, plan.neurons, plan.dtype, device)
-        self.gate_FD, up_FD, down_FD = self.weights
-        self.device = device
-        silu = FFNWeights(up_FD, down_FD, SILU, self.gate_FD)
-        fatrelu = FFNWeights(up_FD, down_FD, FATRELU, self.gate_FD)
-        self.silu, self.int8 = (
-            pack(silu, dtype=dtype, backend="triton") for dtype in (plan.dtype, torch.int8)
-        )
-        self.fatrelu = pack(fatrelu, backend="triton")
+        self.plan, self.device = plan, device
+        self._dense: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._packed: dict[tuple[torch.dtype, Act], list[PackedFFN]] = {}
+
+    def dense(self, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Returns (gate_FD, up_FD, down_FD) of that many layers."""
+        while len(self._dense) < count:
+            self._dense.append(self._random())
+        return self._dense[:count]
+
+    def packed(self, count: int, dtype: torch.dtype, act: Act) -> list[PackedFFN]:
+        """Returns what `pack` makes of that many layers."""
+        made = self._packed.setdefault((dtype, act), [])
+        while len(made) < count:
+            gate_FD, up_FD, down_FD = self._random()
+            weights = FFNWeights(up_FD, down_FD, act, gate_FD)
+            made.append(pack(weights, dtype=dtype, backend="triton"))
+        return made[:count]
+
+    def _random(self) -> tuple[Tensor, Tensor, Tensor]:
+        return random_ffn(self.plan.width, self.plan.neurons, self.plan.dtype, self.device)
 
 
-def _input(plan: Plan, layers: list[_Layer], tokens: int) -> Tensor:
-    return random_input(tokens, plan.width, plan.dtype, layers[0].device)
+def _input(plan: Plan, layers: Layers, tokens: int) -> Tensor:
+    return random_input(tokens, plan.width, plan.dtype, layers.device)
 
 
-def _dense(plan: Plan, layers: list[_Layer], tokens: int, off: float, name: str) -> Way:
+def _dense(plan: Plan, layers: Layers, tokens: int, off: float, name: str) -> Way:
     x_TD = _input(plan, layers, tokens)
-    calls: list[Call] = [partial(dense_ffn, x_TD, *layer.weights) for layer in layers]
+    weights = layers.dense(plan.layers(tokens, off, name))
+    calls: list[Call] = [partial(dense_ffn, x_TD, *own) for own in weights]
     return Way(name, plan.dtype, tokens, off, plan.size, calls)
 
 
-def _routed(plan: Plan, layers: list[_Layer], tokens: int, off: float, name: str) -> Way:
+def _routed(plan: Plan, layers: Layers, tokens: int, off: float, name: str) -> Way:
     """Chooses experts, or single neurons, at random for each token and layer."""
-    x_TD = _input(plan, layers, tokens)
+    x_TD, count, dtype = (
+        _input(plan, layers, tokens),
+        plan.layers(tokens, off, name),
+        plan.stored(name),
+    )
     experts = plan.neurons if name == "neurons" else plan.experts
-    masks = [mask.to(x_TD.device) for mask in random_masks(len(layers), tokens, experts, off)]
-    on = sum(float(neuron_mask(mask.any(0)[None], plan.neurons).float().mean()) for mask in masks)
-    dtype = torch.int8 if name == "experts int8" else plan.dtype
-    size = int(ffn_size(plan.width, plan.neurons, dtype) * on / len(layers))
-    packed = [layer.int8 if dtype == torch.int8 else layer.silu for layer in layers]
+    masks = [mask.to(x_TD.device) for mask in random_masks(count, tokens, experts, off)]
+    shares = [float(neuron_mask(mask.any(0)[None], plan.neurons).float().mean()) for mask in masks]
+    size = int(plan.size * statistics.mean(shares) * BITS[dtype] / BITS[plan.dtype])
+    packed = layers.packed(count, dtype, SILU)
     calls: list[Call] = [
         partial(ffn, x_TD, mask_TE) for ffn, mask_TE in zip(packed, masks, strict=True)
     ]
     return Way(name, dtype, tokens, off, size, calls)
 
 
-def _exact(plan: Plan, layers: list[_Layer], tokens: int, off: float, name: str) -> Way:
+def _exact(plan: Plan, layers: Layers, tokens: int, off: float, name: str) -> Way:
     x_TD = with_gates_off(_input(plan, layers, tokens), off)
-    fires = [(linear(x_TD, layer.gate_FD) >= FATRELU.threshold).any(0) for layer in layers]
-    on = sum(float(fires_F.float().mean()) for fires_F in fires) / len(layers)
+    packed = layers.packed(plan.layers(tokens, off, name), plan.dtype, FATRELU)
+    fires = [linear(x_TD, ffn.weights.routing_FD) >= FATRELU.threshold for ffn in packed]
+    on = statistics.mean(float(fires_TF.any(0).float().mean()) for fires_TF in fires)
     size = int(plan.size * (1 + 2 * on) / 3)
-    calls: list[Call] = [partial(layer.fatrelu, x_TD) for layer in layers]
+    calls: list[Call] = [partial(ffn, x_TD) for ffn in packed]
     return Way(name, plan.dtype, tokens, off, size, calls)
 
 
-def _time(found: list[Way], repeats: int) -> list[list[float]]:
-    """Returns the seconds of every round of each way; every round takes the next layer."""
-    graphs = [cycle([_capture(call) for call in way.calls]) for way in found]
-    marks = in_turn([_replay(turn) for turn in graphs], repeats, warm_up=WARM_UP)
+def graph_seconds(turns: Sequence[Sequence[Call]], repeats: int) -> list[list[float]]:
+    """Returns the seconds of a call in every round of each way; ways take turns, each a graph.
+
+    Args:
+        turns: of each way its calls, one for each layer; all are captured in one graph, again and
+            again until they are `LEAST_CALLS`.
+        repeats: rounds that count.
+    """
+    filled = [list(islice(cycle(calls), max(len(calls), LEAST_CALLS))) for calls in turns]
+    graphs = [capture(calls) for calls in filled]
+    marks = in_turn([_replay(graph) for graph in graphs], repeats, warm_up=WARM_UP)
     torch.cuda.synchronize()
-    return [[start.elapsed_time(stop) / 1e3 for start, stop in own] for own in marks]
+    return [
+        [start.elapsed_time(stop) / 1e3 / len(calls) for start, stop in own]
+        for own, calls in zip(marks, filled, strict=True)
+    ]
 
 
-def _capture(call: Call) -> Any:
-    """Makes a CUDA graph of a call, which runs once before: nothing compiles while capturing."""
+def capture(calls: Sequence[Callable[[], Any]]) -> Any:
+    """Makes a CUDA graph of calls; each runs once before: nothing compiles while capturing."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(side):
-        call()
+        for call in calls:
+            call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        call()
+        for call in calls:
+            call()
     return graph
 
 
-def _replay(graphs: Iterator[Any]) -> Callable[[], tuple[Event, Event]]:
-    return lambda: _between_events(next(graphs).replay)
+def _replay(graph: Any) -> Callable[[], tuple[Event, Event]]:
+    return lambda: between_events(graph.replay)
 
 
-def _between_events(call: Callable[[], Any]) -> tuple[Event, Event]:
+def between_events(call: Callable[[], Any]) -> tuple[Event, Event]:
     """Puts a call into the stream between two events, and waits for neither."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -203,13 +285,13 @@ def _between_events(call: Callable[[], Any]) -> tuple[Event, Event]:
     return start, stop
 
 
-def _copy_bandwidth() -> float:
+def copy_bandwidth() -> float:
     """Measures how many bytes a second a copy reads and writes, at best of ten."""
     source = torch.empty(COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     milliseconds = []
     for _ in range(10):
-        start, stop = _between_events(partial(target.copy_, source))
+        start, stop = between_events(partial(target.copy_, source))
         torch.cuda.synchronize()
         milliseconds.append(start.elapsed_time(stop))
     return 2 * COPIED / min(milliseconds) * 1e3

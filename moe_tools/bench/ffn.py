@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from moe_tools.bench.rounds import in_turn, median_ratio, seconds
 from moe_tools.experts.conversion import Conversion, attach_experts
 
-SHAPES = {"smollm2-135m": (576, 1536), "llama2-7b": (4096, 11008), "d2048": (2048, 8192)}
-"""Name -> (D, F) of a gated FFN."""
+SHAPES = {
+    "smollm2-135m": (576, 1536),
+    "llama2-7b": (4096, 11008),
+    "mixtral-8x7b": (4096, 14336),
+    "d2048": (2048, 8192),
+}
+"""Name -> (D, F) of a gated FFN; of a mixture, of one of its experts."""
 WARM_UP = 2
 """Rounds before the first that counts: they warm caches and allocators."""
 
