@@ -31,7 +31,7 @@ from moe_tools.kernels.triton.ffn import (
 from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.triton.op_scored import proposed, routed
 from moe_tools.kernels.triton.routed import MOST_NEURONS
-from moe_tools.kernels.triton.stored import store
+from moe_tools.kernels.triton.stored import Rows, store
 from moe_tools.kernels.weights import FFNWeights
 
 NAMES: dict[torch.dtype, limits.Dtype] = dict(
@@ -95,6 +95,11 @@ class TritonFFN(PackedFFN):
     def device(self) -> torch.device:
         """The device that holds the stored numbers."""
         return self._rows["up_FD"].stored.device
+
+    @property
+    def stored(self) -> tuple[Rows, ...]:
+        """The rows of up, down and, where there is one, gate."""
+        return tuple(self._rows.values())
 
     def run(
         self,

@@ -12,10 +12,11 @@ from itertools import product
 import torch
 
 from moe_tools.kernels.activations import Act, ActName
+from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.triton.config import MOST_TOGETHER
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FEW_BITS = {"int8": torch.int8}
+FEW_BITS = {"int8": torch.int8, "int4": INT4}
 """What weights are stored as, without gradients."""
 TOKENS = (1, 16, 70, 3, 33, 64)
 """Every tile of tokens, full and not; the first three come first."""
@@ -37,6 +38,10 @@ class Route:
     mask: str | None = None
     """Of experts, soft; of neurons, hard; None: the gate decides."""
     atomic: bool = False
+    scores: str | None = None
+    """What selects in the first launch, and has no gradients: a router, or copies in few bits."""
+    off: bool = False
+    """What is off adds a constant, and the residual is added to y."""
 
 
 ROUTES = {
@@ -46,6 +51,8 @@ ROUTES = {
     "exact gate, dReLU": Route("relu", "relu"),
     "exact gate, fatrelu": Route(Act("fatrelu", 0.5)),
     "predicted, relu": Route("relu", mask="neurons"),
+    "routed": Route("silu", scores="router", off=True),
+    "proposed": Route("silu", scores="copies", off=True),
     "experts, atomic": Route("silu", mask="experts", atomic=True),
 }
 
@@ -83,7 +90,8 @@ class Case:
     @property
     def learns(self) -> bool:
         """Whether gradients are compared, too."""
-        return self.gradients and self.dtype not in FEW_BITS
+        packed = self.dtype in FEW_BITS or ROUTES[self.route].scores is not None
+        return self.gradients and not packed
 
 
 def cases(dry: bool, lacks: list[str]) -> list[Case]:
@@ -110,7 +118,8 @@ def _ffn_cases() -> Iterator[Case]:
 
 def _host_cases() -> Iterator[Case]:
     for tokens, name, dtype in product(HOST_TOKENS, ROUTES, FLOATS):
-        if ROUTES[name].mask is None or name == "experts":
+        gate_decides = ROUTES[name].mask is None and ROUTES[name].scores is None
+        if gate_decides or name == "experts":
             yield Case(name, True, dtype, tokens, HOST_ODD, host=True)
     for tokens in (1, 16, 512):
         yield Case("experts", True, "bf16", tokens, HOST_REAL, host=True, gradients=False)
@@ -119,10 +128,14 @@ def _host_cases() -> Iterator[Case]:
 def _real_cases() -> Iterator[Case]:
     for shape, tokens in product(REAL, (1, 16, 64)):
         yield Case("experts", True, "bf16", tokens, shape, gradients=tokens == 16)
-        yield Case("experts", True, "int8", tokens, shape)
+        for stored in FEW_BITS:
+            yield Case("experts", True, stored, tokens, shape)
         yield Case("neurons", True, "bf16", tokens, shape, gradients=False)
         # y of relu has no jump, its gradients have: with so many numbers some meet the kink.
         yield Case("exact gate, relu", True, "bf16", tokens, shape, gradients=False)
+    for shape, name in product(REAL, ("routed", "proposed")):
+        # With more tokens some number would meet the threshold.
+        yield Case(name, True, "bf16", 1, shape)
 
 
 def _dry_cases() -> Iterator[Case]:
@@ -132,5 +145,6 @@ def _dry_cases() -> Iterator[Case]:
     for tokens in (1, MOST_TOGETHER + 6):
         yield Case("experts", True, "fp32", tokens, TINY)
         yield Case("exact gate, relu", True, "fp16", min(tokens, 3), TINY)
-        yield Case("experts", True, "int8", min(tokens, 3), TINY)
+        for stored in FEW_BITS:
+            yield Case("experts", True, stored, min(tokens, 3), TINY)
         yield Case("experts", True, "fp32", tokens, HOST_TINY, host=True)

@@ -18,17 +18,21 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from moe_tools.kernels.activations import GIVES_ZEROS, Act, ActName, named
-from moe_tools.kernels.few_bits import GROUP
+from moe_tools.kernels.few_bits import GROUP, FewBits, copy_rows
 from moe_tools.kernels.moe import ExpertWeights, moe_ffn
 from moe_tools.kernels.reference import sparse_ffn_reference
-from moe_tools.kernels.sparse_ffn import pack
+from moe_tools.kernels.scores import FewBitScores, LinearScores, Scores
 from moe_tools.kernels.triton.ffn import sparse_ffn_triton
 from moe_tools.kernels.triton.moe import moe_ffn_triton
+from moe_tools.kernels.triton.packed import TritonFFN
+from moe_tools.kernels.triton.stored import of_codes
 from moe_tools.kernels.weights import FFNWeights
 from tools.gpu.cases import FEW_BITS, FLOATS, REAL, ROUTES, Case
 
 LIMITS = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}
 """The largest error, relative to the largest element, by the dtype of x."""
+THRESHOLD, SELECTED = 0.3, 0.5
+"""The size of h~ above which a neuron is computed; the score above which an expert is."""
 MARGIN = 1e-5
 """No number that meets a kink of an activation lies nearer to it: fp32 and fp64 then agree."""
 
@@ -114,20 +118,21 @@ class Call:
         while True:
             self.operands = self._host() if case.host else self._ffn()
             self.operands["x_TD"] = self._normal(case.tokens, width).to(FLOATS[case.x_dtype])
-            if not case.learns or self._clear_of_kinks():
+            if not (case.learns or self.route.scores) or self._clear_of_kinks():
                 break
         if case.learns:
             for tensor in self.operands.values():
                 if tensor.dtype.is_floating_point:
                     tensor.requires_grad_()
         self.dy_TD = self._normal(case.tokens, width).to(FLOATS[case.x_dtype])
-        self.packed: Any = None
-        if case.dtype in FEW_BITS:
-            self.packed = pack(self.weights(), dtype=FEW_BITS[case.dtype], backend="triton")
+        self.packed: TritonFFN | None = None
+        if case.dtype in FEW_BITS or self.route.scores:
+            dtype = FEW_BITS.get(case.dtype, FLOATS[case.x_dtype])
+            self.packed = TritonFFN(self.weights(), dtype)
 
     def weights(self, operands: Made | None = None) -> FFNWeights:
         """The FFN of some operands, by default our own."""
-        known = {"up_FD", "down_FD", "gate_FD", "up_F", "gate_F", "down_D"}
+        known = {"up_FD", "down_FD", "gate_FD", "up_F", "gate_F", "down_D", "off_F"}
         found = {k: v for k, v in (operands or self.operands).items() if k in known}
         up_act: ActName = self.route.up_act if self.case.gated else "identity"
         return FFNWeights(act=self.route.act, up_act=up_act, **found)
@@ -138,6 +143,8 @@ class Call:
         if self.case.host:
             return moe_ffn_triton(self._experts(one), one["x_TD"], self.chosen_TK, one["weight_TK"])
         mask_TE = one.get("mask_TE")
+        if self.packed is not None and self.route.scores:
+            return self.packed.scored(one["x_TD"], self._scores(), one["x_TD"])
         if self.packed is not None:
             return self.packed(one["x_TD"], mask_TE)
         return sparse_ffn_triton(self.weights(), one["x_TD"], mask_TE, atomic=self.route.atomic)
@@ -160,7 +167,11 @@ class Call:
                 routing = (self.chosen_TK, wide["weight_TK"])
                 y_TD = moe_ffn(self._experts(wide), wide["x_TD"], *routing, backend="reference")
             else:
-                y_TD = sparse_ffn_reference(self.weights(wide), wide["x_TD"], wide.get("mask_TE"))
+                mask_TE = wide.get("mask_TE")
+                if self.route.scores:
+                    mask_TE = self._decides(wide)[0] > THRESHOLD
+                y_TD = sparse_ffn_reference(self.weights(wide), wide["x_TD"], mask_TE)
+                y_TD = y_TD + wide["x_TD"] if self.route.scores else y_TD
             made = self._with_gradients(y_TD, wide, self.dy_TD.double())
         if "mask_TE" in made:
             made["mask_TE"] = made["mask_TE"] * (wide["mask_TE"] != 0)
@@ -189,10 +200,45 @@ class Call:
         if self.route.mask == "experts":
             soft_TE = torch.rand(case.tokens, experts, generator=self.draw, device=self.device)
             made["mask_TE"] = torch.where(soft_TE < 0.5, 0.0, soft_TE)
+        elif self.route.scores:
+            made |= self._chosen() | {"off_F": self._normal(neurons).to(made["up_FD"].dtype)}
         elif self.route.mask == "neurons":
             chance_TF = torch.rand(case.tokens, neurons, generator=self.draw, device=self.device)
             made["mask_TE"] = chance_TF < 0.5
         return made
+
+    def _chosen(self) -> Made:
+        """A router of experts; or the norms that a proposal takes."""
+        width, experts, neurons = self.case.shape
+        if self.route.scores == "router":
+            rows_ED = self._normal(experts, width) / width**0.5
+            return {"router_ED": rows_ED, "router_E": self._normal(experts)}
+        return {"norm_F": self._normal(neurons).abs()}
+
+    def _scores(self) -> Scores:
+        """What selects, as the kernels take it."""
+        one = self.operands
+        if self.route.scores == "router":
+            return LinearScores(one["x_TD"], one["router_ED"], one["router_E"], SELECTED)
+        first, *second = map(of_codes, self._copies(one))
+        up = second[0] if second else None
+        return FewBitScores(one["x_TD"], first, up, one["norm_F"], THRESHOLD)
+
+    def _copies(self, one: Made) -> list[FewBits]:
+        names = ("gate_FD", "up_FD") if "gate_FD" in one else ("up_FD",)
+        return [copy_rows(one[name].float(), 4) for name in names]
+
+    def _decides(self, one: Made) -> tuple[Tensor, float]:
+        """What is held against the threshold, in the dtype of x, and the threshold."""
+        x_TD = one["x_TD"]
+        if self.route.scores == "router":
+            logits_TE = linear(x_TD, one["router_ED"].to(x_TD), one["router_E"].to(x_TD))
+            return logits_TE + THRESHOLD, THRESHOLD  # sigmoid(0) is `SELECTED`
+        weights, h_TF = self.weights(one), torch.ones_like(x_TD[:1, :1])
+        for few, (_, bias_F, act) in zip(self._copies(one), weights.inputs, strict=True):
+            rows_FD = few.values_FD().to(x_TD)
+            h_TF = h_TF * act(linear(x_TD, rows_FD, None if bias_F is None else bias_F.to(x_TD)))
+        return h_TF.abs() * one["norm_F"].to(x_TD), THRESHOLD
 
     def _host(self) -> Made:
         (width, experts, neurons), tokens = self.case.shape, self.case.tokens
@@ -234,6 +280,9 @@ class Call:
     def _at_kinks(self) -> Iterator[tuple[Tensor, float]]:
         """Yields what each activation that has a kink gets, and where that is."""
         x_TD, one = self.operands["x_TD"].double(), self.operands
+        if self.route.scores:
+            yield self._decides(one | {"x_TD": x_TD})
+            return
         names = ("gate", "up") if "gate_FD" in one or self.case.host else ("up",)
         acts = (self.route.act, self.route.up_act)
         for name, like in zip(names, acts, strict=False):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from moe_tools.bench.ways import (
 from moe_tools.inference.optimized import PACKED
 from moe_tools.kernels.triton import limits
 from moe_tools.kernels.triton.config import Config, candidates
-from moe_tools.kernels.triton.ffn import TritonFFN, sparse_ffn_triton
+from moe_tools.kernels.triton.packed import TritonFFN
 from tools.gpu.context import Context, Row
 from tools.gpu.speed import SHAPES
 
@@ -40,6 +40,7 @@ TOKENS = (1, 4, 16, 64)
 KINDS: tuple[tuple[limits.Dtype, limits.Kind], ...] = (
     ("bf16", "given"),
     ("int8", "given"),
+    ("int4", "given"),
     ("bf16", "gate first"),
 )
 OFF = 0.9
@@ -122,7 +123,7 @@ def _entry(unit: Unit, plan: Plan, found: Row) -> limits.Entry:
 
 def _dry(context: Context) -> Iterator[Row]:
     """Two tilings of each kind give the same numbers; nothing is timed, no table is written."""
-    kinds: tuple[limits.Dtype, ...] = ("fp32", "int8")
+    kinds: tuple[limits.Dtype, ...] = ("fp32", "int8", "int4")
     units = [Unit("tiny", tokens, kind, "given") for kind, tokens in product(kinds, (1, 4))]
     units.append(Unit("tiny", 4, "fp32", "gate first"))
     for unit in context.within(units):
@@ -229,9 +230,7 @@ class _Tuned:
 
 
 def _call(ffn: TritonFFN, x_TD: Tensor, mask_TE: Tensor | None, config: Config | None) -> Tensor:
-    options: dict[str, Any] = {"scales": ffn.scales, "config": config}
-    with torch.no_grad():
-        return sparse_ffn_triton(ffn.weights, x_TD, mask_TE, **options)
+    return ffn.run(x_TD, mask_TE, config=config)
 
 
 def kernels() -> dict[str, Callable[[], object]]:

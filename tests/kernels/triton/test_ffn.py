@@ -153,6 +153,15 @@ def test_drelu_is_relu_on_both(tokens: int, gate_first: bool) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("mask", ["random", "soft", "empty"])
+@pytest.mark.parametrize("act", ["silu", "relu"])
+def test_what_is_off_adds_its_constant(act: str, mask: str, tokens: int) -> None:
+    weights = replace(make((19, 7, 45), act=act), off_F=torch.randn(45))
+    mask_TE = MASKS[mask](tokens, 7)
+    assert_equals_reference(weights, inputs(tokens, 19), mask_TE, 1e-5, 1e-5, config=TINY)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("act", ["silu", "relu"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
@@ -369,10 +378,10 @@ def test_opcheck_is_clean(gated: bool, soft: bool) -> None:
         **{"act": "silu", "up_act": "identity", "threshold": 0.0, "up_threshold": 0.0},
         **{"atomic": False, "config": []},
     }
-    scales = [None] * 3
-    every = (*shared, *biases, weights.down_D, *scales)
+    scales, off_F = [None] * 3, torch.randn(9)
+    every = (*shared, *biases, weights.down_D, *scales, off_F, inputs(2, 8))
     torch.library.opcheck(forward, every, {**options, "gate_first": False})
-    detached = [one if one is None else one.detach() for one in (*shared, *biases)]
+    detached = [one if one is None else one.detach() for one in (*shared, *biases, off_F)]
     torch.library.opcheck(backward, (torch.randn(2, 8), *detached), options)
 
 
@@ -382,8 +391,6 @@ def test_packed_once_called_often() -> None:
     x_TD, mask_TE = torch.randn(2, 8), MASKS["random"](2, 3)
     expected_TD = sparse_ffn_reference(weights, x_TD, mask_TE)
     torch.testing.assert_close(packed(x_TD, mask_TE), expected_TD, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"stores fp32, bf16, fp16 and int8, not torch\.float64"):
-        pack(weights, dtype=torch.float64, backend="triton")
 
 
 def test_tune_takes_the_fastest_and_prefers_the_pinned() -> None:
@@ -405,8 +412,14 @@ def test_tune_takes_the_fastest_and_prefers_the_pinned() -> None:
         ({"up_FD": torch.randn(9, 8).half()}, {}, "^x_TD is torch.float32 and up_FD torch.float16"),
         ({"act": torch.tanh}, {}, "^backend 'triton' knows activations by name"),
         ({}, {"gate_first": True}, "^gate_first needs an activation that can be zero: relu, "),
+        (
+            {"act": "relu", "off_F": torch.randn(9)},
+            {"gate_first": True},
+            "^gate_first leaves out what is zero, and with off_F",
+        ),
+        ({"down_D": torch.randn(8, device="meta")}, {}, "^x_TD is on cpu and down_D on meta: back"),
     ],
-    ids=["strides", "dtypes", "function", "gate-first"],
+    ids=["strides", "dtypes", "function", "gate-first", "gate-first-off", "device"],
 )
 def test_what_the_kernels_cannot_run_is_named(
     changes: dict[str, Any], options: dict[str, Any], message: str, default_device: torch.device
