@@ -49,7 +49,7 @@ from moe_tools.kernels.sparse_ffn import pack
 from moe_tools.kernels.weights import FFNWeights
 
 BATCHES = (1, 4, 16, 64, 512)
-OPERATIONS = ("experts", "experts int8", "neurons", "exact gate")
+OPERATIONS = ("experts", "experts int8", "experts int4", "neurons", "exact gate")
 """Sparse ways; a word of `PACKED` behind "experts" says what their weights are stored as."""
 WARM_UP = 3
 """Rounds before the first that counts."""

@@ -12,10 +12,11 @@ from itertools import product
 import torch
 
 from moe_tools.kernels.activations import Act, ActName
+from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.triton.config import MOST_TOGETHER
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FEW_BITS = {"int8": torch.int8}
+FEW_BITS = {"int8": torch.int8, "int4": INT4}
 """What weights are stored as, without gradients."""
 TOKENS = (1, 16, 70, 3, 33, 64)
 """Every tile of tokens, full and not; the first three come first."""
@@ -81,6 +82,11 @@ class Case:
         return "fp32" if self.shape == TINY else "bf16"
 
     @property
+    def rare(self) -> bool:
+        """Whether another number of tokens fills the same tile."""
+        return self.shape == ODD and self.tokens not in TOKENS[:3]
+
+    @property
     def learns(self) -> bool:
         """Whether gradients are compared, too."""
         return self.gradients and self.dtype not in FEW_BITS
@@ -92,13 +98,7 @@ def cases(dry: bool, lacks: list[str]) -> list[Case]:
         return [*_dry_cases()]
     found = [*_ffn_cases(), *_host_cases(), *_real_cases()]
     found = [case for case in found if not {case.dtype, case.x_dtype} & set(lacks)]
-    return sorted(found, key=_worth)
-
-
-def _worth(case: Case) -> tuple[bool, bool]:
-    """Sorts first what is used most: half precision and few bits, and one case of each tile."""
-    rare = case.shape == ODD and case.tokens not in TOKENS[:3]
-    return rare, case.dtype not in ("bf16", *FEW_BITS)
+    return sorted(found, key=lambda case: (case.rare, case.dtype not in ("bf16", *FEW_BITS)))
 
 
 def _ffn_cases() -> Iterator[Case]:
@@ -119,7 +119,8 @@ def _host_cases() -> Iterator[Case]:
 def _real_cases() -> Iterator[Case]:
     for shape, tokens in product(REAL, (1, 16, 64)):
         yield Case("experts", True, "bf16", tokens, shape, gradients=tokens == 16)
-        yield Case("experts", True, "int8", tokens, shape)
+        for dtype in FEW_BITS:
+            yield Case("experts", True, dtype, tokens, shape)
         yield Case("neurons", True, "bf16", tokens, shape, gradients=False)
         # y of relu has no jump, its gradients have: with so many numbers some meet the kink.
         yield Case("exact gate, relu", True, "bf16", tokens, shape, gradients=False)
@@ -132,5 +133,6 @@ def _dry_cases() -> Iterator[Case]:
     for tokens in (1, MOST_TOGETHER + 6):
         yield Case("experts", True, "fp32", tokens, TINY)
         yield Case("exact gate, relu", True, "fp16", min(tokens, 3), TINY)
-        yield Case("experts", True, "int8", min(tokens, 3), TINY)
+        for dtype in FEW_BITS:
+            yield Case("experts", True, dtype, min(tokens, 3), TINY)
         yield Case("experts", True, "fp32", tokens, HOST_TINY, host=True)

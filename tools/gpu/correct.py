@@ -13,8 +13,6 @@ from tools.gpu.check import check
 from tools.gpu.context import Context, Row
 from tools.gpu.workers import MEMORY, MOST, share_out
 
-FIRST = 220
-"""Cases before the first kernel of another stage is compiled."""
 Units = dict[str, Callable[[], Row]]
 
 
@@ -34,11 +32,12 @@ def units(dry: bool) -> Units:
     """All units by name, in order: the usual cases, the kernels of other stages, rare cases."""
     device = "cpu" if dry else "cuda"
     own = cases(dry, [] if dry else look().lacks)
-    checks: Units = {case.name: partial(check, case, device) for case in own}
+    checks, late = (
+        {case.name: partial(check, case, device) for case in own if case.rare == rare}
+        for rare in (False, True)
+    )
     compiles: Units = {} if dry else _compiles()
-    names = [*checks]
-    first = {name: checks[name] for name in names[:FIRST]}
-    return first | compiles | {name: checks[name] for name in names[FIRST:]}
+    return checks | compiles | late
 
 
 def _compiles() -> Units:

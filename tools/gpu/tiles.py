@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,10 @@ from moe_tools.bench.ways import (
     with_gates_off,
 )
 from moe_tools.inference.optimized import PACKED
+from moe_tools.kernels.quantize import QUANTIZED
 from moe_tools.kernels.triton import limits
-from moe_tools.kernels.triton.config import Config, candidates
-from moe_tools.kernels.triton.ffn import TritonFFN, sparse_ffn_triton
+from moe_tools.kernels.triton.config import Config, candidates, pinned, tokens_of_a_program
+from moe_tools.kernels.triton.packed import TritonFFN
 from tools.gpu.context import Context, Row
 from tools.gpu.speed import SHAPES
 
@@ -40,6 +41,7 @@ TOKENS = (1, 4, 16, 64)
 KINDS: tuple[tuple[limits.Dtype, limits.Kind], ...] = (
     ("bf16", "given"),
     ("int8", "given"),
+    ("int4", "given"),
     ("bf16", "gate first"),
 )
 OFF = 0.9
@@ -69,9 +71,10 @@ class Unit:
         return f"{self.shape}, {self.tokens} tokens, {self.dtype}, {self.kind}"
 
     @property
-    def tilings(self) -> list[Config | None]:
-        """What is tried; None, the pinned one, comes first."""
-        return [None, *candidates(self.tokens)[1:]]
+    def tilings(self) -> list[Config]:
+        """What is tried; the pinned one comes first."""
+        first = pinned(tokens_of_a_program(self.tokens), PACKED[self.dtype] in QUANTIZED)
+        return [first, *(config for config in candidates(self.tokens) if config != first)]
 
 
 UNITS = [Unit(shape, tokens, *kind) for shape, kind, tokens in product(SHAPES, KINDS, TOKENS)]
@@ -122,7 +125,7 @@ def _entry(unit: Unit, plan: Plan, found: Row) -> limits.Entry:
 
 def _dry(context: Context) -> Iterator[Row]:
     """Two tilings of each kind give the same numbers; nothing is timed, no table is written."""
-    kinds: tuple[limits.Dtype, ...] = ("fp32", "int8")
+    kinds: tuple[limits.Dtype, ...] = ("fp32", "int8", "int4")
     units = [Unit("tiny", tokens, kind, "given") for kind, tokens in product(kinds, (1, 4))]
     units.append(Unit("tiny", 4, "fp32", "gate first"))
     for unit in context.within(units):
@@ -143,7 +146,7 @@ class _Tuned:
         self._drawn: dict[float, tuple[Tensor, list[Tensor | None]]] = {}
 
     @torch.no_grad()
-    def calls(self, share: float, config: Config | None) -> list[Call]:
+    def calls(self, share: float, config: Config) -> list[Call]:
         """One call a layer, with that share of the neurons on."""
         operation = f"experts {self.unit.dtype}" if self.given else "exact gate"
         count = self.plan.layers(1, 1 - share, operation)
@@ -152,7 +155,7 @@ class _Tuned:
             self._drawn[share] = self._operands(share, count)
         x_TD, masks = self._drawn[share]
         return [
-            partial(_call, cast(TritonFFN, ffn), x_TD, mask_TE, config)
+            partial(cast(TritonFFN, ffn).run, x_TD, mask_TE, config=config)
             for ffn, mask_TE in zip(packed, masks, strict=True)
         ]
 
@@ -172,7 +175,7 @@ class _Tuned:
         return [partial(dense_ffn, x_TD, *own) for own in weights]
 
     @torch.no_grad()
-    def differs(self, tilings: list[Config | None]) -> str:
+    def differs(self, tilings: list[Config]) -> str:
         """Names the tilings that compute something else than the first of them."""
         made = [self.calls(1 - OFF, config)[0]() for config in tilings]
         largest = float(made[0].abs().max())
@@ -195,11 +198,11 @@ class _Tuned:
             "tried": len(tilings),
             "gain": gains[best],
             "share": self._share(config),
-            "tiles": [] if config is None else config.numbers,
+            "tiles": config.numbers,
             "wrong": self.differs(tilings),
         }
 
-    def fits(self, config: Config | None) -> bool:
+    def fits(self, config: Config) -> bool:
         """Whether a program of that tiling has room on the card."""
         try:
             self.calls(1 - OFF, config)[0]()
@@ -211,10 +214,11 @@ class _Tuned:
         """How much faster the tiles of a table are than the pinned ones."""
         if config is None:
             return {"tried": 0, "gain": 1.0, "tiles": []}
-        pinned, own = graph_seconds([self.calls(1 - OFF, one) for one in (None, config)], REPEATS)
-        return {"tried": 1, "gain": median_ratio(pinned, own), "tiles": config.numbers}
+        ways = [self.calls(1 - OFF, one) for one in (self.unit.tilings[0], config)]
+        before, own = graph_seconds(ways, REPEATS)
+        return {"tried": 1, "gain": median_ratio(before, own), "tiles": config.numbers}
 
-    def _share(self, config: Config | None) -> float:
+    def _share(self, config: Config) -> float:
         """The largest share at which, as at all below, the kernels are as fast; 0: at none."""
         # `with_gates_off` scales x, and however it is scaled half of its gates are below zero.
         shares = [share for share in SHARES if self.given or share <= 0.5]
@@ -228,19 +232,12 @@ class _Tuned:
         return paying
 
 
-def _call(ffn: TritonFFN, x_TD: Tensor, mask_TE: Tensor | None, config: Config | None) -> Tensor:
-    options: dict[str, Any] = {"scales": ffn.scales, "config": config}
-    with torch.no_grad():
-        return sparse_ffn_triton(ffn.weights, x_TD, mask_TE, **options)
-
-
 def kernels() -> dict[str, Callable[[], object]]:
     """Calls that compile what `run` runs, by name."""
     return {
         f"tiles: {unit.name}, {index}": partial(_compile, unit, config)
         for unit in UNITS
         for index, config in enumerate(unit.tilings)
-        if config is not None
     }
 
 
