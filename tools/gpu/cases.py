@@ -36,7 +36,7 @@ class Route:
     act: ActName | Act
     up_act: ActName = "identity"
     mask: str | None = None
-    """Of experts, soft; of neurons, hard; None: the gate decides."""
+    """Of experts, soft; of neurons, hard; a router's scores, hard; None: the gate decides."""
     atomic: bool = False
 
 
@@ -45,6 +45,7 @@ ROUTES = {
     "exact gate, relu": Route("relu"),
     "neurons": Route("silu", mask="neurons"),
     "exact gate, dReLU": Route("relu", "relu"),
+    "router": Route("silu", mask="router"),
     "exact gate, fatrelu": Route(Act("fatrelu", 0.5)),
     "predicted, relu": Route("relu", mask="neurons"),
     "experts, atomic": Route("silu", mask="experts", atomic=True),
@@ -89,7 +90,12 @@ class Case:
     @property
     def learns(self) -> bool:
         """Whether gradients are compared, too."""
-        return self.gradients and self.dtype not in FEW_BITS
+        return self.gradients and not self.packs
+
+    @property
+    def packs(self) -> bool:
+        """Whether the weights are packed first; then nothing has gradients."""
+        return self.dtype in FEW_BITS or ROUTES[self.route].mask == "router"
 
 
 def cases(dry: bool, lacks: list[str]) -> list[Case]:
@@ -122,6 +128,7 @@ def _real_cases() -> Iterator[Case]:
         for dtype in FEW_BITS:
             yield Case("experts", True, dtype, tokens, shape)
         yield Case("neurons", True, "bf16", tokens, shape, gradients=False)
+        yield Case("router", True, "bf16", tokens, shape)
         # y of relu has no jump, its gradients have: with so many numbers some meet the kink.
         yield Case("exact gate, relu", True, "bf16", tokens, shape, gradients=False)
 

@@ -21,6 +21,7 @@ from moe_tools.kernels.activations import GIVES_ZEROS, Act, ActName, named
 from moe_tools.kernels.few_bits import GROUP
 from moe_tools.kernels.moe import ExpertWeights, moe_ffn
 from moe_tools.kernels.reference import sparse_ffn_reference
+from moe_tools.kernels.scores import LinearScores
 from moe_tools.kernels.sparse_ffn import pack
 from moe_tools.kernels.triton.ffn import sparse_ffn_triton
 from moe_tools.kernels.triton.moe import moe_ffn_triton
@@ -114,7 +115,8 @@ class Call:
         while True:
             self.operands = self._host() if case.host else self._ffn()
             self.operands["x_TD"] = self._normal(case.tokens, width).to(FLOATS[case.x_dtype])
-            if not case.learns or self._clear_of_kinks():
+            decided = self.route.mask == "router"
+            if not (case.learns or decided) or self._clear_of_kinks():
                 break
         if case.learns:
             for tensor in self.operands.values():
@@ -122,8 +124,9 @@ class Call:
                     tensor.requires_grad_()
         self.dy_TD = self._normal(case.tokens, width).to(FLOATS[case.x_dtype])
         self.packed: Any = None
-        if case.dtype in FEW_BITS:
-            self.packed = pack(self.weights(), dtype=FEW_BITS[case.dtype], backend="triton")
+        if case.packs:
+            stored = FEW_BITS.get(case.dtype)
+            self.packed = pack(self.weights(), dtype=stored, backend="triton")
 
     def weights(self, operands: Made | None = None) -> FFNWeights:
         """The FFN of some operands, by default our own."""
@@ -137,6 +140,8 @@ class Call:
         one = self.operands
         if self.case.host:
             return moe_ffn_triton(self._experts(one), one["x_TD"], self.chosen_TK, one["weight_TK"])
+        if self.route.mask == "router":
+            return self.packed.scored(one["x_TD"], self._scores())
         mask_TE = one.get("mask_TE")
         if self.packed is not None:
             return self.packed(one["x_TD"], mask_TE)
@@ -160,7 +165,8 @@ class Call:
                 routing = (self.chosen_TK, wide["weight_TK"])
                 y_TD = moe_ffn(self._experts(wide), wide["x_TD"], *routing, backend="reference")
             else:
-                y_TD = sparse_ffn_reference(self.weights(wide), wide["x_TD"], wide.get("mask_TE"))
+                mask_TE = self._logits_TE() > 0 if "router_ED" in wide else wide.get("mask_TE")
+                y_TD = sparse_ffn_reference(self.weights(wide), wide["x_TD"], mask_TE)
             made = self._with_gradients(y_TD, wide, self.dy_TD.double())
         if "mask_TE" in made:
             made["mask_TE"] = made["mask_TE"] * (wide["mask_TE"] != 0)
@@ -189,6 +195,9 @@ class Call:
         if self.route.mask == "experts":
             soft_TE = torch.rand(case.tokens, experts, generator=self.draw, device=self.device)
             made["mask_TE"] = torch.where(soft_TE < 0.5, 0.0, soft_TE)
+        elif self.route.mask == "router":
+            made["router_ED"] = self._normal(experts, width).to(FLOATS[case.x_dtype]) / width**0.5
+            made["router_E"] = self._normal(experts).to(FLOATS[case.x_dtype])
         elif self.route.mask == "neurons":
             chance_TF = torch.rand(case.tokens, neurons, generator=self.draw, device=self.device)
             made["mask_TE"] = chance_TF < 0.5
@@ -203,6 +212,17 @@ class Call:
         self.chosen_TK = scores_TX.topk(2).indices
         made["weight_TK"] = scores_TX.gather(1, self.chosen_TK)
         return made
+
+    def _scores(self) -> LinearScores:
+        one = self.operands
+        return LinearScores(one["x_TD"], one["router_ED"], one["router_E"], above=0.5)
+
+    def _logits_TE(self) -> Tensor:
+        """What the router says, in fp64: an expert whose logit is above 0 runs."""
+        x_TD, router_ED, router_E = (
+            self.operands[name].double() for name in ("x_TD", "router_ED", "router_E")
+        )
+        return linear(x_TD, router_ED, router_E)
 
     def _experts(self, one: Made) -> ExpertWeights:
         rows = (one["gate_XND"], one["up_XND"], one["down_XND"])
@@ -232,8 +252,10 @@ class Call:
         )
 
     def _at_kinks(self) -> Iterator[tuple[Tensor, float]]:
-        """Yields what each activation that has a kink gets, and where that is."""
+        """Yields what decides or meets a kink of an activation, and where that is."""
         x_TD, one = self.operands["x_TD"].double(), self.operands
+        if self.route.mask == "router":
+            yield self._logits_TE(), 0.0
         names = ("gate", "up") if "gate_FD" in one or self.case.host else ("up",)
         acts = (self.route.act, self.route.up_act)
         for name, like in zip(names, acts, strict=False):

@@ -29,21 +29,19 @@ def run(context: Context) -> Iterator[Row]:
 
 
 def units(dry: bool) -> Units:
-    """All units by name, in order: the usual cases, the kernels of other stages, rare cases."""
+    """All units by name, in order: usual cases, what stage b runs, rare cases, what c runs."""
     device = "cpu" if dry else "cuda"
     own = cases(dry, [] if dry else look().lacks)
-    checks, late = (
-        {case.name: partial(check, case, device) for case in own if case.rare == rare}
-        for rare in (False, True)
-    )
-    compiles: Units = {} if dry else _compiles()
-    return checks | compiles | late
-
-
-def _compiles() -> Units:
+    checks: Units = {case.name: partial(check, case, device) for case in own if not case.rare}
+    late: Units = {case.name: partial(check, case, device) for case in own if case.rare}
+    if dry:
+        return checks | late
     from tools.gpu import speed, tiles  # these need transformers, which takes seconds
 
-    calls = speed.kernels() | tiles.kernels()
+    return checks | _compiles(speed.kernels()) | late | _compiles(tiles.kernels())
+
+
+def _compiles(calls: dict[str, Callable[[], object]]) -> Units:
     return {name: partial(_compile, name, call) for name, call in calls.items()}
 
 
