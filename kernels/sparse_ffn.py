@@ -196,11 +196,12 @@ def on_gpu(tensor: Tensor) -> bool:
     return _has_triton()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_kernels(module: Literal["ffn", "moe", "packed"]) -> ModuleType:
     """Imports the Triton kernels, on demand.
 

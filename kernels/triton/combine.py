@@ -105,11 +105,11 @@ def add_places(
     token_T = tokens * BLOCK_T + tl.arange(0, BLOCK_T)
     to_TD = y + token_T[:, None].to(tl.int64) * D + column_D[None, :]
     inside_TD = (token_T < T)[:, None] & inside_D[None, :]
-    y_TD = y_TD.to(y.dtype.element_ty)
-    if residual is not None:
+    if residual is not None:  # y is rounded before, as where PyTorch adds the two
         from_TD = residual + token_T[:, None].to(tl.int64) * D + column_D[None, :]
-        y_TD += tl.load(from_TD, mask=inside_TD, other=0.0)
-    tl.store(to_TD, y_TD, mask=inside_TD)
+        residual_TD = tl.load(from_TD, mask=inside_TD, other=0.0).to(tl.float32)
+        y_TD = residual_TD + y_TD.to(y.dtype.element_ty).to(tl.float32)
+    tl.store(to_TD, y_TD.to(y.dtype.element_ty), mask=inside_TD)
 
 
 @triton.jit

@@ -95,8 +95,7 @@ class HostExperts(nn.ModuleList):
         asked = self.config is not None and self.config._experts_implementation == IMPLEMENTATION
         act = one_activation(self._parts("activation_fn")) if asked and self._plain() else None
         if act is not None:
-            gate_up_XFD = as_one(self._weights("gate_up_proj"))
-            down_XDF = as_one(self._weights("down_proj"))
+            gate_up_XFD, down_XDF = self._all_as_one()
             return run_experts(gate_up_XFD, down_XDF, act, x_TD, chosen_TK, weight_TK)
         return self._one_by_one(x_TD.flatten(0, -2), chosen_TK, weight_TK).view_as(x_TD)
 
@@ -127,6 +126,22 @@ class HostExperts(nn.ModuleList):
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         linears = [*self._parts("gate_up_proj"), *self._parts("down_proj")] if dense else []
         return dense and not watched and all(is_plain(linear) for linear in linears)
+
+    def _all_as_one(self) -> tuple[Tensor, Tensor]:
+        """Each matrix of all experts in one tensor; torch.compile takes what `lay_out` left."""
+        if torch.compiler.is_compiling() and (laid_out := self.__dict__.get("_laid_out")):
+            return laid_out
+        return as_one(self._weights("gate_up_proj")), as_one(self._weights("down_proj"))
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """Forgets what was laid out where tensors are cast or moved."""
+        self.__dict__.pop("_laid_out", None)
+        applied: Any = super()._apply
+        return applied(*args, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves it out of copies, whose tensors are others."""
+        return {name: value for name, value in self.__dict__.items() if name != "_laid_out"}
 
     def _parts(self, name: str) -> list[nn.Module]:
         return [expert.get_submodule(name) for expert in self]
@@ -198,6 +213,7 @@ class HostExperts(nn.ModuleList):
         for name, fused in (("gate_up_proj", gate_up_XFD), ("down_proj", down_XDF)):
             for weight, part in zip(self._weights(name), fused, strict=True):
                 weight.data = part
+        self.__dict__["_laid_out"] = (gate_up_XFD, down_XDF)
 
 
 def unfuse_experts(model: nn.Module) -> None:

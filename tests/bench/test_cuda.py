@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_tools.bench.cuda import BATCHES, OPERATIONS, Plan, ways
-from moe_tools.bench.ways import SPARSITIES, KernelTiming, Way
+from moe_tools.bench.ways import BASELINE, SPARSITIES, KernelTiming, Way
 from moe_tools.cli.main import main
 
 LLAMA2 = Plan(4096, 11008, 344, torch.bfloat16, l2=50 << 20)
@@ -59,13 +59,14 @@ def test_bytes_are_those_of_the_union(found: list[Way]) -> None:
     assert size["F.linear", 1, 0.0] == TINY.size
     assert size["experts", 1, 0.5] == TINY.size // 2
     assert size["experts int8", 1, 0.5] == TINY.size // 8
+    assert size["experts int4", 1, 0.5] == TINY.size * 9 // 128
     assert size["neurons", 1, 0.75] == TINY.size // 4
     for tokens in BATCHES:
         assert size["experts", tokens, 0.9] >= size["experts", 1, 0.9]
         assert TINY.size // 3 <= size["exact gate", tokens, 0.97] <= TINY.size
 
 
-@pytest.mark.parametrize("operation", ["F.linear", "experts", "experts int8", "exact gate"])
+@pytest.mark.parametrize("operation", [BASELINE, *OPERATIONS])
 def test_every_way_runs(found: list[Way], operation: str) -> None:
     way = next(way for way in found if way.operation == operation)
     y_TD = way.calls[0]()

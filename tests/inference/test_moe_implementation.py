@@ -206,3 +206,21 @@ def test_the_backend_is_checked() -> None:
         kernels.moe_ffn(experts, torch.zeros(1, 4), chosen_TK, torch.ones(1, 2))
     with pytest.raises(ValueError, match="all are"):
         kernels.ExpertWeights(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(3, 4), "relu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kind", ["fused", "drelu"])
+def test_a_step_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fullgraph` fails at a graph break, and so at a number that the host reads."""
+    monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+    register_experts()
+    model = build("mixtral")
+    if kind == "drelu":
+        swap_activations(model, Conversion("donor", activation={"kind": "drelu"}))
+    ids = torch.tensor([[7]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.set_experts_implementation("moe_tools")
+        lay_out_experts(model)
+        step = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(step(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -88,6 +88,11 @@ class Case:
         return "fp32" if self.shape == TINY else "bf16"
 
     @property
+    def rare(self) -> bool:
+        """Whether another number of tokens fills the same tile."""
+        return self.shape == ODD and self.tokens not in TOKENS[:3]
+
+    @property
     def learns(self) -> bool:
         """Whether gradients are compared, too."""
         packed = self.dtype in FEW_BITS or ROUTES[self.route].scores is not None
@@ -100,13 +105,7 @@ def cases(dry: bool, lacks: list[str]) -> list[Case]:
         return [*_dry_cases()]
     found = [*_ffn_cases(), *_host_cases(), *_real_cases()]
     found = [case for case in found if not {case.dtype, case.x_dtype} & set(lacks)]
-    return sorted(found, key=_worth)
-
-
-def _worth(case: Case) -> tuple[bool, bool]:
-    """Sorts first what is used most: half precision and few bits, and one case of each tile."""
-    rare = case.shape == ODD and case.tokens not in TOKENS[:3]
-    return rare, case.dtype not in ("bf16", *FEW_BITS)
+    return sorted(found, key=lambda case: (case.rare, case.dtype not in ("bf16", *FEW_BITS)))
 
 
 def _ffn_cases() -> Iterator[Case]:

@@ -13,8 +13,6 @@ from tools.gpu.check import check
 from tools.gpu.context import Context, Row
 from tools.gpu.workers import MEMORY, MOST, share_out
 
-FIRST = 220
-"""Cases before the first kernel of another stage is compiled."""
 Units = dict[str, Callable[[], Row]]
 
 
@@ -31,20 +29,19 @@ def run(context: Context) -> Iterator[Row]:
 
 
 def units(dry: bool) -> Units:
-    """All units by name, in order: the usual cases, the kernels of other stages, rare cases."""
+    """All units by name, in order: usual cases, what stage b runs, rare cases, what c runs."""
     device = "cpu" if dry else "cuda"
     own = cases(dry, [] if dry else look().lacks)
-    checks: Units = {case.name: partial(check, case, device) for case in own}
-    compiles: Units = {} if dry else _compiles()
-    names = [*checks]
-    first = {name: checks[name] for name in names[:FIRST]}
-    return first | compiles | {name: checks[name] for name in names[FIRST:]}
-
-
-def _compiles() -> Units:
+    checks: Units = {case.name: partial(check, case, device) for case in own if not case.rare}
+    late: Units = {case.name: partial(check, case, device) for case in own if case.rare}
+    if dry:
+        return checks | late
     from tools.gpu import speed, tiles  # these need transformers, which takes seconds
 
-    calls = speed.kernels() | tiles.kernels()
+    return checks | _compiles(speed.kernels()) | late | _compiles(tiles.kernels())
+
+
+def _compiles(calls: dict[str, Callable[[], object]]) -> Units:
     return {name: partial(_compile, name, call) for name, call in calls.items()}
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.gpu.cases import HOST_ODD, HOST_TINY, ODD, TINY, Case
+from tools.gpu.cases import FEW_BITS, HOST_ODD, HOST_TINY, ODD, TINY, Case
 from tools.gpu.check import Call
 from tools.gpu.context import Context, Row, Skip
 
@@ -85,8 +85,9 @@ def calls(dry: bool) -> None:
     device, dtype = ("cpu", "fp32") if dry else ("cuda", "bf16")
     odd, host = (TINY, HOST_TINY) if dry else (ODD, HOST_ODD)
     for tokens in (1, 3):
-        for route in ("experts", "exact gate, relu"):
+        for route in ("experts", "exact gate, relu", "router"):
             Call(Case(route, True, dtype, tokens, odd), device).ours()
-    Call(Case("experts", True, "int8", 3, odd), device).ours()
+    for stored in FEW_BITS:
+        Call(Case("experts", True, stored, 3, odd), device).ours()
     Call(Case("experts", True, dtype, 71, host, host=True), device).ours()
     print("all calls were made")
