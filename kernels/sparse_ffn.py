@@ -201,15 +201,21 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+_LOADED: dict[str, ModuleType] = {}
+"""What was imported: torch.compile traces a look into a dictionary, and no import."""
+
+
 def triton_kernels(module: Literal["ffn", "moe", "packed"]) -> ModuleType:
     """Imports the Triton kernels, on demand.
 
     Raises:
         ValueError: Triton is not installed.
     """
+    if module in _LOADED:
+        return _LOADED[module]
     try:
-        return importlib.import_module(f"moe_tools.kernels.triton.{module}")
+        _LOADED[module] = importlib.import_module(f"moe_tools.kernels.triton.{module}")
+        return _LOADED[module]
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise

@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_tools.hosts.fused import check_fused, fused_experts
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.moe_kernels import IMPLEMENTATION, lay_out, run_experts
+from moe_tools.kernels.sparse_ffn import backends, triton_kernels
 
 
 def register_experts() -> None:
@@ -26,6 +27,8 @@ def register_experts() -> None:
     ones included. On a GPU the Triton kernels run, on a CPU the reference, expert by expert.
     """
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _run_fused)
+    if "triton" in backends():
+        triton_kernels("moe")  # before torch.compile, which traces no import
 
 
 def lay_out_experts(model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from moe_tools.hosts.input_threshold import threshold_of, thresholds_in
 from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.proof import settle
 from moe_tools.hosts.zeros import gives_zeros
+from moe_tools.inference.card_limits import use_known_cards
 from moe_tools.inference.fuse_layers import fuse_layers
 from moe_tools.inference.fused_stack import fuse_stack
 from moe_tools.inference.measured_limits import use_measured
@@ -116,10 +117,11 @@ def optimize(
 
     Raises:
         ValueError: a model that is being trained, scores softly or has no FFN to pack, an unknown
-            dtype, backend or kind, one that cannot run here, or a gate that cannot be screened;
-            nothing is changed then.
+            dtype, backend or kind, one that cannot run here, a share outside (0, 1], or a gate that
+            cannot be screened; nothing is changed then.
     """
-    _check(model, dtype)
+    _check(model, dtype, share)
+    use_known_cards()
     settle(model)
     ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
     packing = _Packing(dtype, backend, screen, share)
@@ -157,12 +159,17 @@ def optimize(
     return model.requires_grad_(False)
 
 
-def _check(model: nn.Module, dtype: torch.dtype | None) -> None:
+def _check(model: nn.Module, dtype: torch.dtype | None, share: float | None) -> None:
     if model.training:
         raise ValueError(f"{type(model).__name__} is in training mode: call model.eval() first")
     if dtype is not None and dtype not in PACKED.values():
         raise ValueError(
             f"weights cannot be packed as {dtype}: {', '.join(map(str, PACKED.values()))} can"
+        )
+
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(
+            f"share is {share}, but must be in (0, 1]: of the neurons that a token wants"
         )
 
 

@@ -20,6 +20,7 @@ from moe_tools.hosts.moe_host import HostExperts, fused_experts
 from moe_tools.hosts.moe_kernels import as_one
 from moe_tools.inference.moe_implementation import lay_out_experts, register_experts
 from moe_tools.kernels import moe as kernels
+from moe_tools.kernels.sparse_ffn import triton_kernels
 from tests.families import FAMILIES, MOE, build, logits, model_inputs
 
 pytest.importorskip("triton")
@@ -213,6 +214,7 @@ def test_the_backend_is_checked() -> None:
 def test_a_step_is_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`fullgraph` fails at a graph break, and so at a number that the host reads."""
     monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+    triton_kernels("moe")  # as `register_experts` does where a card is
     register_experts()
     model = build("mixtral")
     if kind == "drelu":

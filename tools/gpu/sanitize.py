@@ -85,7 +85,7 @@ def calls(dry: bool) -> None:
     device, dtype = ("cpu", "fp32") if dry else ("cuda", "bf16")
     odd, host = (TINY, HOST_TINY) if dry else (ODD, HOST_ODD)
     for tokens in (1, 3):
-        for route in ("experts", "exact gate, relu", "router"):
+        for route in ("experts", "exact gate, relu", "routed", "proposed"):
             Call(Case(route, True, dtype, tokens, odd), device).ours()
     for stored in FEW_BITS:
         Call(Case("experts", True, stored, 3, odd), device).ours()

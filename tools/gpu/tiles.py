@@ -1,7 +1,7 @@
 """Stage c: the fastest tiles, and up to which share of the neurons the kernels pay.
 
-What is found stands in DIR/tuned.json, a table as `kernels/triton/limits.py` reads it. A run with
-`--table` times the tiles of a table beside the pinned ones instead, and writes none.
+What is found stands in DIR/tuned.json, a table as `kernels/triton/limits.py` reads it, and in the
+user's own (`moe_tools.inference.card_limits`), which `optimize` reads. A run with `--table` times the tiles of a table beside the pinned ones instead, and writes none.
 
 Letters: T tokens, D model width, F neurons, E experts.
 """
@@ -29,6 +29,7 @@ from moe_tools.bench.ways import (
     random_masks,
     with_gates_off,
 )
+from moe_tools.inference.card_limits import keep
 from moe_tools.inference.optimized import PACKED
 from moe_tools.kernels.triton import limits
 from moe_tools.kernels.triton.config import Config, candidates
@@ -95,6 +96,7 @@ def run(context: Context) -> Iterator[Row]:
             found = ffns.tune()
             entries.append(_entry(unit, plan, found))
             (context.out / "tuned.json").write_text(limits.written(entries))
+            keep(entries)
             yield row | found
         except torch.OutOfMemoryError:
             yield row | {"skipped": "too little memory"}
