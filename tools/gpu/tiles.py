@@ -1,7 +1,8 @@
 """Stage c: the fastest tiles, and up to which share of the neurons the kernels pay.
 
 What is found stands in DIR/tuned.json, a table as `kernels/triton/limits.py` reads it, and in the
-user's own (`moe_tools.inference.card_limits`), which `optimize` reads. A run with `--table` times the tiles of a table beside the pinned ones instead, and writes none.
+user's own, which `optimize` reads (`moe_tools.inference.card_limits`). A run with `--table` times
+the tiles of a table beside the pinned ones instead, and writes none.
 
 Letters: T tokens, D model width, F neurons, E experts.
 """

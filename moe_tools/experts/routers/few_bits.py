@@ -127,8 +127,11 @@ class FewBitsRouter(RowReader):
         """Takes the copies once, in int4: the FFN's own rows can then be freed.
 
         The CPU's kernel rounds x to int8, as `x_bits: 8` does.
+
+        Args:
+            backend: that of the FFN, whose kernels read them.
         """
-        if backend == "triton":
+        if backend != "cpu":
             self._packed = self._made_of(_Laid)
             return
         self._packed = self._made_of(CpuLinear.of_codes)

@@ -31,6 +31,7 @@ from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.kernel_launch import KernelLaunch
 from moe_tools.kernels.triton.packed import TritonFFN
 from moe_tools.kernels.triton.stored import of_codes, store
+from tests.host_reads import NoHostReads
 from tools.traffic import count_loads
 
 TINY = Config(16, 16, 4, 16, 8, 16, 2, 4)
@@ -280,11 +281,13 @@ def test_dense_products_take_over_where_the_table_says_so(
     assert not packed.takes(torch.randn(2, WIDTH), linear_scores(weights, torch.randn(2, WIDTH))[0])
 
 
-@few_bits
+@every_dtype
 def test_dense_products_multiply_by_the_stored_numbers(dtype: torch.dtype) -> None:
-    weights, x_TD = make(), torch.randn(9, WIDTH)
+    weights, x_TD, mask_TE = make(), torch.randn(9, WIDTH), torch.rand(9, EXPERTS) < 0.5
     packed = TritonFFN(weights, dtype, or_dense=True)
-    assert_close(packed(x_TD), sparse_ffn_reference(rounded(weights, dtype), x_TD, None))
+    with NoHostReads():
+        y_TD = packed(x_TD, mask_TE)
+    assert_close(y_TD, sparse_ffn_reference(rounded(weights, dtype), x_TD, mask_TE))
 
 
 @pytest.mark.interpreter
