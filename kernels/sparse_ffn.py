@@ -121,6 +121,7 @@ def pack(
         triton = triton_kernels("packed")
         if (why_not := triton.cannot_store(weights, dtype)) is None:
             packed: PackedFFN = triton.TritonFFN(weights, dtype, or_dense=True, share=share)
+            _announce_card(*triton.known(packed))
             return packed
         if dtype in QUANTIZED:
             raise ValueError(why_not)
@@ -170,6 +171,13 @@ def _missing() -> str | None:
 def announce(isa: str) -> None:
     """Logs once which kernels were chosen."""
     _log.info("sparse_ffn runs on native CPU kernels, %s", isa)
+
+
+@functools.cache
+def _announce_card(card: str, measured: bool) -> None:
+    """Logs once that the Triton kernels were chosen, and by what they give way to products."""
+    limits = "as measured" if measured else "by guesses: `make gpu` measures this card"
+    _log.info("sparse_ffn runs on Triton kernels, %s; products take over %s", card, limits)
 
 
 @functools.cache

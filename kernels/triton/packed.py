@@ -89,7 +89,8 @@ class TritonFFN(PackedFFN):
             copied = _with_rows(copied, {name: one.stored for name, one in self._rows.items()})
         super().__init__(copied)
         self._operands = self._laid_out()
-        self._limits = self._find_limits()
+        self.limits = self._find_limits()
+        """Where matrix products are expected to be faster, and the tiles."""
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +179,7 @@ class TritonFFN(PackedFFN):
         return y_TD if residual_TD is None else residual_TD + y_TD
 
     def _pays(self, x_TD: Tensor) -> bool:
-        return not self._or_dense or self._limits.pays(_tokens(x_TD), self._share)
+        return not self._or_dense or self.limits.pays(_tokens(x_TD), self._share)
 
     def _options(
         self, x_TD: Tensor, others: dict[str, Tensor | None], config: Config | None
@@ -196,7 +197,7 @@ class TritonFFN(PackedFFN):
             refusal = (checks and (elsewhere(x_TD, others) or no_device(x_TD))) or ""
         if refusal:
             raise ValueError(refusal)
-        config = config or self._limits.config(_tokens(x_TD))
+        config = config or self.limits.config(_tokens(x_TD))
         activations = activation_options(self.weights.act, self.weights.up_act)
         return {**activations, "config": [] if config is None else config.numbers}
 
@@ -225,7 +226,7 @@ class TritonFFN(PackedFFN):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle with the limits of the card here."""
         self.__dict__.update(state)
-        self._limits = self._find_limits()
+        self.limits = self._find_limits()
 
 
 def cannot_store(weights: FFNWeights, dtype: torch.dtype) -> str | None:
@@ -241,6 +242,11 @@ def limits_of(weights: FFNWeights, device: torch.device, dtype: torch.dtype) -> 
     """What is known of an FFN that is stored in `dtype` on a card."""
     kind: limits.Kind = "gate first" if goes_gate_first(weights) else "given"
     return limits.of(card(device), NAMES[dtype], kind, weights.width, weights.neurons)
+
+
+def known(packed: TritonFFN) -> tuple[str, bool]:
+    """The card that holds an FFN, and whether an FFN like it was measured there."""
+    return card(packed.device), bool(packed.limits.entries)
 
 
 def pays(weights: FFNWeights, x_TD: Tensor) -> bool:

@@ -19,7 +19,9 @@ from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.experts.swapped import swap_activations
+from moe_tools.inference import optimized
 from moe_tools.inference.optimized import optimize
+from moe_tools.kernels import sparse_ffn as kernels
 from moe_tools.kernels.quantize import INT4
 from tests.families import FAMILIES, build, logits, of_size
 from tests.host_reads import NoHostReads
@@ -44,6 +46,24 @@ def make(family: str = "llama", **conversion: Any) -> PreTrainedModel:
 
 def optimised(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     return optimize(copy.deepcopy(model), backend="triton", **options)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("router", ["sigmoid", "few_bits"])
+def test_on_a_gpu_nobody_has_to_ask(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors are taken for those of a GPU; one token runs on the kernels, more by products."""
+    for module in (kernels, optimized):
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
+    model = make(router=router, expert_size=1 if router == "few_bits" else 4, selector=LOW)
+    fast = optimize(copy.deepcopy(model))
+    assert {ffn.packed.backend for ffn in expert_ffns(fast) if ffn.packed} == {"triton"}
+    for tokens, runs in ((1, True), (5, False)):
+        ids = torch.randint(3, 64, (1, tokens))
+        with launches(monkeypatch) as seen, torch.no_grad():
+            ours = fast(ids).logits
+        assert bool(seen) == runs
+        with torch.no_grad():
+            torch.testing.assert_close(ours, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @contextmanager

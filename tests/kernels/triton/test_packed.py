@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moe_tools.kernels import sparse_ffn as kernels
 from moe_tools.kernels.activations import Act, named
 from moe_tools.kernels.few_bits import copy_rows, store_rows
 from moe_tools.kernels.quantize import INT4, rounded
 from moe_tools.kernels.reference import neuron_mask, sparse_ffn_reference
 from moe_tools.kernels.scores import FewBitScores, LinearScores, Scores
-from moe_tools.kernels.sparse_ffn import pack
+from moe_tools.kernels.sparse_ffn import pack, sparse_ffn
 from moe_tools.kernels.weights import FFNWeights
 
 pytest.importorskip("triton")
@@ -330,6 +332,66 @@ def test_the_dtype_of_x_may_be_another_than_that_of_the_weights() -> None:
     assert y_TD.dtype == torch.float32
     stored = rounded(weights, torch.float16).changed(Tensor.float, Tensor.float)
     assert_close(y_TD, sparse_ffn_reference(stored, x_TD, None))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors are taken for those of a GPU, and the log has said nothing yet."""
+    monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+    kernels._announce_card.cache_clear()
+    kernels.left_to_pytorch.cache_clear()
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("dtype", [None, *BITS], ids=str)
+def test_auto_takes_the_kernels_on_a_gpu_and_says_so(
+    dtype: torch.dtype | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, x_TD = make(off=True), torch.randn(1, WIDTH)
+    with caplog.at_level(logging.INFO, "moe_tools"):
+        packed = [pack(weights, dtype=dtype) for _ in range(2)]
+    assert [one.backend for one in packed] == ["triton", "triton"]
+    assert [one.getMessage().split("; ")[1] for one in caplog.records] == [
+        "products take over by guesses: `make gpu` measures this card"
+    ]
+    exact = weights if dtype is None else rounded(weights, dtype)
+    assert_close(packed[0](x_TD), sparse_ffn_reference(exact, x_TD, None))
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_auto_leaves_to_pytorch_what_no_kernel_computes(caplog: pytest.LogCaptureFixture) -> None:
+    strange = replace(make(), act=torch.tanh)
+    with caplog.at_level(logging.WARNING, "moe_tools"):
+        packed = pack(strange)
+    assert packed.backend == "reference"
+    assert "runs on PyTorch alone: backend 'triton' knows activations by name" in caplog.text
+    with pytest.raises(ValueError, match="knows activations by name"):
+        pack(strange, dtype=torch.int8)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("tokens", "learns", "ran"), [(1, 0, 1), (1, 1, 0), (9, 0, 0)])
+def test_a_single_call_takes_them_for_one_token_and_no_mask_that_learns(
+    tokens: int, learns: int, ran: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    run = KernelLaunch.run
+    monkeypatch.setattr(KernelLaunch, "run", lambda one: (seen.append(one.name), run(one)))
+    weights, x_TD = make(), torch.randn(tokens, WIDTH)
+    mask_TE = torch.rand(tokens, EXPERTS).requires_grad_(bool(learns))
+    y_TD = sparse_ffn(
+        x_TD,
+        weights.up_FD,
+        weights.down_FD,
+        mask_TE,
+        act="silu",
+        gate_FD=weights.gate_FD,
+        up_F=weights.up_F,
+        gate_F=weights.gate_F,
+        down_D=weights.down_D,
+    )
+    assert bool(seen) == bool(ran)
+    assert_close(y_TD, sparse_ffn_reference(weights, x_TD, mask_TE))
 
 
 @few_bits
