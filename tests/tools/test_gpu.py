@@ -19,6 +19,8 @@ import torch
 pytest.importorskip("triton")
 
 from moe_tools.bench.cuda import Plan
+from moe_tools.cached import cache_file
+from moe_tools.inference.card_limits import FILE
 from moe_tools.kernels.triton import limits
 from moe_tools.kernels.triton.config import candidates
 from tools.gpu import check, tiles
@@ -296,12 +298,14 @@ class OnTheCpu(tiles.Layers):
 @pytest.mark.usefixtures("clock")
 def test_a_table_is_written_and_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # At the device "cuda", whose clock is the fixture's.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     first = Context("cuda", time.monotonic() + 60, tmp_path)
     (row,) = tiles.run(first)
     best = candidates(1)[1]
     assert row["gain"] == 2.0 and row["share"] == 0.4 and not row["wrong"]
     assert row["tiles"] == best.numbers
     (entry,) = limits.read(tmp_path / "tuned.json")
+    assert limits.read(cache_file(FILE)) == [entry]  # where `optimize` finds it
     assert entry.device == "Card" and entry.config == best and entry.tokens == 1
     assert (entry.width, entry.neurons) == (tiles.TINY.width, tiles.TINY.neurons)
 
