@@ -100,8 +100,8 @@ def launch_list_routed(
 ) -> KernelLaunch:
     """The launch that writes `mask_TE` and lists the neurons of the experts that it selects."""
     together, numbers = experts_together(scores, call), scores.z_TK.shape[1]
-    # 16 rows are few: each has to be loaded by more threads
-    tiling = call.tiling if call.tokens == 1 else replace(call.tiling, columns=128)
+    # The fewer rows a program has, the more columns: each thread is to load 16 bytes.
+    tiling = replace(call.tiling, columns=2048 // together)
     arguments = {
         "z": scores.z_TK,
         "weight": scores.weight_RK,

@@ -26,7 +26,7 @@ def test_bench_clusters_beside_min_cost_flow(capsys):
 
 def test_an_unknown_shape_is_one_line(capsys):
     assert main(["bench", "--shape", "llama9"]) == 2
-    assert "known: smollm2-135m, llama2-7b, d2048" in capsys.readouterr().err
+    assert "known: smollm2-135m, llama2-7b, mixtral-8x7b, d2048" in capsys.readouterr().err
 
 
 KERNELS = ["bench", "kernels", "--shape", "24x64", "--dtype", "bf16", "--expert-size", "8"]
@@ -74,7 +74,7 @@ def test_only_kernels_are_drawn(tmp_path, capsys):
 
 def test_a_shape_may_be_given_in_numbers(capsys):
     assert main(["bench", "--shape", "0x5"]) == 2
-    assert "known: smollm2-135m, llama2-7b, d2048, or DxF" in capsys.readouterr().err
+    assert "known: smollm2-135m, llama2-7b, mixtral-8x7b, d2048, or DxF" in capsys.readouterr().err
 
 
 def test_bench_times_whole_models(tmp_path, capsys):

@@ -30,6 +30,7 @@ pytest.importorskip("triton")
 
 from moe_tools.kernels.triton.kernel_launch import KernelLaunch
 
+pytestmark = pytest.mark.either
 LOW = {"kind": "threshold", "tau": 0.01}
 OF_ONE_FFN = ["list_routed", "compute_hidden", "combine"]
 

@@ -363,7 +363,7 @@ def test_files_are_json(tmp_path: Path) -> None:
 
 def test_make_gpu_needs_no_environment() -> None:
     made = subprocess.run(
-        ["make", "--dry-run", "gpu", "PYTHON=python9", "GPU=--minutes 4"],
+        ["make", "--dry-run", "--no-print-directory", "gpu", "PYTHON=python9", "GPU=--minutes 4"],
         cwd=ROOT,
         capture_output=True,
         text=True,

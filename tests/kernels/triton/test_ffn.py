@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_tools.kernels import sparse_ffn as kernels
 from moe_tools.kernels.activations import Act
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.sparse_ffn import backends, pack, sparse_ffn
@@ -448,6 +449,7 @@ def test_without_triton_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) ->
     for name in [name for name in sys.modules if name.startswith("moe_tools.kernels.triton")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(kernels, "_LOADED", {})
     weights = make((8, 3, 9))
     with pytest.raises(ValueError, match=r"not installed: pip install 'moe-tools\[gpu\]'$"):
         sparse_ffn(torch.randn(2, 8), weights.up_FD, weights.down_FD, act="silu", backend="triton")
