@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from moe_tools.kernels.few_bits import GROUP
 from moe_tools.kernels.triton.stored import Rows
 
 
@@ -23,6 +25,17 @@ class LinearScores(NamedTuple):
     above: float
     shared: int = 0
     """The first experts, which are not scored, always run."""
+
+    def misfit(self, tokens: torch.Size, neurons: int, width: int) -> str | None:
+        """Says what does not fit an FFN and the leading dimensions of its input; None: all does."""
+        routed, entering = self.weight_RK.shape
+        if self.z_TK.shape != (*tokens, entering):
+            return f"z_TK is {tuple(self.z_TK.shape)}, but must be {(*tokens, entering)}"
+        if self.bias_R is not None and self.bias_R.shape != (routed,):
+            return f"bias_R is {tuple(self.bias_R.shape)}, but must be {(routed,)}"
+        if not 1 <= self.experts <= neurons or self.shared < 0:
+            return f"{neurons} neurons cannot make {self.experts} experts, {self.shared} shared"
+        return None
 
     @property
     def experts(self) -> int:
@@ -43,6 +56,19 @@ class FewBitScores(NamedTuple):
     up: Rows | None
     norm_F: Tensor
     above: float
+
+    def misfit(self, tokens: torch.Size, neurons: int, width: int) -> str | None:
+        """Says what does not fit an FFN and the leading dimensions of its input; None: all does."""
+        if self.z_TD.shape != (*tokens, width):
+            return f"z_TD is {tuple(self.z_TD.shape)}, but must be {(*tokens, width)}"
+        if self.norm_F.shape != (neurons,):
+            return f"norm_F is {tuple(self.norm_F.shape)}, but must be {(neurons,)}"
+        groups = (neurons, -(-width // GROUP))
+        for rows in (self.gate, self.up):
+            found = None if rows is None or rows.scale_FG is None else tuple(rows.scale_FG.shape)
+            if rows is not None and found != groups:
+                return f"a copy has scales of {found}, but must have {groups}"
+        return None
 
 
 Scores = LinearScores | FewBitScores

@@ -155,8 +155,13 @@ class TritonFFN(PackedFFN):
             config: tile sizes; by default the fastest that are known.
 
         Raises:
-            ValueError: as `run`.
+            ValueError: as `run`; scores that do not fit.
         """
+        self.weights.check_call(x_TD, None)
+        size = (self.weights.neurons, self.weights.width)
+        misfit = scores.misfit(x_TD.shape[:-1], *size) or self._other_kind(scores)
+        if misfit:
+            raise ValueError(misfit)
         others = {"residual_TD": residual_TD, "the router": scores[0]}
         options = self._options(x_TD, others, config)
         given = {
@@ -167,6 +172,12 @@ class TritonFFN(PackedFFN):
         with torch.no_grad():
             y_TD = _of_scores(flat(x_TD), scores, given, options)
         return y_TD.view(x_TD.shape)
+
+    def _other_kind(self, scores: Scores) -> str | None:
+        """Says whether copies are of an FFN with a gate, and this one has none, or the other way."""
+        if isinstance(scores, FewBitScores) and (scores.up is None) == ("gate_FD" in self._rows):
+            return "copies are of gate and up where the FFN has a gate, and else of up alone"
+        return None
 
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         return self._run_onto(x_TD, mask_TE, None)

@@ -446,6 +446,44 @@ def test_what_cannot_be_computed_is_named() -> None:
         packed.scored(x_TD, scores, x_TD.to("meta"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("router", {"z_TK": torch.zeros(3, 13)}, r"^z_TK is \(3, 13\), but must be \(2, 13\)"),
+        ("router", {"z_TK": torch.zeros(2, 12)}, r"^z_TK is \(2, 12\), but must be \(2, 13\)"),
+        ("router", {"bias_R": torch.zeros(3)}, r"^bias_R is \(3,\), but must be \(7,\)"),
+        ("router", {"shared": 40}, "^45 neurons cannot make 47 experts, 40 shared"),
+        ("copies in 4 bits", {"norm_F": torch.ones(44)}, r"^norm_F is \(44,\), but must be \(45,"),
+        (
+            "copies in 4 bits",
+            {"z_TD": torch.ones(2, 40)},
+            r"^z_TD is \(2, 40\), but must be",
+        ),
+        ("copies in 4 bits", {"up": None}, "^copies are of gate and up where the FFN has a gate"),
+        (
+            "copies in 4 bits",
+            {"gate": store(torch.ones(44, WIDTH), INT4)},
+            r"^a copy has scales of \(44, 2\), but must have \(45, 2\)",
+        ),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(
+    kind: str, changes: dict[str, Any], message: str
+) -> None:
+    weights, x_TD = make(), torch.randn(2, WIDTH)
+    scores, _ = SCORES[kind](weights, x_TD)
+    with pytest.raises(ValueError, match=message):
+        TritonFFN(weights, torch.float32).scored(x_TD, scores._replace(**changes))
+
+
+@pytest.mark.parametrize("kind", ["router", "copies in 4 bits"])
+def test_no_tokens(kind: str) -> None:
+    weights, x_TD = make(), torch.randn(0, WIDTH)
+    packed = TritonFFN(weights, torch.float32)
+    assert packed.scored(x_TD, SCORES[kind](weights, x_TD)[0], x_TD).shape == (0, WIDTH)
+    assert packed(x_TD, torch.ones(0, 3)).shape == (0, WIDTH)
+
+
 def test_every_activation_that_is_named_is_known_to_a_proposal() -> None:
     for act in ("identity", "relu2", "gelu", "gelu_tanh", Act("shifted_relu", 0.2)):
         weights, x_TD = make(act), torch.randn(3, WIDTH)
