@@ -174,7 +174,7 @@ class TritonFFN(PackedFFN):
         return y_TD.view(x_TD.shape)
 
     def _other_kind(self, scores: Scores) -> str | None:
-        """Says whether copies are of an FFN with a gate, and this one has none, or the other way."""
+        """Says that copies are of an FFN with a gate and this has none, or the other way round."""
         if isinstance(scores, FewBitScores) and (scores.up is None) == ("gate_FD" in self._rows):
             return "copies are of gate and up where the FFN has a gate, and else of up alone"
         return None
