@@ -47,17 +47,32 @@ class PackedFFN(ABC):
         Args:
             x_TD: any leading dimensions.
             mask_TE: which experts run.
-            residual_TD: is added to y.
+            residual_TD: is added to y; of the shape and dtype of x.
 
         Raises:
             ValueError: shapes that do not fit, or a gradient is asked for.
         """
+        self.check_call(x_TD, mask_TE, residual_TD)
+        return self._run_onto(x_TD, mask_TE, residual_TD)
+
+    def check_call(self, x_TD: Tensor, mask_TE: Tensor | None, residual_TD: Tensor | None) -> None:
+        """Checks that a call can be computed.
+
+        Raises:
+            ValueError: shapes that do not fit, a residual that is not like x, or a gradient is
+                asked for.
+        """
         self.weights.check_call(x_TD, mask_TE)
-        if x_TD.requires_grad and torch.is_grad_enabled():
+        asks = [x_TD] if residual_TD is None else [x_TD, residual_TD]
+        if torch.is_grad_enabled() and any(one.requires_grad for one in asks):
             raise ValueError(
                 "a packed FFN has no gradients: call it under torch.no_grad(), or use sparse_ffn"
             )
-        return self._run_onto(x_TD, mask_TE, residual_TD)
+        if residual_TD is not None and not is_like(residual_TD, x_TD):
+            raise ValueError(
+                f"residual_TD is {tuple(residual_TD.shape)} in {residual_TD.dtype}, but must be as "
+                f"x_TD, {tuple(x_TD.shape)} in {x_TD.dtype}"
+            )
 
     def takes(self, x_TD: Tensor, scores: Scores) -> bool:
         """Whether `scored` can compute this, and is expected to be the fastest way."""
@@ -79,6 +94,11 @@ class PackedFFN(ABC):
     @abstractmethod
     def _run(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
         """Computes y_TD from arguments that fit."""
+
+
+def is_like(residual_TD: Tensor, x_TD: Tensor) -> bool:
+    """Whether a residual has the shape and the dtype of x, so that y can be added in one pass."""
+    return residual_TD.shape == x_TD.shape and residual_TD.dtype == x_TD.dtype
 
 
 class ReferenceFFN(PackedFFN):

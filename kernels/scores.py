@@ -28,6 +28,8 @@ class LinearScores(NamedTuple):
 
     def misfit(self, tokens: torch.Size, neurons: int, width: int) -> str | None:
         """Says what does not fit an FFN and the leading dimensions of its input; None: all does."""
+        if self.weight_RK.ndim != 2:
+            return f"weight_RK is {tuple(self.weight_RK.shape)}, but has rows and columns"
         routed, entering = self.weight_RK.shape
         if self.z_TK.shape != (*tokens, entering):
             return f"z_TK is {tuple(self.z_TK.shape)}, but must be {(*tokens, entering)}"
@@ -36,6 +38,10 @@ class LinearScores(NamedTuple):
         if not 1 <= self.experts <= neurons or self.shared < 0:
             return f"{neurons} neurons cannot make {self.experts} experts, {self.shared} shared"
         return None
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All tensors, by name."""
+        return {"z_TK": self.z_TK, "weight_RK": self.weight_RK, "bias_R": self.bias_R}
 
     @property
     def experts(self) -> int:
@@ -63,12 +69,19 @@ class FewBitScores(NamedTuple):
             return f"z_TD is {tuple(self.z_TD.shape)}, but must be {(*tokens, width)}"
         if self.norm_F.shape != (neurons,):
             return f"norm_F is {tuple(self.norm_F.shape)}, but must be {(neurons,)}"
+        if self.up is not None and self.up.offset != self.gate.offset:
+            return f"copies have offsets {self.gate.offset} and {self.up.offset}, but must have one"
         groups = (neurons, -(-width // GROUP))
         for rows in (self.gate, self.up):
             found = None if rows is None or rows.scale_FG is None else tuple(rows.scale_FG.shape)
             if rows is not None and found != groups:
                 return f"a copy has scales of {found}, but must have {groups}"
         return None
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """All tensors, by name."""
+        up = None if self.up is None else self.up.stored
+        return {"z_TD": self.z_TD, "norm_F": self.norm_F, "a copy": self.gate.stored, "up": up}
 
 
 Scores = LinearScores | FewBitScores

@@ -138,6 +138,8 @@ def read(path: Path) -> list[Entry]:
     """
     try:
         found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, list):
+            raise ValueError("it is no list")
         return [Entry(**{**one, "tiles": tuple(one["tiles"])}) for one in found]
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no table of limits: {error}") from error

@@ -57,7 +57,7 @@ class TritonFFN(PackedFFN):
             really run is known on the device alone, and the host never waits for it.
 
     Raises:
-        ValueError: a dtype or an activation that the kernels do not know.
+        ValueError: a dtype or an activation that the kernels do not know, or a share that is none.
     """
 
     backend = "triton"
@@ -76,7 +76,7 @@ class TritonFFN(PackedFFN):
         if refusal:
             raise ValueError(refusal)
         self._dtype, self._or_dense = dtype, or_dense
-        self._share = ASSUMED if share is None else share
+        self._share = ASSUMED if share is None else checked_share(share)
         matrices = {"up_FD": weights.up_FD, "down_FD": weights.down_FD, "gate_FD": weights.gate_FD}
         self._rows = {name: store(one, dtype) for name, one in matrices.items() if one is not None}
         kept = weights.up_FD.dtype if dtype in QUANTIZED else dtype
@@ -114,8 +114,12 @@ class TritonFFN(PackedFFN):
         """Computes y_TD on the kernels, whatever they take; see `sparse_ffn_triton`.
 
         Raises:
-            ValueError: tensors that are on another device, or an x that no kernel takes.
+            ValueError: shapes that do not fit, tensors that are on another device, an x that no
+                kernel takes, or gates first where that leaves something out.
         """
+        self.check_call(x_TD, mask_TE, residual_TD)
+        if gate_first and not goes_gate_first(self.weights):
+            raise ValueError("gate_first needs an activation that can be zero, and no off_F")
         options = self._options(x_TD, {"mask_TE": mask_TE, "residual_TD": residual_TD}, config)
         first = goes_gate_first(self.weights) if gate_first is None else gate_first
         with torch.no_grad():
@@ -157,12 +161,12 @@ class TritonFFN(PackedFFN):
         Raises:
             ValueError: as `run`; scores that do not fit.
         """
-        self.weights.check_call(x_TD, None)
+        self.check_call(x_TD, None, residual_TD)
         size = (self.weights.neurons, self.weights.width)
         misfit = scores.misfit(x_TD.shape[:-1], *size) or self._other_kind(scores)
         if misfit:
             raise ValueError(misfit)
-        others = {"residual_TD": residual_TD, "the router": scores[0]}
+        others = {"residual_TD": residual_TD, **scores.tensors()}
         options = self._options(x_TD, others, config)
         given = {
             **self._operands,
@@ -238,6 +242,18 @@ class TritonFFN(PackedFFN):
         """Restores a pickle with the limits of the card here."""
         self.__dict__.update(state)
         self.limits = self._find_limits()
+
+
+def checked_share(share: float) -> float:
+    """Returns a share of the neurons.
+
+    Raises:
+        ValueError: it is none.
+    """
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not 0 < share <= 1:
+        raise ValueError(f"share is {share!r}, but must be in (0, 1]: of the neurons of a token")
+    return float(share)
 
 
 def cannot_store(weights: FFNWeights, dtype: torch.dtype) -> str | None:

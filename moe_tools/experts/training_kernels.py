@@ -24,6 +24,7 @@ EVERY = 64
 TILE = 64
 """Tokens whose rows are read together (`kernels.triton.config.MOST_TOGETHER`)."""
 
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _log = logging.getLogger(__name__)
 
 
@@ -48,9 +49,10 @@ class TrainingKernels:
         """
         if not on_gpu(x_TD) or torch.compiler.is_compiling() or not _can(projections):
             return False
-        # What was checkpointed is computed again in the backward pass, and has to choose the same.
+        # What is checkpointed is computed again in the backward pass, and has to choose the same:
+        # there the first look stands, as other passes may come in between.
         if torch._C._current_graph_task_id() == -1:
-            if self._passes % EVERY == 0:
+            if not self._passes or (self._passes % EVERY == 0 and not _is_checkpointed()):
                 self._look(projections, x_TD, mask_TE)
             self._passes += 1
         return self._pay
@@ -95,6 +97,11 @@ def union_share(mask_TE: Tensor, neurons: int) -> float:
     tiles = mask_TE.reshape(-1, mask_TE.shape[-1]).split(TILE)
     union_UE = torch.stack([tile_TE.any(0) for tile_TE in tiles])
     return float(neuron_mask(union_UE, neurons).float().mean())
+
+
+def _is_checkpointed() -> bool:
+    """Whether this pass keeps less than all that its backward pass takes."""
+    return not torch.is_grad_enabled() or _saved_tensors_hooks(True) is not None
 
 
 def _can(projections: Projections) -> bool:

@@ -167,9 +167,9 @@ def _check(model: nn.Module, dtype: torch.dtype | None, share: float | None) -> 
             f"weights cannot be packed as {dtype}: {', '.join(map(str, PACKED.values()))} can"
         )
 
-    if share is not None and not 0 < share <= 1:
+    if share is not None and (isinstance(share, str | bool) or not 0 < share <= 1):
         raise ValueError(
-            f"share is {share}, but must be in (0, 1]: of the neurons that a token wants"
+            f"share is {share!r}, but must be in (0, 1]: of the neurons that a token wants"
         )
 
 

@@ -109,6 +109,19 @@ def test_a_checkpointed_pass_is_computed_again_in_the_same_way(run: list[str]) -
     assert run.count("combine") == 3 * len(expert_ffns(model))  # forward twice, and dx
 
 
+def test_the_choice_stands_where_two_passes_are_checkpointed_before_one_backward(
+    run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_kernels, "EVERY", 1)
+    model = make()
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    first = model(input_ids=IDS).logits.square().mean()
+    monkeypatch.setattr(limits, "UNTUNED", {64: 1.0})  # from here on they would pay
+    (first + model(input_ids=IDS).logits.square().mean()).backward()
+    assert not run
+
+
 @pytest.mark.usefixtures("always")
 def test_autocast_computes_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()

@@ -75,15 +75,16 @@ def test_the_nearest_shape_speaks() -> None:
     assert of("A", "bf16", "given", 100, 400).share(1) == 0.1
 
 
+@pytest.mark.parametrize("text", ["[{}]", "{}", "null", "["])
 def test_a_file_that_cannot_be_read_is_named_and_left(
-    home: Path, caplog: pytest.LogCaptureFixture
+    text: str, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home.parent.mkdir(parents=True)
-    home.write_text("[{}]")
+    home.write_text(text)
     with caplog.at_level(logging.WARNING, "moe_tools"):
         use_known_cards()
     assert f"{home} is no table of limits" in caplog.text and "run `make gpu` again" in caplog.text
-    assert home.read_text() == "[{}]" and limits.in_force == []
+    assert home.read_text() == text and limits.in_force == []
 
 
 def test_built_in_leaves_it_unread(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,30 @@ def test_who_hears_an_ffn_hears_its_own_output() -> None:
     torch.testing.assert_close(heard[1], heard[0], atol=2e-5, rtol=1e-5)
 
 
+def test_so_does_who_hears_every_module() -> None:
+    model = make()
+    fast, heard = optimised(model), []
+
+    def hear(module: nn.Module, _: Any, y_TD: Any) -> None:
+        if type(module).__name__ == "ExpertFFN":
+            heard.append(y_TD)
+
+    for one in (model, fast):
+        handle = nn.modules.module.register_module_forward_hook(hear)
+        logits(one)
+        handle.remove()
+    half = len(heard) // 2
+    for ours, theirs in zip(heard[half:], heard[:half], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_gradient_is_refused() -> None:
+    model = make()
+    embedded = model.get_input_embeddings()(torch.tensor([[5, 6]])).detach().requires_grad_()
+    with pytest.raises(ValueError, match="a packed FFN has no gradients"):
+        optimised(model)(inputs_embeds=embedded)
+
+
 def test_a_copy_and_a_pickle_compute_the_same() -> None:
     fast = optimised(make())
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):

@@ -371,3 +371,34 @@ def test_make_gpu_needs_no_environment() -> None:
     )
     assert made.stdout.splitlines()[-1] == "python9 -m tools.gpu --minutes 4"
     assert len(made.stdout.splitlines()) == 1
+
+
+def test_where_no_case_ran_correctness_failed() -> None:
+    assert Result("correct", [], ended=True).failed
+    assert not Result("correct", [], skipped="too little memory", ended=True).failed
+    assert not Result("speed", [], ended=True).failed
+
+
+@pytest.mark.slow
+def test_a_stage_ends_with_its_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.gpu", "--dry-run", "--only", "generate"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, env=environment) as process:
+        while not (begun := _stages_of(tmp_path)):
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait() == 128 + 15
+    assert begun and not _stages_of(tmp_path)
+
+
+def _stages_of(out: Path) -> list[int]:
+    """Processes that run a stage for this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it ended
+            continue
+        if b"--stage" in words and str(out).encode() in words:
+            found.append(int(path.parent.name))
+    return found

@@ -77,7 +77,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _minutes(word: str) -> float:
-    minutes = float(word)
+    minutes = float(word) if word.replace(".", "", 1).isdigit() else 0.0
     if not 0 < minutes < float("inf"):
         raise argparse.ArgumentTypeError(f"{word} is no number of minutes above 0")
     return minutes
@@ -124,6 +124,8 @@ def _chosen(options: argparse.Namespace) -> list[Stage]:
 def _all(options: argparse.Namespace) -> int:
     """Runs the stages one after the other, and prints the page."""
     end = time.monotonic() + 60 * options.minutes - LAST
+    # The stages are sessions of their own, and end only where this process sees its own end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     chosen = _chosen(options)
     for index, stage in enumerate(chosen):
         weights = [one.weight for one in chosen[index:]]

@@ -55,8 +55,10 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether it, or one of its rows, went wrong."""
-        return self.error is not None or any(row.get("wrong") for row in self.rows)
+        """Whether it, or one of its rows, went wrong; of correctness also, whether nothing ran."""
+        wrong = self.error is not None or any(row.get("wrong") for row in self.rows)
+        asked = self.stage == "correct" and self.skipped is None
+        return wrong or (asked and not any("route" in row for row in self.rows))
 
     def save(self, out: Path) -> None:
         """Writes its file, whole or not at all."""

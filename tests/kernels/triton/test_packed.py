@@ -452,6 +452,7 @@ def test_what_cannot_be_computed_is_named() -> None:
         ("router", {"z_TK": torch.zeros(3, 13)}, r"^z_TK is \(3, 13\), but must be \(2, 13\)"),
         ("router", {"z_TK": torch.zeros(2, 12)}, r"^z_TK is \(2, 12\), but must be \(2, 13\)"),
         ("router", {"bias_R": torch.zeros(3)}, r"^bias_R is \(3,\), but must be \(7,\)"),
+        ("router", {"weight_RK": torch.ones(7)}, r"^weight_RK is \(7,\), but has rows and columns"),
         ("router", {"shared": 40}, "^45 neurons cannot make 47 experts, 40 shared"),
         ("copies in 4 bits", {"norm_F": torch.ones(44)}, r"^norm_F is \(44,\), but must be \(45,"),
         (
@@ -459,10 +460,15 @@ def test_what_cannot_be_computed_is_named() -> None:
             {"z_TD": torch.ones(2, 40)},
             r"^z_TD is \(2, 40\), but must be",
         ),
+        (
+            "copies in 4 bits",
+            {"gate": store(torch.ones(45, WIDTH), INT4)},
+            r"^copies have offsets 0\.0 and 0\.5, but must have one",
+        ),
         ("copies in 4 bits", {"up": None}, "^copies are of gate and up where the FFN has a gate"),
         (
             "copies in 4 bits",
-            {"gate": store(torch.ones(44, WIDTH), INT4)},
+            {"gate": of_codes(copy_rows(torch.ones(44, WIDTH), 4))},
             r"^a copy has scales of \(44, 2\), but must have \(45, 2\)",
         ),
     ],
@@ -474,6 +480,58 @@ def test_scores_that_do_not_fit_are_refused(
     scores, _ = SCORES[kind](weights, x_TD)
     with pytest.raises(ValueError, match=message):
         TritonFFN(weights, torch.float32).scored(x_TD, scores._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    "residual_TD",
+    [torch.ones(1, WIDTH), torch.ones(WIDTH), torch.ones(2, 1), torch.ones(2, WIDTH).half()],
+    ids=["one row", "vector", "one column", "dtype"],
+)
+def test_a_residual_that_is_not_like_x_is_refused(residual_TD: Tensor) -> None:
+    weights, x_TD = make(), torch.randn(2, WIDTH)
+    packed, (scores, _) = TritonFFN(weights, torch.float32), linear_scores(weights, x_TD)
+    calls = (
+        lambda: packed(x_TD, None, residual_TD),
+        lambda: packed.run(x_TD, None, residual_TD),
+        lambda: packed.scored(x_TD, scores, residual_TD),
+        lambda: pack(weights, backend="reference")(x_TD, None, residual_TD),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^residual_TD is .*, but must be as x_TD"):
+            call()
+
+
+@pytest.mark.parametrize("asks", ["x", "residual"])
+def test_no_way_to_call_drops_a_gradient(asks: str) -> None:
+    weights = make()
+    x_TD, residual_TD = torch.randn(2, WIDTH), torch.randn(2, WIDTH)
+    (x_TD if asks == "x" else residual_TD).requires_grad_()
+    packed, (scores, _) = TritonFFN(weights, torch.float32), linear_scores(weights, x_TD)
+    for call in (packed.scored, packed.run, packed):
+        operand: Any = scores if call == packed.scored else None
+        with pytest.raises(ValueError, match="a packed FFN has no gradients"):
+            call(x_TD, operand, residual_TD)
+
+
+@pytest.mark.parametrize("share", [0.0, -1, 5, float("nan"), "x", True])
+def test_a_share_that_cannot_be_is_refused(share: Any) -> None:
+    with pytest.raises(ValueError, match=r"^share is .*, but must be in \(0, 1\]"):
+        pack(make(), backend="triton", share=share)
+
+
+def test_gates_go_first_only_where_nothing_is_lost() -> None:
+    for weights in (make("silu"), make("relu", off=True)):
+        with pytest.raises(ValueError, match=r"^gate_first needs an activation that"):
+            TritonFFN(weights, torch.float32).run(torch.randn(2, WIDTH), gate_first=True)
+
+
+@pytest.mark.parametrize("name", ["weight_RK", "bias_R"])
+def test_a_router_that_is_elsewhere_is_refused(name: str) -> None:
+    weights, x_TD = make(), torch.randn(2, WIDTH)
+    scores, _ = linear_scores(weights, x_TD)
+    moved = scores._replace(**{name: getattr(scores, name).to("meta")})
+    with pytest.raises(ValueError, match=rf"{name} on meta: backend 'triton' wants all"):
+        TritonFFN(weights, torch.float32).scored(x_TD, moved)
 
 
 @pytest.mark.parametrize("kind", ["router", "copies in 4 bits"])
