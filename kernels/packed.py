@@ -96,6 +96,18 @@ class PackedFFN(ABC):
         """Computes y_TD from arguments that fit."""
 
 
+def checked_share(share: float) -> float:
+    """Returns a share of the neurons.
+
+    Raises:
+        ValueError: it is none.
+    """
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not 0 < share <= 1:
+        raise ValueError(f"share is {share!r}, but must be in (0, 1]: of the neurons of a token")
+    return float(share)
+
+
 def is_like(residual_TD: Tensor, x_TD: Tensor) -> bool:
     """Whether a residual has the shape and the dtype of x, so that y can be added in one pass."""
     return residual_TD.shape == x_TD.shape and residual_TD.dtype == x_TD.dtype

@@ -60,6 +60,11 @@ class Entry:
         """The fastest tiles; None: the pinned ones."""
         return Config.from_numbers(self.tiles)
 
+    @property
+    def subject(self) -> tuple[str, Dtype, Kind]:
+        """What a table speaks for as a whole: a card, a dtype and a kind."""
+        return self.device, self.dtype, self.kind
+
     def distance(self, width: int, neurons: int) -> float:
         """How far another shape is from the one that was measured."""
         return abs(math.log(width / self.width)) + abs(math.log(neurons / self.neurons))
@@ -112,7 +117,7 @@ def union(share: float, tokens: int) -> float:
 
 def of(device: str, dtype: Dtype, kind: Kind, width: int, neurons: int) -> Limits:
     """The limits of an FFN: those of the nearest shape that was measured on this card."""
-    known = [one for one in in_force if (one.device, one.dtype, one.kind) == (device, dtype, kind)]
+    known = [one for one in in_force if one.subject == (device, dtype, kind)]
     if not known:
         return Limits()
     nearest = min(known, key=lambda one: one.distance(width, neurons))
@@ -123,10 +128,14 @@ def of(device: str, dtype: Dtype, kind: Kind, width: int, neurons: int) -> Limit
 
 def put_in_force(entries: Iterable[Entry]) -> None:
     """Lets these speak for their cards, dtypes and kinds, in place of what was known of them."""
-    new = list(entries)
-    replaced = {(one.device, one.dtype, one.kind) for one in new}
-    kept = [one for one in in_force if (one.device, one.dtype, one.kind) not in replaced]
-    in_force[:] = kept + new
+    in_force[:] = merged(in_force, entries)
+
+
+def merged(known: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
+    """Both tables as one: the new one alone speaks for its cards, dtypes and kinds."""
+    new = list(new)
+    replaced = {one.subject for one in new}
+    return [one for one in known if one.subject not in replaced] + new
 
 
 def read(path: Path) -> list[Entry]:

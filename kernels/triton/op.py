@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_tools.kernels.scores import Scores
 from moe_tools.kernels.triton.call import Call
 from moe_tools.kernels.triton.config import Config
 from moe_tools.kernels.triton.gradients import Gradients
@@ -57,14 +58,21 @@ def like_x(x_TD: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.empty_like(x_TD)
 
 
-def _forward(*operands: Tensor | None, **options: Any) -> Tensor:
-    """Computes y_TD; the operands are those of `Call`."""
+def compute(
+    operands: Sequence[Tensor | None], options: Mapping[str, Any], scores: Scores | None = None
+) -> Tensor:
+    """Computes y_TD; the operands are those of `FFN`, and `scores` stand in place of a mask."""
     call = call_of(dict(zip(OPERANDS, operands, strict=True)), options)
     if not len(call.x_TD):
         return torch.empty_like(call.x_TD)
-    launches, y_TD = forward_launches(call)
+    launches, y_TD = forward_launches(call, scores)
     run(launches, call.x_TD)
     return y_TD
+
+
+def _forward(*operands: Tensor | None, **options: Any) -> Tensor:
+    """Computes y_TD; the operands are those of `Call`."""
+    return compute(operands, options)
 
 
 forward = torch.library.custom_op(

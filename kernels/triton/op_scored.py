@@ -13,16 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_tools.kernels.scores import FewBitScores, LinearScores, Scores
-from moe_tools.kernels.triton.launches import forward_launches
-from moe_tools.kernels.triton.op import FFN, OPERANDS, OPTIONS, call_of, like_x, run
+from moe_tools.kernels.scores import FewBitScores, LinearScores
+from moe_tools.kernels.triton.op import FFN, OPTIONS, compute, like_x
 from moe_tools.kernels.triton.stored import Rows
 
 
 def _routed(*operands: Tensor, above: float, shared: int, **options: Any) -> Tensor:
     """Computes y_TD of the experts that `LinearScores` select."""
     *ffn, z_TK, weight_RK, bias_R = operands
-    return _scored(ffn, LinearScores(z_TK, weight_RK, bias_R, above, shared), options)
+    return compute(ffn, options, LinearScores(z_TK, weight_RK, bias_R, above, shared))
 
 
 def _proposed(*operands: Tensor, above: float, offset: float, **options: Any) -> Tensor:
@@ -30,16 +29,7 @@ def _proposed(*operands: Tensor, above: float, offset: float, **options: Any) ->
     *ffn, z_TD, gate_FP, gate_scale_FG, up_FP, up_scale_FG, norm_F = operands
     gate = Rows(gate_FP, gate_scale_FG, offset)
     up = None if up_FP is None else Rows(up_FP, up_scale_FG, offset)
-    return _scored(ffn, FewBitScores(z_TD, gate, up, norm_F, above), options)
-
-
-def _scored(ffn: list[Tensor], scores: Scores, options: dict[str, Any]) -> Tensor:
-    call = call_of(dict(zip(OPERANDS, ffn, strict=True)), options)
-    if not len(call.x_TD):
-        return torch.empty_like(call.x_TD)
-    launches, y_TD = forward_launches(call, scores)
-    run(launches, call.x_TD)
-    return y_TD
+    return compute(ffn, options, FewBitScores(z_TD, gate, up, norm_F, above))
 
 
 routed = torch.library.custom_op(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.kernels.activations import Act
-from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.packed import PackedFFN, checked_share
 from moe_tools.kernels.quantize import INT4, QUANTIZED
 from moe_tools.kernels.reference import sparse_ffn_reference
 from moe_tools.kernels.scores import FewBitScores, LinearScores, Scores
@@ -30,7 +30,7 @@ from moe_tools.kernels.triton.ffn import (
 )
 from moe_tools.kernels.triton.op import forward
 from moe_tools.kernels.triton.op_scored import proposed, routed
-from moe_tools.kernels.triton.routed import MOST_NEURONS
+from moe_tools.kernels.triton.routed import fits
 from moe_tools.kernels.triton.stored import Rows, store
 from moe_tools.kernels.weights import FFNWeights
 
@@ -118,10 +118,22 @@ class TritonFFN(PackedFFN):
                 kernel takes, or gates first where that leaves something out.
         """
         self.check_call(x_TD, mask_TE, residual_TD)
-        if gate_first and not goes_gate_first(self.weights):
+        first = goes_gate_first(self.weights)
+        if gate_first and not first:
             raise ValueError("gate_first needs an activation that can be zero, and no off_F")
+        first = first if gate_first is None else gate_first
+        return self._masked(x_TD, mask_TE, residual_TD, first, config)
+
+    def _masked(
+        self,
+        x_TD: Tensor,
+        mask_TE: Tensor | None,
+        residual_TD: Tensor | None,
+        gate_first: bool,
+        config: Config | None = None,
+    ) -> Tensor:
+        """Computes y_TD on the kernels from arguments that fit."""
         options = self._options(x_TD, {"mask_TE": mask_TE, "residual_TD": residual_TD}, config)
-        first = goes_gate_first(self.weights) if gate_first is None else gate_first
         with torch.no_grad():
             y_TD: Tensor = forward(
                 flat(x_TD),
@@ -129,17 +141,16 @@ class TritonFFN(PackedFFN):
                 residual_TD=None if residual_TD is None else flat(residual_TD),
                 **self._operands,
                 **options,
-                gate_first=first,
+                gate_first=gate_first,
                 atomic=False,
             )
         return y_TD.view(x_TD.shape)
 
     def takes(self, x_TD: Tensor, scores: Scores) -> bool:
         """Whether `scored` can compute this, and the kernels are expected to be faster."""
-        if isinstance(scores, LinearScores):
-            together = 16 if _tokens(x_TD) > 1 else 8
-            if together * -(-self.weights.neurons // scores.experts) > MOST_NEURONS:
-                return False
+        tokens = _tokens(x_TD)
+        if isinstance(scores, LinearScores) and not fits(scores, self.weights.neurons, tokens):
+            return False
         return self._pays(x_TD)
 
     def scored(
@@ -188,7 +199,7 @@ class TritonFFN(PackedFFN):
 
     def _run_onto(self, x_TD: Tensor, mask_TE: Tensor | None, residual_TD: Tensor | None) -> Tensor:
         if self._pays(x_TD):
-            return self.run(x_TD, mask_TE, residual_TD)
+            return self._masked(x_TD, mask_TE, residual_TD, goes_gate_first(self.weights))
         with torch.no_grad():
             y_TD = sparse_ffn_reference(self._values(x_TD.dtype), x_TD, mask_TE)
         return y_TD if residual_TD is None else residual_TD + y_TD
@@ -242,18 +253,6 @@ class TritonFFN(PackedFFN):
         """Restores a pickle with the limits of the card here."""
         self.__dict__.update(state)
         self.limits = self._find_limits()
-
-
-def checked_share(share: float) -> float:
-    """Returns a share of the neurons.
-
-    Raises:
-        ValueError: it is none.
-    """
-    is_number = isinstance(share, int | float) and not isinstance(share, bool)
-    if not is_number or not 0 < share <= 1:
-        raise ValueError(f"share is {share!r}, but must be in (0, 1]: of the neurons of a token")
-    return float(share)
 
 
 def cannot_store(weights: FFNWeights, dtype: torch.dtype) -> str | None:

@@ -31,14 +31,22 @@ from moe_tools.kernels.triton.rows import load_rows_ND
 
 PROGRAMS = 128
 """About as many as a large card runs at once: with fewer experts, each program owns fewer."""
+ONE_TOGETHER, MANY_TOGETHER = 8, 16
+"""Experts of a program: for one token the most with pinned tiles, for more what products need."""
 MOST_NEURONS = 4096
 """Places of one tile: the neurons of a program's experts have to fit into its registers."""
+
+
+def fits(scores: LinearScores, neurons: int, tokens: int) -> bool:
+    """Whether the neurons of the most experts that a program owns fit into one tile."""
+    together = MANY_TOGETHER if tokens > 1 else ONE_TOGETHER
+    return together * -(-neurons // scores.experts) <= MOST_NEURONS
 
 
 def experts_together(scores: LinearScores, call: Call) -> int:
     """How many experts one program owns."""
     if call.tokens > 1:
-        return 16
+        return MANY_TOGETHER
     return max(2, min(call.tiling.rows, next_power(scores.experts // PROGRAMS)))
 
 

@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
 from moe_tools.experts.division import Division
+from moe_tools.experts.hooks import all_are_heard
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers import Router, RowReader
@@ -188,9 +188,9 @@ class ExpertFFN(PackableFFN):
 
     def _unseen_tau(self, x_TD: Tensor) -> float | None:
         """The score above which experts run, where nobody looks at any score; else None."""
-        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        if all_are_heard() or self._seen():
             return None
-        if self._seen() or x_TD.dtype not in FLOATS or self.off_RD is not None:
+        if x_TD.dtype not in FLOATS or self.off_RD is not None:
             return None
         return self.selector.tau if type(self.selector) is Threshold else None
 

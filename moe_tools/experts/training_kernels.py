@@ -17,12 +17,11 @@ from moe_tools.hosts.kernel_refusal import refusal
 from moe_tools.hosts.projections import Projections
 from moe_tools.kernels.reference import neuron_mask
 from moe_tools.kernels.sparse_ffn import on_gpu, triton_kernels
+from moe_tools.kernels.triton.config import MOST_TOGETHER
 from moe_tools.kernels.weights import FFNWeights
 
 EVERY = 64
 """Forward passes from one look at the union to the next: each look waits for the device."""
-TILE = 64
-"""Tokens whose rows are read together (`kernels.triton.config.MOST_TOGETHER`)."""
 
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _log = logging.getLogger(__name__)
@@ -59,14 +58,14 @@ class TrainingKernels:
 
     def _look(self, projections: Projections, x_TD: Tensor, mask_TE: Tensor) -> None:
         weights, dtype = projections.weights(), computing_dtype(x_TD)
-        limit = triton_kernels("packed").limits_of(weights, x_TD.device, dtype).share(TILE)
+        limit = triton_kernels("packed").limits_of(weights, x_TD.device, dtype).share(MOST_TOGETHER)
         union = union_share(mask_TE, weights.neurons)
         pay = union <= limit
         if pay != self._pay or not self._passes:
             _log.info(
                 "%s: %d tokens want %.0f %% of the neurons, and the kernels pay up to %.0f %%: %s",
                 self.name,
-                min(TILE, mask_TE.shape[:-1].numel()),
+                min(MOST_TOGETHER, mask_TE.shape[:-1].numel()),
                 100 * union,
                 100 * limit,
                 "they compute these alone" if pay else "all are computed, then masked",
@@ -94,7 +93,7 @@ def computing_dtype(x_TD: Tensor) -> torch.dtype:
 @torch.no_grad()
 def union_share(mask_TE: Tensor, neurons: int) -> float:
     """The mean share of the neurons that some token of a tile wants; waits for the device."""
-    tiles = mask_TE.reshape(-1, mask_TE.shape[-1]).split(TILE)
+    tiles = mask_TE.reshape(-1, mask_TE.shape[-1]).split(MOST_TOGETHER)
     union_UE = torch.stack([tile_TE.any(0) for tile_TE in tiles])
     return float(neuron_mask(union_UE, neurons).float().mean())
 

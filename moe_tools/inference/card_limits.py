@@ -34,11 +34,8 @@ def use_known_cards() -> None:
 
 def keep(entries: Iterable[Entry]) -> None:
     """Adds what was measured to the user's table; where nothing can be written, it is not kept."""
-    new = list(entries)
-    cards = {(one.device, one.dtype, one.kind) for one in new}
     known: list[Entry] = []
     with suppress(OSError, ValueError):
         known = limits.read(cache_file(FILE))
-    kept = [one for one in known if (one.device, one.dtype, one.kind) not in cards]
     with suppress(OSError):
-        write_cache(cache_file(FILE), limits.written(kept + new))
+        write_cache(cache_file(FILE), limits.written(limits.merged(known, entries)))

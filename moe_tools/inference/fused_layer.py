@@ -17,10 +17,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moe_tools.experts.experts import ExpertFFN
+from moe_tools.experts.hooks import all_are_heard
 from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.experts.routers.sigmoid import SigmoidRouter
 from moe_tools.experts.selectors import Threshold, TopK
@@ -196,8 +196,7 @@ class Step:
         return (
             self._is_position(others.get("position_embeddings"), sequences)
             and _is_mask(others.get("attention_mask"), sequences)
-            and not hooks._global_forward_hooks
-            and not hooks._global_forward_pre_hooks
+            and not all_are_heard()
         )
 
     def _is_position(self, embedded: Any, sequences: int) -> bool:

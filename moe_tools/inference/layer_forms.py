@@ -49,7 +49,8 @@ class NormNames:
         return [name for name in vars(self).values() if name is not None]
 
 
-PRE_NORM = NormNames("input_layernorm", None, "post_attention_layernorm", None)
+INTO_ATTENTION, INTO_FFN = "input_layernorm", "post_attention_layernorm"
+PRE_NORM = NormNames(INTO_ATTENTION, None, INTO_FFN, None)
 _POST = NormNames(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 _BOTH = NormNames(
     "input_layernorm",

@@ -31,7 +31,7 @@ from moe_tools.inference.packed_linear import Kind, can_pack, pack_linears
 from moe_tools.inference.residual import fuse_residuals
 from moe_tools.inference.state import free_matrices, widen_router
 from moe_tools.kernels.cpu.packed import CpuFFN
-from moe_tools.kernels.packed import PackedFFN
+from moe_tools.kernels.packed import PackedFFN, checked_share
 from moe_tools.kernels.quantize import INT4
 from moe_tools.kernels.sparse_ffn import Backend, on_gpu, pack
 from moe_tools.kernels.weights import FFNWeights
@@ -167,10 +167,8 @@ def _check(model: nn.Module, dtype: torch.dtype | None, share: float | None) -> 
             f"weights cannot be packed as {dtype}: {', '.join(map(str, PACKED.values()))} can"
         )
 
-    if share is not None and (isinstance(share, str | bool) or not 0 < share <= 1):
-        raise ValueError(
-            f"share is {share!r}, but must be in (0, 1]: of the neurons that a token wants"
-        )
+    if share is not None:
+        checked_share(share)
 
 
 def _packable(

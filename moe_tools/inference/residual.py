@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
+from moe_tools.experts.hooks import all_are_heard
 from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.inference import layer_forms
 from moe_tools.inference.in_front import InFront, put_in_front
@@ -38,10 +38,9 @@ class ResidualLayer(InFront):
         if args or not _adds(ffn):
             return super().forward(hidden_states, *args, **kwargs)
         attention = self.get_submodule(layer_forms.ATTENTION)
-        into_attention, _, into_ffn, _ = vars(layer_forms.PRE_NORM).values()
-        h_TD = self.get_submodule(into_attention)(hidden_states)
+        h_TD = self.get_submodule(layer_forms.INTO_ATTENTION)(hidden_states)
         h_TD = hidden_states + attention(hidden_states=h_TD, **kwargs)[0]
-        x_TD = self.get_submodule(into_ffn)(h_TD)
+        x_TD = self.get_submodule(layer_forms.INTO_FFN)(h_TD)
         return ffn(x_TD, residual_TD=h_TD) if is_like(h_TD, x_TD) else h_TD + ffn(x_TD)
 
 
@@ -50,5 +49,4 @@ def _adds(ffn: nn.Module | None) -> bool:
     if not isinstance(ffn, PackableFFN) or ffn.packed is None or not ffn.packed.adds:
         return False
     heard = ffn._forward_hooks or ffn._forward_pre_hooks or "forward" in ffn.__dict__
-    everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
-    return not (heard or everywhere or ffn.training)
+    return not (heard or all_are_heard() or ffn.training)
