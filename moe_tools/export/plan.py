@@ -74,8 +74,20 @@ class Written(ABC):
 class Plan(ABC):
     """What will be written, by the config alone."""
 
-    limits: Limits | None = None
-    """How far the written FFNs may be from ours; None: the weights are rounded, nothing is held."""
+    @property
+    def routed(self) -> bool:
+        """Whether what is written chooses among experts; else every neuron runs."""
+        return False
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """What the weights are rounded to, groups of few bits aside; None: they stay."""
+        return None
+
+    @property
+    def limits(self) -> Limits | None:
+        """How far it may be from ours; None: its weights are rounded, and nothing is held."""
+        return None
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -94,18 +106,27 @@ class Plan(ABC):
         """Whether one file is written, rather than a folder."""
         return False
 
-    def read_back(self, place: Path) -> Written | None:
-        """Reads what was written; None: this format has nothing to compare with."""
+    def read_back(self, place: Path, dtype: torch.dtype) -> Written | None:
+        """Reads what was written.
+
+        Args:
+            place: where it is.
+            dtype: of the arithmetic: fp32, or another one.
+
+        Returns:
+            None: in this dtype there is nothing to compare with.
+        """
         return None
 
 
 class Limits(NamedTuple):
-    """How far the FFNs of a right file are from ours, at most."""
+    """How far a right file is from ours, at most."""
 
-    sets: float
-    """Least share of token-layers that choose the same experts."""
     error: float
-    """Largest mean of ||y' - y|| / ||y||, where they do."""
+    """Largest mean of ||y' - y|| / ||y|| over the FFNs' outputs, where they choose alike; without a
+    choice, of the whole model's logits."""
+    sets: float = 1.0
+    """Least share of token-layers that choose the same experts."""
 
 
 Planner = Callable[[Source, Options], Plan]

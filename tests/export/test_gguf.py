@@ -21,7 +21,8 @@ from transformers import (
 from moe_tools.checkpoint.loading import load
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.swapped import swap_activations
-from moe_tools.export.gguf import plan, write_gguf
+from moe_tools.export.gguf import plan
+from moe_tools.export.gguf_file import write_gguf
 from tests.families import build
 
 SIZES = {
