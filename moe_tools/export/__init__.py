@@ -101,7 +101,7 @@ def export(
         plan = planner(read, options)
         if dry_run:
             return Exported(to, plan.facts())
-        text = None if checking is None else _tokens(read, checking)
+        text = _tokens(read, checking) if checking and plan.compared else None
         with _new(plan, target) as place:
             plan.write(read, place)
             figures = None if text is None else check(plan, read, options, place, *text)

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 class DensePlan(Plan):
     """A stock folder of the same weights."""
 
+    compared = True
+
     kept: Conversion | None
     """The block that stays: one that names the activation, or none."""
     dtype: torch.dtype | None

@@ -68,16 +68,14 @@ MOST_EXPERTS = 1024
 class GGUFPlan(Plan):
     """A file for llama.cpp."""
 
+    compared, is_file = True, True
+
     file: FilePlan
     config: Any
     experts: StockExperts | None
     """None: dense."""
     kind: Kind
     tokenizer: str | None
-
-    @property
-    def is_file(self) -> bool:
-        return True
 
     @property
     def routed(self) -> bool:

@@ -40,6 +40,8 @@ Architecture = Literal["glm4_moe", "mixtral"]
 class MoEPlan(Plan):
     """A stock MoE folder."""
 
+    compared = True
+
     config: Any
     experts: StockExperts
     architecture: Architecture

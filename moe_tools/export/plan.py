@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ class Written(ABC):
 class Plan(ABC):
     """What will be written, by the config alone."""
 
+    compared: ClassVar[bool] = False
+    """Whether it is read back (`read_back`) and compared with the source."""
+    is_file: ClassVar[bool] = False
+    """Whether one file is written, rather than a folder."""
+
     @property
     def routed(self) -> bool:
         """Whether what is written chooses among experts; else every neuron runs."""
@@ -101,11 +106,6 @@ class Plan(ABC):
             ValueError: tensors that are missing, or of another shape than the config says.
         """
 
-    @property
-    def is_file(self) -> bool:
-        """Whether one file is written, rather than a folder."""
-        return False
-
     def read_back(self, place: Path, dtype: torch.dtype) -> Written | None:
         """Reads what was written.
 
@@ -114,7 +114,7 @@ class Plan(ABC):
             dtype: of the arithmetic: fp32, or another one.
 
         Returns:
-            None: in this dtype there is nothing to compare with.
+            What was written; None: it is not computed in this dtype, which is not fp32.
         """
         return None
 
