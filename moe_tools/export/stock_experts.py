@@ -38,6 +38,8 @@ LINEAR = ("sigmoid", "softmax", "similarity")
 NAME = "model.layers.{}.mlp"
 
 
+STEP = 8
+"""Neurons: transformers' product of all experts at once reads rows of whole 16 bytes."""
 MANY = 128
 """Experts from which near ties are so many that the choice differs more often."""
 
@@ -63,8 +65,8 @@ class StockExperts:
 
     @property
     def size(self) -> int:
-        """N: smaller experts are filled up with neurons of zeros."""
-        return max(self.division.sizes)
+        """N: smaller experts are filled up with neurons of zeros, to whole steps of `STEP`."""
+        return -(-max(self.division.sizes) // STEP) * STEP
 
     def facts(self) -> dict[str, Any]:
         """What `--dry-run` says."""
