@@ -86,13 +86,13 @@ def card(folder: Path, config: dict[str, Any], train_tokens: int | None = None) 
     auto, task = _head(config)
     data = ModelCardData(
         library_name="transformers",
-        base_model=conversion.donor if _is_hub_id(conversion.donor) else None,
+        base_model=conversion.donor if is_hub_id(conversion.donor) else None,
         pipeline_tag=task,
         tags=["moe-tools", "activation-sparsity"],
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n{MARK}\n",
-        f"# {_name(conversion.donor)}, converted by moe-tools",
+        f"# {public_name(conversion.donor)}, converted by moe-tools",
         _what(conversion),
         _how_to_load(conversion, auto),
         _figures(folder),
@@ -102,7 +102,7 @@ def card(folder: Path, config: dict[str, Any], train_tokens: int | None = None) 
 
 
 def _what(conversion: Conversion) -> str:
-    said = [f"Made from `{_name(conversion.donor)}`."]
+    said = [f"Made from `{public_name(conversion.donor)}`."]
     if conversion.activation is not None:
         said.append(f"Its FFNs have the activation `{conversion.activation['kind']}`.")
     if conversion.expert_size is not None:
@@ -190,7 +190,7 @@ def _recipe(folder: Path, conversion: Conversion, train_tokens: int | None) -> s
     block = yaml.safe_load(file.read_text(encoding="utf-8"))
     if "data" in block:
         block["data"] = shortened(block["data"])
-    recipe, donor = yaml.safe_dump(block, sort_keys=False).strip(), _name(conversion.donor)
+    recipe, donor = yaml.safe_dump(block, sort_keys=False).strip(), public_name(conversion.donor)
     longest = max(map(len, re.findall("`+", recipe)), default=0)
     fence = "`" * max(3, longest + 1)  # no line of the recipe ends it
     tokens = _read(folder / METRICS).get("train_tokens", train_tokens)
@@ -208,13 +208,14 @@ def _head(config: dict[str, Any]) -> tuple[str, str | None]:
     return next(found for part, found in HEADS.items() if part in name)
 
 
-def _is_hub_id(donor: str) -> bool:
+def is_hub_id(donor: str) -> bool:
+    """Whether a donor is named by its hub id."""
     return HUB_ID.fullmatch(donor) is not None and not Path(donor).exists()
 
 
-def _name(source: str) -> str:
+def public_name(source: str) -> str:
     """A hub id as it is, or the last part of a path: the rest is private."""
-    return source if _is_hub_id(source) else UNUSUAL.sub("_", Path(source).name)
+    return source if is_hub_id(source) else UNUSUAL.sub("_", Path(source).name)
 
 
 def _read(file: Path, default: Any = None) -> Any:

@@ -17,12 +17,15 @@ from moe_tools.checkpoint.atomic import check_free, new_file, new_folder
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.loading import host_class, load_tokenizer
 from moe_tools.data import blocks
+from moe_tools.data.sources import shortened
+from moe_tools.export.card import write_export_card
 from moe_tools.export.check import Figures, check
 from moe_tools.export.dense import plan_dense
 from moe_tools.export.gguf import plan_gguf
 from moe_tools.export.moe import plan_moe
 from moe_tools.export.plan import Options, Plan, Planner
 from moe_tools.export.source import Source
+from moe_tools.names import README
 from moe_tools.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -106,10 +109,17 @@ def export(
             plan.write(read, place)
             figures = None if text is None else check(plan, read, options, place, *text)
             done = Exported(to, plan.facts(), figures)
-            note = target.with_name(f"{target.name}.{EXPORT}") if plan.is_file else place / EXPORT
-            with new_file(note) as partial:
-                partial.write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
+            _write_notes(read, plan, done, place, target)
     return done
+
+
+def _write_notes(source: Source, plan: Plan, done: Exported, place: Path, target: Path) -> None:
+    """What was written, and how it compares: as JSON, and in the card of a folder that has none."""
+    note = target.with_name(f"{target.name}.{EXPORT}") if plan.is_file else place / EXPORT
+    with new_file(note) as partial:
+        partial.write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if not plan.is_file and not (place / README).exists():
+        write_export_card(source, done.facts, done.figures, place)
 
 
 def _new(plan: Plan, target: Path) -> AbstractContextManager[Path]:
@@ -133,4 +143,4 @@ def _tokens(source: Source, checking: Checking) -> tuple[Tensor, str | None] | N
     ids_BT = blocks(
         checking.data, tokenizer, split="heldout", length=length, tokens=checking.tokens
     )
-    return ids_BT, checking.data
+    return ids_BT, shortened(checking.data)

@@ -95,10 +95,11 @@ class GGUFPlan(Plan):
     def facts(self) -> dict[str, Any]:
         """The architecture, its experts, and whose tokenizer it has."""
         experts = {} if self.experts is None else self.experts.facts()
+        name = None if self.tokenizer is None else Path(self.tokenizer).name
         return {
             "file": self.file.architecture,
             "type": self.kind,
-            "tokenizer": self.tokenizer or "none: it takes token ids",
+            "tokenizer": "none: it takes token ids" if name is None else name,
             **experts,
         }
 

@@ -13,7 +13,7 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.saving import save
 from moe_tools.export import Options, export
 from tests.export.hosts import HOSTS, converted, donor_gguf, host
-from tests.export.llama_cpp import greedy
+from tests.export.llama_cpp import greedy, perplexity
 
 PROMPT = [504, 3426, 314]
 REAL = {"vocab_size": 49152}
@@ -42,6 +42,19 @@ def test_a_converted_model_says_the_same(family: str, tmp_path: Path) -> None:
     found, logprob = greedy(tmp_path / "m.gguf", PROMPT, 16)
     assert found == wanted
     assert logprob == pytest.approx(first, abs=1e-3)
+
+
+def test_the_perplexity_is_ours(tmp_path: Path) -> None:
+    save(converted(host(**REAL)), tmp_path / "in")
+    options = Options(type="f32", tokenizer=str(donor_gguf()))
+    export(tmp_path / "in", tmp_path / "m.gguf", to="gguf", options=options, checking=None)
+    draw = torch.Generator().manual_seed(0)
+    ids_T = torch.randint(3, REAL["vocab_size"], (24,), generator=draw)
+    with torch.no_grad():
+        logprobs_TV = load(tmp_path / "in")(ids_T[None]).logits[0].log_softmax(-1)
+    nats = -logprobs_TV[11:-1].gather(1, ids_T[12:, None]).mean()
+    found = perplexity(tmp_path / "m.gguf", [ids_T.tolist()])
+    assert found == pytest.approx(float(nats.exp()), rel=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"shared_experts": 0}, {"selector": {"kind": "topk", "k": 1}}])
