@@ -13,6 +13,7 @@ of one expert, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from moe_tools.export.gguf_replay import GGUFReplay
 from moe_tools.export.plan import Kind, Limits, Options, Plan, Written
 from moe_tools.export.source import Source
 from moe_tools.export.stock_experts import NAME, StockExperts, plan_experts, sets_alike
+
+logger = logging.getLogger(__name__)
 
 HOSTS = ("llama", "mistral")
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -136,6 +139,8 @@ def plan_gguf(source: Source, options: Options) -> Plan:
         if options.top_k is not None:
             raise ValueError(f"{source.name} has no routers: --top-k says nothing")
         file = plan(source.config)
+        if conversion is not None and conversion.prompt_share is not None:
+            logger.warning("%s selects by the prompt: in the file every neuron runs", source.name)
     tokenizer = options.tokenizer or _of_donor(conversion)
     if tokenizer is not None:
         check_tokenizer(tokenizer, source.config.vocab_size)
