@@ -75,6 +75,24 @@ def _closeness(routing: Routing) -> Tensor:
     return ((scores_TR - tau_T1).square() + SEPARABILITY_MARGIN**2).reciprocal().mean()
 
 
+def load_balance(seen: Observed) -> Tensor:
+    """mean over FFNs of R sum_e f_e P_e (Switch Transformer, arXiv 2101.03961), for top-k and kin.
+
+    f_e is the share of an expert in the choices of all tokens, P_e its mean share of a token's
+    scores. It is 1 where all experts are as busy; scores learn by P, as no gradient goes through f.
+    """
+    return torch.stack([_imbalance(routing) for routing in seen.routings]).mean()
+
+
+def _imbalance(routing: Routing) -> Tensor:
+    scores_TR = routing.of_tokens(routing.scores_TE)[:, routing.shared :]
+    mask_TR = routing.of_tokens(routing.mask_TE)[:, routing.shared :].float()
+    share_TR = scores_TR / scores_TR.sum(-1, keepdim=True).clamp_min(1e-20)
+    load_R = mask_TR.mean(0)
+    chosen_R = load_R / load_R.sum().clamp_min(1e-20)
+    return len(load_R) * (chosen_R * share_TR.mean(0)).sum()
+
+
 def distill_ffn(seen: Observed) -> Tensor:
     """mean over FFNs of ||y - y_donor||^2 / ||y_donor||^2, summed over tokens of the batch.
 
@@ -122,6 +140,7 @@ LOSSES: Registry[Loss] = Registry(
         "distill": Loss(None, needs_donor=True),
         "efficiency": Loss(efficiency, needs_routers=True),
         "separability": Loss(separability, needs_routers=True),
+        "load_balance": Loss(load_balance, needs_routers=True),
         "distill_ffn": Loss(distill_ffn, sees="outputs", needs_donor=True),
         "l1": Loss(l1, sees="hidden"),
         "hoyer": Loss(hoyer, sees="hidden"),
