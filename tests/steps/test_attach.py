@@ -17,7 +17,8 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import ROUTERS, RepresentativeRouter
 from moe_tools.experts.routers.neurons import representatives_R
-from moe_tools.experts.routers.sigmoid import RIDGE, SPREAD
+from moe_tools.experts.routers.ridge import RIDGE
+from moe_tools.experts.routers.sigmoid import SPREAD
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Attach
