@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.experts.experts import Routing
+from moe_tools.experts.weighted import LEAST
 from moe_tools.registry import Registry
 from moe_tools.training.watch import Kind
 
@@ -78,19 +79,22 @@ def _closeness(routing: Routing) -> Tensor:
 def load_balance(seen: Observed) -> Tensor:
     """mean over FFNs of R sum_e f_e P_e (Switch Transformer, arXiv 2101.03961), for top-k and kin.
 
-    f_e is the share of an expert in the choices of all tokens, P_e its mean share of a token's
-    scores. It is 1 where all experts are as busy; scores learn by P, as no gradient goes through f.
+    f_e is the part that an expert has of all choices, P_e its part of each token's scores, averaged
+    over tokens. It is 1 where all experts are as busy; no gradient goes through f. As in Mixtral
+    (arXiv 2401.04088), whose own is k times as large; padding has no say.
     """
     return torch.stack([_imbalance(routing) for routing in seen.routings]).mean()
 
 
 def _imbalance(routing: Routing) -> Tensor:
-    scores_TR = routing.of_tokens(routing.scores_TE)[:, routing.shared :]
-    mask_TR = routing.of_tokens(routing.mask_TE)[:, routing.shared :].float()
-    share_TR = scores_TR / scores_TR.sum(-1, keepdim=True).clamp_min(1e-20)
-    load_R = mask_TR.mean(0)
-    chosen_R = load_R / load_R.sum().clamp_min(1e-20)
-    return len(load_R) * (chosen_R * share_TR.mean(0)).sum()
+    scores_TR, mask_TR = routing.scores_TR, routing.mask_TE[..., routing.shared :]
+    parts_TR = scores_TR / scores_TR.sum(-1, keepdim=True).clamp_min(LEAST)
+    if routing.valid_T is not None:
+        mask_TR = mask_TR & routing.valid_T[..., None]
+        parts_TR = parts_TR * routing.valid_T[..., None]
+    load_R, part_R = (each.flatten(0, -2).sum(0) for each in (mask_TR.to(parts_TR.dtype), parts_TR))
+    load_R, part_R = (each / each.sum().clamp_min(LEAST) for each in (load_R, part_R))
+    return len(load_R) * (load_R * part_R).sum()
 
 
 def distill_ffn(seen: Observed) -> Tensor:
