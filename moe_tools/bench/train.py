@@ -21,6 +21,7 @@ from moe_tools.bench.rounds import in_turn, median_ratio, seconds
 from moe_tools.checkpoint.loading import load
 from moe_tools.data import Batch
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
+from moe_tools.experts.experts import LEARNING
 from moe_tools.recipe import Attach, Recipe, Split, Train
 from moe_tools.steps.launch import Launch
 from moe_tools.training.losses import needs_donor
@@ -83,9 +84,11 @@ def bench_train(
 
 
 def _routed_step(recipe: Recipe) -> Train:
-    routed = [s for s in recipe.steps if isinstance(s, Train) and s.mode in ("soft", "straight")]
+    routed = [s for s in recipe.steps if isinstance(s, Train) and s.mode in LEARNING]
     if not routed:
-        raise ValueError(f"recipe {recipe.name} has no soft or straight train step to time")
+        raise ValueError(
+            f"recipe {recipe.name} has no soft, straight or weighted train step to time"
+        )
     if needs_donor(routed[0].losses):
         raise ValueError(f"recipe {recipe.name} distils from a donor: what it costs is a choice")
     return routed[0]

@@ -175,8 +175,8 @@ def read_conversion(model: nn.Module) -> Conversion | None:
     have been given others.
 
     Raises:
-        ValueError: a block that this version cannot read; FFNs in several modes, or a selector
-            that is in no registry: no config can say that.
+        ValueError: a block that this version cannot read; FFNs in several modes or in one that
+            they cannot have, or a selector that is in no registry: no config can say that.
     """
     conversion, ffns = read_block(model.config), expert_ffns(model)
     if conversion is None or not ffns:
@@ -185,6 +185,8 @@ def read_conversion(model: nn.Module) -> Conversion | None:
     if len(modes) > 1:
         found = ", ".join(f"{name} is {mode}" for mode, name in modes.items())
         raise ValueError(f"the FFNs are in several modes ({found}): give all of them one")
+    for ffn in ffns:
+        ffn.check_mode(ffn.mode)
     common = describe_selector(build_selector(conversion.selector or {}))
     found_of = {ffn.name: describe_selector(ffn.selector) for ffn in ffns}
     own = {name: selector for name, selector in found_of.items() if selector != common}
@@ -277,13 +279,15 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     """Gives every routed FFN a mode.
 
     Raises:
-        ValueError: the model is dense, or there is no such mode.
+        ValueError: the model is dense, there is no such mode, or an FFN cannot have it.
     """
     if mode not in get_args(Mode):
         raise unknown("mode", mode, get_args(Mode))
     ffns = expert_ffns(model)
     if not ffns:
         raise ValueError(f"{type(model).__name__} is dense: it has no routing mode to set")
+    for ffn in ffns:  # all of them, or none
+        ffn.check_mode(mode)
     for ffn in ffns:
         ffn.mode = mode
     update_config(model)
@@ -316,8 +320,8 @@ def attach_experts(
 
     Raises:
         ValueError: no router is named, an expert exceeds an FFN, no expert is left to route,
-            router and selector do not fit, settings of an FFN that is not there, or the model is
-            routed already.
+            router and selector or mode do not fit, settings of an FFN that is not there, or the
+            model is routed already.
     """
     if conversion.router is None or conversion.selector is None:
         raise ValueError("a routed model needs a router and a selector; this conversion has none")
@@ -355,4 +359,5 @@ def _expert_ffn(ffn: FFN, conversion: Conversion, empty: bool) -> ExpertFFN:
         module.off_F = torch.zeros(neurons, dtype=dtype_of(up) or torch.float32, device=device)
     if conversion.constants:
         module.add_constants()
+    module.check_mode(conversion.mode)
     return module

@@ -21,6 +21,7 @@ from moe_tools.experts.packed_ffn import PackableFFN
 from moe_tools.experts.routers import Router, RowReader
 from moe_tools.experts.selectors import Everything, Selector, Threshold, TopK
 from moe_tools.experts.training_kernels import TrainingKernels, computed_TD
+from moe_tools.experts.weighted import weights_TR
 from moe_tools.hosts.ffn import FFN
 from moe_tools.hosts.input_threshold import nothing_dropped
 from moe_tools.hosts.linears import device_of, dtype_of
@@ -28,13 +29,19 @@ from moe_tools.kernels.cpu.rows import FLOATS
 from moe_tools.kernels.packed import PackedFFN
 from moe_tools.kernels.scores import Scores
 
-Mode = Literal["soft", "straight", "hard"]
+Mode = Literal["soft", "straight", "weighted", "hard"]
 """How scores G switch experts.
 
 soft: y = sum G_e E_e(x), LTE stage 1. hard: y = sum of the selected experts, LTE stage 2; the
 router gets no gradient. straight: hard in the forward pass, soft in the backward pass (the
 straight-through estimator, arXiv 1308.3432): routers learn without a gap to close afterwards.
+weighted: y = sum of the K selected experts, each times K G_e / sum of their G, so that equal
+scores are mode hard; shared experts weigh 1. That is LLaMA-MoE (arXiv 2406.16554), Mixtral and
+GLM4-MoE: routers learn through the weights, and stay what weighs afterwards.
 """
+
+LEARNING: tuple[Mode, ...] = ("soft", "straight", "weighted")
+"""Modes in which gradients reach the routers."""
 
 
 class Routing(NamedTuple):
@@ -136,7 +143,7 @@ class ExpertFFN(PackableFFN):
         Where only the host computes h (`Layout.masked`), it is h_TF that comes in.
 
         Raises:
-            ValueError: an optimised FFN in training, or in mode soft.
+            ValueError: an optimised FFN in training, or in mode soft or weighted.
         """
         if self.packed is not None and not self.layout.masked:
             self._check_packed()
@@ -172,8 +179,8 @@ class ExpertFFN(PackableFFN):
         return y_TD if self.bias_D is None else y_TD + self.bias_D.to(y_TD.dtype)
 
     def _check_packed(self) -> None:
-        if self.training or self.mode == "soft":
-            state = "in training" if self.training else "in mode soft"
+        if self.training or self.mode in ("soft", "weighted"):
+            state = "in training" if self.training else f"in mode {self.mode}"
             raise ValueError(f"{self.name} is optimised and cannot run {state}: load it again")
 
     def _scores(self, packed: PackedFFN, x_TD: Tensor) -> Scores | None:
@@ -227,12 +234,14 @@ class ExpertFFN(PackableFFN):
         return routing
 
     def switch(self, h_TF: Tensor, routing: Routing) -> Tensor:
-        """h_TF with the neurons of unselected experts off (hard), or weighed by score (soft)."""
+        """h_TF with the neurons of unselected experts off, or weighed by score, or both."""
         if self.mode == "hard":  # chosen, not multiplied: an infinite h that is off stays off
             off_TF = self.division.spread_TF(~routing.mask_TE)
             if self.off_F is None:
                 return h_TF.masked_fill(off_TF, 0.0)
             return torch.where(off_TF, self.off_F.to(h_TF.dtype), h_TF)
+        if self.mode == "weighted":  # as above
+            h_TF = h_TF.masked_fill(self.division.spread_TF(~routing.mask_TE), 0.0)
         weight_TF = self.division.spread_TF(self._weight_TE(routing).to(h_TF.dtype))
         if self.off_F is None:
             return h_TF * weight_TF
@@ -265,13 +274,38 @@ class ExpertFFN(PackableFFN):
 
     def _weight_TE(self, routing: Routing) -> Tensor:
         scores_TE, mask_TE = routing.scores_TE, routing.mask_TE.to(routing.scores_TE.dtype)
+        shared = self.shared
         match self.mode:
             case "soft":
                 return scores_TE
             case "straight":
                 return scores_TE + (mask_TE - scores_TE).detach()
+            case "weighted":
+                routed_TR = weights_TR(scores_TE[..., shared:], routing.mask_TE[..., shared:])
+                return torch.cat([mask_TE[..., :shared], routed_TR.to(mask_TE.dtype)], dim=-1)
             case "hard":
                 return mask_TE
+
+    def check_mode(self, mode: Mode) -> None:
+        """Whether its experts can be switched so.
+
+        Raises:
+            ValueError: mode weighted, of scores that have no shares, or beside constants that are
+                added for experts that are off: no method says what a weight does to them.
+        """
+        if mode != "weighted":
+            return
+        if not self.router.ratio_scale:
+            raise ValueError(
+                f"{self.name}: {type(self.router).__name__} scores below 0, which mode weighted "
+                "cannot multiply by: use another router, or mode hard"
+            )
+        if self.off_F is not None or self.bias_D is not None:
+            added = "when_off: mean" if self.bias_D is None else "the constants of refit"
+            raise ValueError(
+                f"{self.name}: mode weighted goes without {added}: use when_off: zero and no "
+                "`refit`, or mode hard"
+            )
 
     def importance(self) -> Importance:
         """Its experts, and what their neurons are worth."""

@@ -37,7 +37,8 @@ def intervene(
     ones come last.
 
     Args:
-        model: routed, in mode hard or straight.
+        model: routed, in any mode but soft. In mode weighted the weights are those of the forced
+            mask.
         on: experts that run for every token, e.g. {"model.layers.3.mlp": [17]} or {3: [17]}.
         off: experts that run for none; shared experts, too.
         **knob: the selectors' setting, by its name: tau of threshold and dynamic-k, share of top-k,

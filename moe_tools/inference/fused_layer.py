@@ -152,7 +152,7 @@ def _chooses(router: nn.Module, chooser: CpuRouter) -> bool:
     """Whether a router is what was prepared of it."""
     if type(router) is not SigmoidRouter or router.packed is not chooser.weight:
         return False
-    if not router.is_packed():
+    if router.bias is None or not router.is_packed():
         return False
     prepared = cast("Tensor", chooser.bias_E)
     return router.bias.dtype == torch.float32 and router.bias.data_ptr() == prepared.data_ptr()
@@ -314,7 +314,9 @@ def _chooser(ffn: ExpertFFN) -> CpuProposal | CpuRouter | None:
         return router.proposal
     if not isinstance(router, SigmoidRouter) or type(ffn.selector) not in (Threshold, TopK):
         return None
-    if ffn.shared or router.bias.dtype != torch.float32 or router.packed is None:
+    if ffn.shared or router.packed is None or router.bias is None:
+        return None
+    if router.bias.dtype != torch.float32:
         return None
     return CpuRouter(router.packed, router.bias.detach(), by_rank=type(ffn.selector) is TopK)
 

@@ -116,9 +116,9 @@ def optimize(
             see `pack_linears`), and those of dense FFNs that cannot be packed.
 
     Raises:
-        ValueError: a model that is being trained, scores softly or has no FFN to pack, an unknown
-            dtype, backend or kind, one that cannot run here, a share outside (0, 1], or a gate that
-            cannot be screened; nothing is changed then.
+        ValueError: a model that is being trained, scores softly, weighs its experts or has no FFN
+            to pack, an unknown dtype, backend or kind, one that cannot run here, a share outside
+            (0, 1], or a gate that cannot be screened; nothing is changed then.
     """
     _check(model, dtype, share)
     use_known_cards()
@@ -206,6 +206,11 @@ def _obstacle(ffn: ExpertFFN | FFN, backend: Backend) -> str | None:
         return "optimised already"
     if ffn.mode == "soft":
         return "every expert runs in mode soft"
+    if ffn.mode == "weighted":
+        return (
+            "the kernels take no weight for each expert, as mode weighted has them: use mode hard, "
+            "or export it as a stock MoE"
+        )
     if isinstance(ffn.router, FewBitsRouter):
         obstacle = ffn.router.cannot_pack(_backend_of(ffn, backend))
         if obstacle is not None:

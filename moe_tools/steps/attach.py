@@ -42,6 +42,9 @@ class Attach(Step):
     """Share of experts off after the regression, in every layer."""
     when_off: Literal["zero", "mean"] = "zero"
     """What an expert that is off contributes: nothing, or its neurons' calibrated mean."""
+    mode: Literal["hard", "weighted"] = "hard"
+    """Experts that are selected run as they are, or times what their scores are to each other; see
+    `moe_tools.experts.experts.Mode`. A `train` step has a mode of its own."""
     tokens: int = 16384
     """Calibration tokens."""
 
@@ -78,6 +81,7 @@ class Attach(Step):
             router_options=self.router_options,
             selector=self.selector,
             when_off=self.when_off,
+            mode=self.mode,
         )
 
     def starter(self) -> Callable[[Importance], Starter] | None:

@@ -93,8 +93,9 @@ def refit(model: nn.Module, step: Refit, blocks_BT: Tensor) -> dict[str, Any]:
         `before` and `after`; `mean`: the same over the FFNs.
 
     Raises:
-        ValueError: the model is dense, quantised or has constants already, an MoE expert saw no
-            token, or numbers that are not finite or cannot be solved with so small a ridge.
+        ValueError: the model is dense, quantised, in mode weighted or has constants already, an MoE
+            expert saw no token, or numbers that are not finite or cannot be solved with so small a
+            ridge.
     """
     ffns = _refittable(model)
     masks = [(ffn.selector, ffn.mode) for ffn in ffns]  # the visit runs with every expert on
@@ -138,6 +139,11 @@ def _refittable(model: nn.Module) -> list[ExpertFFN]:
             "`refit` before `threshold`"
         )
     for ffn in ffns:
+        if ffn.mode == "weighted":
+            raise ValueError(
+                f"refit: {ffn.name} is in mode weighted, and refit solves for experts that are on "
+                "or off: use mode hard"
+            )
         ffn.found.views()  # refuses what is quantised
     return ffns
 

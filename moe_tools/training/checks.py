@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moe_tools.checkpoint.loading import is_classifier
 from moe_tools.data.limits import continues_text
 from moe_tools.experts.conversion import check_unselected, read_block
-from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.experts import LEARNING, expert_ffns
 from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.linears import WAY_OUT
@@ -51,6 +51,9 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
     if (step.mode != "dense") != routed:
         state = "routed" if routed else "dense"
         raise ValueError(f"train mode {step.mode} does not fit a {state} model")
+    if step.mode != "dense":
+        for ffn in expert_ffns(model):
+            ffn.check_mode(step.mode)
     if step.drive in ZEROS:
         check_zeros(model, step.drive)
     elif step.target_sparsity is not None:
@@ -63,7 +66,7 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         check_sparsity(expert_ffns(model), step.target_sparsity)
     if step.parts != "routers":
         _check_plain(model)
-    if step.parts == "routers" and step.mode not in ("soft", "straight"):
+    if step.parts == "routers" and step.mode not in LEARNING:
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
 
 

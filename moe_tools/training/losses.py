@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.experts.experts import Routing
+from moe_tools.experts.weighted import LEAST
 from moe_tools.registry import Registry
 from moe_tools.training.watch import Kind
 
@@ -75,6 +76,27 @@ def _closeness(routing: Routing) -> Tensor:
     return ((scores_TR - tau_T1).square() + SEPARABILITY_MARGIN**2).reciprocal().mean()
 
 
+def load_balance(seen: Observed) -> Tensor:
+    """mean over FFNs of R sum_e f_e P_e (Switch Transformer, arXiv 2101.03961), for top-k and kin.
+
+    f_e is the part that an expert has of all choices, P_e its part of each token's scores, averaged
+    over tokens. It is 1 where all experts are as busy; no gradient goes through f. As in Mixtral
+    (arXiv 2401.04088), whose own is k times as large; padding has no say.
+    """
+    return torch.stack([_imbalance(routing) for routing in seen.routings]).mean()
+
+
+def _imbalance(routing: Routing) -> Tensor:
+    scores_TR, mask_TR = routing.scores_TR, routing.mask_TE[..., routing.shared :]
+    parts_TR = scores_TR / scores_TR.sum(-1, keepdim=True).clamp_min(LEAST)
+    if routing.valid_T is not None:
+        mask_TR = mask_TR & routing.valid_T[..., None]
+        parts_TR = parts_TR * routing.valid_T[..., None]
+    load_R, part_R = (each.flatten(0, -2).sum(0) for each in (mask_TR.to(parts_TR.dtype), parts_TR))
+    load_R, part_R = (each / each.sum().clamp_min(LEAST) for each in (load_R, part_R))
+    return len(load_R) * (load_R * part_R).sum()
+
+
 def distill_ffn(seen: Observed) -> Tensor:
     """mean over FFNs of ||y - y_donor||^2 / ||y_donor||^2, summed over tokens of the batch.
 
@@ -122,6 +144,7 @@ LOSSES: Registry[Loss] = Registry(
         "distill": Loss(None, needs_donor=True),
         "efficiency": Loss(efficiency, needs_routers=True),
         "separability": Loss(separability, needs_routers=True),
+        "load_balance": Loss(load_balance, needs_routers=True),
         "distill_ffn": Loss(distill_ffn, sees="outputs", needs_donor=True),
         "l1": Loss(l1, sees="hidden"),
         "hoyer": Loss(hoyer, sees="hidden"),

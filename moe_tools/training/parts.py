@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.experts import LEARNING, expert_ffns
 from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.training.lora import adapters
 
@@ -30,7 +30,7 @@ def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
     else:
         host = []
     groups = [{"params": host, "lr": step.lr}] if host else []
-    if routers and step.mode in ("soft", "straight"):
+    if routers and step.mode in LEARNING:
         groups.append({"params": routers, "lr": step.router_lr})
     return groups
 

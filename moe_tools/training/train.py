@@ -41,8 +41,9 @@ class Train(Step):
     tokens: int
     """Training tokens of this step; every step goes on where the last one stopped. 0: the step is
     left out, unless the command line says `--tokens`."""
-    mode: Literal["dense", "soft", "straight", "hard"] = "dense"
-    """How scores switch experts; see `moe_tools.experts.experts.Mode`."""
+    mode: Literal["dense", "soft", "straight", "weighted", "hard"] = "dense"
+    """How scores switch experts; see `moe_tools.experts.experts.Mode`. After soft and straight the
+    model is in mode hard."""
     losses: dict[str, Weight] = field(default_factory=lambda: {"lm": 1.0})
     """Name of a loss -> its weight, a number or stages. What `drive` turns starts from there."""
     target_sparsity: float | None = None

@@ -32,8 +32,8 @@ def check_trimmable(model: nn.Module) -> None:
     for ffn in expert_ffns(model):
         if ffn.router.logit_bias is None or not isinstance(ffn.selector, Threshold):
             raise ValueError(
-                f"{ffn.name}: a target sparsity needs sigmoid routers under a threshold; "
-                "with top-k, k sets the sparsity"
+                f"{ffn.name}: a target sparsity needs sigmoid routers under a threshold, with a "
+                "bias; with top-k, k sets the sparsity"
             )
 
 

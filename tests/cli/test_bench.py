@@ -134,4 +134,7 @@ def test_bench_times_a_training_step(tmp_path, capsys):
 def test_only_a_routed_train_step_is_timed(tmp_path, capsys):
     save(build("llama"), tmp_path / "donor")
     assert main(["bench", "train", str(tmp_path / "donor"), "--recipe", "relu"]) == 2
-    assert "recipe relu has no soft or straight train step to time" in capsys.readouterr().err
+    assert (
+        "recipe relu has no soft, straight or weighted train step to time"
+        in capsys.readouterr().err
+    )

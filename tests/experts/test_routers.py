@@ -95,6 +95,25 @@ def test_sigmoid_scores_each_expert_alone() -> None:
     torch.testing.assert_close(router(x_TD), expected, rtol=1e-6, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_sigmoid_router_goes_without_a_bias() -> None:
+    _, ffn = shaken("sigmoid", bias=False)
+    x_TD, router = torch.randn(5, 16), ffn.router
+    assert router.bias is None and router.logit_bias is None
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    torch.testing.assert_close(router(x_TD), torch.sigmoid(x_TD @ router.weight.T))
+
+
+@torch.no_grad()
+def test_softmax_scores_share_one() -> None:
+    _, ffn = shaken("softmax")
+    x_TD, router = torch.randn(5, 16), ffn.router
+    powers_TR = (x_TD @ router.weight.T).exp()
+    expected = powers_TR / powers_TR.sum(-1, keepdim=True)
+    torch.testing.assert_close(router(x_TD), expected, rtol=1e-6, atol=1e-6)
+    assert router.logit_bias is None
+
+
 def test_a_fresh_sigmoid_router_has_every_expert_on() -> None:
     _, ffn = made("sigmoid")
     scores_TR = ffn.router(torch.randn(2, 5, 16))
@@ -261,6 +280,7 @@ def test_flops_count_a_multiply_and_an_add_a_weight(kind: str, family: str) -> N
     width, routed, rows = 16, 4, 2 if family == "llama" else 1
     weights = {
         "sigmoid": width * routed,
+        "softmax": width * routed,
         "mlp": width * routed + routed * routed,
         "norm": width * 128 + 128 * routed,
         "similarity": width * routed,

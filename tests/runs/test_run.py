@@ -27,6 +27,7 @@ from moe_tools.checkpoint.saving import save
 from moe_tools.data import blocks, fingerprint
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
+from moe_tools.experts.selectors import TopK
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.measure.evaluate import evaluate
 from moe_tools.recipe import (
@@ -342,6 +343,29 @@ def test_a_shipped_recipe_without_router_training_runs(
 
 
 # --- which tokens
+
+
+def test_the_stock_recipe_makes_one_moe_of_all_layers(work: Path, tmp_path: Path) -> None:
+    """16 experts of 96 neurons, two of them shared, and one k: what other programs can hold."""
+    model = build("llama", bos_token_id=1, eos_token_id=1, intermediate_size=1536)
+    save(model, tmp_path / "donor", load_tokenizer(work / "donor"))
+    shipped = read_recipe(ROOT / "recipes" / "stock_moe.yaml")
+    words = {"data": str(work / "text.txt"), "block_length": LENGTH, "target_sparsity": 0.25}
+    recipe = with_options(shipped, **words)
+    recipe = replace(recipe, steps=tuple(replace(step, tokens=512) for step in recipe.steps))
+    found = load(run(recipe, str(tmp_path / "donor"), tmp_path / "out", **FP32))
+    for ffn in expert_ffns(found):
+        assert ffn.division.sizes == (96,) * 16 and ffn.shared == 2 and ffn.mode == "hard"
+        assert isinstance(ffn.selector, TopK) and ffn.selector.count(14) == 10
+    assert metrics(tmp_path / "out")["steps"][-1]["sparsity"] == pytest.approx(0.25)
+
+
+def test_the_llama_moe_recipe_trains_and_stays_weighted(work: Path, tmp_path: Path) -> None:
+    recipe = untrained("llama_moe", work)
+    out = run(recipe, str(work / "donor"), tmp_path / "out", **FP32)
+    ffns = expert_ffns(load(out))
+    assert {(ffn.mode, ffn.shared, ffn.selector.count(6)) for ffn in ffns} == {("weighted", 0, 4)}
+    assert metrics(out)["steps"][-1]["load_balance"] >= 0.9
 
 
 def whole_text(recipe: Recipe, work: Path, tokens: int | None = None) -> Tensor:

@@ -17,7 +17,8 @@ from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import ROUTERS, RepresentativeRouter
 from moe_tools.experts.routers.neurons import representatives_R
-from moe_tools.experts.routers.sigmoid import RIDGE, SPREAD
+from moe_tools.experts.routers.ridge import RIDGE
+from moe_tools.experts.routers.sigmoid import SPREAD
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.recipe import Attach
@@ -99,6 +100,27 @@ def test_the_start_is_a_ridge_regression_up_to_one_scale_and_one_shift(size: int
         shifted = (expected - expected.mean()) * scale + got.mean()
         assert np.abs(got - shifted).max() < 1e-3
         assert got.std() == pytest.approx(SPREAD, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@every_size
+def test_a_start_without_a_bias_regresses_what_sets_experts_apart(size: int, kind: str) -> None:
+    """On the inputs as they are: no centring can stand for a constant that the router lacks."""
+    donor, options = build("llama"), {"softmax": {}, "sigmoid": {"bias": False}}[kind]
+    model = attached(donor, Attach(kind, {**options, "spread": 0.3}, HALF), text(), size)
+    downs = [ffn.down for ffn in find_ffns(donor)]
+    for (x_TD, h_TF), down, ffn in zip(seen(donor, text()), downs, expert_ffns(model), strict=True):
+        x, y = x_TD.double().numpy(), log_energies(h_TF, down, size).numpy()
+        y = y - y.mean(1, keepdims=True)
+        penalty = RIDGE * (x**2).sum(0).mean()
+        rows = np.vstack([x, np.sqrt(penalty) * np.eye(x.shape[1])])
+        weight, *_ = np.linalg.lstsq(
+            rows, np.vstack([y, np.zeros((x.shape[1], y.shape[1]))]), rcond=None
+        )
+        expected = x @ weight
+        got = nn.functional.linear(x_TD, ffn.router.weight).detach().numpy()
+        assert np.abs(got - expected * 0.3 / expected.std()).max() < 1e-3
+        assert np.abs(got.mean(1)).max() < 1e-5
 
 
 def test_the_start_predicts_better_than_each_expert_s_mean() -> None:

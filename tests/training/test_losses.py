@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_tools.experts.division import Division
 from moe_tools.experts.experts import Routing, expert_ffns
@@ -23,6 +24,7 @@ from moe_tools.training.losses import (
     efficiency,
     hoyer,
     l1,
+    load_balance,
     needs_donor,
     seen_kinds,
     separability,
@@ -78,12 +80,41 @@ def test_separability_pushes_from_the_threshold_of_the_selector() -> None:
     assert separability(best).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("loss", [efficiency, separability])
+@pytest.mark.parametrize("loss", [efficiency, separability, load_balance])
 def test_shared_experts_have_no_say(loss) -> None:
     """Their scores are always 1: they would dilute both losses of LTE."""
     scores = torch.rand(4, 3)
     with_shared = nn.functional.pad(scores, (2, 0), value=1.0)
     assert loss(observed(with_shared, shared=2)).item() == loss(observed(scores)).item()
+
+
+def test_load_balance_by_hand() -> None:
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.4, 0.4, 1.2]], requires_grad=True)
+    seen = observed(scores, selector=TopK(1))  # > 0.5: the first expert, then the third
+    parts = ((0.6 + 0.2) / 2, (0.3 + 0.2) / 2, (0.1 + 0.6) / 2)
+    assert load_balance(seen).item() == pytest.approx(3 * (parts[0] + parts[2]) / 2)
+    load_balance(seen).backward()
+    assert scores.grad is not None and (scores.grad[:, 1] < 0).all()  # the idle one is to rise
+
+
+def test_load_balance_is_mixtral_s_but_for_k() -> None:
+    logits_TR = torch.randn(40, 6)
+    scores_TR = logits_TR.softmax(-1)
+    routing = observed(scores_TR).routings[0]._replace(mask_TE=TopK(2)(scores_TR))
+    theirs = load_balancing_loss_func((logits_TR,), 6, 2)
+    assert load_balance(Observed([routing])).item() == pytest.approx(float(theirs) / 2, rel=1e-5)
+
+
+def test_load_balance_is_one_for_experts_that_are_as_busy() -> None:
+    assert load_balance(observed(torch.full((4, 6), 0.7))).item() == pytest.approx(1)
+
+
+def test_load_balance_leaves_padding_out() -> None:
+    scores = torch.rand(2, 5, 3)
+    valid_T = torch.tensor([[False, True, True, True, True], [True] * 5])
+    routing = observed(scores).routings[0]._replace(valid_T=valid_T)
+    alone = observed(scores[valid_T])
+    assert load_balance(Observed([routing])).item() == pytest.approx(load_balance(alone).item())
 
 
 def test_a_routing_knows_its_selector_and_its_shared_experts() -> None:
@@ -145,7 +176,7 @@ def test_a_donor_ffn_that_says_nothing_is_no_division_by_zero() -> None:
     assert loss.item() == 0 and torch.isfinite(y.grad).all()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("loss", [efficiency, separability])
+@pytest.mark.parametrize("loss", [efficiency, separability, load_balance])
 def test_gradients_are_numerically_right(loss) -> None:
     scores = scores_of((3, 4), (2, 5))
     assert torch.autograd.gradcheck(lambda *s: loss(observed(*s)), scores)

@@ -31,6 +31,7 @@ from tests.families import EXPERT_SIZE, EXPERTS, SPLIT, build, is_router, logits
 LENGTH = 16
 LTE = {"lm": 1.0, "efficiency": 0.1, "separability": 0.1}
 SOFT = Train(tokens=1, mode="soft", losses=LTE, batch_size=4, lr=1e-3)
+WEIGHTED = replace(SOFT, mode="weighted")
 HARD = Train(tokens=1, mode="hard", batch_size=4, lr=1e-3)
 DENSE = Train(tokens=1, batch_size=4, lr=1e-3)
 TOPK = Conversion("donor", EXPERT_SIZE, "sigmoid", {"kind": "topk", "k": 2})
@@ -118,6 +119,9 @@ def parts_of(model: PreTrainedModel, kind: str) -> set[str]:
         ("straight", "all", ["host", "routers"]),
         ("straight", "ffn", ["ffn", "routers"]),
         ("straight", "routers", ["routers"]),
+        ("weighted", "all", ["host", "routers"]),
+        ("weighted", "ffn", ["ffn", "routers"]),
+        ("weighted", "routers", ["routers"]),
         ("hard", "all", ["host"]),
         ("hard", "ffn", ["ffn"]),
     ],
@@ -171,7 +175,7 @@ def test_every_flag_is_put_back(trainable: bool, tmp_path: Path) -> None:
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
-@pytest.mark.parametrize("step", [DENSE, SOFT, replace(SOFT, mode="straight"), HARD])
+@pytest.mark.parametrize("step", [DENSE, SOFT, replace(SOFT, mode="straight"), WEIGHTED, HARD])
 def test_training_learns(step: Train, tmp_path: Path) -> None:
     model = build("llama") if step.mode == "dense" else converted()
     before = language_loss(model, text(16)).item()
@@ -185,7 +189,7 @@ def test_training_learns(step: Train, tmp_path: Path) -> None:
 # --- the modes
 
 
-@pytest.mark.parametrize("mode", ["soft", "straight", "hard"])
+@pytest.mark.parametrize("mode", ["soft", "straight", "weighted", "hard"])
 def test_the_first_loss_is_the_one_of_the_mode(mode: Any, tmp_path: Path) -> None:
     model = converted()
     set_mode(model, mode)
@@ -205,6 +209,14 @@ def test_a_trained_model_is_hard_and_in_eval_mode(mode: Any, tmp_path: Path) -> 
     assert {ffn.mode for ffn in expert_ffns(model)} == {"hard"}
     assert not any(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_learned_its_weights_keeps_them(tmp_path: Path) -> None:
+    model = converted()
+    train(model, WEIGHTED, text(8), tmp_path)
+    conversion = read_conversion(model)
+    assert conversion is not None and conversion.mode == "weighted"
+    assert {ffn.mode for ffn in expert_ffns(model)} == {"weighted"}
 
 
 def by_hand(ffn: Any, x_TD: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from moe_tools.steps.launch import Launch
 from moe_tools.training import arguments
 from moe_tools.training import trainer as trainer_module
 from moe_tools.training.figures import Figures
-from moe_tools.training.losses import Observed, efficiency, separability
+from moe_tools.training.losses import LOSSES, Observed, efficiency, separability
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.parts import only_trainable, trainable_parts
 from moe_tools.training.train import train
@@ -121,9 +121,11 @@ def test_every_weight_of_a_host_takes_part(
     assert not without_gradient(model, replace(DENSE, losses=losses), tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["soft", "straight", "hard"])
+@pytest.mark.parametrize("mode", ["soft", "straight", "weighted", "hard"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_weight_of_a_routed_model_takes_part(router: str, mode: Any, tmp_path: Path) -> None:
+    if mode == "weighted" and not ROUTERS[router].ratio_scale:
+        return  # it is refused
     model = build("mixtral", num_local_experts=16)
     attach_experts(model, Conversion("donor", EXPERT_SIZE, router, TOP_K))
     set_mode(model, mode)
@@ -187,6 +189,7 @@ ALL_LOSSES: dict[str, Any] = {
     "distill_ffn": 1.0,
     "efficiency": 0.1,
     "separability": 0.1,
+    "load_balance": 0.1,
     "l1": 0.1,
     "hoyer": 0.1,
     "clamped": 0.1,
@@ -194,11 +197,12 @@ ALL_LOSSES: dict[str, Any] = {
 READ_STEPS = {
     "soft": replace(SOFT, losses=ALL_LOSSES, target_sparsity=0.5),
     "straight": replace(SOFT, mode="straight", losses=ALL_LOSSES, target_sparsity=0.5),
+    "weighted": replace(SOFT, mode="weighted", losses=ALL_LOSSES, target_sparsity=0.5),
     "eta": replace(SOFT, target_sparsity=0.5, drive="eta"),
     "hard": replace(HARD, losses={"lm": 1.0, "distill": 1.0}, target_sparsity=0.5),
     "dense": replace(
         DENSE,
-        losses={name: ALL_LOSSES[name] for name in ALL_LOSSES if not name.startswith(("e", "s"))},
+        losses={name: ALL_LOSSES[name] for name in ALL_LOSSES if not LOSSES[name].needs_routers},
     ),
 }
 

@@ -16,6 +16,7 @@ from moe_tools.experts.routers.neurons import OracleRouter, RepresentativeRouter
 from moe_tools.experts.routers.norm import NormRouter
 from moe_tools.experts.routers.rows import MeanGateRouter, SimilarityRouter
 from moe_tools.experts.routers.sigmoid import SigmoidRouter
+from moe_tools.experts.routers.softmax import SoftmaxRouter
 from moe_tools.hosts.ffn import FFN
 from moe_tools.registry import Registry, unknown
 
@@ -36,6 +37,7 @@ __all__ = [
     "SigmoidRouter",
     "SignRouter",
     "SimilarityRouter",
+    "SoftmaxRouter",
     "build_router",
 ]
 
@@ -43,6 +45,7 @@ ROUTERS: Registry[type[Router]] = Registry(
     "router",
     {
         "sigmoid": SigmoidRouter,
+        "softmax": SoftmaxRouter,
         "mlp": MLPRouter,
         "low_rank": LowRankRouter,
         "norm": NormRouter,
