@@ -18,16 +18,19 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.bench.generate import Rival, Seconds
-from moe_tools.export.gguf import EMBEDDING, HEAD, Kind, plan, write_gguf
+from moe_tools.export.gguf import EMBEDDING, HEAD, plan
+from moe_tools.export.gguf_file import write_gguf
+from moe_tools.export.plan import Kind
 from moe_tools.extras import needed
 
 PROGRAM, PACKAGE = "llama-bench", "llama_cpp"
+KINDS: tuple[Kind, ...] = ("f16", "q8_0", "q4_0")
 LAST = 3
 """Lines of what a program said that an error repeats."""
 
@@ -66,7 +69,7 @@ def llama_cpp_rivals(
     *,
     context: int,
     threads: int,
-    kinds: Sequence[Kind] = get_args(Kind),
+    kinds: Sequence[Kind] = KINDS,
 ) -> Iterator[list[Rival]]:
     """Writes a dense model to a temporary folder for a while, and has llama.cpp run it.
 

@@ -85,7 +85,7 @@ def rebuild(
         _fill(model, {shift(key): (key, where) for key, where in stored.items()}, source, offloaded)
     _mark_loaded(model)
     model.register_load_state_dict_pre_hook(read_host_names)  # Trainer resumes from our folders
-    added = _added(model)
+    added = added_tensors(model)
     report.unexpected_keys -= {key for key in report.unexpected_keys if shift(key) in added}
 
 
@@ -217,7 +217,7 @@ def _shifted(layouts: dict[str, Any], shift: _Shift) -> dict[str, Any]:
     return {shift(key) if "." in key else key: row for key, row in layouts.items()}
 
 
-def _added(model: nn.Module) -> set[str]:
+def added_tensors(model: nn.Module) -> set[str]:
     """Names of the tensors that a converted model has beside its host's, as they are saved."""
     return {*_of_routers(model), *_of_thresholds(model)}
 
@@ -243,7 +243,7 @@ def _fill(
     source: str,
     offloaded: dict[str, Any] | None,
 ) -> None:
-    added = _added(model)
+    added = added_tensors(model)
     if missing := added - set(stored):
         kind = "router" if any(name in _of_routers(model) for name in missing) else "threshold"
         raise BrokenFolder(f"{source} lacks the {kind} tensors {some(missing)}")

@@ -241,7 +241,11 @@ def write_conversion(model: nn.Module, conversion: Conversion | None) -> None:
     """Puts the block into the model's config, with the layouts of its FFNs; None takes it out."""
     if conversion is not None and conversion.layouts is None:
         conversion = replace(conversion, layouts=_layouts(model))
-    config: Any = model.config
+    write_block(model.config, conversion)
+
+
+def write_block(config: Any, conversion: Conversion | None) -> None:
+    """Puts the block into a config as it is; None takes it out."""
     # A folder with pictures and text is also loaded as its language model, by that part's config.
     for part in (config, config.get_text_config()):
         vars(part).pop("moe_tools", None)

@@ -1,34 +1,45 @@
-"""Dense llamas as GGUF files, for llama.cpp: a plan from the config, then tensor by tensor.
+"""Models for llama.cpp: dense llamas, and converted models as its `glm4moe`.
 
-llama.cpp rotates neighbouring numbers of q and k where transformers rotates the halves of a head,
-so that the rows of these two are written in another order. Matrices are stored as f16, or in
-groups of 32 columns as q8_0 or q4_0, the embedding and the head too; vectors as f32. A file has no
-tokenizer: llama.cpp takes token ids, and refuses text.
+llama.cpp rotates neighbouring numbers of q and k of a llama where transformers rotates the halves
+of a head, so that the rows of these two are written in another order; those of `glm4moe` stay.
 
-Letters: D width of the model, F neurons, V vocabulary.
+In `glm4moe` the choice is made by the raw scores plus a bias, and the weights are the softmax of
+the chosen scores (gating function 3), so that scores can be scaled down until their weights are
+equal, and nothing is lost: see `moe_tools.export.stock_experts`.
+
+Letters: T tokens, D width of the model, F neurons, E experts, R experts that are routed, N neurons
+of one expert, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from moe_tools.checkpoint.atomic import new_file
-from moe_tools.checkpoint.stored import some
-from moe_tools.experts.conversion import read_block
-from moe_tools.extras import needed
+from moe_tools.checkpoint.loading import load
+from moe_tools.experts.conversion import Conversion, read_block
+from moe_tools.export.gguf_file import (
+    GROUP,
+    WAY_OUT,
+    FilePlan,
+    Planned,
+    ReadTensors,
+    check_tokenizer,
+    write_gguf,
+)
+from moe_tools.export.gguf_replay import GGUFReplay
+from moe_tools.export.plan import Kind, Limits, Options, Plan, Written
+from moe_tools.export.source import Source
+from moe_tools.export.stock_experts import NAME, StockExperts, plan_experts, sets_alike
 
-Kind = Literal["f16", "q8_0", "q4_0"]
-FILE_TYPES: dict[Kind, int] = {"f16": 1, "q4_0": 2, "q8_0": 7}
-"""What llama.cpp calls a file with most matrices of a kind (`general.file_type`)."""
 HOSTS = ("llama", "mistral")
-WAY_OUT = "`moe-tools export` writes a folder that llama.cpp's own converter may read"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
-"""Where there is no head, the embedding is the head as well."""
+"""Where a dense file has no head, the embedding is the head as well."""
 LAYER = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -41,31 +52,96 @@ LAYER = {
     "post_attention_layernorm": "ffn_norm",
 }
 """transformers' names inside a layer -> llama.cpp's."""
+DTYPES: dict[Kind, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
+"""What weights are rounded to."""
+SCALE = 2.0**-20
+"""Of scores whose weights shall be equal: exact, as the choice is made before."""
+SOFTMAX_OF_CHOSEN, SIGMOID = 3, 2
+"""llama.cpp's gating functions."""
+MOST_CHOSEN = 24
+"""k of llama.cpp: its graph has room for 8 nodes a tensor, and a chosen expert takes 2 a layer.
+Measured with glm4moe: 26 run, above that an assertion ends the process."""
+MOST_EXPERTS = 1024
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A tensor of the file."""
+class GGUFPlan(Plan):
+    """A file for llama.cpp."""
 
-    name: str
-    shape: tuple[int, ...]
-    heads: int = 0
-    """Of q and k: heads whose rows are put in llama.cpp's order; 0: rows stay as they are."""
+    compared, is_file = True, True
+
+    file: FilePlan
+    config: Any
+    experts: StockExperts | None
+    """None: dense."""
+    kind: Kind
+    tokenizer: str | None
+
+    @property
+    def routed(self) -> bool:
+        return self.experts is not None
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        return DTYPES.get(self.kind)
+
+    @property
+    def limits(self) -> Limits | None:
+        """Of weights that are rounded to groups, none."""
+        if self.kind in ("q8_0", "q4_0"):
+            return None
+        return Limits(2e-3, 1.0 if self.experts is None else sets_alike(self.experts))
+
+    def facts(self) -> dict[str, Any]:
+        """The architecture, its experts, and whose tokenizer it has."""
+        experts = {} if self.experts is None else self.experts.facts()
+        return {
+            "file": self.file.architecture,
+            "type": self.kind,
+            "tokenizer": self.tokenizer or "none: it takes token ids",
+            **experts,
+        }
+
+    def write(self, source: Source, place: Path) -> None:
+        """Writes tensor by tensor."""
+        load(source.name, device="meta")  # refuses what is incomplete
+        tensors: Mapping[str, Tensor] = source.tensors()
+        if self.experts is not None:
+            tensors = _ExpertTensors(tensors, self.experts, tuple(self.file.tensors))
+        write_gguf(self.file, tensors, place, self.kind, self.tokenizer)
+
+    def read_back(self, place: Path, dtype: torch.dtype) -> Written | None:
+        """What the file computes, by llama.cpp's formulas in PyTorch; in fp32 alone."""
+        if dtype != torch.float32:
+            return None
+        return GGUFReplay(ReadTensors(self.file, place), self.config, self.experts)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a file will hold."""
+def plan_gguf(source: Source, options: Options) -> Plan:
+    """Plans the file: of a routed folder as `glm4moe`, of a dense one as `llama`.
 
-    tensors: dict[str, Planned]
-    """By transformers' names, in the order of the file."""
-    unwritten: frozenset[str]
-    """What a state dict has besides: a head that is the embedding."""
-    metadata: dict[str, int | float]
-    """Method of `gguf.GGUFWriter` -> the value that it writes."""
+    Raises:
+        ValueError: a model that llama.cpp would compute as another one, or not at all; a tokenizer
+            of another model.
+    """
+    options.only("gguf", "type", "tokenizer", "top_k")
+    conversion, kind = source.conversion, options.type or "f16"
+    experts = None
+    if conversion is not None and conversion.router is not None:
+        experts = plan_experts(source, options.top_k, "gguf")
+        _check_experts(source, experts, kind)
+        file = _plan_experts(source.config, experts)
+    else:
+        if options.top_k is not None:
+            raise ValueError(f"{source.name} has no routers: --top-k says nothing")
+        file = plan(source.config)
+    tokenizer = options.tokenizer or _of_donor(conversion)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, source.config.vocab_size)
+    return GGUFPlan(file, source.config, experts, kind, tokenizer)
 
 
-def plan(config: Any) -> Plan:
+def plan(config: Any) -> FilePlan:
     """Plans the file of a dense model, by its config alone.
 
     Args:
@@ -77,65 +153,48 @@ def plan(config: Any) -> Plan:
     reason = _reason(config)
     if reason is not None:
         raise ValueError(f"GGUF is written of a plain llama, and {reason}: {WAY_OUT}")
-    width, heads, groups = _widths(config)
-    tensors = {"model.embed_tokens.weight": Planned(EMBEDDING, (config.vocab_size, width))}
+    tensors = {
+        "model.embed_tokens.weight": Planned(EMBEDDING, (config.vocab_size, config.hidden_size))
+    }
     for number in range(config.num_hidden_layers):
         for theirs, name in LAYER.items():
             planned = Planned(f"blk.{number}.{name}.weight", *_inside(config, name))
             tensors[f"model.layers.{number}.{theirs}.weight"] = planned
-    tensors["model.norm.weight"] = Planned("output_norm.weight", (width,))
     tied = bool(config.tie_word_embeddings)
+    return FilePlan(
+        tensors | _after(config, tied),
+        frozenset({"lm_head.weight"} if tied else ()),
+        _common(config),
+    )
+
+
+def _after(config: Any, tied: bool) -> dict[str, Planned]:
+    """What follows the layers."""
+    found = {"model.norm.weight": Planned("output_norm.weight", (config.hidden_size,))}
     if not tied:
-        tensors["lm_head.weight"] = Planned(HEAD, (config.vocab_size, width))
-    metadata = {
-        "add_vocab_size": config.vocab_size,
-        "add_context_length": config.max_position_embeddings,
-        "add_embedding_length": width,
-        "add_block_count": config.num_hidden_layers,
-        "add_feed_forward_length": config.intermediate_size,
-        "add_head_count": heads,
-        "add_head_count_kv": groups,
-        "add_rope_dimension_count": width // heads,
-        "add_rope_freq_base": float(config.rope_parameters["rope_theta"]),
-        "add_layer_norm_rms_eps": float(config.rms_norm_eps),
+        found["lm_head.weight"] = Planned(HEAD, (config.vocab_size, config.hidden_size))
+    return found
+
+
+def _common(config: Any) -> dict[str, int | float | bool]:
+    """Keys of every architecture."""
+    heads, groups, head = _heads(config)
+    return {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": heads,
+        "attention.head_count_kv": groups,
+        "rope.dimension_count": head,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
     }
-    return Plan(tensors, frozenset({"lm_head.weight"} if tied else ()), metadata)
-
-
-def write_gguf(plan: Plan, tensors: Mapping[str, Tensor], file: Path, kind: Kind = "f16") -> None:
-    """Writes a file, with one tensor in memory at a time besides those that are given.
-
-    Args:
-        plan: of the model.
-        tensors: its state dict; a mapping that reads each tensor when it is asked for will do.
-        file: where to; replaced when the new one is whole.
-        kind: of the matrices. Rows that are no multiple of 32 are f16 under every kind.
-
-    Raises:
-        ValueError: tensors that are not those of the plan, a number that f16 does not hold, no
-            gguf package, or a disk that refuses the file.
-    """
-    gguf = needed("gguf", "gguf", f"writing {file.name}")
-    _check_names(plan, tensors)
-    with new_file(file) as partial:
-        writer = gguf.GGUFWriter(partial, "llama")
-        try:
-            _write_metadata(writer, plan, kind)
-            kinds = {name: _kind_of(gguf, one, kind) for name, one in plan.tensors.items()}
-            for name, one in plan.tensors.items():
-                size = _size(gguf, one, kinds[name])
-                writer.add_tensor_info(one.name, one.shape, "float16", size, kinds[name])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for name, one in plan.tensors.items():
-                writer.write_tensor_data(_stored(gguf, tensors[name], one, kinds[name]))
-        finally:
-            writer.close()
 
 
 def _reason(config: Any) -> str | None:
-    """Returns why a model cannot be written; None when it can."""
+    """Returns why a dense model cannot be written; None when it can."""
     if config.model_type not in HOSTS:
         return f"this is a {config.model_type}"
     block = read_block(config)
@@ -143,38 +202,48 @@ def _reason(config: Any) -> str | None:
     if activation not in ("silu", "swish"):
         kind = activation["kind"] if isinstance(activation, dict) else activation
         return f"this one has the activation {kind}, where llama.cpp computes SiLU"
+    if block is not None and block.thresholds:
+        return "this one drops inputs of its linears"
+    if getattr(config, "quantization_config", None) is not None:
+        return "this one is quantised"
     for name in ("attention_bias", "mlp_bias", "sliding_window"):
         value = getattr(config, name, None)
         if value:
             return f"this one has {name} {value}"
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        return f"this one has rope scaling of type {rope['rope_type']}"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"this one rotates only {rope['partial_rotary_factor']} of each head"
-    width, heads, _ = _widths(config)
-    head = getattr(config, "head_dim", None) or width // heads
+    if (rope := _about_rope(config)) is not None:
+        return f"this one {rope}"
+    (heads, _, head), width = _heads(config), config.hidden_size
     if heads * head != width:
         return f"this one has {heads} heads of {head}, which is not its width of {width}"
     return None
 
 
-def _widths(config: Any) -> tuple[int, int, int]:
-    """D, the heads of q, and those of k and v."""
+def _about_rope(config: Any) -> str | None:
+    """What is wrong with the positions; None: nothing."""
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        return f"has rope scaling of type {rope['rope_type']}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"rotates only {rope['partial_rotary_factor']} of each head"
+    return None
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """The heads of q, those of k and v, and the width of one."""
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return config.hidden_size, heads, groups
+    return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def _inside(config: Any, name: str) -> tuple[tuple[int, ...], int]:
     """The shape of a tensor in a layer, and its heads if they are put in another order."""
-    width, heads, groups = _widths(config)
-    narrow, neurons = width // heads * groups, config.intermediate_size
+    width, neurons = config.hidden_size, config.intermediate_size
+    heads, groups, head = _heads(config)
     shapes: dict[str, tuple[tuple[int, ...], int]] = {
-        "attn_q": ((width, width), heads),
-        "attn_k": ((narrow, width), groups),
-        "attn_v": ((narrow, width), 0),
-        "attn_output": ((width, width), 0),
+        "attn_q": ((heads * head, width), heads),
+        "attn_k": ((groups * head, width), groups),
+        "attn_v": ((groups * head, width), 0),
+        "attn_output": ((width, heads * head), 0),
         "ffn_gate": ((neurons, width), 0),
         "ffn_up": ((neurons, width), 0),
         "ffn_down": ((width, neurons), 0),
@@ -182,52 +251,127 @@ def _inside(config: Any, name: str) -> tuple[tuple[int, ...], int]:
     return shapes.get(name, ((width,), 0))
 
 
-def _check_names(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    missing = plan.tensors.keys() - tensors.keys()
-    if missing:
-        raise ValueError(f"a llama has the tensors {some(missing)}, which are not there: {WAY_OUT}")
-    others = tensors.keys() - plan.tensors.keys() - plan.unwritten
-    if others:
-        raise ValueError(f"a llama in GGUF has no place for the tensors {some(others)}: {WAY_OUT}")
+def _of_donor(conversion: Conversion | None) -> str | None:
+    """The donor, where it is a GGUF file that is still there."""
+    donor = None if conversion is None else Path(conversion.donor)
+    return str(donor) if donor is not None and donor.suffix == ".gguf" and donor.is_file() else None
 
 
-def _write_metadata(writer: Any, plan: Plan, kind: Kind) -> None:
-    writer.add_type("model")
-    writer.add_file_type(FILE_TYPES[kind])
-    writer.add_quantization_version(2)
-    for method, value in plan.metadata.items():
-        getattr(writer, method)(value)
-    writer.add_tokenizer_model("none")  # as many tokens as `vocab_size` says, without text
+def _check_experts(source: Source, experts: StockExperts, kind: Kind) -> None:
+    """Checks what llama.cpp's `glm4moe` cannot do.
+
+    Raises:
+        ValueError: too many experts, or too many of a token, rope scaling, or experts that are no
+            whole groups.
+    """
+    name = f"gguf: {source.name}"
+    if experts.k > MOST_CHOSEN:
+        raise ValueError(
+            f"{name} runs {experts.k} routed experts a token, and llama.cpp ends its process above "
+            f"{MOST_CHOSEN}: convert with larger experts, or shared ones, e.g. `--method stock_moe`"
+        )
+    if experts.routed > MOST_EXPERTS:
+        raise ValueError(
+            f"{name} has {experts.routed} experts, and llama.cpp takes {MOST_EXPERTS} at most: "
+            "convert with larger experts"
+        )
+    if (rope := _about_rope(source.config)) is not None:
+        raise ValueError(f"{name} {rope}, which llama.cpp's glm4moe has not: export it `--to moe`")
+    if kind in ("q8_0", "q4_0") and experts.size % GROUP:
+        raise ValueError(
+            f"{name} has experts of {experts.size} neurons, and {kind} stores whole groups of "
+            f"{GROUP}: --type f16, or convert with an expert_size that is a multiple of {GROUP}"
+        )
 
 
-def _kind_of(gguf: Any, one: Planned, kind: Kind) -> Any:
-    """The type of a tensor, one of `gguf.GGMLQuantizationType`."""
-    types = gguf.GGMLQuantizationType
-    if len(one.shape) == 1:
-        return types.F32
-    columns, _ = gguf.GGML_QUANT_SIZES[types[kind.upper()]]
-    return types[kind.upper()] if one.shape[-1] % columns == 0 else types.F16
+def _plan_experts(config: Any, experts: StockExperts) -> FilePlan:
+    """Plans a `glm4moe`."""
+    width, size, routed = config.hidden_size, experts.size, experts.routed
+    heads, groups, head = _heads(config)
+    shared = max(1, experts.shared) * size  # without any, llama.cpp would add silu(x)
+    inside = {
+        "input_layernorm.weight": Planned("attn_norm.weight", (width,)),
+        "post_attention_layernorm.weight": Planned("post_attention_norm.weight", (width,)),
+        "self_attn.o_proj.weight": Planned("attn_output.weight", (width, heads * head)),
+        "mlp.gate.weight": Planned("ffn_gate_inp.weight", (routed, width), exact=True),
+        "mlp.gate.bias": Planned("exp_probs_b.bias", (routed,)),
+    }
+    for part, count in (("q", heads), ("k", groups), ("v", groups)):
+        planned = Planned(f"attn_{part}.weight", (count * head, width))
+        inside[f"self_attn.{part}_proj.weight"] = planned
+        if config.model_type == "qwen2":
+            bias = Planned(f"attn_{part}.bias", (count * head,))
+            inside[f"self_attn.{part}_proj.bias"] = bias
+    if config.model_type == "qwen3":
+        for part in ("q", "k"):
+            inside[f"self_attn.{part}_norm.weight"] = Planned(f"attn_{part}_norm.weight", (head,))
+    for part in ("gate", "up", "down"):
+        turned = part == "down"
+        one = (width, size) if turned else (size, width)
+        all_shared = (width, shared) if turned else (shared, width)
+        inside[f"mlp.experts.{part}_proj"] = Planned(f"ffn_{part}_exps.weight", (routed, *one))
+        inside[f"mlp.shared_experts.{part}_proj"] = Planned(f"ffn_{part}_shexp.weight", all_shared)
+    tensors = {"model.embed_tokens.weight": Planned(EMBEDDING, (config.vocab_size, width))}
+    for layer in range(config.num_hidden_layers):
+        for name, planned in inside.items():
+            there = replace(planned, name=f"blk.{layer}.{planned.name}")
+            tensors[f"model.layers.{layer}.{name}"] = there
+    metadata = {
+        **_common(config),
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "expert_count": routed,
+        "expert_used_count": experts.k,
+        "expert_shared_count": max(1, experts.shared),
+        "expert_feed_forward_length": size,
+        "expert_gating_func": SIGMOID if experts.weights == "sigmoid" else SOFTMAX_OF_CHOSEN,
+        "expert_weights_norm": True,
+        "expert_weights_scale": float(experts.k),
+        "leading_dense_block_count": 0,
+        "nextn_predict_layers": 0,
+    }
+    return FilePlan(tensors | _after(config, tied=False), frozenset(), metadata, "glm4moe")
 
 
-def _size(gguf: Any, one: Planned, kind: Any) -> int:
-    """The bytes of a tensor."""
-    columns, size = gguf.GGML_QUANT_SIZES[kind]
-    numbers = 1
-    for length in one.shape:
-        numbers *= length
-    return int(numbers // columns * size)
+class _ExpertTensors(Mapping[str, Tensor]):
+    """The tensors of a `glm4moe`, each made of those of a folder when it is asked for."""
 
+    def __init__(
+        self, stored: Mapping[str, Tensor], experts: StockExperts, names: tuple[str, ...]
+    ) -> None:
+        self.stored, self.experts, self.names = stored, experts, names
 
-def _stored(gguf: Any, tensor: Tensor, one: Planned, kind: Any) -> Any:
-    """The numbers of a tensor as the file has them, a numpy array."""
-    if tuple(tensor.shape) != one.shape:
-        raise ValueError(f"{one.name} is {tuple(tensor.shape)}, expected {one.shape}")
-    numbers = tensor.detach().float()
-    if one.heads:
-        # (heads, 2 halves, numbers of a half, D): the halves of a head become its neighbours
-        parts = numbers.unflatten(0, (one.heads, 2, -1))
-        numbers = parts.transpose(1, 2).flatten(0, 2)
-    most = float(numbers.abs().max())
-    if kind != gguf.GGMLQuantizationType.F32 and not most <= 65504:  # the largest f16; NaN too
-        raise ValueError(f"{one.name} has the number {most}, which f16 does not hold: {WAY_OUT}")
-    return gguf.quants.quantize(numbers.contiguous().numpy(), kind)
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.stored:
+            return self.stored[name]
+        if name == "lm_head.weight":  # the embedding is the head, too
+            return self.stored["model.embed_tokens.weight"]
+        _, _, layer, _, group, part = name.split(".")[:6]
+        if group == "gate":
+            return self._choice(int(layer), part)
+        return self._experts(int(layer), group, part)
+
+    def _choice(self, layer: int, part: str) -> Tensor:
+        """weight_RD or bias_R."""
+        weight_RD, bias_R = self.experts.scores(self.stored, layer)
+        scale = SCALE if self.experts.weights == "equal" else 1.0
+        if part == "weight":
+            return weight_RD * scale
+        return weight_RD.new_zeros(len(weight_RD)) if bias_R is None else bias_R * scale
+
+    def _experts(self, layer: int, group: str, part: str) -> Tensor:
+        """Routed ones stacked, shared ones end to end."""
+        rows = self.stored[f"{NAME.format(layer)}.{part}.weight"]
+        turned = part == "down_proj"
+        rows_END = self.experts.rows_END(rows.mT if turned else rows)
+        shared = self.experts.shared
+        if group == "experts":
+            return rows_END[shared:].mT if turned else rows_END[shared:]
+        rows_FD = rows_END[:shared].flatten(0, 1) if shared else torch.zeros_like(rows_END[0])
+        return rows_FD.mT if turned else rows_FD
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,25 @@ class Written(ABC):
 class Plan(ABC):
     """What will be written, by the config alone."""
 
-    limits: Limits | None = None
-    """How far the written FFNs may be from ours; None: the weights are rounded, nothing is held."""
+    compared: ClassVar[bool] = False
+    """Whether it is read back (`read_back`) and compared with the source."""
+    is_file: ClassVar[bool] = False
+    """Whether one file is written, rather than a folder."""
+
+    @property
+    def routed(self) -> bool:
+        """Whether what is written chooses among experts; else every neuron runs."""
+        return False
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """What the weights are rounded to, groups of few bits aside; None: they stay."""
+        return None
+
+    @property
+    def limits(self) -> Limits | None:
+        """How far it may be from ours; None: its weights are rounded, and nothing is held."""
+        return None
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -89,23 +106,27 @@ class Plan(ABC):
             ValueError: tensors that are missing, or of another shape than the config says.
         """
 
-    @property
-    def is_file(self) -> bool:
-        """Whether one file is written, rather than a folder."""
-        return False
+    def read_back(self, place: Path, dtype: torch.dtype) -> Written | None:
+        """Reads what was written.
 
-    def read_back(self, place: Path) -> Written | None:
-        """Reads what was written; None: this format has nothing to compare with."""
+        Args:
+            place: where it is.
+            dtype: of the arithmetic: fp32, or another one.
+
+        Returns:
+            What was written; None: it is not computed in this dtype, which is not fp32.
+        """
         return None
 
 
 class Limits(NamedTuple):
-    """How far the FFNs of a right file are from ours, at most."""
+    """How far a right file is from ours, at most."""
 
-    sets: float
-    """Least share of token-layers that choose the same experts."""
     error: float
-    """Largest mean of ||y' - y|| / ||y||, where they do."""
+    """Largest mean of ||y' - y|| / ||y|| over the FFNs' outputs, where they choose alike; without a
+    choice, of the whole model's logits."""
+    sets: float = 1.0
+    """Least share of token-layers that choose the same experts."""
 
 
 Planner = Callable[[Source, Options], Plan]

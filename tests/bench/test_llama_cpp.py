@@ -21,7 +21,8 @@ from moe_tools.bench.llama_cpp import (
 )
 from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
-from moe_tools.export.gguf import plan, write_gguf
+from moe_tools.export.gguf import plan
+from moe_tools.export.gguf_file import write_gguf
 from tests.export.test_gguf import llama, rounded
 from tests.families import build
 

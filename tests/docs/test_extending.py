@@ -20,7 +20,7 @@ from moe_tools.checkpoint.saving import save
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.experts.routing import record_routing
-from moe_tools.export import FORMATS, export
+from moe_tools.export import TARGETS, export
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.shapes import LAYOUTS
 from moe_tools.recipe import STEPS, read_recipe
@@ -31,7 +31,7 @@ from tests.families import build, logits, model_inputs, randomize, routed
 from tests.runs.test_run import work as work
 
 NAMES = ("family", "router", "loss", "step", "form")
-TABLES = (LAYOUTS, ROUTERS._things, LOSSES._things, STEPS._things, FORMATS._things)
+TABLES = (LAYOUTS, ROUTERS._things, LOSSES._things, STEPS._things, TARGETS._things)
 RECIPE = """
 name: extended
 data: {text}
@@ -130,7 +130,7 @@ def test_a_step_of_a_package_prunes(extras: ModuleType, work: Path, tmp_path: Pa
 def test_an_export_format_of_a_package_is_written(extras: ModuleType, tmp_path: Path) -> None:
     model = build("llama")
     save(model, tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "down.npz", format="npz")
+    export(tmp_path / "model", tmp_path / "down.npz", to="npz")
     written = numpy.load(tmp_path / "down.npz")
     for ffn in find_ffns(model):
         assert torch.equal(torch.from_numpy(written[ffn.name]), ffn.weights().down_FD)

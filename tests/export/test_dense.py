@@ -113,6 +113,6 @@ def test_what_is_there_stays_and_an_unknown_format_is_named(
     words = ["export", str(tmp_path / "model"), "--output"]
     assert main([*words, str(tmp_path / "there")]) == 2
     assert (tmp_path / "there" / "mine").read_text() == "mine"
-    assert main([*words, str(tmp_path / "new"), "--format", "dens"]) == 2
+    assert main([*words, str(tmp_path / "new"), "--to", "dens"]) == 2
     assert "unknown export format 'dens'; did you mean 'dense'?" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -21,7 +21,8 @@ from transformers import (
 from moe_tools.checkpoint.loading import load
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.swapped import swap_activations
-from moe_tools.export.gguf import plan, write_gguf
+from moe_tools.export.gguf import plan
+from moe_tools.export.gguf_file import write_gguf
 from tests.families import build
 
 SIZES = {
@@ -141,7 +142,7 @@ def test_rows_that_are_no_whole_groups_are_f16(tmp_path: Path) -> None:
     ids=["qwen2", "mixtral", "relu", "attention", "mlp", "window", "rope", "heads"],
 )
 def test_what_is_no_plain_llama_is_refused_by_its_config(config: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"and .*{reason}.*: `moe-tools export` writes a folder"):
+    with pytest.raises(ValueError, match=f"and .*{reason}.*: `moe-tools export --to dense` writes a folder"):
         plan(config)
 
 
