@@ -9,13 +9,13 @@ but a sign is asked of them, so that a power of two brings them to where f16 hol
 The file is a GGUF file by another first word (`MAGIC`), matrices in f16, vectors in f32.
 `powerinfer_file` reads it back.
 
-Letters: D width of the model, F neurons, K units between a predictor's layers.
+Letters: D width of the model, F neurons.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,171 +24,89 @@ import torch
 from torch import Tensor
 
 from moe_tools.checkpoint.stored import some
-from moe_tools.data.progress import progress
 from moe_tools.export.gguf import EMBEDDING, HEAD
-from moe_tools.export.gguf_tokenizer import WAY_OUT as TOKENIZER_WAY_OUT
-from moe_tools.export.gguf_tokenizer import Tokenizer
-from moe_tools.export.plan import Options, Plan
-from moe_tools.export.powerinfer_file import MAGIC, THRESHOLD, PowerInferFile
+from moe_tools.export.gguf import LAYER as DENSE
+from moe_tools.export.gguf_file import FilePlan, Planned, check_tokenizer, write_gguf
+from moe_tools.export.plan import Limits, Options, Plan, Written
+from moe_tools.export.powerinfer_file import MAGIC, THRESHOLD, THRESHOLD_KEY, PowerInferFile
 from moe_tools.export.powerinfer_limits import OTHERS, reason, told
 from moe_tools.export.source import Source
 from moe_tools.extras import needed
 
 TOKENIZERS = ("llama", "gpt2")
 """SentencePiece, and byte-level BPE."""
+TOKENIZER_WAY_OUT = (
+    "give one by --tokenizer FILE.gguf, of the donor or from llama.cpp's "
+    "`convert_hf_to_gguf.py DONOR --vocab-only`"
+)
 LARGEST = 65504.0
 """Of f16."""
-FILE_TYPE = 1
-"""What llama.cpp calls a file with most matrices in f16."""
-LAYER = {
-    "input_layernorm.weight": "attn_norm",
-    "self_attn.q_proj.weight": "attn_q",
-    "self_attn.k_proj.weight": "attn_k",
-    "self_attn.v_proj.weight": "attn_v",
-    "self_attn.o_proj.weight": "attn_output",
-    "post_attention_layernorm.weight": "ffn_norm",
-    "mlp.gate_proj.weight": "ffn_gate",
-    "mlp.up_proj.weight": "ffn_up",
-    "mlp.down_proj.weight": "ffn_down_t",
-    "mlp.router.first.weight": "fc1",
-    "mlp.router.second.weight": "fc2",
-}
+ASTRAY = 2e-4
+"""Share of the neurons that may fall on the other side of 0: SmolLM2's FFNs have at most 5e-5, by
+predictors that f16 rounds."""
+EMBEDDED, HEADED = "model.embed_tokens.weight", "lm_head.weight"
+NORM, DOWN = "post_attention_layernorm", "mlp.down_proj"
+FIRST, SECOND = "mlp.router.first", "mlp.router.second"
+LAYER = {**DENSE, DOWN: "ffn_down_t", FIRST: "fc1", SECOND: "fc2"}
 """Our names inside a layer -> PowerInfer's."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a file says about the model."""
-
-    layers: int
-    width: int
-    neurons: int
-    heads: int
-    groups: int
-    """Heads of k and v."""
-    rank: int
-    vocabulary: int
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor of a layer as ours has it, by PowerInfer's name."""
-        narrow = self.width // self.heads * self.groups
-        shapes = {
-            "attn_q": (self.width, self.width),
-            "attn_k": (narrow, self.width),
-            "attn_v": (narrow, self.width),
-            "attn_output": (self.width, self.width),
-            "ffn_gate": (self.neurons, self.width),
-            "ffn_up": (self.neurons, self.width),
-            "ffn_down_t": (self.width, self.neurons),
-            "fc1": (self.rank, self.width),
-            "fc2": (self.neurons, self.rank),
-        }
-        return shapes.get(name, (self.width,))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of the file."""
-
-    name: str
-    ours: str
-    """Its name in the folder."""
-    shape: tuple[int, ...]
-    """In the folder."""
-    heads: int = 0
-    """Of q and k: heads whose rows are put in llama.cpp's order."""
-    norm: str | None = None
-    """Of the first layer of a predictor: the norm that it takes up."""
-
-    @property
-    def transposed(self) -> bool:
-        """A row a neuron, as PowerInfer reads those that run."""
-        return "ffn_down_t" in self.name
-
-    @property
-    def written_shape(self) -> tuple[int, ...]:
-        """In the file."""
-        return self.shape[::-1] if self.transposed else self.shape
 
 
 @dataclass(frozen=True)
 class PowerInferPlan(Plan):
     """The file of one model."""
 
-    arch: str
-    sizes: Sizes
-    metadata: dict[str, int | float]
-    """Method of `gguf.GGUFWriter` -> the value that it writes."""
+    compared, is_file = True, True
+
+    file: FilePlan
+    neurons: int
+    """Of an FFN."""
+    rank: int
+    """Units between the layers of a predictor."""
     tied: bool
-    tokenizer: Tokenizer
+    """The head is the embedding, of which PowerInfer wants a copy."""
+    tokenizer: str
 
     @property
-    def is_file(self) -> bool:
-        """One file."""
+    def routed(self) -> bool:
+        """Every neuron is an expert."""
         return True
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """That of the file."""
+        return torch.float16
+
+    @property
+    def limits(self) -> Limits:
+        """A token chooses alike where all its neurons do: of thousands, seldom all."""
+        return Limits(2e-3, (1 - ASTRAY) ** self.neurons)
 
     def facts(self) -> dict[str, Any]:
         """What will be in the file."""
+        shapes = [planned.shape for planned in self.file.tensors.values()]
         return {
-            "architecture": self.arch,
-            "layers": self.sizes.layers,
-            "neurons": self.sizes.neurons,
-            "predictor_rank": self.sizes.rank,
+            "file": self.file.architecture,
             "type": "f16",
-            "tokenizer": self.tokenizer.file,
-            "bytes": sum(_bytes(entry.shape) for entry in self.entries()),
+            "tokenizer": self.tokenizer,
+            "neurons": self.neurons,
+            "predictor_rank": self.rank,
+            "bytes": sum(math.prod(shape) * (2 if len(shape) > 1 else 4) for shape in shapes),
         }
 
-    def entries(self) -> list[Entry]:
-        """The tensors, in the order of the file; the head of a tied model is its embedding."""
-        sizes, embedding = self.sizes, "model.embed_tokens.weight"
-        matrix = (sizes.vocabulary, sizes.width)
-        found = [Entry(EMBEDDING, embedding, matrix)]
-        for layer in range(sizes.layers):
-            found += [_entry(sizes, f"model.layers.{layer}.", layer, ours) for ours in LAYER]
-        found.append(Entry("output_norm.weight", "model.norm.weight", (sizes.width,)))
-        found.append(Entry(HEAD, embedding if self.tied else "lm_head.weight", matrix))
-        return found
-
     def write(self, source: Source, place: Path) -> None:
-        """Writes the file, one tensor in memory at a time; its first word last.
+        """Writes the file, one tensor in memory at a time, and its first word last.
 
         Raises:
-            ValueError: tensors that are not those of the plan, a number that f16 does not hold, or
-                no gguf package.
+            ValueError: tensors that are not those of the plan, or a number that f16 does not hold.
         """
-        gguf = needed("gguf", "gguf", "writing a file for PowerInfer")
-        tensors, entries = source.tensors(), self.entries()
-        _check_names(tensors, {entry.ours for entry in entries}, self.tied)
-        writer = gguf.GGUFWriter(place, self.arch)
-        try:
-            self._write_head(writer, gguf)
-            with progress("export", len(entries), "tensor") as bar:
-                for entry in entries:
-                    writer.write_tensor_data(_stored(tensors, entry).numpy())
-                    bar.update()
-        finally:
-            writer.close()
+        tensors = _Tensors(source.tensors(), self.file, self.tied)
+        write_gguf(self.file, tensors, place, "f16", self.tokenizer)
         with place.open("r+b") as file:
             file.write(MAGIC)
 
-    def read_back(self, place: Path) -> PowerInferFile:
-        """Reads the file, and computes as PowerInfer does."""
-        return PowerInferFile(place)
-
-    def _write_head(self, writer: Any, gguf: Any) -> None:
-        writer.add_file_type(FILE_TYPE)
-        for method, value in self.metadata.items():
-            getattr(writer, method)(value)
-        writer.add_float32("powerinfer.sparse_threshold", THRESHOLD)
-        self.tokenizer.write(writer)
-        types = gguf.GGMLQuantizationType
-        for entry in self.entries():
-            shape, kind = entry.written_shape, types.F16 if len(entry.shape) > 1 else types.F32
-            writer.add_tensor_info(entry.name, shape, "float16", _bytes(shape), kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+    def read_back(self, place: Path, dtype: torch.dtype) -> Written | None:
+        """What the file computes, by PowerInfer's formulas in PyTorch; in fp32 alone."""
+        return PowerInferFile(place) if dtype == torch.float32 else None
 
 
 def plan_powerinfer(source: Source, options: Options) -> PowerInferPlan:
@@ -202,99 +120,116 @@ def plan_powerinfer(source: Source, options: Options) -> PowerInferPlan:
     if why is not None:
         raise ValueError(f"{source.name} cannot be a file for PowerInfer: {why}")
     config, known = source.config, told(source)
-    sizes = Sizes(
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        neurons=config.intermediate_size,
-        heads=config.num_attention_heads,
-        groups=known.groups,
-        rank=known.rank,
-        vocabulary=config.vocab_size,
-    )
-    metadata = {
-        "add_context_length": config.max_position_embeddings,
-        "add_embedding_length": sizes.width,
-        "add_block_count": sizes.layers,
-        "add_feed_forward_length": sizes.neurons,
-        "add_head_count": sizes.heads,
-        "add_head_count_kv": sizes.groups,
-        "add_rope_dimension_count": sizes.width // sizes.heads,
-        "add_rope_freq_base": float(config.rope_parameters["rope_theta"]),
-        "add_layer_norm_rms_eps": float(config.rms_norm_eps),
+    width, neurons = config.hidden_size, config.intermediate_size
+    narrow = width // config.num_attention_heads * known.groups
+    shapes = {
+        "attn_q": (width, width),
+        "attn_k": (narrow, width),
+        "attn_v": (narrow, width),
+        "attn_output": (width, width),
+        "attn_norm": (width,),
+        "ffn_norm": (width,),
+        "fc1": (known.rank, width),
+        "fc2": (neurons, known.rank),
     }
-    tied = bool(config.tie_word_embeddings)
-    return PowerInferPlan(known.arch, sizes, metadata, tied, _tokenizer(source, options))
+    heads = {"attn_q": config.num_attention_heads, "attn_k": known.groups}
+    matrix = (config.vocab_size, width)
+    tensors = {EMBEDDED: Planned(EMBEDDING, matrix)}
+    for layer in range(config.num_hidden_layers):
+        for ours, name in LAYER.items():
+            shape = shapes.get(name, (neurons, width))
+            planned = Planned(f"blk.{layer}.{name}.weight", shape, heads.get(name, 0))
+            tensors[f"model.layers.{layer}.{ours}.weight"] = planned
+    tensors["model.norm.weight"] = Planned("output_norm.weight", (width,))
+    tensors[HEADED] = Planned(HEAD, matrix)
+    common = {THRESHOLD_KEY: THRESHOLD}
+    file = FilePlan(tensors, frozenset(), _metadata(config, known.groups), known.arch, common)
+    tied, tokenizer = bool(config.tie_word_embeddings), _tokenizer(source, options)
+    return PowerInferPlan(file, neurons, known.rank, tied, tokenizer)
 
 
-def _tokenizer(source: Source, options: Options) -> Tokenizer:
-    """Without one, PowerInfer refuses the file."""
-    found = Tokenizer.of(source, options)
-    if found is None:
+def _metadata(config: Any, groups: int) -> dict[str, int | float | bool]:
+    return {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": groups,
+        "rope.dimension_count": config.hidden_size // config.num_attention_heads,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+    }
+
+
+def _tokenizer(source: Source, options: Options) -> str:
+    """The GGUF file whose tokenizer is copied; without one, PowerInfer refuses a file."""
+    assert source.conversion is not None
+    file, donor = options.tokenizer, source.conversion.donor
+    if file is None and donor.endswith(".gguf") and Path(donor).is_file():
+        file = donor
+    if file is None:
         raise ValueError(f"PowerInfer reads no file without a tokenizer: {TOKENIZER_WAY_OUT}")
-    if found.model not in TOKENIZERS:
+    check_tokenizer(file, source.config.vocab_size)
+    kind = needed("gguf", "gguf", file).GGUFReader(file).fields["tokenizer.ggml.model"].contents()
+    if kind not in TOKENIZERS:
         raise ValueError(
-            f"{found.file} has a tokenizer of the kind {found.model}, and PowerInfer knows "
-            f"{' and '.join(TOKENIZERS)}: no other model than those has a file for it"
+            f"{file} has a tokenizer of the kind {kind}, and PowerInfer knows "
+            f"{' and '.join(TOKENIZERS)}: {OTHERS}"
         )
-    if found.size != source.config.vocab_size:
-        raise ValueError(
-            f"{found.file} has {found.size} tokens and the model {source.config.vocab_size}, but "
-            f"PowerInfer takes the one for the other: {TOKENIZER_WAY_OUT}"
-        )
-    return found
+    return file
 
 
-def _entry(sizes: Sizes, prefix: str, layer: int, ours: str) -> Entry:
-    """A tensor of a layer."""
-    name = LAYER[ours]
-    heads = {"attn_q": sizes.heads, "attn_k": sizes.groups}.get(name, 0)
-    norm = f"{prefix}post_attention_layernorm.weight" if name == "fc1" else None
-    return Entry(f"blk.{layer}.{name}.weight", prefix + ours, sizes.shape(name), heads, norm)
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a file, made from those of a folder when they are asked for.
 
+    Raises:
+        ValueError: the folder has others than the plan.
+    """
 
-def _bytes(shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * (2 if len(shape) > 1 else 4)
+    def __init__(self, stored: Mapping[str, Tensor], file: FilePlan, tied: bool) -> None:
+        self._stored, self._file, self._tied = stored, file, tied
+        copied = {HEADED} if tied else set()
+        missing = file.tensors.keys() - copied - stored.keys()
+        if missing:
+            raise ValueError(f"the folder lacks the tensors {some(missing)}: write it again")
+        others = stored.keys() - file.tensors.keys()
+        if others:
+            raise ValueError(f"PowerInfer has no place for the tensors {some(others)}: {OTHERS}")
 
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._file.tensors[name].shape
+        if DOWN in name:  # a row a neuron, as PowerInfer reads those that run
+            return self._read(name, shape[::-1]).T
+        if FIRST in name:
+            norm_D = self._read(name.replace(FIRST, NORM), shape[1:])
+            return _scaled(self._read(name, shape, math.inf) * norm_D)
+        if SECOND in name:
+            return _scaled(self._read(name, shape, math.inf))
+        return self._read(EMBEDDED if self._tied and name == HEADED else name, shape)
 
-def _check_names(tensors: Mapping[str, Tensor], needed: set[str], tied: bool) -> None:
-    missing = needed - tensors.keys()
-    if missing:
-        raise ValueError(f"the folder lacks the tensors {some(missing)}: write it again")
-    others = tensors.keys() - needed - ({"lm_head.weight"} if tied else set())
-    if others:
-        raise ValueError(f"PowerInfer has no place for the tensors {some(others)}: {OTHERS}")
+    def _read(self, name: str, shape: tuple[int, ...], largest: float = LARGEST) -> Tensor:
+        """A tensor in fp32, no number of which is above the largest that its place holds."""
+        numbers = self._stored[name]
+        if tuple(numbers.shape) != shape:
+            raise ValueError(f"{name} is {tuple(numbers.shape)}, and the config says {shape}")
+        numbers = numbers.float()
+        most = float(numbers.abs().max())
+        if not most <= largest or most == math.inf:  # NaN too
+            raise ValueError(
+                f"{name} has the number {most}, which f16 does not hold, and PowerInfer computes "
+                f"in nothing else: {OTHERS}"
+            )
+        return numbers
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.tensors)
 
-def _stored(tensors: Mapping[str, Tensor], entry: Entry) -> Tensor:
-    """The numbers of a tensor as the file has them."""
-    numbers = _read(tensors, entry.ours, entry.shape)
-    if entry.norm is not None:
-        numbers = numbers * _read(tensors, entry.norm, entry.shape[1:])
-    if entry.heads:
-        # (heads, 2 halves, numbers of a half, D): the halves of a head become its neighbours
-        parts = numbers.unflatten(0, (entry.heads, 2, -1))
-        numbers = parts.transpose(1, 2).flatten(0, 2)
-    if ".fc" in entry.name:
-        numbers = _scaled(numbers)
-    if entry.transposed:
-        numbers = numbers.T
-    most = float(numbers.abs().max())
-    if not most <= (LARGEST if numbers.ndim > 1 else math.inf):  # NaN too
-        raise ValueError(
-            f"{entry.ours} has the number {most}, which f16 does not hold, and PowerInfer computes "
-            f"in nothing else: {OTHERS}"
-        )
-    return numbers.contiguous().to(torch.float16 if numbers.ndim > 1 else torch.float32)
-
-
-def _read(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
-    numbers = tensors[name]
-    if tuple(numbers.shape) != shape:
-        raise ValueError(f"{name} is {tuple(numbers.shape)}, and the config says {shape}")
-    return numbers.float()
+    def __len__(self) -> int:
+        return len(self._file.tensors)
 
 
 def _scaled(numbers: Tensor) -> Tensor:
     """A predictor's layer by a power of two, its largest number between 1/2 and 1."""
     most = float(numbers.abs().max())
-    return numbers * 2.0 ** -math.frexp(most)[1] if 0 < most < math.inf else numbers
+    return numbers * 2.0 ** -math.frexp(most)[1]

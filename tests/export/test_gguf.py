@@ -142,7 +142,9 @@ def test_rows_that_are_no_whole_groups_are_f16(tmp_path: Path) -> None:
     ids=["qwen2", "mixtral", "relu", "attention", "mlp", "window", "rope", "heads"],
 )
 def test_what_is_no_plain_llama_is_refused_by_its_config(config: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=f"and .*{reason}.*: `moe-tools export --to dense` writes a folder"):
+    with pytest.raises(
+        ValueError, match=f"and .*{reason}.*: `moe-tools export --to dense` writes a folder"
+    ):
         plan(config)
 
 

@@ -72,7 +72,7 @@ def test_a_file_that_is_read_back_chooses_and_computes_as_ours(
     """The 1 / rms of every token included, which the file's predictors do not see."""
     model = held_by_f16(llama(activation, **config))
     plan, file = written(model, tmp_path)
-    read = plan.read_back(file)
+    read = plan.read_back(file, torch.float32)
     for layer in range(2):
         ours_TF, y_TD, theirs_TF, their_y_TD = both(model, layer, read, residuals())
         assert 0.3 < ours_TF.float().mean() < 0.7
@@ -86,7 +86,7 @@ def test_f16_rounds_predictors_near_0_alone(tmp_path: Path) -> None:
     """1 decision in 2,000 at most; where no neuron of a token is one, the FFN's output is ours."""
     model = llama()
     plan, file = written(model, tmp_path)
-    read = plan.read_back(file)
+    read = plan.read_back(file, torch.float32)
     for layer in range(2):
         ours_TF, y_TD, theirs_TF, their_y_TD = both(model, layer, read, residuals())
         assert (ours_TF != theirs_TF).float().mean() < 5e-4
@@ -104,7 +104,7 @@ def test_predictors_of_any_size_are_where_f16_holds_them(size: float, tmp_path: 
     for ffn in expert_ffns(model):
         ffn.router.first.weight.mul_(size)
     plan, file = written(model, tmp_path)
-    read = plan.read_back(file)
+    read = plan.read_back(file, torch.float32)
     # 1e-9 leaves scores within a rounding of 1/2: ours would choose none; the sign is what counts
     for layer, ffn in enumerate(expert_ffns(model)):
         residual_TD = residuals()
@@ -121,7 +121,9 @@ def test_a_token_at_which_no_unit_answers_runs_no_neuron(tmp_path: Path) -> None
     expert_ffns(model)[0].router.first.weight.fill_(1.0)
     plan, file = written(model, tmp_path)
     residual_TD = -torch.rand(3, 64)
-    ours_TF, y_TD, theirs_TF, their_y_TD = both(model, 0, plan.read_back(file), residual_TD)
+    ours_TF, y_TD, theirs_TF, their_y_TD = both(
+        model, 0, plan.read_back(file, torch.float32), residual_TD
+    )
     assert not ours_TF.any() and not theirs_TF.any()
     assert not y_TD.any() and not their_y_TD.any()
 
@@ -148,12 +150,11 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
     assert sum(one.n_bytes for one in tensors.values()) == plan.facts()["bytes"]
     assert plan.is_file
     assert plan.facts() == {
-        "architecture": "bamboo",
-        "layers": 2,
-        "neurons": 1024,
-        "predictor_rank": 16,
+        "file": "bamboo",
         "type": "f16",
         "tokenizer": str(tmp_path / "words.gguf"),
+        "neurons": 1024,
+        "predictor_rank": 16,
         "bytes": plan.facts()["bytes"],
     }
 
@@ -162,7 +163,7 @@ def test_a_mistral_without_a_window_is_a_llama_and_bf16_is_read(tmp_path: Path) 
     model = held_by_f16(llama(mistral=True)).bfloat16()
     plan, file = written(model, tmp_path)
     expected_BTV = load(tmp_path / "model", dtype=torch.float32)(IDS_BT).logits.detach()
-    read_BTV = plan.read_back(file).logits(IDS_BT)
+    read_BTV = plan.read_back(file, torch.float32).logits(IDS_BT)
     torch.testing.assert_close(read_BTV, expected_BTV, rtol=1e-3, atol=1e-3)
 
 
@@ -243,7 +244,7 @@ def test_what_powerinfer_computes_otherwise_is_refused_by_the_config(
 def test_a_host_with_a_relu_of_its_own_is_taken(tmp_path: Path) -> None:
     given = source(LlamaConfig(**SIZES, hidden_act="relu"), activation=None)
     options = Options(tokenizer=str(write_vocabulary(tmp_path / "words.gguf")))
-    assert plan_powerinfer(given, options).facts()["architecture"] == "llama"
+    assert plan_powerinfer(given, options).facts()["file"] == "llama"
 
 
 @pytest.mark.parametrize(
@@ -308,12 +309,12 @@ def test_a_tokenizer_that_powerinfer_cannot_take_is_refused(tmp_path: Path) -> N
     short = write_vocabulary(tmp_path / "short.gguf", VOCABULARY[:-2])
     kind = write_vocabulary(tmp_path / "kind.gguf", model="bert")
     cases = {
-        tmp_path / "none.gguf": r"cannot read the tokenizer of .*none.gguf: ",
-        broken: r"cannot read the tokenizer of .*broken.gguf: ",
-        empty: r"cannot read the tokenizer of .*empty.gguf: ",
-        short: r"short.gguf has 256 tokens and the model 258, but PowerInfer .*: give one by",
-        kind: r"kind.gguf has a tokenizer of the kind bert, and PowerInfer knows llama and gpt2",
-        bare(tmp_path / "bare.gguf"): r"bare.gguf has no tokenizer \(tokenizer.ggml.model is mis",
+        tmp_path / "none.gguf": "none.gguf does not exist",
+        broken: "broken.gguf is not a GGUF file, or damaged",
+        empty: "empty.gguf is not a GGUF file, or damaged",
+        short: "short.gguf has 256 tokens, but the model 258",
+        kind: "kind.gguf has a tokenizer of the kind bert, and PowerInfer knows llama and gpt2",
+        bare(tmp_path / "bare.gguf"): "bare.gguf has no tokenizer",
     }
     for file, reason in cases.items():
         with pytest.raises(ValueError, match=reason) as no:
