@@ -12,6 +12,9 @@ NEWEST ?= 5.24.0
 # A worker a core; a worker of the whole suite takes 3 GB.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
+# PowerInfer is in no registry: where you built it, or the folder of its source.
+POWERINFER ?= $(if $(POWERINFER_SOURCE),build/powerinfer)
+
 # llama.cpp is timed beside our models where its Python package is installed.
 AGAINST = $(shell $(BIN)/python -c 'import llama_cpp' 2> /dev/null && echo --against llama.cpp)
 
@@ -19,7 +22,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock check format test coverage fast test-lowest test-image test-newest sanitize cross demo bench \
+.PHONY: help env lock check format test coverage fast test-lowest test-image test-newest test-powerinfer sanitize cross demo bench \
   faults families gpu docs wheel clean
 
 help: ## list the targets
@@ -63,6 +66,12 @@ test-image: ## the same with those of a GPU image (PYTHON=python3.12), in .venv-
 
 test-newest: ## the same with today's newest, in .venv-newest; reports: any warning may fail it
 	-PYTHON=$(PYTHON) VENV=$(VENV)-newest PARALLEL="$(PARALLEL)" tools/environment newest
+
+test-powerinfer: $(STAMP) ## exported files in PowerInfer itself (POWERINFER=ITS-BUILD, or POWERINFER_SOURCE=FOLDER to build it)
+	[ -z "$(POWERINFER_SOURCE)" ] || { \
+	  cmake -S "$(POWERINFER_SOURCE)" -B "$(POWERINFER)" -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF && \
+	  cmake --build "$(POWERINFER)" --target main perplexity; }
+	POWERINFER="$(POWERINFER)" $(BIN)/python -m pytest -m powerinfer tests/export
 
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo

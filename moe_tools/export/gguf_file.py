@@ -10,7 +10,7 @@ Letters: D width of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class FilePlan:
     """Key, without the architecture before it -> value."""
     architecture: str = "llama"
     """As llama.cpp calls it."""
+    common: dict[str, float] = field(default_factory=dict)
+    """Key that is no architecture's -> value."""
 
 
 def write_gguf(
@@ -172,13 +174,15 @@ def _write_metadata(
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for key, value in plan.metadata.items():
         add[type(value)](f"{plan.architecture}.{key}", value)
+    for key, value in plan.common.items():
+        writer.add_float32(key, value)
     if tokenizer is None:
         writer.add_tokenizer_model("none")  # as many tokens as `vocab_size` says, without text
         return
-    for key, field in gguf.GGUFReader(tokenizer).fields.items():
+    for key, entry in gguf.GGUFReader(tokenizer).fields.items():
         if key.startswith(TOKENIZER):
-            inner = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
+            inner = entry.types[-1] if len(entry.types) > 1 else None
+            writer.add_key_value(key, entry.contents(), entry.types[0], inner)
 
 
 def _kind_of(gguf: Any, one: Planned, kind: Kind) -> Any:
