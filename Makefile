@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock check format test coverage fast test-lowest test-image test-newest sanitize cross demo bench \
+.PHONY: help env lock check format test coverage fast test-lowest test-image test-newest test-vllm sanitize cross demo bench \
   faults families gpu docs wheel clean
 
 help: ## list the targets
@@ -63,6 +63,10 @@ test-image: ## the same with those of a GPU image (PYTHON=python3.12), in .venv-
 
 test-newest: ## the same with today's newest, in .venv-newest; reports: any warning may fail it
 	-PYTHON=$(PYTHON) VENV=$(VENV)-newest PARALLEL="$(PARALLEL)" tools/environment newest
+
+# vLLM's own pins, so an environment of its own; it takes 4 GB.
+test-vllm: ## converted folders in vLLM on a CPU, in .venv-vllm
+	PYTHON=$(PYTHON) VENV=$(VENV)-vllm tools/environment vllm
 
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
@@ -116,5 +120,5 @@ wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-image $(VENV)-newest build dist demo gpu site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-image $(VENV)-newest $(VENV)-vllm build dist demo gpu site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

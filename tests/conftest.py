@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 # Tiny models on two threads mostly wait for each other; the real ones ask for more themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,8 +22,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 def asks_for_card(config: pytest.Config) -> bool:
     """Whether `-m` names gpu, other than in `not gpu`; xdist hands `-m` down to its workers."""
+    return asks_for(config, "gpu")
+
+
+def asks_for(config: pytest.Config, mark: str) -> bool:
+    """Whether `-m` names a mark, other than in `not mark`."""
     expression = config.known_args_namespace.markexpr or ""
-    return re.search(r"(?<!not )\bgpu\b", expression) is not None
+    return re.search(rf"(?<!not )\b{mark}\b", expression) is not None
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -42,9 +48,14 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuses `-m gpu` without a card: a run that skipped all it was asked for would look well."""
+    """Refuses `-m gpu` without a card: a run that skipped all it was asked for would look well.
+
+    And `-m vllm` without vLLM.
+    """
     if asks_for_card(config) and not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu asks for a card, and torch sees none")
+    if asks_for(config, "vllm") and find_spec("vllm") is None:
+        raise pytest.UsageError("-m vllm asks for vLLM, which is not installed: make test-vllm")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -57,9 +68,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("either"):
                 item.add_marker("gpu")
-        return
-    config.hook.pytest_deselected(items=[one for one in items if one.get_closest_marker("gpu")])
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    for mark in ("gpu", "vllm"):
+        if not asks_for(config, mark):
+            left = [item for item in items if item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if not item.get_closest_marker(mark)]
 
 
 @pytest.fixture(autouse=True)

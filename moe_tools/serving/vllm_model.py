@@ -33,6 +33,7 @@ class MoeToolsForCausalLM(TransformersForCausalLM):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         self._conversion = checked_conversion(vllm_config)
         self._options: Options = read_options(vllm_config.additional_config)
+        self._loaded = False
         self._ours: dict[str, tuple[str, str]] = {}
         """Name of a tensor of ours, in a folder -> the module below `model` that has it, and its
         name there."""
@@ -62,10 +63,23 @@ class MoeToolsForCausalLM(TransformersForCausalLM):
         loaded = super().load_weights(self._without_ours(weights, found))
         if missing := set(self._ours) - found:
             raise ValueError(f"{self.model_config.model} lacks the tensors {some(missing)}")
+        self._loaded = True
         if self._options.optimize:
             self.eval()
             optimize(self.model, dtype=self._options.dtype)
         return loaded | {f"model.{path}.{leaf}" for path, leaf in self._ours.values()}
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls it last.
+
+        Raises:
+            ValueError: it loaded the model in a way that does not know of our tensors.
+        """
+        if not self._loaded:
+            raise ValueError(
+                f"--load-format {self.vllm_config.load_config.load_format} does not give "
+                f"{self.model_config.model} the tensors of its routers: leave it away"
+            )
 
     def _without_ours(
         self, weights: Iterable[tuple[str, Tensor]], found: set[str]
