@@ -22,8 +22,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock check format test coverage fast test-lowest test-image test-newest test-powerinfer sanitize cross demo bench \
-  faults families gpu docs wheel clean
+.PHONY: help env lock check format test coverage fast test-lowest test-image test-newest test-vllm test-powerinfer \
+  sanitize cross demo bench faults families gpu docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,11 +67,15 @@ test-image: ## the same with those of a GPU image (PYTHON=python3.12), in .venv-
 test-newest: ## the same with today's newest, in .venv-newest; reports: any warning may fail it
 	-PYTHON=$(PYTHON) VENV=$(VENV)-newest PARALLEL="$(PARALLEL)" tools/environment newest
 
-test-powerinfer: $(STAMP) ## exported files in PowerInfer itself (POWERINFER=ITS-BUILD, or POWERINFER_SOURCE=FOLDER to build it)
+test-powerinfer: $(STAMP) ## exported files in PowerInfer itself (POWERINFER=BUILD, or POWERINFER_SOURCE=FOLDER)
 	[ -z "$(POWERINFER_SOURCE)" ] || { \
 	  cmake -S "$(POWERINFER_SOURCE)" -B "$(POWERINFER)" -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF && \
 	  cmake --build "$(POWERINFER)" --target main perplexity; }
 	POWERINFER="$(POWERINFER)" $(BIN)/python -m pytest -m powerinfer tests/export
+
+# vLLM's own pins, so an environment of its own; it takes 4 GB.
+test-vllm: ## converted folders in vLLM on a CPU, in .venv-vllm
+	PYTHON=$(PYTHON) VENV=$(VENV)-vllm tools/environment vllm
 
 demo: $(STAMP) ## convert a real model and report on it, in demo/
 	$(BIN)/moe-tools demo --output demo
@@ -125,5 +129,5 @@ wheel: $(STAMP) ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-image $(VENV)-newest build dist demo gpu site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-image $(VENV)-newest $(VENV)-vllm build dist demo gpu site *.egg-info kernels/cpu/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

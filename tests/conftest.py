@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 # Tiny models on two threads mostly wait for each other; the real ones ask for more themselves.
@@ -14,15 +13,16 @@ os.environ["MOE_TOOLS_LIMITS"] = "built-in"
 import pytest
 import torch
 
+from tests.elsewhere import asks_for, check_marks, leave_out
+
 # transformers and huggingface_hub read these once, when a test module first imports them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def asks_for_card(config: pytest.Config) -> bool:
-    """Whether `-m` names gpu, other than in `not gpu`; xdist hands `-m` down to its workers."""
-    expression = config.known_args_namespace.markexpr or ""
-    return re.search(r"(?<!not )\bgpu\b", expression) is not None
+    """Whether `-m` names gpu."""
+    return asks_for(config, "gpu")
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -42,24 +42,18 @@ def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuses `-m gpu` without a card: a run that skipped all it was asked for would look well."""
-    if asks_for_card(config) and not torch.cuda.is_available():
-        raise pytest.UsageError("-m gpu asks for a card, and torch sees none")
+    """Refuses what `-m` asks for and this machine lacks."""
+    check_marks(config)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What runs on either is for the card where one is asked for; else what needs one is left out.
-
-    Left out as by -m, not skipped: who asks for no card need not read of it.
-    """
+    """What runs on either is for the card where one is asked for; else what needs one is left out."""
     if asks_for_card(config):
         for item in items:
             if item.get_closest_marker("either"):
                 item.add_marker("gpu")
-        return
-    config.hook.pytest_deselected(items=[one for one in items if one.get_closest_marker("gpu")])
-    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    leave_out(config, items)
 
 
 @pytest.fixture(autouse=True)

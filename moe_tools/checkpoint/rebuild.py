@@ -106,6 +106,11 @@ def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
     admit(model)
 
 
+def of_base(model: PreTrainedModel, conversion: Conversion) -> Conversion:
+    """The conversion of a folder with the FFNs' names in a base model, which has no head."""
+    return _renamed(conversion, _Shift(cut=f"{model.base_model_prefix}."))
+
+
 def check_rebuilt(model: nn.Module, source: str) -> None:
     """Checks that a loaded model is the one that its config describes, not its dense host.
 

@@ -6,8 +6,7 @@ Letters: T tokens (any leading dimensions), F neurons, E experts, N neurons of o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,10 +18,16 @@ class Division:
 
     neurons: int
     num_experts: int
+    runs: list[tuple[int, int]] = field(init=False, repr=False, compare=False)
+    """(experts, neurons of each): one run, or two where E does not divide F."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_experts <= self.neurons:
             raise ValueError(f"{self.neurons} neurons cannot make {self.num_experts} experts")
+        size, longer = divmod(self.neurons, self.num_experts)
+        runs = [(longer, size + 1), (self.num_experts - longer, size)]
+        # now: torch.compile cannot enter the lock of a cached_property, which Python 3.11 has
+        object.__setattr__(self, "runs", [run for run in runs if run[0]])
 
     @classmethod
     def of_size(cls, neurons: int, expert_size: int, name: str = "the FFN") -> Division:
@@ -74,13 +79,6 @@ class Division:
         for count, size in self.runs:
             yield values_TF[..., start : start + count * size].unflatten(-1, (count, size))
             start += count * size
-
-    @cached_property
-    def runs(self) -> list[tuple[int, int]]:
-        """(experts, neurons of each): one run, or two where E does not divide F."""
-        size, longer = divmod(self.neurons, self.num_experts)
-        runs = [(longer, size + 1), (self.num_experts - longer, size)]
-        return [run for run in runs if run[0]]
 
 
 def _repeated(values_TE: Tensor, size: int) -> Tensor:

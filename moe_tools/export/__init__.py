@@ -24,6 +24,7 @@ from moe_tools.export.dense import plan_dense
 from moe_tools.export.gguf import plan_gguf
 from moe_tools.export.moe import plan_moe
 from moe_tools.export.plan import Options, Plan, Planner
+from moe_tools.export.powerinfer import plan_powerinfer
 from moe_tools.export.source import Source
 from moe_tools.names import README
 from moe_tools.registry import Registry
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 __all__ = ["TARGETS", "Checking", "Exported", "Options", "Plan", "export"]
 
 TARGETS: Registry[Planner] = Registry(
-    "export format", {"dense": plan_dense, "moe": plan_moe, "gguf": plan_gguf}
+    "export format",
+    {"dense": plan_dense, "moe": plan_moe, "gguf": plan_gguf, "powerinfer": plan_powerinfer},
 )
 EXPORT = "export.json"
 """What was written and how it compares; beside a file `OUT` it is `OUT.export.json`."""

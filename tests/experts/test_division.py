@@ -164,3 +164,9 @@ def test_a_size_that_is_not_possible_names_the_ffn(size: int) -> None:
     message = f"^layer has 48 neurons: experts of {size} are not possible$"
     with pytest.raises(ValueError, match=message):
         Division.of_size(48, size, "layer")
+
+
+def test_the_first_pass_can_be_compiled() -> None:
+    mask_TE = torch.rand(3, 4) < 0.5
+    fresh = torch.compile(Division(10, 4).spread_TF, backend="eager", fullgraph=True)
+    assert torch.equal(fresh(mask_TE), Division(10, 4).spread_TF(mask_TE))
