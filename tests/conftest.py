@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What runs on either is for the card where one is asked for; else what needs one is left out."""
+    """What runs on either is for the card, where one is asked for."""
     if asks_for_card(config):
         for item in items:
             if item.get_closest_marker("either"):

@@ -35,9 +35,7 @@ def _without_powerinfer() -> str | None:
 
 MARKS: dict[str, Callable[[], str | None]] = {
     "gpu": lambda: None if torch.cuda.is_available() else "a card, and torch sees none",
-    "vllm": lambda: (
-        None if find_spec("vllm") else "vLLM, which is not installed: run `make test-vllm`"
-    ),
+    "vllm": lambda: None if find_spec("vllm") else "vLLM, which is not installed: make test-vllm",
     "powerinfer": _without_powerinfer,
 }
 """Mark -> what is missing here, where something is."""
