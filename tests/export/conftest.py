@@ -39,4 +39,4 @@ def build() -> Path:
 @pytest.fixture
 def programs() -> Path:
     """The folder of PowerInfer's programs."""
-    return build() / "bin"
+    return (build() / "bin").resolve()
