@@ -50,6 +50,8 @@ class Figures:
     """Mean of ||y' - y|| / ||y|| over the FFNs' outputs where both choose alike, or of logits."""
     sets_equal: float | None = None
     """Share of these that choose the same experts; None: there is no choice."""
+    decisions_equal: float | None = None
+    """Share of the single decisions, an expert of a token, that are the same."""
     perplexity: dict[str, float] = field(default_factory=dict)
     """By model and dtype. `own selector`: ours before `--top-k`; `every expert`: ours, dense."""
 
@@ -60,7 +62,8 @@ class Figures:
         else:
             said = [
                 f"FFNs: the same experts in {self.sets_equal:.2%} of {self.token_layers:,} "
-                f"token-layers, outputs {self.error:.2g} of their norm from ours there"
+                f"token-layers ({self.decisions_equal:.3%} of single decisions), outputs "
+                f"{self.error:.2g} of their norm from ours there"
             ]
         if self.perplexity:
             said.append(f"perplexity of {self.tokens:,} tokens of {self.text}:")
@@ -99,11 +102,11 @@ def check(
     written = plan.read_back(place, torch.float32)
     assert written is not None
     if plan.routed:
-        sets_equal, error = _compare(seen, written)
+        error, sets, decisions = _compare(seen, written)
     else:
-        sets_equal, error = None, _error(written.logits(few_BT), logits_BTV)
+        error, sets, decisions = _error(written.logits(few_BT), logits_BTV), None, None
     token_layers = sum(len(one.x_TD) for one in seen)
-    figures = Figures(ids_BT.numel(), text, token_layers, error, sets_equal, perplexity)
+    figures = Figures(ids_BT.numel(), text, token_layers, error, sets, decisions, perplexity)
     _hold(figures, plan.limits)
     if text is not None:
         perplexity["written fp32"] = _perplexity(written.logits, ids_BT)
@@ -209,18 +212,25 @@ def _watching(ffn: ExpertFFN, layer: nn.Module, tokens: ValidTokens) -> Iterator
         yield kept
 
 
-def _compare(seen: list[_Seen], written: Written) -> tuple[float, float]:
-    """The share of token-layers that choose alike, and the mean error of y in these."""
-    alike, errors = [], []
+def _compare(seen: list[_Seen], written: Written) -> tuple[float, float, float]:
+    """The mean error of y where all is chosen alike, the share of that, and of single decisions."""
+    alike, errors, decisions = [], [], []
     with progress("check", len(seen), "FFN") as bar:
         for layer, one in enumerate(seen):
             y_TD, chosen_TR = written.ffn(layer, one.x_TD, one.residual_TD)
             assert chosen_TR is not None
-            same_T = chosen_TR.eq(one.mask_TR).all(-1)
+            same_TR = chosen_TR.eq(one.mask_TR)
+            same_T = same_TR.all(-1)
             alike.append(same_T)
+            decisions.append(same_TR.float().mean())
             errors.append(_errors_T(y_TD[same_T], one.y_TD[same_T]))
             bar.update(1)
-    return float(torch.cat(alike).float().mean()), float(torch.cat(errors).mean())
+    error = torch.cat(errors).mean() if any(map(len, errors)) else torch.tensor(math.inf)
+    return (
+        float(error),
+        float(torch.cat(alike).float().mean()),
+        float(torch.stack(decisions).mean()),
+    )
 
 
 def _errors_T(y_TD: Tensor, wanted_TD: Tensor) -> Tensor:
@@ -241,11 +251,19 @@ def _hold(figures: Figures, limits: Limits | None) -> None:
     """
     if limits is None:
         return
-    sets = 1.0 if figures.sets_equal is None else figures.sets_equal
-    if figures.error <= limits.error and sets >= limits.sets:
-        return
-    raise ValueError(
-        f"what was written computes another model: errors of {figures.error:.2g} (at most "
-        f"{limits.error:g}), the same experts in {sets:.2%} of token-layers (at least "
-        f"{limits.sets:.0%}); nothing is kept: --no-check writes it all the same"
+    choices = (
+        (figures.sets_equal, limits.sets, "the same experts in {:.2%} of token-layers"),
+        (figures.decisions_equal, limits.decisions, "{:.3%} of the decisions alike"),
     )
+    wrong = [
+        f"{words.format(found)} (at least {least:.6g})"
+        for found, least, words in choices
+        if found is not None and found < least
+    ]
+    if not figures.error <= limits.error:
+        wrong.append(f"outputs {figures.error:.2g} of their norm apart (at most {limits.error:g})")
+    if wrong:
+        raise ValueError(
+            f"what was written computes another model: {', '.join(wrong)}; nothing is kept: "
+            "--no-check writes it all the same"
+        )

@@ -93,7 +93,7 @@ class GGUFPlan(Plan):
         """Of weights that are rounded to groups, none."""
         if self.kind in ("q8_0", "q4_0"):
             return None
-        return Limits(2e-3, 1.0 if self.experts is None else sets_alike(self.experts))
+        return Limits(2e-3, 0.0 if self.experts is None else sets_alike(self.experts))
 
     def facts(self) -> dict[str, Any]:
         """The architecture, its experts, and whose tokenizer it has."""

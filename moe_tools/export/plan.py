@@ -125,8 +125,10 @@ class Limits(NamedTuple):
     error: float
     """Largest mean of ||y' - y|| / ||y|| over the FFNs' outputs, where they choose alike; without a
     choice, of the whole model's logits."""
-    sets: float = 1.0
+    sets: float = 0.0
     """Least share of token-layers that choose the same experts."""
+    decisions: float = 0.0
+    """Least share of the single decisions that are the same: of thousands of neurons, seldom all."""
 
 
 Planner = Callable[[Source, Options], Plan]

@@ -72,14 +72,14 @@ class PowerInferPlan(Plan):
         return True
 
     @property
-    def weights_dtype(self) -> torch.dtype:
+    def weights_dtype(self) -> torch.dtype | None:
         """That of the file."""
         return torch.float16
 
     @property
-    def limits(self) -> Limits:
-        """A token chooses alike where all its neurons do: of thousands, seldom all."""
-        return Limits(2e-3, (1 - ASTRAY) ** self.neurons)
+    def limits(self) -> Limits | None:
+        """Of single decisions, as whole sets of thousands are seldom alike."""
+        return Limits(2e-3, decisions=1 - ASTRAY)
 
     def facts(self) -> dict[str, Any]:
         """What will be in the file."""

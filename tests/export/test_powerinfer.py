@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig
 
+import moe_tools.export as exporting
 from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.export import powerinfer
 from moe_tools.export.plan import Options
 from moe_tools.export.powerinfer import plan_powerinfer
 from moe_tools.export.powerinfer_file import PowerInferFile
@@ -157,6 +160,24 @@ def test_what_is_in_the_file(tmp_path: Path) -> None:
         "predictor_rank": 16,
         "bytes": plan.facts()["bytes"],
     }
+
+
+def test_the_check_of_an_export_takes_the_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random tokens: the folder has no tokenizer of transformers."""
+    monkeypatch.setattr(exporting, "TARGETS", {"powerinfer": plan_powerinfer})
+    save(held_by_f16(llama()), tmp_path / "model")
+    options = Options(tokenizer=str(write_vocabulary(tmp_path / "words.gguf")))
+    out = tmp_path / "out.gguf"
+    done = exporting.export(tmp_path / "model", out, to="powerinfer", options=options)
+    assert done.figures is not None and done.figures.sets_equal is not None
+    assert done.figures.sets_equal > 0.95 and done.figures.error < 1e-5
+    assert out.read_bytes()[:4] == b"PWRI"
+    monkeypatch.setattr(powerinfer, "THRESHOLD", 0.1)
+    with pytest.raises(ValueError, match="what was written computes another model"):
+        exporting.export(tmp_path / "model", tmp_path / "no.gguf", to="powerinfer", options=options)
+    assert not (tmp_path / "no.gguf").exists()
 
 
 def test_a_mistral_without_a_window_is_a_llama_and_bf16_is_read(tmp_path: Path) -> None:

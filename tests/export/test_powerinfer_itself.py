@@ -25,11 +25,11 @@ IDS_T = torch.tensor(list(TEXT.encode()))
 """A byte is a token."""
 
 
-def said(*words: str | Path, **variables: str) -> bytes:
-    """What a program prints; on one thread, with a cache in fp32."""
+def said(place: Path, *words: str | Path, **variables: str) -> bytes:
+    """What a program prints; on one thread, with a cache in fp32; its log goes to place."""
     common = ("-t", "1", "--memory-f32")
     done = subprocess.run(
-        [*map(str, words), *common], capture_output=True, env=variables, check=False
+        [*map(str, words), *common], capture_output=True, env=variables, cwd=place, check=False
     )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
     return done.stdout
@@ -40,7 +40,7 @@ def perplexity(programs: Path, file: Path, **variables: str) -> float:
     text = file.with_name("text.txt")
     text.write_text(TEXT)
     words = (programs / "perplexity", "-m", file, "-f", text, "-c", str(LENGTH))
-    found = re.search(rb"Final estimate: PPL = ([0-9.]+)", said(*words, **variables))
+    found = re.search(rb"Final estimate: PPL = ([0-9.]+)", said(file.parent, *words, **variables))
     assert found is not None
     return float(found[1])
 
@@ -76,7 +76,7 @@ def test_perplexity_and_greedy_text_are_ours(
     every = perplexity(programs, file, LLAMA_SPARSE_PRED_THRESHOLD="-1e30")
     assert every != pytest.approx(ours, rel=5e-3)
     words = ("-p", PROMPT, "-n", "12", "--temp", "0", "--repeat-penalty", "1.0", "--log-disable")
-    text = said(programs / "main", "-m", file, *words)
+    text = said(tmp_path, programs / "main", "-m", file, *words)
     text = text.removeprefix(b" ")
     assert text.startswith(PROMPT.encode()) and len(text) > len(PROMPT) + 8
     assert behind_T(model, text).max() < 0.1  # the logits are 1.1 in standard deviation
