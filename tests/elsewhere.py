@@ -20,7 +20,7 @@ def asks_for(config: pytest.Config, mark: str) -> bool:
 
 def powerinfer() -> Path:
     """The folder of PowerInfer's programs."""
-    return Path(os.environ.get("POWERINFER") or "POWERINFER") / "bin"
+    return (Path(os.environ.get("POWERINFER") or "POWERINFER") / "bin").resolve()
 
 
 def _without_powerinfer() -> str | None:

@@ -135,7 +135,7 @@ def test_another_model_is_found_out_and_nothing_is_kept(
 ) -> None:
     folder(tmp_path / "in")
     monkeypatch.setattr(moe_module, "SCALE", 0.5)  # weights that are far from equal
-    with pytest.raises(ValueError, match=r"^what was written computes another model: err"):
+    with pytest.raises(ValueError, match=r"^what was written computes another model: out"):
         export(tmp_path / "in", tmp_path / "out", to="moe")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     done = export(tmp_path / "in", tmp_path / "out", to="moe", checking=None)
