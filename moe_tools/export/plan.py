@@ -128,7 +128,7 @@ class Limits(NamedTuple):
     sets: float = 0.0
     """Least share of token-layers that choose the same experts."""
     decisions: float = 0.0
-    """Least share of single decisions that are the same: of thousands of neurons, seldom all are."""
+    """Least share of single decisions that are the same; of thousands of neurons, few sets are."""
 
 
 Planner = Callable[[Source, Options], Plan]

@@ -69,6 +69,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "uneven": lambda: routed(wider("qwen2"), selector={"kind": "dynamic_k", "tau": 0.7}, size=10),
     "top_p": lambda: routed(wider("qwen3"), selector={"kind": "top_p", "p": 0.6}),
     "soft": lambda: routed(wider("llama"), mode="soft"),
+    "weighted": lambda: routed(wider("llama"), "softmax", mode="weighted"),
     "mean": lambda: routed(wider("llama"), when_off="mean"),
     "constants": lambda: routed(wider("llama"), constants=True),
     "mlp": lambda: routed(wider("llama"), "mlp"),

@@ -29,8 +29,17 @@ PROMPTS = [torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)
 OPTIMIZED = {"additional_config": {"moe_tools": {"optimize": True}}}
 INT8 = {"additional_config": {"moe_tools": {"optimize": True, "packed_dtype": "int8"}}}
 BF16 = {"dtype": "bfloat16"}
-UNPACKED = ("representative", "oracle", "cats", "sign", "int8_gate", "drelu_routed", "soft")
-"""No kernel packs them: their routers read the rows of the FFN, or every expert runs."""
+UNPACKED = (
+    "representative",
+    "oracle",
+    "cats",
+    "sign",
+    "int8_gate",
+    "drelu_routed",
+    "soft",
+    "weighted",
+)
+"""No kernel packs them: their routers read the rows of the FFN, or experts are weighed."""
 PACKED = [
     name for name in MODELS if name not in UNPACKED and name not in ("gpt_neox", "norm", "top_p")
 ]
