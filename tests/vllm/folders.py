@@ -94,7 +94,6 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma2": lambda: routed(wider("gemma2")),
     "gemma3": lambda: routed(wider("gemma3")),
     "opt": lambda: routed(wider("opt", word_embed_proj_dim=64)),
-    "gpt2": lambda: routed(build("gpt2", n_embd=64, n_positions=256)),
     "gpt_neox": lambda: routed(wider("gpt_neox")),
 }
 

@@ -1,7 +1,7 @@
 """Converted folders in vLLM: text and log probabilities are ours, or one line says why not.
 
 vLLM and we compute the same in another order: log probabilities of tiny models agree to 3e-6 in
-fp32.
+fp32, those of Gemma2 to 8e-6.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def test_text_and_log_probabilities_are_ours(
     assert said.get("error") is None
     assert said["class"] == "MoeToolsForCausalLM"
     assert said["tokens"] == tokens(model)
-    assert far(said, logprobs(model)) < 3e-6
+    assert far(said, logprobs(model)) < 1e-5
 
 
 def test_the_dense_model_says_something_else(folders: Path, served: dict[str, Any]) -> None:
@@ -213,7 +213,7 @@ def test_packed_ffns_say_the_same(name: str, folders: Path, served: dict[str, An
     model = load(folders / name, dtype=torch.float32, optimize=True)
     assert said["tokens"] == tokens(model)
     # packed copies of few bits take x in int8: a difference of 1e-7 is now and then a step of it
-    assert far(said, logprobs(model)) < (1e-2 if name == "few_bits" else 3e-6)
+    assert far(said, logprobs(model)) < (1e-2 if name == "few_bits" else 1e-5)
 
 
 def test_ffns_that_cannot_be_packed_are_refused(served: dict[str, Any]) -> None:
