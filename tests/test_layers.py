@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ARROWS = (
     "registry names processes waiting disk cached extras versions typed kernels < data < hosts "
     "< experts < thresholds inference measure < checkpoint < steps report < training inspection "
-    "< recipe < runs export < bench < cli patched"
+    "< recipe < runs export serving < bench < cli patched"
 )
 """A folder imports from those left of its `<`, and not from its neighbours."""
 RANKS = {layer: rank for rank, group in enumerate(ARROWS.split("<")) for layer in group.split()}
