@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,12 +13,12 @@ from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.inference.prompt_ffn import prompt_ffns
-from moe_tools.serving import server
 from moe_tools.serving.app import Limits, Service
 from moe_tools.serving.batched import Batched, CannotBatch, prove
 from moe_tools.serving.engine import Engine
 from moe_tools.serving.hosted import Packing, host
 from moe_tools.serving.one_by_one import OneByOne
+from moe_tools.serving.server import Server, bind, ended_by_signals
 from moe_tools.serving.sparsity import Watch
 
 _log = logging.getLogger(__name__)
@@ -55,30 +57,36 @@ def serve(settings: Settings) -> None:
         ValueError: an address that cannot be taken, a model that cannot be served, or one that has
             to be batched and cannot.
     """
-    held = server.bind(settings.host, settings.port)
-    try:
-        with quiet_transformers():
-            hosted = host(
-                settings.source,
-                name=settings.name,
-                dtype=settings.dtype,
-                device=settings.device,
-                packing=settings.packing,
-            )
-            watch = Watch(hosted.model, settings.every)
-            engine = choose(hosted.model, watch, settings.batching, settings.slots)
-            try:
-                server.run(
-                    Service(hosted, engine, watch, settings.limits).app,
-                    held,
-                    connections=settings.slots + settings.limits.waiting + SPARE,
-                    grace=settings.grace,
-                    ready=lambda address: _log.info("%s at %s/v1", hosted.name, address),
-                )
-            finally:
-                engine.stop()
-    finally:
-        held.close()
+    with quiet_transformers(), opened(settings) as server, ended_by_signals(server):
+        server.start()
+        _log.info("%s/v1", server.address)
+        server.join()
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[Server]:
+    """A server that has not begun; its model and its address are free again at the end.
+
+    Raises:
+        ValueError: as `serve`.
+    """
+    with closing(bind(settings.host, settings.port)) as held:
+        hosted = host(
+            settings.source,
+            name=settings.name,
+            dtype=settings.dtype,
+            device=settings.device,
+            packing=settings.packing,
+        )
+        watch = Watch(hosted.model, settings.every)
+        engine = choose(hosted.model, watch, settings.batching, settings.slots)
+        try:
+            limits = settings.limits
+            connections = engine.slots + limits.waiting + SPARE
+            service = Service(hosted, engine, watch, limits)
+            yield Server(service.app, held, connections=connections, grace=settings.grace)
+        finally:
+            engine.stop()
 
 
 def choose(model: PreTrainedModel, watch: Watch, batching: Batching, slots: int) -> Engine:

@@ -1,4 +1,4 @@
-"""Runs an application until a signal: uvicorn in a thread, signals in the main one.
+"""Runs an application: uvicorn in a thread, signals in the main one.
 
 uvicorn by itself dies of the signal that stopped it. A server that was asked to end and did is no
 failure: it ends with 0 here.
@@ -57,77 +57,93 @@ def _taken(host: str, port: int, error: OSError) -> ValueError:
     return ValueError(f"{host}:{port} cannot be taken ({error.strerror}): choose another --port")
 
 
-def run(
-    make: Callable[[], ASGIApp],
-    held: socket.socket,
-    *,
-    connections: int,
-    grace: float,
-    ready: Callable[[str], None],
-) -> None:
-    """Serves until SIGINT or SIGTERM; then no request is taken, and those that run may finish.
+class Server:
+    """uvicorn with an application, in a thread.
 
     Args:
         make: makes the application, in the event loop.
-        held: where to listen; closed at the end.
+        held: where to listen.
         connections: at most; more are answered with 503.
-        grace: seconds for requests that run when the signal comes; a second signal ends them.
-        ready: told the address once it serves.
-
-    Raises:
-        ValueError: the address is taken by now.
-        RuntimeError: the server failed by itself.
+        grace: seconds for requests that run when the server is asked to end.
     """
-    config = uvicorn.Config(
-        "moe-tools",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        limit_concurrency=connections,
-        timeout_keep_alive=IDLE,
-        timeout_graceful_shutdown=max(1, round(grace)),
-    )
-    try:
-        held.listen(BACKLOG)
-    except OSError as error:  # another program was faster
+
+    def __init__(
+        self, make: Callable[[], ASGIApp], held: socket.socket, *, connections: int, grace: float
+    ) -> None:
+        self._config = uvicorn.Config(
+            "moe-tools",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            limit_concurrency=connections,
+            timeout_keep_alive=IDLE,
+            timeout_graceful_shutdown=max(1, round(grace)),
+        )
+        self._make, self._held = make, held
+        self._uvicorn = uvicorn.Server(self._config)
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="serve", daemon=True)
         host, port = held.getsockname()[:2]
-        raise _taken(host, port, error) from error
-    server = uvicorn.Server(config)
-    failed: list[BaseException] = []
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
-    async def serve() -> None:
-        config.app = make()
-        await server.serve(sockets=[held])
+    def start(self) -> None:
+        """Begins, and waits until it serves.
 
-    def work() -> None:
+        Raises:
+            ValueError: the address is taken by now.
+            RuntimeError: it failed.
+        """
         try:
-            asyncio.run(serve())
-        except BaseException as error:  # told by the main thread
-            failed.append(error)
+            self._held.listen(BACKLOG)
+        except OSError as error:  # another program was faster
+            host, port = self._held.getsockname()[:2]
+            raise _taken(host, port, error) from error
+        self._thread.start()
+        while not self._uvicorn.started and self._thread.is_alive():
+            self._thread.join(LOOK)
+        self._check()
 
-    thread = threading.Thread(target=work, name="serve", daemon=True)
-    with _heard(server):
-        thread.start()
-        told = False
-        while thread.is_alive():
-            thread.join(LOOK)
-            if server.started and not told:
-                told = True
-                ready(_address(held))
-    if failed:
-        raise RuntimeError("the server failed") from failed[0]
+    def end(self) -> None:
+        """Takes no more requests, and lets those finish that run; the second call ends them."""
+        self._uvicorn.force_exit = self._uvicorn.should_exit
+        self._uvicorn.should_exit = True
+
+    def join(self) -> None:
+        """Waits until it has ended.
+
+        Raises:
+            RuntimeError: it failed by itself.
+        """
+        while self._thread.is_alive():
+            self._thread.join(LOOK)  # a wait without end would hear no signal
+        self._check()
+
+    def _work(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:  # told by whoever waits
+            self._failed = error
+
+    async def _serve(self) -> None:
+        self._config.app = self._make()
+        await self._uvicorn.serve(sockets=[self._held])
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise RuntimeError("the server failed") from self._failed
 
 
 @contextmanager
-def _heard(server: uvicorn.Server) -> Iterator[None]:
-    """While it lasts, a signal ends the server, and the second one at once."""
+def ended_by_signals(server: Server) -> Iterator[None]:
+    """While it lasts, SIGINT or SIGTERM ends a server, and the second one at once."""
+    heard: list[int] = []
 
     def end(number: int, _: FrameType | None) -> None:
-        server.force_exit = server.should_exit
-        if not server.should_exit:
+        if not heard:
             _log.info("%s: requests that run may finish", signal.Signals(number).name)
-        server.should_exit = True
+        heard.append(number)
+        server.end()
 
     before = {one: signal.signal(one, end) for one in SIGNALS}
     try:
@@ -135,11 +151,3 @@ def _heard(server: uvicorn.Server) -> Iterator[None]:
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-
-
-def _address(held: socket.socket) -> str:
-    try:
-        host, port = held.getsockname()[:2]
-    except OSError:  # it was closed meanwhile
-        return ""
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
