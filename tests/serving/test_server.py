@@ -55,7 +55,10 @@ def ask(port: int, new: int) -> HTTPConnection:
     return connection
 
 
-@pytest.mark.parametrize(("number", "batching"), [(signal.SIGTERM, "auto"), (signal.SIGINT, "off")])
+@pytest.mark.parametrize(
+    ("number", "batching"),
+    [(signal.SIGTERM, "auto"), pytest.param(signal.SIGINT, "off", marks=pytest.mark.slow)],
+)
 def test_a_signal_lets_what_runs_finish_and_ends_with_0(
     folders: Path, number: int, batching: str
 ) -> None:
@@ -65,10 +68,11 @@ def test_a_signal_lets_what_runs_finish_and_ends_with_0(
         process.send_signal(number)
         text = answer.read().decode()
         assert text.endswith("data: [DONE]\n\n")
-        assert text.count('"text":" w') + text.count('"text":"w') > 90
+        assert '"finish_reason":"length"' in text
         assert process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_finish_in_time_is_ended(folders: Path) -> None:
     with started(folders / "routed", "--grace", "1", "--max-body", "2000") as (process, port):
         idle = socket.create_connection(("127.0.0.1", port))  # sends half of a request
@@ -102,13 +106,13 @@ def test_a_port_that_is_taken(folders: Path, capsys: pytest.CaptureFixture[str])
     ("words", "message"),
     [
         (["{work}/nothing"], "no such folder"),
-        (["{work}"], "cannot load"),
+        (["{work}"], "the folder is incomplete"),
         (["{work}/dense", "--port", "99999"], "--port 99999 is no port"),
         (["{work}/dense", "--host", "no.such.host.invalid"], "is no address of this machine"),
         (["{work}/dense", "--host", "192.0.2.1", "--port", "0"], "cannot be taken"),
         (["{work}/dense", "--api-key", " "], "the API key is empty"),
         (["{work}/dense", "--packed-dtype", "int8"], "--packed-dtype is of the sparse kernels"),
-        (["{work}/dense", "--optimize", "--port", "0", "--screen", "4"], "gate"),
+        (["{work}/dense", "--optimize", "--port", "0", "--screen", "4"], "no FFN to optimise"),
         (["{work}/dense", "--", "--max-model-len", "64"], "stands behind --"),
         (["{work}/dense", "--engine", "vllm", "--optimize"], "--optimize is of the engine trans"),
         (["{work}/dense", "--engine", "vllm", "--device", "cpu"], "--device is of the engine"),
