@@ -57,7 +57,8 @@ class Batched(Engine):
     def __init__(self, model: PreTrainedModel, watch: Watch, slots: int) -> None:
         self.slots = slots
         pages, self.room = _room(model, slots)
-        self._watch = watch
+        self._watch, self._model = watch, model
+        self._attention: str = model.config._attn_implementation
         self._running: dict[str, Order] = {}
         self._shown: dict[str, int] = {}
         """Order -> how many of its tokens were handed on."""
@@ -104,6 +105,7 @@ class Batched(Engine):
         self._manager.stop(block=True, timeout=PATIENCE)
         self._thread.join(PATIENCE)
         self._watch.close()
+        _restore(self._model, self._attention)
 
     @property
     def alive(self) -> bool:
@@ -295,9 +297,15 @@ def prove(model: PreTrainedModel, slots: int) -> None:
             raise CannotBatch("transformers continues texts otherwise in a batch than one by one")
 
 
+def _restore(model: PreTrainedModel, attention: str) -> None:
+    """Gives a model its attention back, which older managers keep."""
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+
+
 def _answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
     """What a manager says to them, all at once; it leaves the model as it was."""
-    watch = Watch(model, 0)
+    watch, attention = Watch(model, 0), model.config._attn_implementation
     pages = len(prompts) * math.ceil((max(PROMPTS) + NEW) / PAGE) + 1
     manager = manager_of(model, Choice(model.device, watch), len(prompts), pages)
     manager.start()
@@ -314,4 +322,5 @@ def _answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]
                 break
     finally:
         manager.stop(block=True, timeout=PATIENCE)
+        _restore(model, attention)
     return [found.get(str(index), []) for index in range(len(prompts))]

@@ -41,6 +41,7 @@ def neutral(model: PreTrainedModel) -> GenerationConfig:
     config.do_sample, config.num_beams, config.num_return_sequences = False, 1, 1
     config.temperature = config.top_p = config.top_k = None
     config.max_length = config.max_new_tokens = None
+    config.use_cache = True
     return config
 
 
@@ -101,13 +102,12 @@ class OneByOne(Engine):
         ids_BT = torch.tensor([order.prompt], device=model.device)
         self._watch.next_pass()
         model.generate(
-            ids_BT,
+            input_ids=ids_BT,
             attention_mask=torch.ones_like(ids_BT),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Choice(order, ids_BT.device)]),
             stopping_criteria=StoppingCriteriaList([_Stop(self, order, self._watch)]),
             streamer=_Told(order),
-            use_cache=True,
         )
 
 

@@ -43,7 +43,7 @@ def alone(model: Any, prompt: list[int], new: int) -> list[int]:
     ids_BT = torch.tensor([prompt])
     mask = torch.ones_like(ids_BT)
     said = model.generate(
-        ids_BT, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
+        input_ids=ids_BT, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0
     )
     return said[0, len(prompt) :].tolist()
 
