@@ -29,6 +29,7 @@ VERBS = (
     "compare",
     "grid",
     "generate",
+    "serve",
     "recipes",
     "upcycle",
     "export",
@@ -42,6 +43,8 @@ RESUMING = ("convert", "train", "compare", "grid", "demo")
 """Verbs that go on where they were interrupted."""
 MODELLESS = ("recipes", "bench", "demo")
 """Verbs that load no model of the user's choice."""
+HANDING_ON = ("serve",)
+"""Verbs that hand what stands behind `--` to another program, as `args.behind`."""
 DEBUG = "MOE_TOOLS_DEBUG"
 GRACE = 20
 """Seconds that other processes wait before they fail: the launcher usually ends them first."""
@@ -108,7 +111,12 @@ def _run(words: list[str]) -> int:
             action="store_true",
             help="let Python code that comes with a model run; never asked for otherwise",
         )
-    args = parser.parse_args(words[1:])
+    own, behind = words[1:], []
+    if words[0] in HANDING_ON and "--" in own:
+        own, behind = own[: own.index("--")], own[own.index("--") + 1 :]
+    args = parser.parse_args(own)
+    if words[0] in HANDING_ON:
+        args.behind = behind
     with trusted(vars(args).pop("trust_remote_code", False)):
         return int(verb.run(args))
 

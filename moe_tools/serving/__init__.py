@@ -1,1 +1,1 @@
-"""Converted models in programs that serve models."""
+"""Converted models behind an address: OpenAI's HTTP interface, and vLLM."""
