@@ -32,7 +32,16 @@ from tests.families import (
 )
 
 every_moe = pytest.mark.parametrize("family", [*MOE, *FUSED])
-ROUTERS = ("sigmoid", "mlp", "low_rank", "norm", "similarity", "representative", "mean_gate")
+ROUTERS = (
+    "sigmoid",
+    "softmax",
+    "mlp",
+    "low_rank",
+    "norm",
+    "similarity",
+    "representative",
+    "mean_gate",
+)
 ROUTERS += ("sign", "int8_gate", "oracle")
 TOP_K = {"kind": "topk", "k": 2}
 

@@ -9,9 +9,9 @@ from moe_tools.experts.routers.base import in_fp32
 from moe_tools.experts.routers.ridge import RidgeRouter
 
 SPREAD = 0.02
-"""Standard deviation of the started logits: weights of mode weighted lie near exp(+-spread). A few
-tokens have logits 50 times as large, those whose massive activations the attention leans on: on
-SmolLM2 a spread of 0.02 costs nothing, 0.1 three times the perplexity (LOG.md, 2026-11-30)."""
+"""Standard deviation of the started logits: weights of mode weighted lie near exp(+-spread). The
+first token and a few others have logits of 10 to 30 spreads in some layers of SmolLM2, so that a
+spread of 0.02 costs nothing, and 0.1 three times the perplexity (LOG.md, 2026-11-30)."""
 
 
 class SoftmaxRouter(RidgeRouter):
