@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from moe_tools.checkpoint.shards import write_index
+from moe_tools.experts.conversion import Conversion
 from moe_tools.recipe import Attach, Recipe, Split
 from tests.large import make, watch
 from tests.runs.test_stream import tensors
@@ -47,3 +52,35 @@ def test_a_streamed_run_needs_memory_for_a_layer(tmp_path: Path) -> None:
     assert own["--no-stream"] - own["--stream"] > (LAYERS // 2) * LAYER_MIB
     one, other = tensors(tmp_path / "--stream"), tensors(tmp_path / "--no-stream")
     assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["dense", "moe", "gguf"])
+def test_an_export_needs_memory_for_a_layer(target: str, tmp_path: Path) -> None:
+    """A layer, or a shard of 128 MiB, whichever is more, and as much while it is written."""
+    folder = converted_by_hand(tmp_path / "in")
+    words = [sys.executable, "-m", "moe_tools.cli.main", "export", str(folder), "--to", target]
+    words += ["--output", str(tmp_path / "out"), "--no-check"]
+    code, planned = watch([*words, "--dry-run"])
+    assert code == 0
+    code, peak = watch(words)
+    assert code == 0 and (tmp_path / "out").exists()
+    assert peak.own - planned.own < LAYERS * LAYER_MIB // 2
+
+
+def converted_by_hand(folder: Path) -> Path:
+    """A random llama with routers, and the block that says so: what a run would write."""
+    make(folder, layers=LAYERS, width=WIDTH, neurons=NEURONS, vocab=64)
+    routers = {
+        f"model.layers.{layer}.mlp.router.{name}": torch.ones(size) * layer
+        for layer in range(LAYERS)
+        for name, size in (("weight", (11, WIDTH)), ("bias", (11,)))
+    }
+    shards = sorted(folder.glob("*.safetensors"))
+    save_file(routers, folder / f"model-{len(shards) + 1:05}-of-{len(shards):05}.safetensors")
+    write_index(folder)
+    config = json.loads((folder / "config.json").read_text())
+    block = Conversion("donor", 256, "sigmoid", {"kind": "topk", "k": 6})
+    config["moe_tools"] = block.to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -12,7 +12,7 @@ from moe_tools.checkpoint.shards import write_index
 from moe_tools.data.progress import progress
 from moe_tools.names import SINGLE
 
-SHARD = 512 * 2**20
+SHARD = 128 * 2**20
 """Bytes from which a shard is full."""
 
 Group = Callable[[], dict[str, Tensor]]
