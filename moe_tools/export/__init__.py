@@ -100,10 +100,10 @@ def export(
     """
     planner = TARGETS[to]
     target = Path(output)
-    check_free(target)
     with transformers_patched(True):
         read = Source.read(str(source))
         plan = planner(read, options)
+        _check_free(plan, target)
         if dry_run:
             return Exported(to, plan.facts())
         text = _tokens(read, checking) if checking and plan.compared else None
@@ -117,11 +117,28 @@ def export(
 
 def _write_notes(source: Source, plan: Plan, done: Exported, place: Path, target: Path) -> None:
     """What was written, and how it compares: as JSON, and in the card of a folder that has none."""
-    note = target.with_name(f"{target.name}.{EXPORT}") if plan.is_file else place / EXPORT
+    note = _beside(target) if plan.is_file else place / EXPORT
     with new_file(note) as partial:
         partial.write_text(json.dumps(done.to_dict(), indent=2) + "\n", encoding="utf-8")
     if not plan.is_file and not (place / README).exists():
         write_export_card(source, done.facts, done.figures, place)
+
+
+def _check_free(plan: Plan, target: Path) -> None:
+    """Checks, before the work, that nothing is where the export and its figures go.
+
+    Raises:
+        ValueError: something is there.
+    """
+    check_free(target)
+    if plan.is_file:
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder, and one file is written: name a new file")
+        check_free(_beside(target))
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.{EXPORT}")
 
 
 def _new(plan: Plan, target: Path) -> AbstractContextManager[Path]:

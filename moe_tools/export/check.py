@@ -1,7 +1,9 @@
 """Compares an export with the model that it was made from: FFN by FFN, and in perplexity.
 
-Whole models that choose cannot be compared by their logits: one near tie that falls otherwise, by
-the last digit of a sum, changes what all later layers see. So every FFN is given our inputs.
+Whole models that choose cannot be compared logit by logit: one near tie that falls otherwise, by
+the last digit of a sum, changes what all later layers see. So every FFN is given our inputs, and
+of the whole model, for which attention, positions and head have to be right as well, only the
+median of the logits' errors is held, and the perplexity, both to a limit that no mistake passes.
 
 Letters: B blocks, T tokens, D model width, R experts that are routed.
 """
@@ -48,6 +50,8 @@ class Figures:
     """Tokens times layers whose FFNs were compared; 0: a model without a choice, by its logits."""
     error: float
     """Mean of ||y' - y|| / ||y|| over the FFNs' outputs where both choose alike, or of logits."""
+    median: float
+    """Of the whole model's logits' errors, over their norm."""
     sets_equal: float | None = None
     """Share of these that choose the same experts; None: there is no choice."""
     decisions_equal: float | None = None
@@ -97,20 +101,28 @@ def check(
     ours = _load(plan, source, options, plan.weights_dtype).float()
     seen = _watch(ours, few_BT) if plan.routed else []
     logits_BTV = _logits_of(ours)(few_BT)
-    perplexity = {} if text is None else _perplexities(ours, plan, source, options, ids_BT)
+    perplexity = {} if text is None else _perplexities(ours, ids_BT)
     del ours
+    if text is not None and options.top_k is not None:
+        own = load(source.name, dtype=plan.weights_dtype).float()
+        perplexity["own selector fp32"] = _perplexity(_logits_of(own), ids_BT)
+        del own
     written = plan.read_back(place, torch.float32)
     assert written is not None
+    errors_BT = _errors_T(written.logits(few_BT).float(), logits_BTV.float())
     if plan.routed:
         error, sets, decisions = _compare(seen, written)
     else:
-        error, sets, decisions = _error(written.logits(few_BT), logits_BTV), None, None
-    token_layers = sum(len(one.x_TD) for one in seen)
-    figures = Figures(ids_BT.numel(), text, token_layers, error, sets, decisions, perplexity)
-    _hold(figures, plan.limits)
+        error, sets, decisions = float(errors_BT.mean()), None, None
     if text is not None:
         perplexity["written fp32"] = _perplexity(written.logits, ids_BT)
-        del written
+    token_layers, median = sum(len(one.x_TD) for one in seen), float(errors_BT.median())
+    figures = Figures(
+        ids_BT.numel(), text, token_layers, error, median, sets, decisions, perplexity
+    )
+    _hold(figures, plan.limits)
+    del written
+    if text is not None:
         perplexity["ours bf16"] = _perplexity(
             _logits_of(_load(plan, source, options, torch.bfloat16)), ids_BT
         )
@@ -129,17 +141,12 @@ def _load(
     return model
 
 
-def _perplexities(
-    model: PreTrainedModel, plan: Plan, source: Source, options: Options, ids_BT: Tensor
-) -> dict[str, float]:
-    """Of our model in fp32 as it is exported, as it was, and dense."""
+def _perplexities(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, float]:
+    """Of our model in fp32, as it is exported and dense."""
     found = {"ours fp32": _perplexity(_logits_of(model), ids_BT)}
     if expert_ffns(model):
         with every_expert_on(model):
             found["every expert fp32"] = _perplexity(_logits_of(model), ids_BT)
-    if options.top_k is not None:
-        own = load(source.name, dtype=plan.weights_dtype).float()
-        found["own selector fp32"] = _perplexity(_logits_of(own), ids_BT)
     return found
 
 
@@ -239,8 +246,11 @@ def _errors_T(y_TD: Tensor, wanted_TD: Tensor) -> Tensor:
     return off_T / wanted_TD.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _error(logits_BTV: Tensor, wanted_BTV: Tensor) -> float:
-    return float(_errors_T(logits_BTV.float(), wanted_BTV.float()).mean())
+def _worse(perplexity: dict[str, float]) -> float | None:
+    """The logarithm of what was written over ours; None: not measured."""
+    if "written fp32" not in perplexity:
+        return None
+    return math.log(perplexity["written fp32"] / perplexity["ours fp32"])
 
 
 def _hold(figures: Figures, limits: Limits | None) -> None:
@@ -260,6 +270,10 @@ def _hold(figures: Figures, limits: Limits | None) -> None:
         for found, least, words in choices
         if found is not None and found < least
     ]
+    if not figures.median <= limits.median:
+        wrong.append(f"half of its logits {figures.median:.2g} of their norm apart or more")
+    if (worse := _worse(figures.perplexity)) is not None and not abs(worse) <= limits.worse:
+        wrong.append(f"a perplexity {math.exp(worse):.3g} times ours")
     if not figures.error <= limits.error:
         wrong.append(f"outputs {figures.error:.2g} of their norm apart (at most {limits.error:g})")
     if wrong:

@@ -20,12 +20,13 @@ from torch import Tensor
 from moe_tools.checkpoint.loading import load
 from moe_tools.checkpoint.plain import quantised_by
 from moe_tools.checkpoint.rebuild import added_tensors
-from moe_tools.experts.conversion import Conversion
+from moe_tools.experts.conversion import Conversion, write_conversion
 from moe_tools.export.folder import cast, write_around
 from moe_tools.export.plan import Limits, Options, Plan, Written
 from moe_tools.export.shards import SHARD, Group, write_shards
 from moe_tools.export.source import Source, StoredTensors
 from moe_tools.export.stock import StockModel
+from moe_tools.hosts.ffn import host_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class DensePlan(Plan):
         """Copies what is the host's, tensor by tensor; only a quantised folder is loaded whole."""
         if quantised_by(source.config) is not None:
             model = load(source.name, routed=False, dtype=self.dtype)
-            state = model.state_dict()
-            write_shards(place, [partial(dict, state)])
+            write_conversion(model, self.kept)
+            model.save_pretrained(place, state_dict=host_state_dict(model))
             config = model.config
         else:
             stored = source.tensors()

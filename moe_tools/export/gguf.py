@@ -14,6 +14,7 @@ of one expert, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from moe_tools.export.gguf_file import (
     check_tokenizer,
     write_gguf,
 )
-from moe_tools.export.gguf_replay import GGUFReplay
+from moe_tools.export.gguf_replay import SIGMOID, GGUFReplay
 from moe_tools.export.plan import Kind, Limits, Options, Plan, Written
 from moe_tools.export.source import Source
 from moe_tools.export.stock_experts import NAME, StockExperts, plan_experts, sets_alike
@@ -57,10 +58,13 @@ LAYER = {
 """transformers' names inside a layer -> llama.cpp's."""
 DTYPES: dict[Kind, torch.dtype] = {"f16": torch.float16, "bf16": torch.bfloat16}
 """What weights are rounded to."""
+FEW_BITS: dict[Kind, tuple[float, float]] = {"q8_0": (0.05, 0.1), "q4_0": (0.5, 0.7)}
+"""Errors of outputs that groups of few bits may make, and logarithms of perplexities: some times
+what they were on random weights, which round the worst, and on SmolLM2."""
 SCALE = 2.0**-20
 """Of scores whose weights shall be equal: exact, as the choice is made before."""
-SOFTMAX_OF_CHOSEN, SIGMOID = 3, 2
-"""llama.cpp's gating functions."""
+SOFTMAX_OF_CHOSEN = 3
+"""llama.cpp's gating function of it."""
 MOST_CHOSEN = 24
 """k of llama.cpp: its graph has room for 8 nodes a tensor, and a chosen expert takes 2 a layer.
 Measured with glm4moe: 26 run, above that an assertion ends the process."""
@@ -90,10 +94,12 @@ class GGUFPlan(Plan):
 
     @property
     def limits(self) -> Limits | None:
-        """Of weights that are rounded to groups, none."""
-        if self.kind in ("q8_0", "q4_0"):
-            return None
-        return Limits(2e-3, 0.0 if self.experts is None else sets_alike(self.experts))
+        """Routers are exact under every kind, so that the choice is, too."""
+        sets = 0.0 if self.experts is None else sets_alike(self.experts)
+        if self.kind in FEW_BITS:
+            error, worse = FEW_BITS[self.kind]
+            return Limits(error, sets, median=math.inf, worse=worse)
+        return Limits(2e-3, sets)
 
     def facts(self) -> dict[str, Any]:
         """The architecture, its experts, and whose tokenizer it has."""
@@ -111,7 +117,8 @@ class GGUFPlan(Plan):
         load(source.name, device="meta")  # refuses what is incomplete
         tensors: Mapping[str, Tensor] = source.tensors()
         if self.experts is not None:
-            tensors = _ExpertTensors(tensors, self.experts, tuple(self.file.tensors))
+            names, tied = tuple(self.file.tensors), bool(self.config.tie_word_embeddings)
+            tensors = _ExpertTensors(tensors, self.experts, names, tied=tied)
         write_gguf(self.file, tensors, place, self.kind, self.tokenizer)
 
     def read_back(self, place: Path, dtype: torch.dtype) -> Written | None:
@@ -343,15 +350,20 @@ class _ExpertTensors(Mapping[str, Tensor]):
     """The tensors of a `glm4moe`, each made of those of a folder when it is asked for."""
 
     def __init__(
-        self, stored: Mapping[str, Tensor], experts: StockExperts, names: tuple[str, ...]
+        self,
+        stored: Mapping[str, Tensor],
+        experts: StockExperts,
+        names: tuple[str, ...],
+        *,
+        tied: bool,
     ) -> None:
-        self.stored, self.experts, self.names = stored, experts, names
+        self.stored, self.experts, self.names, self.tied = stored, experts, names, tied
 
     def __getitem__(self, name: str) -> Tensor:
+        if name == "lm_head.weight" and self.tied:
+            return self.stored["model.embed_tokens.weight"]
         if name in self.stored:
             return self.stored[name]
-        if name == "lm_head.weight":  # the embedding is the head, too
-            return self.stored["model.embed_tokens.weight"]
         _, _, layer, _, group, part = name.split(".")[:6]
         if group == "gate":
             return self._choice(int(layer), part)

@@ -102,7 +102,7 @@ def write_gguf(
 
 
 class ReadTensors(Mapping[str, Tensor]):
-    """The tensors of a file in fp32, by transformers' names, each read when it is asked for.
+    """What a file says, and its tensors in fp32, by transformers' names, read when asked for.
 
     Raises:
         ValueError: the file has others than the plan.
@@ -111,7 +111,15 @@ class ReadTensors(Mapping[str, Tensor]):
     def __init__(self, plan: FilePlan, file: Path) -> None:
         self._gguf = needed("gguf", "gguf", str(file))
         self._plan = plan
-        self._stored = {one.name: one for one in self._gguf.GGUFReader(file).tensors}
+        reader = self._gguf.GGUFReader(file)
+        self._stored = {one.name: one for one in reader.tensors}
+        above = f"{reader.fields['general.architecture'].contents()}."
+        self.metadata: dict[str, Any] = {
+            key.removeprefix(above): field.contents()
+            for key, field in reader.fields.items()
+            if key.startswith(above)
+        }
+        """Key, without the architecture before it -> what the file says."""
         wanted = {one.name for one in plan.tensors.values()}
         if wanted != self._stored.keys():
             raise ValueError(f"{file} has other tensors: {some(wanted ^ self._stored.keys())}")

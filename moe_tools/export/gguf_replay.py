@@ -15,18 +15,37 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from moe_tools.experts.conversion import write_block
+from moe_tools.export.gguf_file import ReadTensors
 from moe_tools.export.plan import FFNOutput, Written
 from moe_tools.export.stock_experts import NAME, StockExperts
 
+CONFIG = {
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.dimension_count": "head_dim",
+    "context_length": "max_position_embeddings",
+}
+"""Key of a file, without the architecture -> what a config calls it."""
+SIGMOID = 2
+"""llama.cpp's gating function of it."""
+
 
 class GGUFReplay(Written):
-    """The host's class with the tensors of the file, and with its experts, if it has any."""
+    """The host's class with the tensors and numbers of the file, and its experts, if it has any.
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], config: Any, experts: StockExperts | None
-    ) -> None:
+    Args:
+        tensors: of the file.
+        config: of the source; what a file says too, is taken from the file.
+        experts: whether there are any.
+    """
+
+    def __init__(self, tensors: ReadTensors, config: Any, experts: StockExperts | None) -> None:
         config = copy.deepcopy(config)
         write_block(config, None)
+        for key, name in CONFIG.items():
+            setattr(config, name, tensors.metadata[key])
+        config.rope_parameters["rope_theta"] = tensors.metadata["rope.freq_base"]
         state = dict(tensors)
         if config.tie_word_embeddings and "lm_head.weight" not in state:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -34,8 +53,9 @@ class GGUFReplay(Written):
         self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         if experts is not None:
             for layer, module in enumerate(self.model.model.layers):
-                module.mlp = ReplayedExperts(experts, _taken(state, NAME.format(layer)))
-        self.model.load_state_dict(state)
+                taken = _taken(state, NAME.format(layer))
+                module.mlp = ReplayedExperts(taken, tensors.metadata)
+        self.model.load_state_dict(state, assign=True)
 
     @torch.no_grad()
     def ffn(self, layer: int, x_TD: Tensor, residual_TD: Tensor) -> FFNOutput:
@@ -53,9 +73,11 @@ class GGUFReplay(Written):
 class ReplayedExperts(nn.Module):
     """The experts of one layer of a `glm4moe`; its tensors stay out of the state dict."""
 
-    def __init__(self, experts: StockExperts, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], said: Mapping[str, Any]) -> None:
         super().__init__()
-        self.experts = experts
+        self.k, self.scale = int(said["expert_used_count"]), float(said["expert_weights_scale"])
+        self.size = int(said["expert_feed_forward_length"])
+        self.sigmoid = said["expert_gating_func"] == SIGMOID
         self.choice_RD, self.bias_R = tensors["gate.weight"], tensors["gate.bias"]
         self.gate_FD, self.up_FD, down_FD = (
             torch.cat([_neurons(part, tensors[f"{kind}.{part}"]) for kind in GROUPS])
@@ -66,19 +88,19 @@ class ReplayedExperts(nn.Module):
     def weights_TR(self, x_TD: Tensor) -> Tensor:
         """What the routed experts are multiplied by; 0: not chosen."""
         scores_TR = nn.functional.linear(x_TD, self.choice_RD)
-        if self.experts.weights == "sigmoid":
+        if self.sigmoid:
             scores_TR = scores_TR.sigmoid()
-        chosen_TK = (scores_TR + self.bias_R).topk(self.experts.k).indices
+        chosen_TK = (scores_TR + self.bias_R).topk(self.k).indices
         weights_TK = scores_TR.gather(-1, chosen_TK)
-        if self.experts.weights == "sigmoid":
+        if self.sigmoid:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         else:
             weights_TK = weights_TK.softmax(-1)
-        return torch.zeros_like(scores_TR).scatter(-1, chosen_TK, weights_TK * self.experts.k)
+        return torch.zeros_like(scores_TR).scatter(-1, chosen_TK, weights_TK * self.scale)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """y_TD; all neurons are computed, and those that are not chosen weighed by 0."""
-        weight_TF = self.weights_TR(x_TD).repeat_interleave(self.experts.size, dim=-1)
+        weight_TF = self.weights_TR(x_TD).repeat_interleave(self.size, dim=-1)
         always = len(self.gate_FD) - weight_TF.shape[-1]
         weight_TF = nn.functional.pad(weight_TF, (always, 0), value=1.0)
         gate_TF = nn.functional.linear(x_TD, self.gate_FD)

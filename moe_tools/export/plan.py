@@ -127,6 +127,11 @@ class Limits(NamedTuple):
     choice, of the whole model's logits."""
     sets: float = 0.0
     """Least share of token-layers that choose the same experts."""
+    median: float = 0.5
+    """Largest median of the errors of the whole model's logits. Half of each head not rotated
+    gives 1.0, near ties that fall otherwise less than this."""
+    worse: float = 0.1
+    """How far the logarithm of its perplexity may be from ours."""
     decisions: float = 0.0
     """Least share of single decisions that are the same; of thousands of neurons, few sets are."""
 

@@ -17,6 +17,10 @@ from moe_tools.checkpoint.loading import read_config
 from moe_tools.checkpoint.stored import stored_tensors
 from moe_tools.experts.conversion import Conversion, read_block
 
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+WANTED += ["LICENSE*", "NOTICE*"]
+"""What is fetched of a hub id."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -54,7 +58,7 @@ class Source:
         if Path(self.name).is_dir():
             return Path(self.name)
         with named_errors(f"cannot fetch {self.name}: "):
-            return Path(snapshot_download(self.name))
+            return Path(snapshot_download(self.name, allow_patterns=WANTED))
 
     def tensors(self) -> StoredTensors:
         """Its tensors, by the host's names and ours.

@@ -141,8 +141,8 @@ def _about_host(config: Any, source: Source) -> str | None:
         return f"is a {config.model_type}, but a stock MoE is written of a {RELATIVES}: {WAY_OUT}"
     if getattr(config, "quantization_config", None) is not None:
         return (
-            "is quantised, and experts are cut out of plain numbers: export it `--to dense`, "
-            "which dequantises"
+            "is quantised, and experts are cut out of plain numbers: write plain ones by "
+            "`moe_tools.save(moe_tools.load(SOURCE), FOLDER)`"
         )
     activation = conversion.activation or {"kind": config.hidden_act}
     if conversion.activation_of or activation["kind"] not in ("silu", "swish"):

@@ -66,7 +66,7 @@ class Batched(Engine):
         """Order -> what was counted before it."""
         self._lock = threading.Lock()
         self._choice = Choice(model.device, watch)
-        self._manager = manager_of(model, self._choice, slots, pages)
+        self._manager = manager_of(model, self._choice, pages)
         self._manager.start()
         self._thread = threading.Thread(target=self._hand_on, name="hand on", daemon=True)
         self._thread.start()
@@ -128,22 +128,26 @@ class Batched(Engine):
 
     def _hand_on(self) -> None:
         """Until the manager's own thread ends."""
-        for output in self._manager:
-            self._take(output)
-        while (output := self._manager.get_result(timeout=0.01)) is not None:
-            self._take(output)
-        for name in list(self._running):
-            order = self._forget(name)
-            if order is not None:
-                order.end("the model stopped; see the server's log")
+        try:
+            for output in self._manager:
+                self._take(output)
+            while (output := self._manager.get_result(timeout=0.01)) is not None:
+                self._take(output)
+        finally:
+            for name in list(self._running):
+                order = self._forget(name)
+                if order is not None:
+                    order.end("the model stopped; see the server's log")
 
     def _take(self, output: Any) -> None:
-        order, shown = self._running.get(output.request_id), self._shown.get(output.request_id)
-        if order is None or shown is None:
-            return  # cancelled
+        with self._lock:
+            order = self._running.get(output.request_id)
+            if order is None:
+                return  # cancelled
+            shown = self._shown[order.name]
+            self._shown[order.name] = max(shown, len(output.generated_tokens))
         for token in output.generated_tokens[shown:]:
             order.tell(token)
-        self._shown[order.name] = max(shown, len(output.generated_tokens))
         if output.is_finished() and self._forget(order.name) is not None:
             order.end(output.error)
 
@@ -190,7 +194,7 @@ class Choice(processors.ContinuousBatchingLogitsProcessor):
         return scores
 
 
-def manager_of(model: Any, choice: Choice, slots: int, pages: int) -> Any:
+def manager_of(model: Any, choice: Choice, pages: int) -> Any:
     """A manager that is not started, and chooses tokens by `choice`.
 
     Raises:
@@ -206,14 +210,21 @@ def manager_of(model: Any, choice: Choice, slots: int, pages: int) -> Any:
         use_cuda_graph=False,
         drop_unsupported_processors=False,
     )
+    attention: str = model.config._attn_implementation
     manager = model.init_continuous_batching(
         generation_config=copy.deepcopy(settings), continuous_batching_config=config
     )
-    check_seams(manager)
+    try:
+        check_seams(manager)
+        if manager.logit_processor.logits_processor:
+            names = [type(one).__name__ for one in manager.logit_processor.logits_processor]
+            raise CannotBatch(
+                f"its generation_config.json asks for {', '.join(names)}, which batches do not do"
+            )
+    except CannotBatch:
+        _restore(model, attention)
+        raise
     held = manager.logit_processor
-    if held.logits_processor:
-        names = ", ".join(type(one).__name__ for one in held.logits_processor)
-        raise CannotBatch(f"its generation_config.json asks for {names}, which batches do not do")
     held.logits_processor = LogitsProcessorList([choice])
     held.tensors_required, held.do_processing = 1, True
     return manager
@@ -262,13 +273,13 @@ def _bytes_of_token(model: PreTrainedModel) -> int:
     return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
 
 
-PROMPTS, NEW, FAR = (3, 40, 17), 6, 0.25
+PROMPTS, NEW, FAR = (3, PAGE + 40, 17), 6, 0.25
 """Lengths of what is tried together, tokens after each, and how far a token may be from the
 likeliest: a share of what lies between that and the mean, where rounding makes 0.02."""
 
 
 @torch.inference_mode()
-def prove(model: PreTrainedModel, slots: int) -> None:
+def prove(model: PreTrainedModel) -> None:
     """Tries a few requests at once, and looks whether each gets what the model says by itself.
 
     Raises:
@@ -307,7 +318,7 @@ def _answers(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]
     """What a manager says to them, all at once; it leaves the model as it was."""
     watch, attention = Watch(model, 0), model.config._attn_implementation
     pages = len(prompts) * math.ceil((max(PROMPTS) + NEW) / PAGE) + 1
-    manager = manager_of(model, Choice(model.device, watch), len(prompts), pages)
+    manager = manager_of(model, Choice(model.device, watch), pages)
     manager.start()
     try:
         for index, prompt in enumerate(prompts):

@@ -32,6 +32,13 @@ IGNORED = (
 """Fields that ask for nothing that shows in an answer."""
 
 
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+"""One mistake is enough: a list of four million would be as many."""
+
+
+Several = Annotated[list[Tokens], Field(fail_fast=True)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -80,7 +87,7 @@ class Wanted(_Strict):
 class Completion(Wanted):
     """`POST /v1/completions`."""
 
-    prompt: Text | list[int] | Annotated[list[Text], Field(max_length=1)] | list[list[int]]
+    prompt: Text | Tokens | Annotated[list[Text], Field(max_length=1)] | Several
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: Literal[0] | None = None
@@ -119,7 +126,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
 
 class Plain(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from moe_tools.registry import short
 from moe_tools.serving.refusal import Refusal
 from moe_tools.serving.sampling import Sampling
 from moe_tools.typed import fits
+
+TEMPLATE_CALL = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+"""What `apply_chat_template` itself takes: no client may say it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,13 @@ class Hosted:
             raise Refusal(
                 400, f"{self.name!r} has no chat template: use /v1/completions", param="messages"
             )
+        for key in extra:
+            if key in TEMPLATE_CALL:  # another template, say, which is a program
+                raise Refusal(
+                    400,
+                    f"{short(key, 60)} is not the template's to read: leave it out",
+                    param="chat_template_kwargs",
+                )
         try:
             text = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=True, **extra

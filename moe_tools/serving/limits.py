@@ -23,7 +23,7 @@ class Key:
     """Lets those pass that know the key."""
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
-        self._app, self._key = app, None if key is None else key.encode()
+        self._app, self._key = app, None if key is None else key.strip().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -32,7 +32,8 @@ class Key:
             return
         word, _, said = Headers(scope=scope).get("authorization", "").partition(" ")
         # the comparison takes as long for a key that begins right
-        known = hmac.compare_digest(said.strip().encode("utf-8", "replace"), self._key)
+        # headers are bytes, which ASGI hands on as latin-1
+        known = hmac.compare_digest(said.strip().encode("latin-1", "replace"), self._key)
         if word.lower() == "bearer" and known:
             await self._app(scope, receive, send)
             return

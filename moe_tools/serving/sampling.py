@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+COLD = 1e-6
+"""A temperature below it is 0: the likeliest token alone, in numbers that fp32 has no room for."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,19 +55,21 @@ class Chooser:
 
     def narrow(self, scores_V: Tensor) -> Tensor:
         """Scores of which the chosen token's is the largest: what takes the largest takes it."""
-        if self.sampling.temperature == 0:
-            return scores_V
+        if self.sampling.temperature < COLD or not bool(scores_V.max().isfinite()):
+            return scores_V  # nothing can be drawn of NaN; the largest is taken, as if greedy
         drawn = torch.multinomial(self._probabilities(scores_V), 1, generator=self._drawn)
         return torch.full_like(scores_V, -torch.inf).index_fill_(0, drawn, 0.0)
 
     def _probabilities(self, scores_V: Tensor) -> Tensor:
-        scores_V = scores_V.float() / self.sampling.temperature
+        scores_V = scores_V.float()
+        # the largest is 0 before the division: a temperature near 0 gives -inf, and no NaN
+        scores_V = (scores_V - scores_V.max()) / self.sampling.temperature
         size = scores_V.shape[0]
         count = min(self.sampling.top_k or size, size)
         if count < size:
             least = scores_V.topk(count).values[-1]
             scores_V = scores_V.masked_fill(scores_V < least, -torch.inf)
-        kept_V = (scores_V - scores_V.max()).softmax(-1)
+        kept_V = scores_V.softmax(-1)
         if self.sampling.top_p < 1:
             sorted_V, order = kept_V.sort(descending=True)
             before_V = sorted_V.cumsum(-1) - sorted_V  # the likeliest token always stays

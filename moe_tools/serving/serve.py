@@ -102,7 +102,7 @@ def choose(model: PreTrainedModel, watch: Watch, batching: Batching, slots: int)
                 raise CannotBatch("it selects its neurons by the prompt, of one text at a time")
             if slots == 1 and batching == "auto":
                 raise CannotBatch("one request runs at once")
-            prove(model, slots)
+            prove(model)
             engine = Batched(model, watch, slots)
             _log.info("up to %d requests at once", slots)
             return engine

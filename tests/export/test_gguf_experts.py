@@ -13,6 +13,7 @@ from moe_tools.cli.main import main
 from moe_tools.experts.conversion import Conversion
 from moe_tools.experts.swapped import swap_activations
 from moe_tools.export import Options, export
+from moe_tools.export import gguf as gguf_module
 from tests.export.hosts import HOSTS, converted, donor_gguf, folder, host
 
 
@@ -150,3 +151,30 @@ def test_a_relu_llama_is_refused_where_llama_cpp_computes_silu(tmp_path: Path) -
     save(model, tmp_path / "in")
     with pytest.raises(ValueError, match=r"this one has the activation relu, where llama\.cpp"):
         export(tmp_path / "in", tmp_path / "m.gguf", to="gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.layer_norm_rms_epsilon", 9.0), ("rope.freq_base", 3.0)],
+)
+@pytest.mark.parametrize("routed", [False, True])
+def test_numbers_that_the_file_says_wrongly_are_found_out(
+    routed: bool, key: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(converted(host(head_dim=32)) if routed else host(), tmp_path / "in")
+    common = gguf_module._common
+    monkeypatch.setattr(gguf_module, "_common", lambda config: common(config) | {key: value})
+    with pytest.raises(ValueError, match="what was written computes another model"):
+        export(tmp_path / "in", tmp_path / "m.gguf", to="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_what_is_there_stays(tmp_path: Path) -> None:
+    folder(tmp_path / "in")
+    (tmp_path / "m.gguf").mkdir()
+    with pytest.raises(ValueError, match="is a folder, and one file is written"):
+        export(tmp_path / "in", tmp_path / "m.gguf", to="gguf")
+    (tmp_path / "n.gguf.export.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"n\.gguf\.export\.json exists"):
+        export(tmp_path / "in", tmp_path / "n.gguf", to="gguf")
+    assert (tmp_path / "n.gguf.export.json").read_text() == "mine"

@@ -234,3 +234,26 @@ def test_a_folder_that_lacks_a_router_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"lacks the router tensors model\.layers\.1\.mlp\.router"):
         export(tmp_path / "in", tmp_path / "out", to="moe")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_positions_that_a_stock_class_reads_otherwise_are_found_out(tmp_path: Path) -> None:
+    """Of a llama `partial_rotary_factor` says nothing, and of a GLM4-MoE it does."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    save(converted(host(rope_parameters=rope)), tmp_path / "in")
+    export(tmp_path / "in", tmp_path / "out", to="moe")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"]["partial_rotary_factor"] == 1.0
+    model, ours = stock(tmp_path / "out"), load(tmp_path / "in")
+    assert (logits(model) - logits(ours)).norm(dim=-1).median() <= 0.01 * logits(ours).norm(
+        dim=-1
+    ).median()
+
+
+def test_another_attention_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path / "in")
+    common = moe_module._common
+    monkeypatch.setattr(
+        moe_module, "_common", lambda config: common(config) | {"rms_norm_eps": 9.0}
+    )
+    with pytest.raises(ValueError, match=r"another model: half of its logits .* or more"):
+        export(tmp_path / "in", tmp_path / "out", to="moe")

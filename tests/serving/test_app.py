@@ -263,7 +263,23 @@ def test_who_has_the_key_is_served(folders: Path) -> None:
         assert server.client("sesame").models.list().data[0].id == "tiny"
 
 
-@pytest.mark.parametrize("batching", ["auto", "off"])
+def test_a_key_of_other_letters_and_a_line_end_is_known(folders: Path) -> None:
+    with running(folders / "dense", Limits(key="sesame ä\n")) as server:
+        said = "Bearer sesame ä".encode().decode("latin-1")
+        assert server.call("GET", "/v1/models", Authorization=said)[0] == 200
+
+
+@pytest.mark.parametrize("batching", ["on", "off"])
+def test_a_temperature_near_zero_ends_nobody(folders: Path, batching: str) -> None:
+    with running(folders / "routed", batching=batching) as server:
+        ask = {"prompt": "w1", "max_tokens": 4}
+        for temperature in (1e-38, 1e-320, 1e-5):
+            said = server.call("POST", "/v1/completions", ask | {"temperature": temperature})
+            assert said[0] == 200
+        assert server.call("GET", "/health")[2] == {"status": "ok"}
+
+
+@pytest.mark.parametrize("batching", ["on", "off"])
 def test_who_finds_the_queue_full_comes_again(folders: Path, batching: str) -> None:
     limits = Limits(waiting=1)
     with running(folders / "routed", limits, slots=1, batching=batching) as server:
@@ -339,3 +355,21 @@ def test_metrics_count_what_was_done(folders: Path) -> None:
         assert server.metric('moe_tools_request_ffn_sparsity_count{of="request"}') == 1
         assert 0 < server.metric("moe_tools_tokens_per_second") <= 0.5
         assert 0.2 < server.metric("moe_tools_ffn_sparsity") < 0.8
+
+
+def test_no_client_brings_a_template_of_its_own(folders: Path) -> None:
+    with running(folders / "routed") as server:
+        ask: dict[str, Any] = {"messages": [{"role": "user", "content": "w1"}], "max_tokens": 1}
+        for key in ("chat_template", "tools", "tokenize"):
+            body = ask | {"chat_template_kwargs": {key: "{% for i in range(9) %}w5{% endfor %}"}}
+            status, _, answer = server.call("POST", "/v1/chat/completions", body)
+            assert status == 400
+            assert "is not the template's to read" in answer["error"]["message"]
+
+
+def test_a_list_of_mistakes_is_one_mistake(folders: Path) -> None:
+    with running(folders / "dense") as server:
+        began = time.monotonic()
+        status, _, _ = server.call("POST", "/v1/completions", {"prompt": [True] * 300_000})
+        assert status == 400
+        assert time.monotonic() - began < 5

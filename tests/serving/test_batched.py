@@ -230,8 +230,12 @@ def test_neurons_by_the_prompt_are_of_one_text_at_a_time() -> None:
             choose(model, Watch(model), "on", 8)
 
 
-def test_what_reads_whole_texts_runs_one_at_a_time(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_reads_whole_texts_runs_one_at_a_time(
+    attention: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model = model_of("llama")
+    model.set_attn_implementation(attention)
     model.generation_config.repetition_penalty = 1.3
     expected = [alone(model, prompt, 8) for prompt in PROMPTS]
     with caplog.at_level("INFO", "moe_tools"):
@@ -239,13 +243,14 @@ def test_what_reads_whole_texts_runs_one_at_a_time(caplog: pytest.LogCaptureFixt
     try:
         assert "asks for RepetitionPenaltyLogitsProcessor" in caplog.text
         assert together(engine, PROMPTS, 8) == expected
+        assert model.config._attn_implementation == attention
     finally:
         engine.stop()
 
 
 def test_a_model_that_batches_wrongly_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
-    prove(model, 4)
+    prove(model)
     real = batched._answers
     wrong = [
         lambda *args: [[*said[1:], 5] for said in real(*args)],  # other tokens
@@ -254,14 +259,14 @@ def test_a_model_that_batches_wrongly_is_found_out(monkeypatch: pytest.MonkeyPat
     for answers in wrong:
         monkeypatch.setattr(batched, "_answers", answers)
         with pytest.raises(CannotBatch, match="continues texts otherwise in a batch"):
-            prove(model, 4)
+            prove(model)
 
     def fails(*_: Any) -> Any:
         raise RuntimeError("no such attention")
 
     monkeypatch.setattr(batched, "_answers", fails)
     with pytest.raises(CannotBatch, match="transformers cannot batch it: no such attention"):
-        prove(model, 4)
+        prove(model)
 
 
 def test_a_model_without_attention_runs_one_at_a_time() -> None:
@@ -304,7 +309,7 @@ def test_a_transformers_that_batches_in_another_way_is_told_by_name() -> None:
     with pytest.raises(CannotBatch, match="batches in another way than moe-tools knows: the man"):
         check_seams(Other())
     model = model_of("llama")
-    manager = batched.manager_of(model, batched.Choice(model.device, Watch(model)), 2, 2)
+    manager = batched.manager_of(model, batched.Choice(model.device, Watch(model)), 2)
     check_seams(manager)
     manager.logit_processor = object()
     with pytest.raises(CannotBatch, match="its processors' logits_processor and"):
