@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from moe_tools.experts.hooks import hooked
 from moe_tools.experts.routing import observed
 from moe_tools.experts.selectors import TopK
 from moe_tools.experts.tokens import ValidTokens, valid_tokens
+from moe_tools.export.llamas import logits_of
 from moe_tools.export.plan import Limits, Options, Plan, Written
 from moe_tools.export.source import Source
 
@@ -100,12 +102,12 @@ def check(
     few_BT = ids_BT[: max(1, FFN_TOKENS // ids_BT.shape[1])]
     ours = _load(plan, source, options, plan.weights_dtype).float()
     seen = _watch(ours, few_BT) if plan.routed else []
-    logits_BTV = _logits_of(ours)(few_BT)
+    logits_BTV = logits_of(ours, few_BT)
     perplexity = {} if text is None else _perplexities(ours, ids_BT)
     del ours
     if text is not None and options.top_k is not None:
         own = load(source.name, dtype=plan.weights_dtype).float()
-        perplexity["own selector fp32"] = _perplexity(_logits_of(own), ids_BT)
+        perplexity["own selector fp32"] = _perplexity(partial(logits_of, own), ids_BT)
         del own
     written = plan.read_back(place, torch.float32)
     assert written is not None
@@ -123,9 +125,9 @@ def check(
     _hold(figures, plan.limits)
     del written
     if text is not None:
-        perplexity["ours bf16"] = _perplexity(
-            _logits_of(_load(plan, source, options, torch.bfloat16)), ids_BT
-        )
+        ours = _load(plan, source, options, torch.bfloat16)
+        perplexity["ours bf16"] = _perplexity(partial(logits_of, ours), ids_BT)
+        del ours
         if (low := plan.read_back(place, torch.bfloat16)) is not None:
             perplexity["written bf16"] = _perplexity(low.logits, ids_BT)
     return figures
@@ -143,20 +145,11 @@ def _load(
 
 def _perplexities(model: PreTrainedModel, ids_BT: Tensor) -> dict[str, float]:
     """Of our model in fp32, as it is exported and dense."""
-    found = {"ours fp32": _perplexity(_logits_of(model), ids_BT)}
+    found = {"ours fp32": _perplexity(partial(logits_of, model), ids_BT)}
     if expert_ffns(model):
         with every_expert_on(model):
-            found["every expert fp32"] = _perplexity(_logits_of(model), ids_BT)
+            found["every expert fp32"] = _perplexity(partial(logits_of, model), ids_BT)
     return found
-
-
-def _logits_of(model: PreTrainedModel) -> Logits:
-    @torch.no_grad()
-    def logits(ids_BT: Tensor) -> Tensor:
-        logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV
-
-    return logits
 
 
 def _perplexity(logits: Logits, ids_BT: Tensor) -> float:

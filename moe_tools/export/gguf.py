@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.checkpoint.loading import load
-from moe_tools.experts.conversion import Conversion, read_block
+from moe_tools.experts.conversion import read_block
 from moe_tools.export.gguf_file import (
     GROUP,
     WAY_OUT,
@@ -35,6 +35,7 @@ from moe_tools.export.gguf_file import (
     write_gguf,
 )
 from moe_tools.export.gguf_replay import SIGMOID, GGUFReplay
+from moe_tools.export.llamas import about_rope, donor_file, heads_of
 from moe_tools.export.plan import Kind, Limits, Options, Plan, Written
 from moe_tools.export.source import Source
 from moe_tools.export.stock_experts import NAME, StockExperts, plan_experts, sets_alike
@@ -148,7 +149,7 @@ def plan_gguf(source: Source, options: Options) -> Plan:
         file = plan(source.config)
         if conversion is not None and conversion.prompt_share is not None:
             logger.warning("%s selects by the prompt: in the file every neuron runs", source.name)
-    tokenizer = options.tokenizer or _of_donor(conversion)
+    tokenizer = options.tokenizer or donor_file(conversion)
     if tokenizer is not None:
         check_tokenizer(tokenizer, source.config.vocab_size)
     return GGUFPlan(file, source.config, experts, kind, tokenizer)
@@ -191,7 +192,7 @@ def _after(config: Any, tied: bool) -> dict[str, Planned]:
 
 def _common(config: Any) -> dict[str, int | float | bool]:
     """Keys of every architecture."""
-    heads, groups, head = _heads(config)
+    heads, groups, head = heads_of(config)
     return {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -223,35 +224,18 @@ def _reason(config: Any) -> str | None:
         value = getattr(config, name, None)
         if value:
             return f"this one has {name} {value}"
-    if (rope := _about_rope(config)) is not None:
+    if (rope := about_rope(config)) is not None:
         return f"this one {rope}"
-    (heads, _, head), width = _heads(config), config.hidden_size
+    (heads, _, head), width = heads_of(config), config.hidden_size
     if heads * head != width:
         return f"this one has {heads} heads of {head}, which is not its width of {width}"
     return None
 
 
-def _about_rope(config: Any) -> str | None:
-    """What is wrong with the positions; None: nothing."""
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        return f"has rope scaling of type {rope['rope_type']}"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"rotates only {rope['partial_rotary_factor']} of each head"
-    return None
-
-
-def _heads(config: Any) -> tuple[int, int, int]:
-    """The heads of q, those of k and v, and the width of one."""
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
 def _inside(config: Any, name: str) -> tuple[tuple[int, ...], int]:
     """The shape of a tensor in a layer, and its heads if they are put in another order."""
     width, neurons = config.hidden_size, config.intermediate_size
-    heads, groups, head = _heads(config)
+    heads, groups, head = heads_of(config)
     shapes: dict[str, tuple[tuple[int, ...], int]] = {
         "attn_q": ((heads * head, width), heads),
         "attn_k": ((groups * head, width), groups),
@@ -262,12 +246,6 @@ def _inside(config: Any, name: str) -> tuple[tuple[int, ...], int]:
         "ffn_down": ((width, neurons), 0),
     }
     return shapes.get(name, ((width,), 0))
-
-
-def _of_donor(conversion: Conversion | None) -> str | None:
-    """The donor, where it is a GGUF file that is still there."""
-    donor = None if conversion is None else Path(conversion.donor)
-    return str(donor) if donor is not None and donor.suffix == ".gguf" and donor.is_file() else None
 
 
 def _check_experts(source: Source, experts: StockExperts, kind: Kind) -> None:
@@ -288,7 +266,7 @@ def _check_experts(source: Source, experts: StockExperts, kind: Kind) -> None:
             f"{name} has {experts.routed} experts, and llama.cpp takes {MOST_EXPERTS} at most: "
             "convert with larger experts"
         )
-    if (rope := _about_rope(source.config)) is not None:
+    if (rope := about_rope(source.config)) is not None:
         raise ValueError(f"{name} {rope}, which llama.cpp's glm4moe has not: export it `--to moe`")
     if kind in ("q8_0", "q4_0") and experts.size % GROUP:
         raise ValueError(
@@ -300,7 +278,7 @@ def _check_experts(source: Source, experts: StockExperts, kind: Kind) -> None:
 def _plan_experts(config: Any, experts: StockExperts) -> FilePlan:
     """Plans a `glm4moe`."""
     width, size, routed = config.hidden_size, experts.size, experts.routed
-    heads, groups, head = _heads(config)
+    heads, groups, head = heads_of(config)
     shared = max(1, experts.shared) * size  # without any, llama.cpp would add silu(x)
     inside = {
         "input_layernorm.weight": Planned("attn_norm.weight", (width,)),

@@ -28,6 +28,8 @@ FILE_TYPES: dict[Kind, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16":
 WAY_OUT = "`moe-tools export --to dense` writes a folder that llama.cpp's own converter may read"
 TOKENIZER = "tokenizer."
 """How the keys of a tokenizer begin."""
+LARGEST = 65504.0
+"""Of f16."""
 GROUP = 32
 """Columns of one group of q8_0 and q4_0."""
 
@@ -219,6 +221,6 @@ def _stored(gguf: Any, tensor: Tensor, one: Planned, kind: Any) -> Any:
         parts = numbers.unflatten(0, (one.heads, 2, -1))
         numbers = parts.transpose(1, 2).flatten(0, 2)
     most = float(numbers.abs().max())
-    if kind not in (types.F32, types.BF16) and not most <= 65504:  # the largest f16; NaN too
+    if kind not in (types.F32, types.BF16) and not most <= LARGEST:  # NaN too
         raise ValueError(f"{one.name} has the number {most}, which f16 does not hold: {WAY_OUT}")
     return gguf.quants.quantize(numbers.contiguous().numpy(), kind)

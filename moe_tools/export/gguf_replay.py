@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_tools.experts.conversion import write_block
 from moe_tools.export.gguf_file import ReadTensors
+from moe_tools.export.llamas import logits_of
 from moe_tools.export.plan import FFNOutput, Written
 from moe_tools.export.stock_experts import NAME, StockExperts
 
@@ -63,11 +64,9 @@ class GGUFReplay(Written):
         ffn = cast(ReplayedExperts, self.model.model.layers[layer].mlp)
         return FFNOutput(ffn(x_TD), ffn.weights_TR(x_TD) > 0)
 
-    @torch.no_grad()
     def logits(self, ids_BT: Tensor) -> Tensor:
         """logits_BTV."""
-        logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV
+        return logits_of(self.model, ids_BT)
 
 
 class ReplayedExperts(nn.Module):

@@ -22,6 +22,7 @@ from transformers import Glm4MoeConfig, MixtralConfig
 
 from moe_tools.checkpoint.loading import load
 from moe_tools.export.folder import cast, write_around
+from moe_tools.export.llamas import heads_of
 from moe_tools.export.plan import Limits, Options, Plan, Written
 from moe_tools.export.shards import Group, write_shards
 from moe_tools.export.source import Source, StoredTensors
@@ -210,12 +211,11 @@ def _mixtral(config: Any, experts: StockExperts) -> MixtralConfig:
 
 def _common(config: Any) -> dict[str, Any]:
     """What both configs have from the host."""
-    heads = config.num_attention_heads
+    heads = heads_of(config)
     same = (
         "vocab_size",
         "hidden_size",
         "num_hidden_layers",
-        "num_attention_heads",
         "max_position_embeddings",
         "initializer_range",
         "rms_norm_eps",
@@ -225,8 +225,9 @@ def _common(config: Any) -> dict[str, Any]:
         "dtype",
     )
     return {
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "num_attention_heads": heads.queries,
+        "num_key_value_heads": heads.keys,
+        "head_dim": heads.width,
         "hidden_act": "silu",
         **{name: getattr(config, name, None) for name in same},
     }

@@ -26,7 +26,8 @@ from torch import Tensor
 from moe_tools.checkpoint.stored import some
 from moe_tools.export.gguf import EMBEDDING, HEAD
 from moe_tools.export.gguf import LAYER as DENSE
-from moe_tools.export.gguf_file import FilePlan, Planned, check_tokenizer, write_gguf
+from moe_tools.export.gguf_file import LARGEST, FilePlan, Planned, check_tokenizer, write_gguf
+from moe_tools.export.llamas import donor_file
 from moe_tools.export.plan import Limits, Options, Plan, Written
 from moe_tools.export.powerinfer_file import MAGIC, THRESHOLD, THRESHOLD_KEY, PowerInferFile
 from moe_tools.export.powerinfer_limits import OTHERS, reason, told
@@ -39,8 +40,6 @@ TOKENIZER_WAY_OUT = (
     "give one by --tokenizer FILE.gguf, of the donor or from llama.cpp's "
     "`convert_hf_to_gguf.py DONOR --vocab-only`"
 )
-LARGEST = 65504.0
-"""Of f16."""
 ASTRAY = 2e-4
 """Share of the neurons that may fall on the other side of 0: SmolLM2's FFNs have at most 5e-5, by
 predictors that f16 rounds."""
@@ -164,10 +163,7 @@ def _metadata(config: Any, groups: int) -> dict[str, int | float | bool]:
 
 def _tokenizer(source: Source, options: Options) -> str:
     """The GGUF file whose tokenizer is copied; without one, PowerInfer refuses a file."""
-    assert source.conversion is not None
-    file, donor = options.tokenizer, source.conversion.donor
-    if file is None and donor.endswith(".gguf") and Path(donor).is_file():
-        file = donor
+    file = options.tokenizer or donor_file(source.conversion)
     if file is None:
         raise ValueError(f"PowerInfer reads no file without a tokenizer: {TOKENIZER_WAY_OUT}")
     check_tokenizer(file, source.config.vocab_size)

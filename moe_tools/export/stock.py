@@ -15,6 +15,7 @@ from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.loading import host_class, read_config
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.stored import some
+from moe_tools.export.llamas import logits_of
 from moe_tools.export.plan import FFNOutput, Written
 
 
@@ -47,8 +48,6 @@ class StockModel(Written):
         mask_TR = torch.zeros(len(x_TD), len(block.gate.weight), dtype=torch.bool)
         return FFNOutput(block(x_TD[None])[0], mask_TR.scatter(1, chosen_TK, True))
 
-    @torch.no_grad()
     def logits(self, ids_BT: Tensor) -> Tensor:
         """logits_BTV."""
-        logits_BTV: Tensor = self.model(input_ids=ids_BT, use_cache=False).logits
-        return logits_BTV
+        return logits_of(self.model, ids_BT)
