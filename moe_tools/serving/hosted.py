@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from moe_tools.inference.optimized import optimize
 from moe_tools.inference.packed_linear import Kind
 from moe_tools.registry import short
 from moe_tools.serving.refusal import Refusal
-from moe_tools.serving.sampling import Sampling
+from moe_tools.serving.sampling import Sampling, unread
 from moe_tools.typed import fits
+
+_log = logging.getLogger(__name__)
 
 TEMPLATE_CALL = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 """What `apply_chat_template` itself takes: no client may say it."""
@@ -152,6 +155,8 @@ def host(
         optimize(model, dtype=packing.dtype, linears=packing.linears, screen=packing.screen)
     last = Path(os.path.abspath(source)).name
     usual = Sampling.of_model(model.generation_config)
+    if ignored := unread(model.generation_config):
+        _log.warning("%s of generation_config.json is not read here", ", ".join(ignored))
     return Hosted(model, tokenizer, source, name or last, ends, usual)
 
 

@@ -42,6 +42,18 @@ class Sampling:
         return cls(**(read | numbers))  # type: ignore[arg-type]
 
 
+UNREAD = {"min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""What `generation_config.json` may also say, and `Chooser` does not do -> what says nothing."""
+
+
+def unread(settings: Any) -> list[str]:
+    """What of a `generation_config.json` has no effect on how tokens are chosen here."""
+    if not getattr(settings, "do_sample", False):
+        return []
+    said = {name: getattr(settings, name, None) for name in UNREAD}
+    return [name for name, value in said.items() if value not in (None, UNREAD[name])]
+
+
 class Chooser:
     """Chooses the tokens of one request."""
 

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from moe_tools.serving.sampling import Chooser, Sampling
+from moe_tools.serving.sampling import Chooser, Sampling, unread
 
 SCORES = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
 
@@ -63,3 +64,9 @@ def test_half_precision_is_drawn_too() -> None:
 )
 def test_a_model_says_what_is_usual(said: dict[str, object], expected: Sampling) -> None:
     assert Sampling.of_model(SimpleNamespace(**said)) == expected
+
+
+def test_what_is_not_read_is_named() -> None:
+    settings = GenerationConfig(do_sample=True, min_p=0.1, typical_p=1.0, temperature=0.5)
+    assert unread(settings) == ["min_p"]
+    assert unread(GenerationConfig(min_p=0.1)) == []
