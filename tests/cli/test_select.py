@@ -69,7 +69,7 @@ def test_evaluate_says_that_its_row_is_dense(run: Run, folder: str) -> None:
 
 
 def test_export_writes_the_dense_model(run: Run, work: Path, folder: str) -> None:
-    code, _, err = run("export", folder, "--format", "dense", "--output", "plain")
+    code, _, err = run("export", folder, "--to", "dense", "--output", "plain", "--no-check")
     assert code == 0, err
     assert "moe_tools" not in json.loads((work / "plain" / "config.json").read_text())
 
