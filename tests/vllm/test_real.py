@@ -28,7 +28,7 @@ WAYS = {
     "few_bits": (1, Attach(router="few_bits", selector={"kind": "threshold", "tau": 0.2})),
 }
 """Name -> neurons of an expert, and the step that attaches its routers."""
-NEAR = {"topk": 1e-4, "threshold": 1e-3, "few_bits": 2e-2}
+NEAR = {"topk": 1e-4, "threshold": 2e-2, "few_bits": 2e-2}
 """Name -> how far the mean log probability may be. The last bit of a score decides now and then
 whether an expert runs, and all later tokens follow: the more experts, the sooner. With another
 attention of transformers, and with packed FFNs, ours are as far from ours."""
