@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from moe_tools.cli.options import add_model_options, not_negative, positive
+from moe_tools.cli.options import (
+    add_model_options,
+    add_packing_options,
+    check_packing_options,
+    not_negative,
+    positive,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,22 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=64, help="default: 64")
     parser.add_argument("--temperature", type=not_negative, default=0.0, help="default: 0, greedy")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--optimize", action="store_true", help="run on the sparse kernels")
-    parser.add_argument(
-        "--packed-dtype",
-        choices=("fp32", "bf16", "fp16", "int8", "int4"),
-        help="of the FFNs' weights with --optimize; default: that of --dtype",
-    )
-    parser.add_argument(
-        "--linears", choices=("int8", "int4"), help="with --optimize: attention and head, too"
-    )
-    parser.add_argument(
-        "--screen",
-        type=float,
-        metavar="SIGMAS",
-        help="with --optimize, of ReLU and its kin: an int8 copy of the gate goes first; 4 is a "
-        "safe margin, inf misses nothing",
-    )
+    add_packing_options(parser)
     parser.add_argument(
         "--select",
         choices=("prompt",),
@@ -87,10 +78,7 @@ def run(args: argparse.Namespace) -> int:
     """Checks the options that need another one, and generates."""
     if not args.prompt.strip():
         raise ValueError("--prompt is empty: give some text to continue")
-    for option in ("packed_dtype", "linears", "screen"):
-        if getattr(args, option) is not None and not args.optimize:
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} is of the sparse kernels: add --optimize")
+    check_packing_options(args)
     if args.share is not None and args.select is None:
         raise ValueError("--share is of the neurons that a prompt selects: add --select prompt")
     if args.select is not None and args.optimize:

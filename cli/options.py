@@ -52,6 +52,38 @@ def add_baseline_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_packing_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --optimize, and how to pack (`moe_tools.optimize`)."""
+    parser.add_argument("--optimize", action="store_true", help="run on the sparse kernels")
+    parser.add_argument(
+        "--packed-dtype",
+        choices=("fp32", "bf16", "fp16", "int8", "int4"),
+        help="of the FFNs' weights with --optimize; default: that of --dtype",
+    )
+    parser.add_argument(
+        "--linears", choices=("int8", "int4"), help="with --optimize: attention and head, too"
+    )
+    parser.add_argument(
+        "--screen",
+        type=float,
+        metavar="SIGMAS",
+        help="with --optimize, of ReLU and its kin: an int8 copy of the gate goes first; 4 is a "
+        "safe margin, inf misses nothing",
+    )
+
+
+def check_packing_options(args: argparse.Namespace) -> None:
+    """Checks that nothing says how to pack where nothing is packed.
+
+    Raises:
+        ValueError: something does.
+    """
+    for option in ("packed_dtype", "linears", "screen"):
+        if getattr(args, option) is not None and not args.optimize:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is of the sparse kernels: add --optimize")
+
+
 def add_json_option(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds --json, which writes `what`."""
     parser.add_argument(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 
-from moe_tools.cli.options import add_model_options, not_negative, positive, zero_or_more
+from moe_tools.cli.options import (
+    add_model_options,
+    add_packing_options,
+    check_packing_options,
+    not_negative,
+    positive,
+    zero_or_more,
+)
 from moe_tools.extras import needed
 
 SUMMARY = "answer requests of OpenAI's HTTP interface with a model"
@@ -50,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
-    """Adds what the engine transformers has; nothing is the default, to see what was said."""
+    """Adds what the engine transformers has; no defaults here, to see what was said."""
     parser.add_argument(
         "--max-waiting", type=zero_or_more, help="more wait, or get 429; default: 64"
     )
@@ -58,18 +65,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace", type=not_negative, help="seconds for what runs at SIGTERM; default: 30"
     )
-    parser.add_argument("--optimize", action="store_true", default=None, help="on sparse kernels")
-    parser.add_argument(
-        "--packed-dtype",
-        choices=("fp32", "bf16", "fp16", "int8", "int4"),
-        help="of the FFNs' weights with --optimize; default: that of --dtype",
-    )
-    parser.add_argument(
-        "--linears", choices=("int8", "int4"), help="with --optimize: attention and head, too"
-    )
-    parser.add_argument(
-        "--screen", type=float, metavar="SIGMAS", help="with --optimize, of ReLU: as in generate"
-    )
+    add_packing_options(parser)
     parser.add_argument(
         "--batching",
         choices=("auto", "on", "off"),
@@ -100,7 +96,8 @@ def _vllm(args: argparse.Namespace, key: str | None) -> None:
     from moe_tools.serving.vllm_engine import VllmSettings, become
 
     for name, option in OURS.items():
-        if getattr(args, name) is not None:
+        said = getattr(args, name)
+        if said is not None and said is not False:
             raise ValueError(f"{option} is of the engine transformers: leave it out with vllm")
     if args.device != "auto":
         raise ValueError("--device is of the engine transformers: vllm takes what it was built for")
@@ -120,9 +117,7 @@ def _vllm(args: argparse.Namespace, key: str | None) -> None:
 def _transformers(args: argparse.Namespace, key: str | None) -> None:
     if args.behind:
         raise ValueError(f"{args.behind[0]} stands behind --, which is for the engine vllm")
-    for option in ("packed_dtype", "linears", "screen"):
-        if getattr(args, option) is not None and not args.optimize:
-            raise ValueError(f"{OURS[option]} is of the sparse kernels: add --optimize")
+    check_packing_options(args)
     for package in PACKAGES:
         needed(package, "serve", "moe-tools serve")
     from moe_tools.cli.common import PACKED, pick_dtype, use_device

@@ -39,7 +39,7 @@ def write_around(
     with quiet_transformers(), transformers_patched(True):
         config.save_pretrained(place)
     put_beside(companions(source.name), place)
-    for code in source.folder().glob("*.py"):  # of a model that brings its own
+    for code in source.folder.glob("*.py"):  # of a model that brings its own
         shutil.copyfile(code, place / code.name)
     write_card(place)
 

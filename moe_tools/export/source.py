@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ class Source:
             config = read_config(name)
         return cls(name, config, read_block(config))
 
+    @cached_property
     def folder(self) -> Path:
-        """Where its files are; those of a hub id are fetched.
+        """Where its files are; those of a hub id are fetched, once.
 
         Raises:
             ValueError: they cannot be fetched.
@@ -66,7 +68,7 @@ class Source:
         Raises:
             ValueError: a weight file is missing or truncated.
         """
-        return StoredTensors(stored_tensors(self.folder()))
+        return StoredTensors(stored_tensors(self.folder))
 
 
 class StoredTensors(Mapping[str, Tensor]):
