@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes a stock Mixtral folder with the donor's tokenizer, if it has one."""
-    from moe_tools.checkpoint.atomic import check_free
+    from moe_tools.atomic import check_free
     from moe_tools.checkpoint.loading import load
     from moe_tools.checkpoint.saving import save
     from moe_tools.cli.common import DTYPES, quiet_transformers

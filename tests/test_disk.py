@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.disk import CannotWrite, cannot_write, writing
 
 TENSORS = {"a": torch.zeros(50_000)}

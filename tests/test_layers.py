@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ARROWS = (
-    "registry names processes waiting disk cached extras versions typed kernels < data < hosts "
-    "< experts < thresholds inference measure < checkpoint < steps report < training inspection "
-    "< recipe < runs export serving < bench < cli patched"
+    "registry names processes waiting disk lock cached extras versions typed kernels < atomic "
+    "< data < hosts < experts < thresholds inference measure < checkpoint < steps report "
+    "< training inspection < recipe < runs export serving < bench < cli patched"
 )
 """A folder imports from those left of its `<`, and not from its neighbours."""
 RANKS = {layer: rank for rank, group in enumerate(ARROWS.split("<")) for layer in group.split()}

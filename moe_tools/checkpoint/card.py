@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.checkpoint.class_names import only_ours
 from moe_tools.data.sources import shortened
 from moe_tools.experts.conversion import Conversion

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import transformers
 
-from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.atomic import new_folder
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.card import write_card
 from moe_tools.checkpoint.host_names import host_names

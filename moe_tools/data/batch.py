@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from moe_tools.names import IGNORE
 
 
 class Batch(NamedTuple):
@@ -14,14 +15,21 @@ class Batch(NamedTuple):
     ids_BT: Tensor
     labels_B: Tensor | None = None
     """The class of each row; None: a language model predicts the next token."""
+    learned_BT: Tensor | None = None
+    """Tokens that a language model learns to say; None: all of them."""
+    mask_BT: Tensor | None = None
+    """Tokens that are no padding; None: all."""
+    positions_BT: Tensor | None = None
+    """Where each token stands in its own text; None: a row is one text, from 0 on."""
 
+    def next_labels_BT(self) -> Tensor:
+        """What a language model has to say at each token: the one behind it; `IGNORE`: nothing."""
+        labels_BT = self.ids_BT
+        if self.learned_BT is not None:
+            labels_BT = labels_BT.masked_fill(~self.learned_BT, IGNORE)
+        return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
 
-Text = Tensor | Sequence[Batch]
-"""blocks_BT of running text, or labelled batches."""
-
-
-def token_count(text: Text) -> int:
-    """Number of tokens of a text."""
-    if isinstance(text, Tensor):
-        return text.numel()
-    return sum(batch.ids_BT.numel() for batch in text)
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has, padding left out."""
+        return self.ids_BT.numel() if self.mask_BT is None else int(self.mask_BT.sum())

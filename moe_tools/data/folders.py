@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+from moe_tools.data.compressed import suffix
 from moe_tools.names import CONFIG, RECIPE
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,8 @@ def text_files(folder: Path, suffixes: Collection[str]) -> list[Path]:
         unread["links to folders"] += sum(path.is_symlink() for path in below)
         folders[:] = [p.name for p in below if not p.is_symlink() and _mark(p) is None]
         for path in (Path(place, name) for name in names if not name.startswith(".")):
-            kind = path.suffix.lower()
-            if kind not in suffixes:
+            if suffix(path) not in suffixes:
+                kind = path.suffix.lower()
                 unread[f"{kind} files" if kind else "files without a suffix"] += 1
             elif not path.is_file():
                 unread["broken links or special files"] += 1

@@ -1,7 +1,11 @@
 """Which part of a corpus training never sees: decided by the text or its path, never by chance."""
 
 import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
+
+import numpy as np
 
 TextSplit = Literal["train", "heldout"]
 
@@ -36,25 +40,30 @@ def is_held_out(key: str) -> bool:
     return digest(key) % ONE_IN == 0
 
 
-def divide(documents: list[str], split: TextSplit, source: str) -> list[str]:
-    """The documents of one split, in their old order.
+def divide(
+    documents: Callable[[], Iterable[str]], split: TextSplit, source: str, *, whole: bool = False
+) -> Iterator[str]:
+    """The documents of one split, in their old order; the source is read twice, and not kept.
 
     From 20 distinct documents on, the 5 % with the smallest hashes of their normalised text are
     held out: copies of a document stay on one side. With fewer, the last 5 to 10 % of the text is
-    (more of a very short one).
+    (more of a very short one), or the last document where documents are to stay `whole`.
 
     Raises:
         ValueError: the text is too short to have two sides.
     """
-    hashes = [digest(normalise(document)) for document in documents]
-    distinct = sorted(set(hashes))
+    hashes = np.array(array("Q", (digest(normalise(document)) for document in documents())))
+    distinct = np.unique(hashes)
     if len(distinct) < ONE_IN:
-        head, tail = _cut_tail(documents, source)
-        return head if split == "train" else tail
+        few = [*documents()]
+        head, tail = (few[:-1], few[-1:]) if whole else _cut_tail(few, source)
+        if not head:
+            raise ValueError(f"{source!r} has one document, and none to hold out: give more")
+        return iter(head if split == "train" else tail)
     # By rank and not by `is_held_out`: of 20 documents, chance would often hold out none.
     limit = distinct[len(distinct) // ONE_IN - 1]
-    held_out = split == "heldout"
-    return [text for text, key in zip(documents, hashes, strict=True) if (key <= limit) == held_out]
+    kept = (hashes <= limit) == (split == "heldout")
+    return (text for text, keep in zip(documents(), kept, strict=True) if keep)
 
 
 def boundary(text: str, low: int, high: int) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from moe_tools.data.batch import Text
+from moe_tools.data.batching import Batches, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +60,13 @@ def check_text(model: PreTrainedModel, text: Text) -> None:
     Raises:
         ValueError: too long a block, or a token outside the vocabulary.
     """
-    tensors = [text] if isinstance(text, Tensor) else [batch.ids_BT for batch in text]
-    check_length(model, max(ids_BT.shape[1] for ids_BT in tensors))
-    largest = max(int(ids_BT.max()) for ids_BT in tensors)
+    if isinstance(text, Batches):
+        longest, largest = text.rows.length, text.rows.largest
+    else:
+        tensors = [text] if isinstance(text, Tensor) else [batch.ids_BT for batch in text]
+        longest = max(ids_BT.shape[1] for ids_BT in tensors)
+        largest = max(int(ids_BT.max()) for ids_BT in tensors)
+    check_length(model, longest)
     vocabulary = text_config(model).vocab_size
     if largest >= vocabulary:
         raise ValueError(

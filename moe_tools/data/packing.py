@@ -1,44 +1,45 @@
-"""Documents -> blocks of tokens.
+"""A source -> the rows of tokens that a run reads, in memory or on the disk.
 
 Shapes: B blocks, T tokens a block (`length`).
 """
+
+from __future__ import annotations
 
 import hashlib
 import itertools
 import logging
 import math
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from moe_tools.data.batch import Text
-from moe_tools.data.holdout import TextSplit, boundary, digest
+from moe_tools.cached import cache_file
+from moe_tools.data.batching import Batches, Text
+from moe_tools.data.holdout import TextSplit
+from moe_tools.data.pieces import begin_tokens
 from moe_tools.data.progress import progress
-from moe_tools.data.sources import is_hub, mixture, texts
+from moe_tools.data.reader import Reader
+from moe_tools.data.rows import Bos, InMemory, Mixed, Packing, Row, Rows
+from moe_tools.data.shards import Stored
+from moe_tools.data.sources import mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-PASSAGE = 8192
-"""Characters; longer documents are cut, or one long book could not be mixed with others."""
+__all__ = ["Bos", "Packing", "begin_tokens", "blocks", "blocks_for", "check_size", "fingerprint"]
 
-BATCH = 32
-"""Passages a call of the tokenizer: enough for its threads, little to throw away."""
-
-HUB_WINDOW = 1000
-"""Rows of a hub data set that are put in order together: a stream is never there as a whole."""
+IN_MEMORY = 2**24
+"""Tokens up to which a text is tokenised by each run and kept in memory; a longer one is
+tokenised once, in shards on the disk."""
 
 
 def blocks(
     source: str,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     *,
     split: TextSplit,
     length: int,
@@ -70,69 +71,143 @@ def blocks(
         ValueError: a size is not positive, the source cannot be read or its text does not fill one
             block, or the tokenizer has no token to end a passage.
     """
+    found = rows(source, tokenizer, split=split, length=length, tokens=tokens, seed=seed)
+    return found.tensor()
+
+
+def rows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: TextSplit,
+    length: int,
+    tokens: int | None,
+    seed: int = 0,
+    packing: Packing = "joined",
+    bos: Bos = "auto",
+) -> Rows:
+    """The rows that `blocks` are a tensor of, read when they are asked for.
+
+    A text of more than `IN_MEMORY` tokens is tokenised once, into the user's cache
+    (`moe_tools.data.shards`): one from files before this returns, a stream of the hub as it is
+    read. Conversations are written by the tokenizer's chat template, and the loss is on what the
+    assistant says.
+
+    Args:
+        source: see `blocks`.
+        tokenizer: see `blocks`.
+        split: see `blocks`.
+        length: tokens of the longest row.
+        tokens: see `blocks`.
+        seed: see `blocks`.
+        packing: how texts share a row.
+        bos: whether rows of text begin with BOS.
+
+    Raises:
+        ValueError: as `blocks`; or a tokenizer that cannot write conversations.
+    """
     check_size("length", length)
-    wanted = None if tokens is None else blocks_for(tokens, length)
+    wanted = None if tokens is None else blocks_for(tokens, length) * length
     parts = mixture(source)
     if len(parts) > 1:
-        pack = partial(blocks, tokenizer=tokenizer, split=split, length=length, seed=seed)
-        return _mixed(parts, wanted, lambda name, n: pack(name, tokens=n and n * length))
-    end, begin = _end_token(tokenizer), begin_tokens(tokenizer)
-    fresh = length - len(begin)
-    if fresh < 1:
-        raise ValueError(
-            f"blocks of {length} tokens have no room for text: this tokenizer begins a text with "
-            f"{len(begin)} tokens, use a larger --block-length"
+        read = partial(
+            rows,
+            tokenizer=tokenizer,
+            split=split,
+            length=length,
+            seed=seed,
+            packing=packing,
+            bos=bos,
         )
-    passages = _ordered(source, split, seed)
-    ids = _tokenise(passages, tokenizer, end, None if wanted is None else wanted * fresh)
-    where = f"{source!r} ({split})"
-    if len(ids) < fresh:
-        raise ValueError(_too_short(where, len(ids), length))
-    have = len(ids) // fresh
-    if wanted is not None and have < wanted:
+        return _mixed(parts, wanted, length, read)
+    place = cache_file("text")
+    reader = Reader(source, tokenizer, split, length, seed, packing, bos, place)
+    if wanted is None or wanted <= IN_MEMORY:
+        found = _in_memory(reader, wanted, tokens)
+        if found is not None:
+            return found
+    stored = Stored(place / reader.key, reader, wanted)
+    if not len(stored):
+        raise ValueError(_too_short(f"{source!r} ({split})", 0, length))
+    if wanted is not None and not stored.endless and stored.tokens < wanted:
         logger.warning(
-            "%s has %s tokens, fewer than the %s asked for: using %s blocks of %s = %s tokens",
-            *(where, len(ids), tokens, have, length, have * length),
+            "%r (%s) has %s tokens, fewer than the %s asked for: using them all",
+            *(source, split, stored.tokens, tokens),
         )
-    count = have if wanted is None else min(have, wanted)
-    text_BT = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
-    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, -1), text_BT], dim=1)
+    return stored
 
 
 def _mixed(
     parts: list[tuple[str, float]],
     wanted: int | None,
-    pack: Callable[[str, int | None], Tensor],
-) -> Tensor:
-    """Blocks of several sources in turn: after every block, each has its share, to one block.
-
-    The text ends with the first source that is used up, so that the shares hold throughout.
-    """
+    length: int,
+    read: partial[Rows],
+) -> Rows:
     total = sum(weight for _, weight in parts)
-    shares = [weight / total for _, weight in parts]
-    packed = [
-        pack(name, None if wanted is None else math.ceil(share * wanted) + 1)
-        for (name, _), share in zip(parts, shares, strict=True)
-    ]
-    chosen: list[Tensor] = []
-    taken = [0] * len(parts)
-    while wanted is None or len(chosen) < wanted:
-        owed = [share * (len(chosen) + 1) - n for share, n in zip(shares, taken, strict=True)]
-        source = owed.index(max(owed))
-        if taken[source] == len(packed[source]):
-            logger.warning("%r is used up after %d blocks", parts[source][0], len(chosen))
-            break
-        chosen.append(packed[source][taken[source]])
-        taken[source] += 1
-    return torch.stack(chosen)
+    found = []
+    for name, weight in parts:
+        share = None
+        if wanted is not None:
+            share = (math.ceil(weight / total * (wanted // length)) + 1) * length
+        found.append(read(name, tokens=share))
+    mixed = Mixed(found, [weight for _, weight in parts], wanted)
+    if mixed.used_up is not None:
+        logger.warning("%r is used up after %d blocks", parts[mixed.used_up][0], len(mixed))
+    return mixed
+
+
+def _in_memory(reader: Reader, wanted: int | None, asked: int | None) -> InMemory | None:
+    """All rows of a text, or the first of them; None: they are too many."""
+    cutter, found, seen = reader.cutter(), list[Row](), 0
+    have = 0
+    with progress("tokenising", wanted, "token") as bar:
+        for pieces, _ in reader.read():
+            count = sum(len(piece.ids_T) for piece in pieces)
+            seen += count
+            for row in cutter.cut(pieces):
+                found.append(row)
+                have += len(row.ids_T)
+            bar.update(count)
+            if wanted is not None and have >= wanted:
+                break
+            if have > IN_MEMORY:
+                return None
+    where = f"{reader.source!r} ({reader.split})"
+    cutter.tell(where)
+    if not found:
+        if cutter.unlearned:
+            raise ValueError(
+                f"{where} has no token that an assistant says, and the loss is on those: give "
+                "conversations with turns of the role 'assistant'"
+            )
+        raise ValueError(_too_short(where, seen, reader.length))
+    if wanted is not None and have < wanted:
+        logger.warning(
+            "%s has %s tokens, fewer than the %s asked for: using %s blocks of %s = %s tokens",
+            *(where, seen, asked, len(found), reader.length, have),
+        )
+    if wanted is not None:
+        found = found[: _until(found, wanted)]
+    return InMemory(reader.length, cutter.uniform, found)
+
+
+def _until(rows: list[Row], wanted: int) -> int:
+    """How many of the first rows hold so many tokens."""
+    ends = itertools.accumulate(len(row.ids_T) for row in rows)
+    return next((n for n, end in enumerate(ends, start=1) if end >= wanted), len(rows))
 
 
 def fingerprint(text: Text) -> str:
     """16 hex digits of the SHA-256 of shapes, tokens and labels: equal means the same text."""
+    if isinstance(text, Batches):
+        return text.fingerprint
     found = hashlib.sha256()
     for tensor in _tensors(text):
-        rows = tensor.detach().cpu().to(torch.int64).contiguous()
-        found.update(str(tuple(rows.shape)).encode() + rows.numpy().astype("<i8").tobytes())
+        numbers = tensor.detach().cpu()
+        numbers = numbers if numbers.is_floating_point() else numbers.long()
+        kind = "<f8" if numbers.is_floating_point() else "<i8"
+        found.update(str(tuple(numbers.shape)).encode())
+        found.update(numbers.contiguous().numpy().astype(kind).tobytes())
     return found.hexdigest()[:16]
 
 
@@ -140,7 +215,7 @@ def _tensors(text: Text) -> Iterator[Tensor]:
     if isinstance(text, Tensor):
         yield text
     else:
-        yield from (tensor for batch in text for tensor in batch if tensor is not None)
+        yield from (tensor for batch in text for tensor in batch if isinstance(tensor, Tensor))
 
 
 def blocks_for(tokens: int, length: int) -> int:
@@ -158,85 +233,6 @@ def check_size(name: str, value: int) -> None:
     """Refuse a size below 1 with a ValueError."""
     if value < 1:
         raise ValueError(f"{name} is {value}, but must be at least 1: use a positive number")
-
-
-def begin_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What the tokenizer itself puts before a text; nothing for many."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
-    return list(whole[: next(starts, 0)])
-
-
-def _end_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """What stands between passages. Encoders have no EOS: SEP is what they know as an end."""
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
-        if isinstance(token, int):
-            return token
-    raise ValueError(
-        f"tokenizer {tokenizer.name_or_path!r} has no EOS, SEP or PAD token, and one must stand "
-        "between documents: set tokenizer.eos_token"
-    )
-
-
-def _ordered(source: str, split: TextSplit, seed: int) -> Iterator[str]:
-    """The passages of a source in the order of packing, which never depends on the budget."""
-    documents = texts(source, split=split)
-    for window in _batches(documents, HUB_WINDOW if is_hub(source) else None):
-        passages = (passage for text in window for passage in _passages(text))
-        yield from sorted(passages, key=digest) if split == "heldout" else _mix(passages, seed)
-
-
-def _mix(passages: Iterable[str], seed: int) -> list[str]:
-    """Passages by a hash of seed and text; copies of one lie apart, as training wants them.
-
-    Not by a permutation: with one passage more that is another draw, and nearly all others move.
-    """
-    copies = Counter[str]()
-    placed = []
-    for passage in passages:
-        placed.append((digest(f"{seed} {copies[passage]} {passage}"), passage))
-        copies[passage] += 1
-    return [passage for _, passage in sorted(placed)]
-
-
-def _batches(items: Iterable[str], size: int | None) -> Iterator[list[str]]:
-    """Lists of up to `size` items; None is one list of all."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
-
-
-def _passages(text: str) -> Iterator[str]:
-    """Cut a long document, between paragraphs if it has some."""
-    start = 0
-    while start < len(text):
-        end = start + PASSAGE
-        if end < len(text):
-            end = boundary(text, start + PASSAGE // 2, end)
-        passage = text[start:end].strip()
-        if passage:
-            yield passage
-        start = end
-
-
-def _tokenise(
-    passages: Iterable[str], tokenizer: "PreTrainedTokenizerBase", end: int, enough: int | None
-) -> "array[int]":
-    """The ids of all passages, each followed by `end`; stops after `enough` of them."""
-    ids = array("q")
-    with progress("tokenising", enough, "token") as bar:
-        for batch in _batches(passages, BATCH):
-            before = len(ids)
-            # verbose=False: that a passage exceeds the model's context is nothing to warn about.
-            encoded = tokenizer(batch, add_special_tokens=False, verbose=False)
-            for row in encoded["input_ids"]:
-                ids.extend(row)
-                ids.append(end)
-            bar.update(len(ids) - before)
-            if enough is not None and len(ids) >= enough:
-                break
-    return ids
 
 
 def _too_short(where: str, have: int, length: int) -> str:

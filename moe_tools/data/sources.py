@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moe_tools.data.compressed import suffix
 from moe_tools.data.docs import docs
-from moe_tools.data.files import SUFFIXES, read_path
+from moe_tools.data.files import SUFFIXES, form_of_path, read_path
 from moe_tools.data.holdout import TextSplit, check_split, divide
-from moe_tools.data.hub import hub_texts
+from moe_tools.data.hub import HubText
+from moe_tools.data.tables import Form
 
 JOIN = " + "
 """Stands between the sources of a mixture."""
@@ -66,13 +68,34 @@ def texts(source: str, *, split: TextSplit) -> Iterator[str]:
     if found.kind == "docs":
         return iter(docs(split))
     if found.kind == "hub":
-        return hub_texts(found.name, found.config, split, found.column)
+        return iter(HubText(found.name, found.config, split, found.column))
+    _check_there(found, source)
+    path, column = Path(found.name), found.column
+    whole = form_of_path(path, column) != "text"
+    return divide(lambda: read_path(path, column), split, source, whole=whole)
+
+
+def form(source: str) -> Form:
+    """What the documents of a source are: running text, conversations, or prompts and completions.
+
+    Raises:
+        ValueError: as `texts`.
+    """
+    found = parse_source(source)
+    if found.kind == "hub":
+        return HubText(found.name, found.config, "train", found.column).form
+    if found.kind != "file":
+        return "text"
+    _check_there(found, source)
+    return form_of_path(Path(found.name), found.column)
+
+
+def _check_there(found: Source, source: str) -> None:
     if not _is_path(found.name):
         raise ValueError(
             f"data source {source!r} is not there: use 'docs', 'self', an existing "
             f"{', '.join(SUFFIXES)} file, a folder of such files, or hub:NAME"
         )
-    return iter(divide(read_path(Path(found.name), found.column), split, source))
 
 
 def parse_source(source: str) -> Source:
@@ -86,7 +109,7 @@ def parse_source(source: str) -> Source:
     parts = source.split(":")
     cuts = [(":".join(parts[:n]), tuple(parts[n:])) for n in range(len(parts), 0, -1)]
     there = [cut for cut in cuts if _is_path(cut[0])]
-    named = [cut for cut in cuts if Path(cut[0]).suffix.lower() in SUFFIXES]
+    named = [cut for cut in cuts if suffix(Path(cut[0])) in SUFFIXES]
     if not there and not named and _is_hub_name(source):
         return Source("hub", source)
     name, columns = next(iter([*there, *named]), (source, ()))

@@ -1,24 +1,39 @@
-"""Documents in rows: .jsonl and .parquet files, and which of their columns is the text."""
+"""Documents in rows: .jsonl and .parquet files, and which of their columns they are in.
+
+A document is a string. Of a conversation it is JSON that `moe_tools.data.chat` reads: so whatever
+orders, divides or counts documents does it for all of them alike.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_tools.data.compressed import open_text, suffix
 from moe_tools.extras import needed
 
 TEXT = "text"
 """The column that is the text wherever there is one of this name."""
 TABLES = (".jsonl", ".parquet")
+TURNS = ("messages", "conversations")
+"""Columns that are a conversation, best first, where there is no column of text."""
+PAIR = ("prompt", "completion")
+"""Columns that together are a question and its answer."""
+SEEN = 100_000
+"""Rows of a .jsonl file that say what its columns hold."""
 WHOLE = "is it a whole .parquet file?"
 
-Kind = Literal["strings", "other", "unknown"]
-"""What a column holds; unknown: nothing but nulls was seen, so it may be strings."""
+Kind = Literal["strings", "turns", "other", "unknown"]
+"""What a column holds: strings, lists of turns of a conversation, or something else; unknown:
+nothing but nulls was seen, so it may be strings."""
+Form = Literal["text", "turns", "pair"]
+"""What a document is: running text, the turns of a conversation, or a prompt and its completion."""
 
 
 class Table(ABC):
@@ -44,19 +59,99 @@ class Table(ABC):
 
 
 def documents(table: Table, column: str | None = None) -> Iterator[str]:
-    """The texts of a table; a row whose text is null is skipped.
+    """The documents of a table; a row whose text or conversation is null is skipped.
 
     Raises:
-        ValueError: no column is the text beyond doubt, or a row has no string in it.
+        ValueError: no column is the text beyond doubt, or a row has not in it what others have.
     """
     kinds = table.kinds()
     if not kinds:
         return
-    chosen = text_column(table, kinds, column)
-    for where, row in table.rows(chosen):
-        text = string(row, chosen, where)
-        if text is not None:
-            yield text
+    form, columns = form_of(table, kinds, column)
+    for where, row in table.rows(*columns):
+        if form == "turns":
+            found = turns(row, columns[0], where)
+        elif form == "pair":
+            found = pair(row, where)
+        else:
+            found = string(row, columns[0], where)
+        if found is not None:
+            yield found
+
+
+def form_of(
+    table: Table, kinds: Mapping[str, Kind], wanted: str | None
+) -> tuple[Form, tuple[str, ...]]:
+    """What the documents of a table are, and the columns that they are in.
+
+    The column that was named; else `text`; else one of `TURNS`; else the two of `PAIR`; else the
+    only one that can hold strings.
+
+    Raises:
+        ValueError: there is no such column, or it is in doubt which.
+    """
+    if wanted is not None:
+        form: Form = "turns" if kinds.get(wanted) == "turns" else "text"
+        return form, (named_column(table, kinds, wanted),)
+    if TEXT not in kinds:
+        chat = next((name for name in TURNS if kinds.get(name) == "turns"), None)
+        if chat is not None:
+            return "turns", (chat,)
+        if all(kinds.get(name) == "strings" for name in PAIR):
+            return "pair", PAIR
+    return "text", (text_column(table, kinds, wanted),)
+
+
+def turns(row: Mapping[str, Any], column: str, where: str) -> str | None:
+    """A row's conversation as JSON: a list of objects with `role` and `content`; None: it is null.
+
+    `from` and `value`, with human and gpt, are the older names of the same.
+
+    Raises:
+        ValueError: it is missing, or no list of turns.
+    """
+    found = row.get(column)
+    if found is None and column in row:
+        return None
+    if not isinstance(found, list) or not found or not all(map(_is_turn, found)):
+        raise ValueError(
+            f"{where} has no turns in {column!r}: every row must have a list of "
+            '{"role": ..., "content": ...}, or null'
+        )
+    return json.dumps([_turn(turn) for turn in found], ensure_ascii=True)
+
+
+def pair(row: Mapping[str, Any], where: str) -> str | None:
+    """A row's prompt and completion as JSON; None: one of them is null.
+
+    Raises:
+        ValueError: one is missing or no string.
+    """
+    prompt, completion = (string(row, column, where) for column in PAIR)
+    if prompt is None or completion is None:
+        return None
+    return json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=True)
+
+
+def has_turns(names: Collection[str]) -> bool:
+    """Whether rows of a list with these fields are turns of a conversation."""
+    return {"role", "content"} <= set(names) or {"from", "value"} <= set(names)
+
+
+ROLES = {"human": "user", "gpt": "assistant"}
+"""Roles under older names."""
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and has_turns(turn)
+
+
+def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn under its usual names, without fields that are null: templates ask what is there."""
+    if "role" in turn:
+        return {key: value for key, value in turn.items() if value is not None or key == "content"}
+    role = turn["from"]
+    return {"role": ROLES.get(role, role), "content": turn["value"]}
 
 
 def text_column(table: Table, kinds: Mapping[str, Kind], wanted: str | None) -> str:
@@ -124,7 +219,10 @@ def kinds_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Kind]:
         for name, value in row.items():
             if isinstance(value, str):
                 found[name] = "strings"
-            elif value is not None and found.get(name) != "strings":
+            elif isinstance(value, list) and value and all(map(_is_turn, value)):
+                found.setdefault(name, "turns")
+                found[name] = "turns" if found[name] == "unknown" else found[name]
+            elif value is not None and found.get(name) not in ("strings", "turns"):
                 found[name] = "other"
             else:
                 found.setdefault(name, "unknown")
@@ -133,7 +231,7 @@ def kinds_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Kind]:
 
 def open_table(path: Path) -> Table:
     """The table in a .jsonl or .parquet file."""
-    return Parquet(path) if path.suffix.lower() == ".parquet" else JsonLines(path)
+    return Parquet(path) if suffix(path) == ".parquet" else JsonLines(path)
 
 
 class JsonLines(Table):
@@ -144,13 +242,13 @@ class JsonLines(Table):
         self.path, self.name, self.label = path, str(path), repr(str(path))
 
     def kinds(self) -> dict[str, Kind]:
-        """By the values of all rows."""
-        return kinds_of(row for _, row in self.rows())
+        """By the values of the first rows, which are all of most files."""
+        return kinds_of(row for _, row in itertools.islice(self.rows(), SEEN))
 
     def rows(self, *columns: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Whole objects."""
         # A file ends its lines at "\n": JSON strings may hold U+2028 and other ends of Unicode.
-        with utf8(self.path), self.path.open(encoding="utf-8-sig") as lines:
+        with utf8(self.path), open_text(self.path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     where = f"{self.label} line {number}"
@@ -181,6 +279,10 @@ class Parquet(Table):
             found = found.value_type
         if types.is_string(found) or types.is_large_string(found) or types.is_string_view(found):
             return "strings"
+        if types.is_list(found) or types.is_large_list(found):
+            inner = found.value_type
+            names = {field.name for field in inner} if types.is_struct(inner) else set()
+            return "turns" if has_turns(names) else "other"
         return "unknown" if types.is_null(found) else "other"
 
     def rows(self, *columns: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -195,10 +297,12 @@ class Parquet(Table):
 
 @contextmanager
 def utf8(path: Path) -> Iterator[None]:
-    """Turns what reading a text file raises into one clear line."""
+    """Turns what reading a text file raises, or unpacking it, into one clear line."""
     try:
         yield
-    except (OSError, UnicodeDecodeError) as error:
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError):
+            raise
         raise ValueError(f"{str(path)!r} is not readable UTF-8 text: {error}") from error
 
 

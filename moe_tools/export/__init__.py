@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moe_tools.checkpoint.atomic import check_free, new_file, new_folder
+from moe_tools.atomic import check_free, new_file, new_folder
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.checkpoint.loading import host_class, load_tokenizer
 from moe_tools.data import blocks

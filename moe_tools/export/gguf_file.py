@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.checkpoint.stored import some
 from moe_tools.data.progress import progress
 from moe_tools.export.plan import Kind

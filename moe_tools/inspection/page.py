@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.experts.selectors import Threshold
 from moe_tools.extras import needed
 from moe_tools.inspection.inspection import Inspection

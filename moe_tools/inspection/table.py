@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.extras import needed
 
 if TYPE_CHECKING:

@@ -39,9 +39,10 @@ def evaluate_classifier(
         evaluating(model),
         progress(title or "evaluate", len(batches), "batch") as bar,
     ):
-        for ids_BT, labels_B in batches:
+        for batch in batches:
+            labels_B = batch.labels_B
             assert labels_B is not None
-            logits = model(input_ids=ids_BT.to(model.device)).logits.float().cpu()
+            logits = model(input_ids=batch.ids_BT.to(model.device)).logits.float().cpu()
             nats += nn.functional.cross_entropy(logits, labels_B, reduction="sum").item()
             hits += int((logits.argmax(-1) == labels_B).sum())
             rows += len(labels_B)

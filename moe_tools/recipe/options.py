@@ -64,8 +64,8 @@ def with_options(
 
 def _own(step: Step, recipe: Recipe, tokens: int) -> int:
     """A train step's part of all tokens."""
-    whole = recipe.train_tokens()
-    share = step.tokens / whole if whole else 1 / len(recipe.train_steps)
+    whole = recipe.train_amount()
+    share = step.amount / whole if whole else 1 / len(recipe.train_steps)
     return max(1, round(tokens * share))
 
 

@@ -67,7 +67,12 @@ def _parse_step(block: Any, where: str) -> Step:
     ((verb, options),) = block.items()
     if verb not in STEPS:
         raise ValueError(f"{where}: {unknown('step', str(verb), STEPS)}")
-    return _build(STEPS[verb], options or {}, f"{where} ({verb})")
+    where = f"{where} ({verb})"
+    step = _build(STEPS[verb], options or {}, where)
+    if step.one_of and not any(key in options for key in step.one_of):
+        names = " or ".join(f"`{key}`" for key in step.one_of)
+        raise ValueError(f"{where}: {names} is required")
+    return step
 
 
 def _build(kind: type[T], options: Any, where: str) -> T:

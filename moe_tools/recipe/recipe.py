@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import yaml
 from transformers import PreTrainedModel
 
+from moe_tools.data.packing import Bos, Packing
 from moe_tools.registry import Registry
 from moe_tools.steps.attach import Attach
 from moe_tools.steps.budget import Budget
@@ -48,6 +49,13 @@ class Recipe:
     block_length: int = 512
     """Tokens of a block; of a text to classify, at most. A run makes it the donor's context, if
     that is shorter."""
+    packing: Packing = "joined"
+    """How texts share a row: `joined` end to end, a token sees all before it; `isolated`, no token
+    sees another text; `padded`, one text a row."""
+    bos: Bos = "auto"
+    """Whether a row of text begins with BOS: as the tokenizer begins a text, always or never."""
+    epoch_tokens: int = 0
+    """Tokens of the whole text, for which a plan is made; a run counts them itself."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,17 +63,55 @@ class Recipe:
             raise ValueError(f"recipe {self.name}: no steps")
         if self.block_length < 1:
             raise ValueError(f"block_length is {self.block_length}, but must be at least 1")
+        if self.epoch_tokens < 0:
+            raise ValueError(f"epoch_tokens is {self.epoch_tokens}, but must be 0 or more")
         for step in self.steps:
             step.check()
+        reads = {bool(step.epochs) for step in self.train_steps if step.amount}
+        if len(reads) > 1:
+            raise ValueError(
+                f"recipe {self.name}: some train steps count tokens and some epochs: use one of "
+                "the two in all of them"
+            )
 
     @property
     def train_steps(self) -> tuple[Train, ...]:
         """The steps that train the whole model."""
         return tuple(step for step in self.steps if isinstance(step, Train))
 
+    @property
+    def epochs(self) -> float:
+        """Epochs of all train steps together; 0: they count tokens."""
+        return sum(step.epochs for step in self.train_steps)
+
+    def train_amount(self) -> float:
+        """Tokens, or epochs, of all train steps together."""
+        return sum(step.amount for step in self.train_steps)
+
     def train_tokens(self) -> int:
-        """Tokens of all train steps together."""
-        return sum(step.tokens for step in self.steps if step.trains)
+        """Tokens of all train steps together; 0 where they count epochs."""
+        return sum(step.tokens for step in self.train_steps)
+
+    def counted(self) -> Recipe:
+        """The recipe in tokens, an epoch being `epoch_tokens`.
+
+        Raises:
+            ValueError: a step has epochs, and nobody says how many tokens one is.
+        """
+        if not self.epochs:
+            return self
+        if not self.epoch_tokens:
+            raise ValueError(
+                f"recipe {self.name} trains {self.epochs:g} epochs of a text that is not counted "
+                "here: write `epoch_tokens` in the recipe, or use --tokens"
+            )
+        steps = tuple(
+            replace(step, tokens=round(step.epochs * self.epoch_tokens), epochs=0.0)
+            if isinstance(step, Train)
+            else step
+            for step in self.steps
+        )
+        return replace(self, steps=steps)
 
     def rehearse(self, model: PreTrainedModel, donor: str) -> None:
         """Does every step in order without text or training, on weights that may be empty.

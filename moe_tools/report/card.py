@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.checkpoint.card import check_card, write_card
 from moe_tools.names import FIGURES
 from moe_tools.report.report import Row, to_json

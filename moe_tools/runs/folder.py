@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 
 from moe_tools import processes
-from moe_tools.checkpoint.atomic import link, new_file, new_folder, partial_of, remove_folder
+from moe_tools.atomic import link, new_file, new_folder, partial_of, remove_folder
 from moe_tools.checkpoint.card import write_card
-from moe_tools.checkpoint.lock import LOCK, held
 from moe_tools.disk import writing
+from moe_tools.lock import LOCK, held
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
 from moe_tools.recipe import Recipe, lasting, lasting_yaml, read_recipe
 
@@ -212,8 +212,9 @@ def _same_text(one: RunFolder, other: RunFolder) -> bool:
 
     def text(folder: RunFolder) -> tuple[object, ...]:
         recipe = folder.recipe
-        trained = [step.tokens for step in recipe.steps if step.trains]
-        return recipe.data, recipe.block_length, recipe.seed, trained
+        trained = [step.amount for step in recipe.steps if step.trains]
+        read = recipe.data, recipe.block_length, recipe.packing, recipe.bos, recipe.seed
+        return (*read, trained)
 
     return text(one) == text(other)
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import load, load_tokenizer
-from moe_tools.checkpoint.lock import locked
 from moe_tools.data import blocks, fingerprint
 from moe_tools.data.packing import blocks_for
 from moe_tools.data.sources import absolute
 from moe_tools.disk import writing
 from moe_tools.experts.conversion import conversion_so_far
 from moe_tools.experts.routers import ROUTERS
+from moe_tools.lock import locked
 from moe_tools.measure.evaluate import Evaluation, evaluate
 from moe_tools.recipe import parse_recipe
 from moe_tools.runs.baselines import BASELINES, Given

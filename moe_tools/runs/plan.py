@@ -91,6 +91,7 @@ def plan(
     Raises:
         ValueError: a step that is impossible for this model, or no model there.
     """
+    recipe = recipe.counted()
     host = skeleton(model, dtype=dtype, classify=recipe.task == "classify")
     before, donor_bytes = host.num_parameters(), size(host.parameters())
     setting = Setting(recipe.block_length, processes, donor_bytes)

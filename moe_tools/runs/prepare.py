@@ -16,5 +16,5 @@ def prepare(recipe: Recipe, source: str) -> Recipe:
     (`moe_tools.checkpoint.block_length.check_given`). Prepared twice is prepared once.
     """
     length = fitting_length(source, recipe.block_length, classify=recipe.task == "classify")
-    steps = tuple(step for step in recipe.steps if step.tokens or not step.trains)
+    steps = tuple(step for step in recipe.steps if step.amount or not step.trains)
     return replace(lasting(recipe), block_length=length, steps=steps)

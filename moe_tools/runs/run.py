@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from moe_tools import processes
-from moe_tools.checkpoint.atomic import new_folder
+from moe_tools.atomic import new_folder
 from moe_tools.checkpoint.block_length import check_given
 from moe_tools.checkpoint.companions import companions, put_beside
 from moe_tools.checkpoint.digest import digest

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.checkpoint.atomic import link, new_file
+from moe_tools.atomic import link, new_file
 from moe_tools.checkpoint.loading import is_quantised_source, load
 from moe_tools.checkpoint.parts import Part, layer_paths
 from moe_tools.checkpoint.saving import save

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moe_tools.checkpoint.lock import held
+from moe_tools.lock import held
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
 from moe_tools.recipe.options import has_control
 from moe_tools.report.compare import Bench
@@ -98,7 +98,7 @@ def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
     recipe = with_options(
         recipe,
         target_sparsity=sparsity,
-        tokens=study.tokens if recipe.train_tokens() else None,
+        tokens=study.tokens if recipe.train_amount() else None,
         data=study.data,
         seed=study.seed,
     )

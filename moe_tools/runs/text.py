@@ -5,7 +5,7 @@ Letters: B blocks, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,18 +13,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.data import (
     Batch,
+    Batches,
+    Rows,
     Text,
-    blocks,
     fingerprint,
     generate_blocks,
     labelled_batches,
     labelled_blocks,
+    rows,
+    token_count,
 )
 from moe_tools.data.generate import check_samples
 from moe_tools.data.limits import check_text
+from moe_tools.data.rows import Epochs, of_blocks
+from moe_tools.hosts.isolation import check_packing
 from moe_tools.recipe import Recipe, Train
 
 SAMPLES = "samples.safetensors"
@@ -56,14 +61,16 @@ class RunText:
         if self.recipe.data == "self":
             check_samples(donor, length)
         else:
-            check_text(donor, self.labelled if task == "classify" else self.train_blocks)
+            check_text(donor, self.labelled if task == "classify" else self._batches(self.rows, 1))
         if task == "lm" and length < 2 and self.recipe.train_steps:
             raise ValueError("block_length is 1, and nothing follows the token: use 2 or more")
+        if self.recipe.train_steps:
+            check_packing(donor, self.recipe.packing)
 
     def prepare(self) -> None:
         """Makes what is kept in a file, so that several processes then read the same."""
         if self.recipe.data == "self":
-            _ = self.train_blocks
+            _ = self.rows
 
     @property
     def fingerprint(self) -> str:
@@ -73,27 +80,35 @@ class RunText:
         """
         if self.recipe.data == "self":
             return "self"
-        return fingerprint(self.labelled if self.recipe.task == "classify" else self.train_blocks)
+        if self.recipe.task == "classify":
+            return fingerprint(self.labelled)
+        return self.rows.fingerprint
 
     @cached_property
-    def train_blocks(self) -> Tensor:
-        """blocks_BT of all train steps together; at least what calibration asks for.
+    def rows(self) -> Rows:
+        """What all train steps see together, in order; at least what calibration asks for.
 
-        To classify, they are the labelled rows end to end: those that training sees.
+        Of epochs, the text once and once more in another order, and so on.
         """
-        wanted = self._wanted()
-        if self.recipe.task == "classify":
-            return labelled_blocks(self.labelled, self.recipe.block_length)
-        if self.recipe.data != "self":
-            return blocks(
-                self.recipe.data,
-                self.tokenizer,
-                split="train",
-                length=self.recipe.block_length,
-                tokens=wanted,
-                seed=self.recipe.seed,
-            )
-        return _kept(self.kept / SAMPLES, lambda: self._samples(wanted))
+        recipe, wanted = self.recipe, self._wanted()
+        if recipe.data == "self":
+            if recipe.epochs:
+                raise ValueError(
+                    "data is 'self', the donor's own samples, which have no end and no epochs: "
+                    "give the train steps tokens"
+                )
+            return of_blocks(_kept(self.kept / SAMPLES, lambda: self._samples(wanted)))
+        found = rows(
+            recipe.data,
+            self.tokenizer,
+            split="train",
+            length=recipe.block_length,
+            tokens=None if recipe.epochs else wanted,
+            seed=recipe.seed,
+            packing=recipe.packing,
+            bos=recipe.bos,
+        )
+        return Epochs(found, recipe.epochs, recipe.seed) if recipe.epochs else found
 
     def _samples(self, tokens: int) -> Tensor:
         length = self.recipe.block_length
@@ -104,7 +119,8 @@ class RunText:
         """All that it depends on but what is in its source: two that ask alike see the same."""
         recipe, trains = self.recipe, self.recipe.train_steps
         rows = trains[0].batch_size if trains and recipe.task == "classify" else None
-        return recipe.task, recipe.data, recipe.block_length, recipe.seed, self._wanted(), rows
+        read = recipe.task, recipe.data, recipe.block_length, recipe.packing, recipe.bos
+        return (*read, recipe.seed, recipe.epochs, self._wanted(), rows)
 
     def _wanted(self) -> int:
         """Tokens that the hungriest reader asks for: all train steps, or one that calibrates."""
@@ -112,8 +128,11 @@ class RunText:
         return max(self.recipe.train_tokens(), *calibrate, 1)
 
     def calibration(self, tokens: int) -> Tensor:
-        """The first blocks."""
-        return self.train_blocks[: max(1, tokens // self.recipe.block_length)]
+        """The first rows, as blocks_BT."""
+        if self.recipe.task == "classify":
+            blocks_BT = labelled_blocks(self.labelled, self.recipe.block_length)
+            return blocks_BT[: max(1, tokens // self.recipe.block_length)]
+        return self.rows.tensor(self.rows.covering(tokens))
 
     def of_step(self, index: int) -> Text:
         """The text of one train step: it goes on where the one before stopped.
@@ -121,18 +140,37 @@ class RunText:
         Together the steps see what one step of all their tokens would (the control does); if there
         is less text, each keeps its share.
         """
-        tokens = [step.tokens if step.trains else 0 for step in self.recipe.steps]
-        before, after, whole = sum(tokens[:index]), sum(tokens[: index + 1]), sum(tokens)
+        amounts = [step.amount if step.trains else 0 for step in self.recipe.steps]
+        before, after, whole = sum(amounts[:index]), sum(amounts[: index + 1]), sum(amounts)
         if self.recipe.task == "classify":
-            return _between(self.labelled, before, after)
-        wanted = max(1, whole // self.recipe.block_length)
-        have = min(wanted, len(self.train_blocks))
-        start = min(have - 1, have * before // whole)
-        return self.train_blocks[start : max(start + 1, have * after // whole)]
+            tokens = self._tokens_of(amounts[:index]), self._tokens_of(amounts[: index + 1])
+            return _between(self.labelled, *tokens)
+        have = len(self.rows) if self.recipe.epochs else self.rows.covering(int(whole))
+        start = min(have - 1, int(have * before // whole))
+        part = self.rows.part(start, max(start + 1, int(have * after // whole)))
+        step = self.recipe.steps[index]
+        assert isinstance(step, Train)
+        return self._batches(part, step.batch_size)
+
+    def _batches(self, rows: Rows, batch_size: int) -> Batches:
+        return Batches(rows, self.recipe.packing, batch_size)
 
     @cached_property
     def labelled(self) -> list[Batch]:
         """What calibrates a classifier, and what all of its train steps see together."""
+        wanted = max(self._wanted(), self._tokens_of([self.recipe.train_amount()]))
+        return self._labelled(wanted)
+
+    def _tokens_of(self, amounts: Sequence[float]) -> int:
+        """Tokens or epochs of labelled texts, in tokens."""
+        return round(sum(amounts) * (self._epoch if self.recipe.epochs else 1))
+
+    @cached_property
+    def _epoch(self) -> int:
+        """Tokens of all labelled texts."""
+        return token_count(self._labelled(None))
+
+    def _labelled(self, tokens: int | None) -> list[Batch]:
         trains = self.recipe.train_steps
         return labelled_batches(
             self.recipe.data,
@@ -140,7 +178,7 @@ class RunText:
             split="train",
             length=self.recipe.block_length,
             batch_size=trains[0].batch_size if trains else Train.batch_size,
-            tokens=self._wanted(),
+            tokens=tokens,
             seed=self.recipe.seed,
         )
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moe_tools.checkpoint.atomic import new_file, settle
+from moe_tools.atomic import new_file, settle
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.raw_file import append_raw, map_raw

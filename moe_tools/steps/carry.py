@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.checkpoint.parts import OneLayer
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import every_expert_on

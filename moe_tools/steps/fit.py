@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from moe_tools.checkpoint.atomic import new_file
+from moe_tools.atomic import new_file
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.prediction import Prediction, merge_predictions
 from moe_tools.experts.routers import LearnedRouter

@@ -84,8 +84,16 @@ class Step(ABC):
     whole_model: ClassVar[str | None] = None
     """Why it cannot run layer by layer with one layer in memory; None: it can."""
 
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Fields of which a recipe has to name one, though each has a default."""
+
     tokens: int
     """Tokens of text that it reads."""
+
+    @property
+    def amount(self) -> float:
+        """How much text it reads, in tokens or in what a train step counts in place of them."""
+        return self.tokens
 
     @abstractmethod
     def check(self) -> None:

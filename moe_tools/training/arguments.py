@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from moe_tools.data import Batch
+from moe_tools.data.batching import Batches
 from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
 from moe_tools.training import checkpointing
@@ -29,34 +30,50 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 """Where transformers looks for the folder."""
 
 
-class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+class BatchItems(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Holds whole batches as items, in the order and the groups that the data layer made."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         """Checks the labels, here where they are in the host's memory.
 
+        The batches of a long text are made when they are read; their rows all have a labelled
+        token (`moe_tools.data.cutter`).
+
         Raises:
             ValueError: no token of a batch is labelled.
         """
-        for index, (ids_BT, labels_B) in enumerate(batches):
-            if labels_B is None and ids_BT.shape[1] < 2:
-                raise ValueError(
-                    f"batch {index} has no labelled token: its blocks have 1 token, and none "
-                    "follows it: give a longer block_length"
-                )
-            if labels_B is not None and not (labels_B != IGNORE).any():
-                raise ValueError(
-                    f"batch {index} has no labelled token: all its labels are {IGNORE}: leave such "
-                    "rows out"
-                )
+        known = [] if isinstance(batches, Batches) and batches.rows.length > 1 else batches
+        for index, batch in enumerate(known):
+            labels = batch.next_labels_BT() if batch.labels_B is None else batch.labels_B
+            if not (labels != IGNORE).any():
+                raise ValueError(f"batch {index} has no labelled token: {_why(batch)}")
         self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids_BT, labels_B = self.batches[index]
-        return {"input_ids": ids_BT} | ({} if labels_B is None else {"labels": labels_B})
+        """The tensors of a batch by their names in `Batch`; those that are None are left out."""
+        fields = self.batches[index]._asdict()
+        return {NAMES.get(name, name): one for name, one in fields.items() if one is not None}
+
+
+NAMES = {"ids_BT": "input_ids"}
+"""What transformers' Trainer calls a field of `Batch`: it counts the tokens of what it knows."""
+
+
+def batch_of(item: dict[str, Tensor]) -> Batch:
+    """The batch of an item, wherever its tensors are by now."""
+    ours = {theirs: name for name, theirs in NAMES.items()}
+    return Batch(**{ours.get(name, name): tensor for name, tensor in item.items()})
+
+
+def _why(batch: Batch) -> str:
+    if batch.labels_B is not None:
+        return f"all its labels are {IGNORE}: leave such rows out"
+    if batch.ids_BT.shape[1] < 2:
+        return "its blocks have 1 token, and none follows it: give a longer block_length"
+    return "it has no token to learn: leave such rows out"
 
 
 def only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moe_tools import processes
-from moe_tools.checkpoint.atomic import settle
+from moe_tools.atomic import settle
 from moe_tools.disk import CannotWrite, refusal
 from moe_tools.names import SINGLE
 from moe_tools.steps.launch import Launch

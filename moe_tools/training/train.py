@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from moe_tools import processes
 from moe_tools.data import Batch, Text, fingerprint, token_count
+from moe_tools.data.batching import Batches
+from moe_tools.data.rows import of_blocks
 from moe_tools.experts.conversion import set_mode
 from moe_tools.hosts.moe_host import unfuse_experts
 from moe_tools.measure.flops import forward_flops
@@ -37,10 +40,13 @@ class Train(Step):
     verb = "train"
     trains = True
     whole_model = "its gradients go through all layers at once"
+    one_of = ("tokens", "epochs")
 
-    tokens: int
+    tokens: int = 0
     """Training tokens of this step; every step goes on where the last one stopped. 0: the step is
-    left out, unless the command line says `--tokens`."""
+    left out, unless it has `epochs` or the command line says `--tokens`."""
+    epochs: float = 0.0
+    """How often it reads the whole text, in place of `tokens`: each time in another order."""
     mode: Literal["dense", "soft", "straight", "weighted", "hard"] = "dense"
     """How scores switch experts; see `moe_tools.experts.experts.Mode`. After soft and straight the
     model is in mode hard."""
@@ -77,7 +83,12 @@ class Train(Step):
     def check(self) -> None:
         """Ranges of every number; a drive has its target and its loss for itself."""
         at_least(1, self, "batch_size", "accumulate", "checkpoint_every")
-        at_least(0, self, "tokens", "lr", "router_lr")
+        at_least(0, self, "tokens", "epochs", "lr", "router_lr")
+        if self.tokens and self.epochs:
+            raise ValueError(
+                f"train: it has {self.tokens:,} tokens and {self.epochs:g} epochs, and the two may "
+                "differ: give one of them"
+            )
         from_0_to_1(self, "warmup", "ramp")
         strictly_between_0_and_1(self, "target_sparsity")
         self._check_drive()
@@ -100,6 +111,16 @@ class Train(Step):
                 f"train: drive {self.drive} sets the weight of {loss}: give it no stages"
             )
 
+    @property
+    def amount(self) -> float:
+        """Tokens or epochs, whichever it has: what its part of all training is measured by."""
+        return self.tokens or self.epochs
+
+    def changed(self, option: Option, value: Any) -> Self:
+        """The step under an option; tokens take the place of epochs."""
+        changed = super().changed(option, value)
+        return replace(changed, epochs=0.0) if option == "tokens" else changed
+
     def takes(self, option: Option) -> bool:
         """Tokens, and the sparsity of a step that has one."""
         return option == "tokens" or (
@@ -108,9 +129,9 @@ class Train(Step):
 
     def control(self) -> Self | None:
         """The language loss alone, on the same parts of a dense model; never routers alone."""
-        if self.parts == "routers" or not self.tokens:
+        if self.parts == "routers" or not self.amount:
             return None
-        dense = Train(self.tokens)
+        dense = Train()
         kept = {name: getattr(dense, name) for name in OF_ROUTERS}
         return replace(self, **kept)
 
@@ -211,7 +232,7 @@ def train(
     return {**measured, "trained_tokens": token_count(batches)}
 
 
-def whole_batches(text: Text, step: Train) -> list[Batch]:
+def whole_batches(text: Text, step: Train) -> Sequence[Batch]:
     """The batches of whole optimizer steps of all processes; a resumed run would go on into a rest.
 
     Less text than one step has is one step, of one process.
@@ -220,14 +241,14 @@ def whole_batches(text: Text, step: Train) -> list[Batch]:
         ValueError: less text than one step of several processes has.
     """
     if isinstance(text, Tensor):
-        whole = len(text) // step.batch_size
-        text = [Batch(ids_BT) for ids_BT in text.split(step.batch_size)]
-    else:
-        whole = len(text)
+        text = Batches(of_blocks(text), "joined", step.batch_size)
+    whole = len(text)
+    if isinstance(text, Batches) and text.packing != "isolated":
+        whole = len(text.rows) // step.batch_size
     needed = step.accumulate * processes.count()
     if whole < needed and processes.count() > 1:
         raise ValueError(
             f"the text has {whole} batches, but one optimizer step takes {needed}, "
             f"{step.accumulate} of each process: give more text or start fewer processes"
         )
-    return list(text[: whole // needed * needed] if whole >= needed else text)
+    return text[: whole // needed * needed] if whole >= needed else text

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
 
 from moe_tools import processes
-from moe_tools.data import Batch
+from moe_tools.data import Batch, Batches
 from moe_tools.experts.experts import Routing, expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.inputs import model_inputs
-from moe_tools.names import IGNORE
+from moe_tools.hosts.isolation import prove_isolation
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import warmup_cosine
 from moe_tools.training import checkpointing, zero
-from moe_tools.training.arguments import Batches, only, training_arguments
+from moe_tools.training.arguments import BatchItems, batch_of, only, training_arguments
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
 from moe_tools.training.figures import Figures, sparsity_of, zeros_of
@@ -51,7 +51,7 @@ LOSS = "the loss"
 class RecipeTrainer(CheckpointingTrainer):
     """Runs the loop of a train step, with our losses and our optimizer."""
 
-    train_dataset: Batches
+    train_dataset: BatchItems
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class RecipeTrainer(CheckpointingTrainer):
         super().__init__(
             model=model,
             args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
-            train_dataset=Batches(batches),
+            train_dataset=BatchItems(batches),
             data_collator=only,
             callbacks=[Progress(self, f"train {step.mode}")],
         )
@@ -138,7 +138,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Returns the weighted sum of the recipe's losses on one batch."""
-        ids_BT, labels_B = inputs["input_ids"], inputs.get("labels")
+        batch = batch_of(inputs)
         routed = bool(expert_ffns(self.model))
         recording: AbstractContextManager[list[Routing]] = (
             record_routing(self.model) if routed else nullcontext([])
@@ -146,11 +146,11 @@ class RecipeTrainer(CheckpointingTrainer):
         weights = self.weights.now
         kinds = seen_kinds(weights)
         with recording as routings, watch_ffns(self.model, kinds) as ffns:
-            logits = self._logits(model, ids_BT)
-        donor_logits, donor_outputs = self._donor_pass(ids_BT, kinds & {"outputs"})
+            logits = self._logits(model, batch)
+        donor_logits, donor_outputs = self._donor_pass(batch, kinds & {"outputs"})
         total, parts = logit_losses(
             logits,
-            next_token_labels(ids_BT).flatten() if labels_B is None else labels_B,
+            batch.next_labels_BT().flatten() if batch.labels_B is None else batch.labels_B,
             donor_logits,
             lm_weight=weights.get("lm", 0.0),
             distill_weight=weights.get("distill", 0.0),
@@ -185,19 +185,19 @@ class RecipeTrainer(CheckpointingTrainer):
             )
 
     def _donor_pass(
-        self, ids_BT: Tensor, kinds: set[Kind]
+        self, batch: Batch, kinds: set[Kind]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         if self.donor is None or not needs_donor(self.weights.now):
             return None, {}
         with torch.no_grad(), watch_ffns(self.donor, kinds) as ffns:
-            logits = self._logits(self.donor, ids_BT)
+            logits = self._logits(self.donor, batch)
         return (logits if "distill" in self.weights.now else None), ffns.outputs
 
-    def _logits(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns (tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
         host = self.donor if model is self.donor else self.model  # `model` may be wrapped
         assert host is not None
-        return model(**model_inputs(host, ids_BT), **self.options).logits.flatten(0, -2)
+        return model(**model_inputs(host, batch), **self.options).logits.flatten(0, -2)
 
     @torch.no_grad()
     def _note(
@@ -244,6 +244,10 @@ class RecipeTrainer(CheckpointingTrainer):
 
     def begin(self) -> None:
         """Goes on where a checkpoint stopped, or begins; called before the first step of a run."""
+        batches = self.train_dataset.batches
+        if isinstance(batches, Batches) and batches.packing == "isolated":
+            assert isinstance(self.model, PreTrainedModel)
+            prove_isolation(self.model)
         if self.state.global_step == 0:
             for name, value in self.finer.items():
                 zero.set_(self.model.get_parameter(name), value)
@@ -288,8 +292,3 @@ def _finer(model: nn.Module) -> dict[str, Tensor]:
     """Copies the fp32 weights, by name: DeepSpeed rounds them to bf16 before it copies them."""
     finer = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
     return {name: param.detach().clone() for name, param in finer.items()}
-
-
-def next_token_labels(blocks_BT: Tensor) -> Tensor:
-    """Returns the token after each, and `IGNORE` at the end of a block."""
-    return nn.functional.pad(blocks_BT[:, 1:], (0, 1), value=IGNORE)

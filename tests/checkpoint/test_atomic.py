@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_tools.checkpoint.atomic import new_file, new_folder, partial_of
+from moe_tools.atomic import new_file, new_folder, partial_of
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from moe_tools.checkpoint.atomic import new_file, new_folder, partial_of
-from moe_tools.checkpoint.lock import LOCK, held, locked
+from moe_tools.atomic import new_file, new_folder, partial_of
+from moe_tools.lock import LOCK, held, locked
 
 ROOT = Path(__file__).parents[2]
 HOLDING = """
 import sys
 from pathlib import Path
-from moe_tools.checkpoint import atomic, lock
+from moe_tools import atomic, lock
 with getattr(atomic if sys.argv[1].startswith("new") else lock, sys.argv[1])(Path(sys.argv[2])):
     print("in", flush=True)
     sys.stdin.read()

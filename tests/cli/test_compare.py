@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from moe_tools.checkpoint.loading import load
-from moe_tools.checkpoint.lock import held
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.lock import held
 from moe_tools.recipe import read_recipe
 from tests.tiny import EVALUATE, Run, rows_of
 

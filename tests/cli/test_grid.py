@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_tools.checkpoint.lock import locked
+from moe_tools.lock import locked
 from tests.tiny import Run
 
 GRID = (

@@ -69,7 +69,7 @@ def test_figures_of_a_grid_are_no_text(folder: Path) -> None:
 def test_what_is_not_read_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = read(folder)
     assert not caplog.records
-    for name in ("a.jsonl.gz", "b.txt.zst", "c.csv", "LICENSE", "d.gz", ".hidden.gz", ".git/x.gz"):
+    for name in ("a.tar.gz", "b.csv.zst", "c.csv", "LICENSE", "d.gz", ".hidden.gz", ".git/x.gz"):
         write(folder / name, "x")
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "self.txt").symlink_to("self.txt")

@@ -39,7 +39,7 @@ def rows(found: list[Batch]) -> Counter[tuple[tuple[int, ...], int]]:
     return Counter(
         (tuple(ids.tolist()), int(label))
         for batch in found
-        for ids, label in zip(*batch, strict=True)
+        for ids, label in zip(batch.ids_BT, batch.labels_B, strict=True)
     )
 
 

@@ -225,7 +225,7 @@ def test_an_integer_may_stand_for_a_float() -> None:
         ({"name": "x", "steps": [{"atach": {}}]}, "unknown step 'atach'; did you mean 'attach'"),
         (
             {"name": "x", "steps": [{"split": {}}, {"train": {}}]},
-            r"step 1 \(train\): `tokens` is required",
+            r"step 1 \(train\): `tokens` or `epochs` is required",
         ),
         ({"steps": [{"split": {}}]}, "`name` is required"),
         ({"name": "x", "steps": []}, "recipe x: no steps"),

@@ -97,7 +97,7 @@ def test_what_calibrates_is_what_trains(work: Path) -> None:
     recipe = replace(read_recipe(work / "mails.yaml"), data=str(work / "mails.jsonl"))
     text = RunText(recipe, build_tokenizer(WORDS), work / "kept", lambda: load(work / "donor"))
     rows = [row.tolist() for batch in (*text.of_step(0), *text.of_step(3)) for row in batch.ids_BT]
-    packed_T = text.train_blocks.flatten()
+    packed_T = text.calibration(10**9).flatten()
     assert torch.equal(packed_T, torch.tensor([i for row in rows for i in row])[: len(packed_T)])
     assert len(text.calibration(512)) == 512 // 16
     held = labelled_batches(

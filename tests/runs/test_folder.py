@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from moe_tools.checkpoint.lock import held
+from moe_tools.lock import held
 from moe_tools.recipe import Recipe, Split
 from moe_tools.runs import run as pipeline
 from moe_tools.runs.run import run

@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import moe_tools
 from moe_tools.checkpoint.loading import load, load_tokenizer
 from moe_tools.checkpoint.saving import save
-from moe_tools.data import blocks, fingerprint
+from moe_tools.data import Batches, blocks, fingerprint
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.experts.selectors import TopK
@@ -406,8 +406,8 @@ def trained_text(
     """The blocks that each train step got; nothing is trained."""
     got: list[Tensor] = []
 
-    def fake(model: Any, step: Train, blocks_BT: Tensor, *args: Any, **kwargs: Any) -> Any:
-        got.append(blocks_BT)
+    def fake(model: Any, step: Train, text: Batches, *args: Any, **kwargs: Any) -> Any:
+        got.append(torch.cat([batch.ids_BT for batch in text]))
         return {"steps": 1}
 
     monkeypatch.setattr(train_step, "train", fake)

@@ -231,7 +231,7 @@ def test_a_classifier_does_not_wait_either(tmp_path: Path, monkeypatch: pytest.M
     sizes = FAMILIES["bert"].sizes | {"num_labels": 3}
     made = trainer(BertForSequenceClassification(BertConfig(**sizes)), DENSE, tmp_path)
     reads = on_no_device(made, monkeypatch)
-    inputs = {"input_ids": text(4), "labels": torch.tensor([0, 1, 1, 0])}
+    inputs = {"input_ids": text(4), "labels_B": torch.tensor([0, 1, 1, 0])}
     passes(made, {name: tensor.to("meta") for name, tensor in inputs.items()})
     assert reads == [3]
 
@@ -240,7 +240,7 @@ def test_the_labels_of_a_step_are_not_counted(tmp_path: Path) -> None:
     """transformers would divide the loss by their number, after the processes told each other."""
     sizes = FAMILIES["bert"].sizes | {"num_labels": 3}
     made = trainer(BertForSequenceClassification(BertConfig(**sizes)), DENSE, tmp_path)
-    batch = {"input_ids": text(4), "labels": torch.tensor([0, 1, 1, 0])}
+    batch = {"input_ids": text(4), "labels_B": torch.tensor([0, 1, 1, 0])}
     _, number = made.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     assert number is None
 

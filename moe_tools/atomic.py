@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_tools.checkpoint.lock import LOCK, held, locked
 from moe_tools.disk import writing
+from moe_tools.lock import LOCK, held, locked
 
 PARTIAL = re.compile(r"\.(.+)\.partial")
 
