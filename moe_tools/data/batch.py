@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moe_tools.names import IGNORE
@@ -28,6 +29,11 @@ class Batch(NamedTuple):
         if self.learned_BT is not None:
             labels_BT = labels_BT.masked_fill(~self.learned_BT, IGNORE)
         return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device."""
+        fields = {name: one for name, one in self._asdict().items() if one is not None}
+        return Batch(**{name: one.to(device) for name, one in fields.items()})
 
     @property
     def tokens(self) -> int:

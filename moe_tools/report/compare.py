@@ -19,12 +19,13 @@ from moe_tools.checkpoint.loading import (
     prompt_share,
 )
 from moe_tools.checkpoint.skeleton import skeleton
-from moe_tools.data import fingerprint
+from moe_tools.data import Batches, fingerprint
 from moe_tools.data.limits import check_text
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.classify import evaluate_classifier
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
+from moe_tools.measure.rows import check_rows, evaluate_rows
 from moe_tools.measure.tasks import run_tasks
 from moe_tools.report.by_prompt import measured_by_prompt
 from moe_tools.report.entries import Entry, find_control, row
@@ -90,6 +91,8 @@ class Bench:
         model = skeleton(source, classify=self.classify)
         if isinstance(self.text, Tensor):
             check_evaluable(model, self.text, self.tokenizer.mask_token_id, self.setup.after)
+        elif isinstance(self.text, Batches):
+            check_rows(model, self.text)
         else:
             check_text(model, self.text)
 
@@ -158,6 +161,8 @@ class Bench:
         return Entry(name, folder, seen, tasks, donor=donor)
 
     def _evaluate(self, title: str, model: PreTrainedModel) -> Evaluation:
+        if isinstance(self.text, Batches):
+            return evaluate_rows(model, self.text, title=title)
         if not isinstance(self.text, Tensor):
             return evaluate_classifier(model, self.text, title=title)
         return evaluate(

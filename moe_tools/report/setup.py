@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moe_tools.data import Batch, Text, blocks, labelled_batches, labelled_blocks
+from moe_tools.data import Batch, Batches, Text, labelled_batches, labelled_blocks, rows
 from moe_tools.data.holdout import TextSplit
+from moe_tools.data.rows import Bos, Rows
+from moe_tools.data.sources import form, mixture
 from moe_tools.measure.tasks import Tasks
 
 CALIBRATION = 8192
@@ -38,19 +40,24 @@ class Setup:
     """Only what follows the first `after` tokens of every block is predicted."""
     tasks: Tasks = field(default_factory=Tasks)
     """Tasks of lm-evaluation-harness, beside the perplexity."""
+    bos: Bos = "auto"
+    """Whether rows of text begin with BOS."""
 
     def text(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
-        """Reads the held-out text: labelled batches for classifiers, else blocks_BT."""
+        """Reads the held-out text: blocks_BT, or batches of labelled texts or conversations."""
         if classify:
             return self._labelled(tokenizer, "heldout", self.tokens)
-        return self._blocks(tokenizer, "heldout", self.tokens)
+        found = self._rows(tokenizer, "heldout", self.tokens)
+        if found.uniform:
+            return found.tensor()
+        return Batches(found, "padded", self.batch_size)
 
     def calibration_BT(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Tensor:
         """Reads the training text that sets the thresholds of the baselines."""
         if classify:
             batches = self._labelled(tokenizer, "train", CALIBRATION)
             return labelled_blocks(batches, self.block_length)
-        return self._blocks(tokenizer, "train", CALIBRATION)
+        return self._rows(tokenizer, "train", CALIBRATION).tensor()
 
     def _labelled(
         self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
@@ -64,8 +71,18 @@ class Setup:
             tokens=tokens,
         )
 
-    def _blocks(self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int) -> Tensor:
-        return blocks(self.data, tokenizer, split=split, length=self.block_length, tokens=tokens)
+    def _rows(self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int) -> Rows:
+        """Running text end to end; conversations one by one, however they were trained on."""
+        forms = {form(name) for name, _ in mixture(self.data)}
+        return rows(
+            self.data,
+            tokenizer,
+            split=split,
+            length=self.block_length,
+            tokens=tokens,
+            packing="joined" if forms == {"text"} else "padded",
+            bos=self.bos,
+        )
 
 
 def held_out(data: str) -> str:

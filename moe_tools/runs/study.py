@@ -111,6 +111,7 @@ def held_out_setup(recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: s
         data=held_out(recipe.data),
         tokens=tokens,
         block_length=recipe.block_length,
+        bos=recipe.bos,
         dtype=dtype,
         device=device,
     )
