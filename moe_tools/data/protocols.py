@@ -213,8 +213,8 @@ def _rows(protocol: Protocol, name: str, source: str) -> Iterator[str]:
     found = parse_source(source)
     if len(mixture(source)) > 1 or found.kind in ("docs", "self"):
         raise ValueError(
-            f"{source!r} is no copy of {name}: use a file, a folder or hub:NAME, or leave --data "
-            f"out to read {protocol.source}"
+            f"{source!r} is no copy of {name}: use a file, a folder or hub:NAME, or name no "
+            f"copy, to read {protocol.source}"
         )
     if found.kind == "hub":
         other = Protocol(found.name, protocol.split, protocol.join, config=found.config)

@@ -139,9 +139,7 @@ def test_a_text_file_of_c4_is_one_document_and_a_table_many(tmp_path: Path) -> N
 def test_a_folder_gives_the_files_of_its_split_alone(tmp_path: Path) -> None:
     for part in ("train", "valid", "test"):
         (tmp_path / f"wiki.{part}.raw").write_text(f" \n = {part} = \n{RAW}")
-    assert protocol_text("wikitext2", str(tmp_path)) == "\n\n".join(
-        ["", " = test = \n", *ROWS]
-    )
+    assert protocol_text("wikitext2", str(tmp_path)) == "\n\n".join(["", " = test = \n", *ROWS])
     shards = tmp_path / "c4"
     shards.mkdir()
     for name in ("train", "validation-1", "validation-0"):

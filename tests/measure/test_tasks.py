@@ -138,6 +138,7 @@ def test_a_tokenizer_without_bos_cannot_begin_with_it(caplog: pytest.LogCaptureF
 # --- the harness
 
 
+@pytest.mark.slow
 def test_every_task_of_a_paper_is_one_of_the_harness_and_no_paper_is() -> None:
     manager = Tasks().manager()
     for name, group in GROUPS.items():
