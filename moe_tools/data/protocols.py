@@ -210,8 +210,9 @@ def check_stride(length: int, stride: int | None, after: int = 0) -> None:
 
 def _rows(protocol: Protocol, name: str, source: str) -> Iterator[str]:
     """The rows of what the user gives in place of the data set."""
-    found = parse_source(source)
-    if len(mixture(source)) > 1 or found.kind in ("docs", "self"):
+    parts = mixture(source)
+    found = parse_source(parts[0][0])
+    if len(parts) > 1 or found.kind in ("docs", "self"):
         raise ValueError(
             f"{source!r} is no copy of {name}: use a file, a folder or hub:NAME, or name no "
             f"copy, to read {protocol.source}"

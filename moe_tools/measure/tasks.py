@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -170,22 +170,20 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     figures: dict[str, float] = {}
-    asked = tasks.asked()
-    for group, shots, bos in dict.fromkeys((bool(one.group), one.shots, one.bos) for one in asked):
-        together = [
-            one for one in asked if (bool(one.group), one.shots, one.bos) == (group, shots, bos)
-        ]
+    for together in _alike(tasks.asked(), tokenizer):
+        first = together[0]
+        options: dict[str, Any] = {} if first.bos is None else {"add_bos_token": first.bos}
         harness: Any = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
             backend="causal",
             batch_size=batch_size,
-            add_bos_token=bos,
+            **options,
         )
         found = simple_evaluate(
             harness,
             tasks=[one.name for one in together],
-            num_fewshot=shots,
+            num_fewshot=first.shots,
             task_manager=manager,
             limit=tasks.limit,
             bootstrap_iters=0,
@@ -198,6 +196,17 @@ def run_tasks(
         assert found is not None  # only other ranks than the first get nothing
         figures |= _figures(found["results"], together)
     return figures
+
+
+def _alike(asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase) -> list[list[Asked]]:
+    """Tasks that one call of the harness asks; BOS that the tokenizer has not is left out."""
+    has_bos = begins_with_bos(tokenizer)
+    found: dict[tuple[bool, int | None, bool | None], list[Asked]] = {}
+    for one in asked:
+        bos = None if one.bos and not has_bos else one.bos
+        key = (one.group is not None, one.shots, bos)
+        found.setdefault(key, []).append(replace(one, bos=bos))
+    return list(found.values())
 
 
 def _figures(results: dict[str, dict[str, Any]], asked: Sequence[Asked]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from moe_tools.checkpoint.loading import (
 )
 from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.data import fingerprint
-from moe_tools.data.limits import check_text, continues_text
+from moe_tools.data.limits import check_length, check_text, continues_text
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.classify import evaluate_classifier
@@ -102,7 +102,7 @@ class Bench:
         """Whether a model, whose weights are not read, has the perplexity of a protocol.
 
         Raises:
-            ValueError: it continues no text.
+            ValueError: it continues no text, or none as long as a window.
         """
         if self.setup.protocol is None:
             return
@@ -120,6 +120,7 @@ class Bench:
                 f"{source} ({type(model).__name__}) does not continue text, and --protocol "
                 f"{self.setup.protocol} is the perplexity of models that do: leave it out"
             )
+        check_length(model, self.setup.block_length)
 
     def measure(self, folder: str, series: str = "", control: str | None = None) -> None:
         """Loads and evaluates a model, unless that is done."""

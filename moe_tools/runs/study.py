@@ -83,8 +83,13 @@ def _compare(study: Study) -> list[Row]:
     )
     if study.protocol is not None:
         length = chosen_length(study.model, study.window, WINDOW)
-        options = {"protocol": study.protocol, "copy": study.copy, "stride": study.stride}
-        setup = replace(setup, block_length=length, **options)
+        setup = replace(
+            setup,
+            block_length=length,
+            protocol=study.protocol,
+            copy=study.copy,
+            stride=study.stride,
+        )
     after = default_after(study.after, study.baselines, setup.block_length)
     setup = replace(setup, after=after)
     bench = Bench(setup, study.model, task == "classify")

@@ -115,7 +115,8 @@ def test_a_sweep_and_a_card(run: Run, work: Path) -> None:
 def test_recipes_are_compared_by_a_protocol(run: Run, work: Path) -> None:
     (work / "split.yaml").write_text(
         "name: split\nblock_length: 16\nsteps:\n- split: {method: random}\n"
-        "- attach: {start_sparsity: 0.1, tokens: 256}\n- budget: {target_sparsity: 0.4, tokens: 256}\n"
+        "- attach: {start_sparsity: 0.1, tokens: 256}\n"
+        "- budget: {target_sparsity: 0.4, tokens: 256}\n"
     )
     words = ("--model", "donor", "--output", "study", "--data", "text.txt", "--dtype", "fp32")
     protocol = ("--protocol", "ptb", "--eval-length", "64", "--stride", "16")
@@ -146,6 +147,7 @@ def hosts(work: Path) -> Path:
     tokenizer, host = build_tokenizer(), build("llama")
     save(build("bert"), work / "masked", tokenizer)
     save(build("t5-gated"), work / "both", tokenizer)
+    save(build("llama", max_position_embeddings=64), work / "short", tokenizer)
     host.config.num_labels = 3
     save(LlamaForSequenceClassification(host.config), work / "classifier", tokenizer)
     return work
@@ -164,6 +166,11 @@ MISTAKES = {
     "a classifier": (
         ("classifier", *COPY),
         "classifiers have an accuracy, and --protocol ptb is a perplexity: leave it out",
+    ),
+    "a second folder of a shorter context": (
+        ("out", "short", "--protocol", "ptb", "--data", "text.txt"),
+        "a block of 2048 tokens exceeds the context of LlamaForCausalLM, 64 tokens: use "
+        "--block-length 64 or less",
     ),
     "a second folder": (("out", "masked", *COPY), "masked (BertForMaskedLM) does not continue"),
     "a stride alone": (

@@ -222,3 +222,10 @@ def test_the_parts_of_a_papers_task_are_left_out(
     assert set(whole) == {"both acc", "one acc", "two acc"}
     asked = run_tasks(model, tokenizer, Tasks(("paper",), str(folder)), batch_size=4)
     assert set(asked) == {"both 0-shot acc"}
+
+
+def test_a_figure_without_bos_does_not_say_that_it_has_one(folder: Path, paper: None) -> None:
+    figures = run_tasks(
+        build("llama"), build_tokenizer(), Tasks(("paper",), str(folder)), batch_size=4
+    )
+    assert list(figures) == ["one 2-shot acc", "two acc"]
