@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_tools.cli.options import (
     BLOCK_LENGTH,
+    PAPERS,
     add_baseline_options,
     add_json_option,
     add_model_options,
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-length", type=positive, help=f"{BLOCK_LENGTH}; with --protocol, 2048 for 512"
     )
-    parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
+    parser.add_argument(
+        "--batch-size", type=positive, help="blocks; default: 4, of a protocol's long windows 1"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
     parser.add_argument(
         "--tasks",
@@ -45,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="NAME",
         help="tasks of lm-evaluation-harness beside the perplexity (pip install "
-        "'moe-tools[eval]'), or a paper's: prosparse, turbosparse, lte, teal, cmoe",
+        f"'moe-tools[eval]'), or a paper's: {', '.join(PAPERS)}",
     )
     parser.add_argument(
         "--bos",
@@ -115,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         tokens=args.tokens or (32768 if args.protocol is None else None),
         block_length=length,
         after=default_after(args.after, args.baselines, length),
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or (4 if args.protocol is None else 1),
         dtype=pick_dtype(args.dtype, device),
         device=device,
         seed=args.seed,

@@ -12,6 +12,8 @@ BASELINES = ("int8", "int4", "teal", "cats", "few_bits", "griffin")
 PICTURES = (".png", ".svg", ".pdf")
 PROTOCOLS = ("wikitext2", "wikitext103", "c4", "ptb")
 """Keys of `moe_tools.data.protocols.PROTOCOLS`."""
+PAPERS = ("prosparse", "turbosparse", "lte", "teal", "cmoe")
+"""Keys of `moe_tools.measure.task_groups.GROUPS`."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

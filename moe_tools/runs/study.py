@@ -89,6 +89,7 @@ def _compare(study: Study) -> list[Row]:
             protocol=study.protocol,
             copy=study.copy,
             stride=study.stride,
+            batch_size=1,
         )
     after = default_after(study.after, study.baselines, setup.block_length)
     setup = replace(setup, after=after)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,39 @@ def test_a_hub_that_is_not_reached_is_one_line(hub: dict[str, Any]) -> None:
     hub["rows"] = ConnectionError("no network\nlong tale")
     with pytest.raises(ValueError, match=r"'allenai/c4' cannot be read: no network .*name a copy"):
         protocol_text("c4")
+
+
+def test_the_real_library_reads_the_files_of_a_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as on the hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    shard = tmp_path / "c4" / str(PROTOCOLS["c4"].file)
+    shard.parent.mkdir(parents=True)
+    rows = [{"text": f"w{n % 60}", "timestamp": "2019-04-25T12:57:54Z"} for n in range(1200)]
+    with gzip.open(shard, "wt") as file:
+        file.writelines(json.dumps(row | {"url": "http://x"}) + "\n" for row in rows)
+    monkeypatch.setitem(PROTOCOLS, "c4", replace(PROTOCOLS["c4"], hub=str(tmp_path / "c4")))
+    assert protocol_text("c4") == " ".join(row["text"] for row in rows[:1100])
+    test = tmp_path / "ptb" / str(PROTOCOLS["ptb"].file)
+    test.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict({"sentence": ["w1 w2", "w3"]}).to_parquet(test)
+    monkeypatch.setitem(PROTOCOLS, "ptb", replace(PROTOCOLS["ptb"], hub=str(tmp_path / "ptb")))
+    assert protocol_text("ptb") == "w1 w2 w3"
+    wiki = tmp_path / "wiki" / "wikitext-2-raw-v1"
+    wiki.mkdir(parents=True)
+    for split, rows_ in (("train", ["w9"]), ("test", ROWS)):
+        name = f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict({"text": rows_}).to_parquet(wiki / name)
+    card = "---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n"
+    card += "".join(
+        f"  - {{split: {split}, path: wikitext-2-raw-v1/{split}-*}}\n"
+        for split in ("train", "test")
+    )
+    (wiki.parent / "README.md").write_text(card + "---\n")
+    own = replace(PROTOCOLS["wikitext2"], hub=str(wiki.parent))
+    monkeypatch.setitem(PROTOCOLS, "wikitext2", own)
+    assert protocol_text("wikitext2") == "\n\n".join(ROWS)
 
 
 # --- copies

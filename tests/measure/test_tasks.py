@@ -97,6 +97,12 @@ def test_a_paper_is_its_tasks_with_its_numbers_of_examples() -> None:
     assert {one.group for one in asked} == {"turbosparse"} and {one.bos for one in asked} == {None}
 
 
+def test_the_command_line_knows_every_paper() -> None:
+    from moe_tools.cli.options import PAPERS
+
+    assert tuple(GROUPS) == PAPERS
+
+
 def test_prosparse_asks_for_bos_and_the_user_has_the_last_word() -> None:
     assert {one.bos for one in Tasks(("prosparse",)).asked()} == {True}
     assert {one.bos for one in Tasks(("prosparse",), bos=False).asked()} == {False}
