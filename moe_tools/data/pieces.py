@@ -145,13 +145,12 @@ class OfTurns:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         self._template(turns)  # what it says of a conversation that it cannot write
-        texts, spans = render_jinja_template(
-            conversations=[turns],
-            chat_template=self.tokenizer.chat_template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
-        return texts[0], spans[0]
+        options: dict[str, Any] = {"return_assistant_tokens_mask": True}
+        options |= self.tokenizer.special_tokens_map
+        template = self.tokenizer.chat_template
+        found: Any = render_jinja_template([turns], chat_template=template, **options)
+        (text,), (spans,) = found
+        return text, spans
 
     def _compared(self, turns: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The whole text, and what each turn of the assistant adds behind the prompt for it."""

@@ -20,7 +20,7 @@ from moe_tools.checkpoint.loading import (
 )
 from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.data import Batches, fingerprint
-from moe_tools.data.limits import check_text
+from moe_tools.data.limits import check_length, check_text, continues_text
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.classify import evaluate_classifier
@@ -63,6 +63,8 @@ def compare(
     """
     bench = Bench(setup, sources[0])
     for source in sources:
+        bench.check_protocol(source)
+    for source in sources:
         bench.measure(source)
     if beside is not None:
         beside(bench)
@@ -74,10 +76,12 @@ class Bench:
 
     def __init__(self, setup: Setup, first: str, classify: bool | None = None) -> None:
         """The model `first` decides what the tokens are, and whether texts are classified."""
-        setup.tasks.check()
+        setup.check()
         self.setup = setup
-        self.tokenizer = load_tokenizer(first)
         self.classify = is_classifier_source(first) if classify is None else classify
+        self.check_protocol(first)
+        self.tokenizer = load_tokenizer(first)
+        setup.tasks.check_bos(self.tokenizer)
         self.text = setup.text(self.tokenizer, self.classify)
         self.entries: list[Entry] = []
         """The models that were asked for, in the order of their rows."""
@@ -90,11 +94,36 @@ class Bench:
         """
         model = skeleton(source, classify=self.classify)
         if isinstance(self.text, Tensor):
-            check_evaluable(model, self.text, self.tokenizer.mask_token_id, self.setup.after)
+            setup, mask_token = self.setup, self.tokenizer.mask_token_id
+            check_evaluable(model, self.text, mask_token, setup.after, setup.stride)
         elif isinstance(self.text, Batches):
             check_rows(model, self.text)
         else:
             check_text(model, self.text)
+
+    def check_protocol(self, source: str) -> None:
+        """Whether a model, whose weights are not read, has the perplexity of a protocol.
+
+        Raises:
+            ValueError: it continues no text, or none as long as a window.
+        """
+        if self.setup.protocol is None:
+            return
+        if self.classify:
+            raise ValueError(
+                f"classifiers have an accuracy, and --protocol {self.setup.protocol} is a "
+                "perplexity: leave it out"
+            )
+        try:
+            model = skeleton(source)
+        except ValueError:  # to load it says what is wrong
+            return
+        if not continues_text(model):
+            raise ValueError(
+                f"{source} ({type(model).__name__}) does not continue text, and --protocol "
+                f"{self.setup.protocol} is the perplexity of models that do: leave it out"
+            )
+        check_length(model, self.setup.block_length)
 
     def measure(self, folder: str, series: str = "", control: str | None = None) -> None:
         """Loads and evaluates a model, unless that is done."""
@@ -131,6 +160,7 @@ class Bench:
         To one that selects by the prompt every block is a prompt, in which all neurons run, unless
         only what follows a prompt is measured.
         """
+        self.check_protocol(folder)
         _check_tokenizer(folder, self.tokenizer)
         selects = prompt_share(folder) is not None
         if selects and not self.setup.after:
@@ -173,6 +203,7 @@ class Bench:
             mask_token=self.tokenizer.mask_token_id,
             seed=self.setup.seed,
             after=self.setup.after,
+            stride=self.setup.stride,
         )
 
     @cached_property

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_tools.data import Batch, Batches, Text, labelled_batches, labelled_blocks, rows
 from moe_tools.data.holdout import TextSplit
+from moe_tools.data.protocols import check_stride, named_protocol, protocol_windows
 from moe_tools.data.rows import Bos, Rows
 from moe_tools.data.sources import form, mixture
 from moe_tools.measure.tasks import Tasks
@@ -26,8 +27,10 @@ class Setup:
     """What every row has in common."""
 
     data: str = "docs"
-    """Source of the text, which is its held-out part."""
-    tokens: int = 32768
+    """Source of the text, which is its held-out part; with a protocol, of what baselines are
+    calibrated on alone."""
+    tokens: int | None = 32768
+    """None: all."""
     block_length: int = 512
     """Tokens of a block."""
     batch_size: int = 4
@@ -42,9 +45,52 @@ class Setup:
     """Tasks of lm-evaluation-harness, beside the perplexity."""
     bos: Bos = "auto"
     """Whether rows of text begin with BOS."""
+    protocol: str | None = None
+    """One of `PROTOCOLS`, whose text stands in for the held-out one; its windows are blocks."""
+    copy: str | None = None
+    """Source that stands in for the protocol's data set."""
+    stride: int | None = None
+    """Tokens from the start of a window of the protocol to that of the next."""
+
+    @property
+    def measured(self) -> str:
+        """Names the source of what is measured on."""
+        if self.protocol is None:
+            return self.data
+        return self.copy or named_protocol(self.protocol).source
+
+    @property
+    def called(self) -> str:
+        """Names the protocol, and that it is cut short; nothing without one."""
+        if self.protocol is None or self.tokens is None:
+            return self.protocol or ""
+        return f"the first {self.tokens} tokens of {self.protocol}"
+
+    def check(self) -> None:
+        """Checks what needs neither text nor model.
+
+        Raises:
+            ValueError: tasks that are not there, an unknown protocol, what only a protocol has
+                without one, or a stride that leaves tokens out.
+        """
+        self.tasks.check()
+        if self.protocol is not None:
+            named_protocol(self.protocol)
+            check_stride(self.block_length, self.stride, self.after)
+        elif self.stride is not None or self.copy is not None:
+            raise ValueError("windows with a stride are of a protocol: name one by --protocol")
 
     def text(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
-        """Reads the held-out text: blocks_BT, or batches of labelled texts or conversations."""
+        """Reads what is measured on: blocks_BT, or batches of labelled texts or conversations."""
+        if self.protocol is not None:
+            return protocol_windows(
+                self.protocol,
+                tokenizer,
+                length=self.block_length,
+                stride=self.stride,
+                source=self.copy,
+                tokens=self.tokens,
+            )
         if classify:
             return self._labelled(tokenizer, "heldout", self.tokens)
         found = self._rows(tokenizer, "heldout", self.tokens)
@@ -60,7 +106,7 @@ class Setup:
         return self._rows(tokenizer, "train", CALIBRATION).tensor()
 
     def _labelled(
-        self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
+        self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int | None
     ) -> list[Batch]:
         return labelled_batches(
             self.data,
@@ -71,7 +117,9 @@ class Setup:
             tokens=tokens,
         )
 
-    def _rows(self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int) -> Rows:
+    def _rows(
+        self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int | None
+    ) -> Rows:
         """Running text end to end; conversations one by one, however they were trained on."""
         forms = {form(name) for name, _ in mixture(self.data)}
         return rows(
