@@ -33,14 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    folder: Path, home: Path, kind: str, when: str = "no"
+    folder: Path, home: Path, kind: str, when: str = "no", *launcher: str
 ) -> subprocess.CompletedProcess[str]:
-    """One process of long_text.py; its cache and output are below `home`."""
+    """One process of long_text.py, or what launches some; cache and output are below `home`."""
     script = str(ROOT / "tests" / "runs" / "long_text.py")
     own = {"XDG_CACHE_HOME": str(home / "cache"), "OUTPUT": str(home / "out")}
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **own}
     return subprocess.run(
-        [sys.executable, script, str(folder), kind, when],
+        [sys.executable, *launcher, script, str(folder), kind, when],
         env=os.environ | settings,
         capture_output=True,
         text=True,
@@ -78,3 +78,16 @@ def test_a_killed_run_ends_bit_by_bit_as_one_that_was_not(
     assert len(shards[0]) > 1
     for name in set(shards[0]) & set(shards[1]):
         assert (caches[0] / name).read_bytes() == (caches[1] / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_billion_tokens_take_no_memory(folder: Path, tmp_path: Path) -> None:
+    """By two processes, three steps: each has the model, and reads its part of the text."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = start(folder, tmp_path, "billion", "step:3", *launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / "out" / f"{rank}.json").read_text())
+        assert found["over"] < 600 * 2**20
+    (cache,) = (tmp_path / "cache" / "moe_tools" / "text").iterdir()
+    assert len([*cache.glob("*.ids")]) == 1  # of 239
