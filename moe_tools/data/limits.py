@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from moe_tools.data.batching import Batches, Text
+from moe_tools.data.rows import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,14 +55,15 @@ def check_length(model: PreTrainedModel, length: int) -> None:
         )
 
 
-def check_text(model: PreTrainedModel, text: Text) -> None:
+def check_text(model: PreTrainedModel, text: Text | Rows) -> None:
     """Refuses text that a model cannot take: it would fail in the middle of the work, or worse.
 
     Raises:
         ValueError: too long a block, or a token outside the vocabulary.
     """
-    if isinstance(text, Batches):
-        longest, largest = text.rows.length, text.rows.largest
+    if isinstance(text, Batches | Rows):
+        rows = text.rows if isinstance(text, Batches) else text
+        longest, largest = rows.length, rows.largest
     else:
         tensors = [text] if isinstance(text, Tensor) else [batch.ids_BT for batch in text]
         longest = max(ids_BT.shape[1] for ids_BT in tensors)

@@ -61,7 +61,7 @@ class RunText:
         if self.recipe.data == "self":
             check_samples(donor, length)
         else:
-            check_text(donor, self.labelled if task == "classify" else self._batches(self.rows, 1))
+            check_text(donor, self.labelled if task == "classify" else self.rows)
         if task == "lm" and length < 2 and self.recipe.train_steps:
             raise ValueError("block_length is 1, and nothing follows the token: use 2 or more")
         if self.recipe.train_steps:

@@ -244,7 +244,7 @@ def whole_batches(text: Text, step: Train) -> Sequence[Batch]:
         text = Batches(of_blocks(text), "joined", step.batch_size)
     whole = len(text)
     if isinstance(text, Batches) and text.packing != "isolated":
-        whole = len(text.rows) // step.batch_size
+        whole = len(text.rows) // step.batch_size  # the last batch may be short
     needed = step.accumulate * processes.count()
     if whole < needed and processes.count() > 1:
         raise ValueError(
