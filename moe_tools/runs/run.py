@@ -34,6 +34,7 @@ from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.step import Step, Work
 from moe_tools.training.attention import attention
+from moe_tools.training.compiled import check_compiles
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class _Run:
         model = self._rehearse()
         self.text.check(model)
         check_held_out(self.recipe, self.tokenizer, model)
+        check_compiles(model, self.launch)
         with attention(model, self.launch.attention):
             pass  # whether it can
 
@@ -220,12 +222,14 @@ class _Run:
 
     def execute(self) -> None:
         """Every step that is not complete yet; of several processes, only train steps use all."""
-        previous = self.source
+        previous, worked = self.source, False
         for index, step in enumerate(self.recipe.steps):
             folder = self.folder.step(index)
             if not processes.on_first(folder.is_dir):
-                if self.launch.limit is not None and self.launch.limit.is_up():
-                    raise self.launch.limit.stopped(f"before step {index}, {step.verb}")
+                limit = self.launch.limit
+                if worked and limit is not None and limit.is_up():  # every start does something
+                    raise limit.stopped(f"before step {index}, {step.verb}")
+                worked = True
                 logger.info("step %d: %s", index, step.verb)
                 processes.on_first(self._check_donor)
                 if step.trains:

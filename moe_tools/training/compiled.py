@@ -12,6 +12,26 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from moe_tools.hosts.moe_host import HostExperts
+from moe_tools.steps.launch import Launch
+
+
+def check_compiles(model: nn.Module, launch: Launch) -> None:
+    """Whether a model can be compiled as a launch says.
+
+    Raises:
+        ValueError: an MoE host whose experts are modules of their own: how many tokens each has is
+            known only when it runs, so that every expert would be a graph for itself.
+    """
+    if not launch.compile:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, HostExperts):
+            raise ValueError(
+                f"--compile does not pay where experts are taken apart, as {name} is: each would "
+                "be compiled for itself, for minutes: leave it out"
+            )
+
 
 @contextmanager
 def compiled(model: nn.Module, on: bool = True) -> Iterator[None]:

@@ -26,7 +26,7 @@ from moe_tools.training.arguments import tensorboard_in
 from moe_tools.training.attention import attention
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
 from moe_tools.training.checks import check_sharded, check_train
-from moe_tools.training.compiled import compiled
+from moe_tools.training.compiled import check_compiles, compiled
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.lora import Lora, low_rank
@@ -207,7 +207,7 @@ def train(
         TimeIsUp: the time of the launch is up; a checkpoint of this optimizer step is written.
         ValueError: a loss that this model cannot have, no donor for one that needs it, too little
             text for the processes, a checkpoint of other processes or of another text, or a full
-            disk.
+            disk; what `check_compiles` and `attention` refuse.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
     launch = launch or Launch(str(model.device))
@@ -220,6 +220,7 @@ def train(
     check_text(checkpoint, pinned)
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
+    check_compiles(model, launch)
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))

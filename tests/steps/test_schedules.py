@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,12 @@ def test_a_rate_falls_to_its_floor_and_no_further(floor: float) -> None:
     for fall in ("cosine", "linear"):
         factors = [rate_factor(step, 100, 10, floor, fall) for step in range(9, 131)]
         assert factors[0] == factors[1] == 1.0
-        assert all(one >= other for one, other in zip(factors, factors[1:], strict=False))
+        assert all(one >= other for one, other in itertools.pairwise(factors))
         assert factors[-31:] == pytest.approx([floor] * 31)
     assert rate_factor(55, 100, 10, floor, "linear") == pytest.approx((1 + floor) / 2)
     assert rate_factor(55, 100, 10, floor, "cosine") == pytest.approx((1 + floor) / 2)
-    assert rate_factor(32, 100, 10, floor, "cosine") > rate_factor(
-        32, 100, 10, floor, "linear"
-    ) or (floor == 1.0)
+    early, late = (rate_factor(32, 100, 10, floor, fall) for fall in ("linear", "cosine"))
+    assert late > early or floor == 1.0
 
 
 def test_constant_stays_whatever_the_floor() -> None:

@@ -20,7 +20,7 @@ def test_time_is_up_when_it_has_passed() -> None:
 
 @pytest.mark.parametrize("hours", [0.0, -1.0, float("nan"), float("inf")])
 def test_hours_are_a_number_above_0(hours: float) -> None:
-    with pytest.raises(ValueError, match="max_hours is .*, but must be a number above 0"):
+    with pytest.raises(ValueError, match=r"max_hours is .*, but must be a number above 0"):
         TimeLimit(hours)
 
 

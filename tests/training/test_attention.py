@@ -42,9 +42,9 @@ def test_it_is_put_back_after_an_error() -> None:
 
 
 def test_a_model_that_cannot_is_named() -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM cannot take --attention") as said:
-        with attention(build("llama"), "flash_attention_2"):
-            pass
+    model, named = build("llama"), "LlamaForCausalLM cannot take --attention"
+    with pytest.raises(ValueError, match=named) as said, attention(model, "flash_attention_2"):
+        pass
     assert "\n" not in str(said.value)
 
 
