@@ -17,6 +17,7 @@ from moe_tools.data import Batch
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.names import IGNORE
 from moe_tools.training.compiled import eager
 
@@ -47,20 +48,23 @@ class HeldOut:
         """Each with whether it counts: what does not is run beside the other processes."""
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, host: nn.Module, step: int) -> dict[str, float]:
+    def measure(
+        self, model: nn.Module, host: nn.Module, step: int, device: torch.device | None = None
+    ) -> dict[str, float]:
         """Returns `heldout_lm` in nats, with `heldout_perplexity` or `heldout_accuracy`.
 
         Args:
             model: what is called: the host itself, or what shards it.
             host: the model that is trained.
             step: optimizer steps so far, for the error.
+            device: where it computes; None: where its weights are.
 
         Raises:
             FloatingPointError: the loss is not finite, or beyond any text.
         """
-        device = next(host.parameters()).device
+        device = device or next(host.parameters()).device
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        with _as_it_ends(host):
+        with _as_it_ends(host, device):
             for (ids_BT, labels_B), counts in self.batches:
                 ids_BT = ids_BT.to(device)
                 logits = model(**model_inputs(host, ids_BT)).logits
@@ -95,16 +99,20 @@ def _sums(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 
 
 @contextmanager
-def _as_it_ends(model: nn.Module) -> Iterator[None]:
+def _as_it_ends(model: nn.Module, device: torch.device) -> Iterator[None]:
     """The model as after the step; afterwards, it and what is drawn are as before."""
     modes = [(ffn, ffn.mode) for ffn in expert_ffns(model)]
-    device = next(model.parameters()).device
+    hosts = [module for module in model.modules() if isinstance(module, HostExperts)]
     drawn = [device] if device.type == "cuda" else []
     try:
         for ffn, mode in modes:
             ffn.mode = "hard" if mode in ("soft", "straight") else mode
+        for host in hosts:
+            host.runs_idle = True
         with torch.random.fork_rng(devices=drawn), evaluating(model), eager():
             yield
     finally:
         for ffn, mode in modes:
             ffn.mode = mode
+        for host in hosts:
+            host.runs_idle = False

@@ -76,7 +76,14 @@ def peak_of(launch: Launch) -> float | None:
 
 
 def step_flops(model: PreTrainedModel, step: Train, batches: Sequence[Batch]) -> float:
-    """FLOPs of training one token, on a model that has no adapters yet."""
+    """FLOPs of training one token, on a model that has no adapters yet; 0: they are not known."""
+    try:
+        return _step_flops(model, step, batches)
+    except (ValueError, AttributeError):  # no FFN or attention as others have them
+        return 0.0
+
+
+def _step_flops(model: PreTrainedModel, step: Train, batches: Sequence[Batch]) -> float:
     length = token_count(batches) // sum(len(batch.ids_BT) for batch in batches)
     if step.lora is None:
         groups = trainable_parts(model, step)
@@ -90,7 +97,7 @@ class Throughput:
     """Tokens and seconds since the last log, without what checkpoints and evaluations take."""
 
     def __init__(self, flops: float, peak: float | None) -> None:
-        """`flops` are those of training one token, `peak` is that of one device."""
+        """`flops` are those of training one token (0: not known), `peak` is that of one device."""
         self.flops, self.peak = flops, peak
         self.restart()
 
@@ -112,7 +119,7 @@ class Throughput:
             self.paused += time.perf_counter() - began
 
     def take(self) -> dict[str, float]:
-        """Returns `tokens_per_second` and, where the peak is known, `mfu`; then begins again.
+        """Returns `tokens_per_second` and, where both are known, `mfu`; then begins again.
 
         Without a token since the last call, there is no figure.
         """
@@ -121,6 +128,6 @@ class Throughput:
         if not tokens:
             return {}
         found = {"tokens_per_second": tokens / seconds}
-        if self.peak is not None:
+        if self.peak is not None and self.flops:
             found["mfu"] = self.flops * tokens / seconds / (self.peak * processes.count())
         return found

@@ -253,7 +253,9 @@ class RecipeTrainer(CheckpointingTrainer):
         called = self.deepspeed if self.is_deepspeed_enabled else self.model
         assert self.held_out is not None and called is not None
         with self.throughput.pause():
-            return self.held_out.measure(called, self.model, self.state.global_step)
+            return self.held_out.measure(
+                called, self.model, self.state.global_step, self.args.device
+            )
 
     def steer(self, control: TrainerControl) -> None:
         """Says what the Trainer does after an optimizer step, beside what is due anyway."""

@@ -35,6 +35,7 @@ from tests.training.test_train import (
     language_loss,
     text,
 )
+from tests.training.test_trainer import many_experts
 
 HELD_OUT = text(300)[250:]
 STEPS: dict[str, Train] = {
@@ -196,6 +197,26 @@ def test_a_model_that_is_spoilt_stops(tmp_path: Path) -> None:
         FloatingPointError, match="held-out loss is nan nats after optimizer step 7"
     ):
         HeldOut([Batch(HELD_OUT[:1])]).measure(model, model, 7)
+
+
+def test_every_process_runs_the_same_experts_of_a_host() -> None:
+    """ZeRO-3 gathers an expert in all of them, or waits: one without a token runs, too."""
+    model = many_experts().eval()
+    ran: list[int] = []
+    ffns = expert_ffns(model)
+    for index, ffn in enumerate(ffns):
+        ffn.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    with torch.no_grad():
+        expected = language_loss(model, HELD_OUT[:1]).item()
+    assert len(ran) < len(ffns)
+    ran.clear()
+    found = HeldOut([Batch(HELD_OUT[:1])]).measure(model, model, 0)
+    assert ran == list(range(len(ffns)))
+    assert found["heldout_lm"] == pytest.approx(expected, abs=1e-5)
+    ran.clear()
+    with torch.no_grad():
+        language_loss(model, HELD_OUT[:1])
+    assert len(ran) < len(ffns)
 
 
 def test_no_text_is_refused() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from moe_tools.measure.flops import attention_flops, forward_flops
 from moe_tools.recipe import Lora
@@ -106,6 +107,16 @@ def test_routers_are_charged_where_they_learn() -> None:
     soft = step_flops(model, SOFT, batches)
     assert soft == pytest.approx(3 * forward_flops(model, LENGTH))
     assert step_flops(model, replace(HARD, parts="ffn"), batches) < soft
+
+
+def test_a_model_whose_flops_are_not_known_trains_without_the_share(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))
+    assert step_flops(model, DENSE, whole_batches(text(4), DENSE)) == 0
+    launch = Launch(peak_flops=1e9)
+    measured = train(model, DENSE, text(40), tmp_path, launch=launch)
+    assert "tokens_per_second" in measured["history"][0]
+    assert not any("mfu" in entry for entry in measured["history"])
 
 
 # --- time

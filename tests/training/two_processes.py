@@ -141,9 +141,9 @@ def experts(out: Path) -> None:
         for name, step in EXPERT_STEPS.items():
             model = moe_host(name)
             idle = idle_experts(model)
-            step = replace(step, accumulate=2 // processes.count())
-            folder = out / f"fp32-{way}-{name}"
-            figures = train(model, step, text(12), folder, launch=launch)
+            step = replace(step, accumulate=2 // processes.count(), evaluate_every=2)
+            folder, held_out = out / f"fp32-{way}-{name}", text(300)[294:]
+            figures = train(model, step, text(12), folder, launch=launch, held_out=held_out)
             assert sum(count > 0 for count in idle) > 6
             if processes.rank() == 0:
                 keep(folder, figures, model)
