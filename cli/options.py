@@ -185,3 +185,14 @@ def not_negative(word: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 0")
     return value
+
+
+def above_0(word: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
+    return value
