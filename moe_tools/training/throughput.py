@@ -27,6 +27,9 @@ from moe_tools.training.parts import trainable_parts
 if TYPE_CHECKING:
     from moe_tools.training.train import Train
 
+SAMPLE = 64
+"""Batches whose lengths stand for those of all: a text may be longer than anyone reads first."""
+
 # Dense bf16 products with sums in fp32, of the makers' data sheets; FLOPs a second of one device.
 # The first name that is found in the device's own counts.
 PEAKS: dict[str, float] = {
@@ -84,13 +87,21 @@ def step_flops(model: PreTrainedModel, step: Train, batches: Sequence[Batch]) ->
 
 
 def _step_flops(model: PreTrainedModel, step: Train, batches: Sequence[Batch]) -> float:
-    length = token_count(batches) // sum(len(batch.ids_BT) for batch in batches)
+    first = [batches[at] for at in range(min(len(batches), SAMPLE))]
+    length = token_count(first) // sum(map(_texts, first))
     if step.lora is None:
         groups = trainable_parts(model, step)
         return training_flops(model, length, {id(p) for group in groups for p in group["params"]})
     linears = [model.get_submodule(path) for path in adapted(model, step.parts)]
     adapters = step.lora.rank * sum(sum(linear.weight.shape) for linear in linears)  # type: ignore[arg-type,misc]
     return training_flops(model, length, ()) + 3 * 2 * adapters
+
+
+def _texts(batch: Batch) -> int:
+    """How many texts a batch has, none of which sees another."""
+    if batch.positions_BT is None:
+        return len(batch.ids_BT)
+    return int((batch.positions_BT == 0).sum())
 
 
 class Throughput:
