@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 
 from moe_tools.data import Batches, Rows, blocks, rows
 from moe_tools.data.sources import form
@@ -138,19 +140,17 @@ def test_a_template_may_mark_what_is_learned(tmp_path: Path) -> None:
     assert found[1] == "w2 [END] w4 [END]"
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"])
 def test_in_every_kind_of_table(tmp_path: Path, ending: str) -> None:
     objects = [{"id": n, "messages": turns("w1", f"w{n}")} for n in range(30)]
     file = tmp_path / f"a{ending}"
     if ending == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(objects), file)
-    elif ending.endswith(".gz"):
-        import gzip
-
-        with gzip.open(file, "wt") as packed:
-            packed.write("".join(json.dumps(one) + "\n" for one in objects))
     else:
         write(file, *objects)
+    if ending.endswith((".gz", ".zst")):
+        pack = gzip.compress if ending.endswith(".gz") else zstandard.compress
+        file.write_bytes(pack(file.read_bytes()))
     assert form(str(file)) == "turns"
     assert len(read(str(file))) + len(read(str(file), split="heldout")) == 30
 
