@@ -105,7 +105,16 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE[:COLUMN][:WEIGHT]",
         help="docs, a file or folder, a hub dataset, or self; several are mixed",
     )
+    parser.add_argument("--epochs", type=float, help="in place of tokens: how often all is read")
     parser.add_argument("--block-length", type=positive, help="tokens of one training block")
+    parser.add_argument(
+        "--packing",
+        choices=("joined", "isolated", "padded"),
+        help="how texts share a row: end to end, apart, or one in each",
+    )
+    parser.add_argument(
+        "--bos", choices=("auto", "always", "never"), help="whether rows of text begin with BOS"
+    )
     parser.add_argument("--seed", type=int)
 
 
@@ -122,8 +131,11 @@ def run_file(args: argparse.Namespace, file: str | Path, *, eval_tokens: int = 0
         target_sparsity=args.target_sparsity,
         expert_size=args.expert_size,
         tokens=args.tokens,
+        epochs=args.epochs,
         data=None if args.data is None else JOIN.join(args.data),
         block_length=args.block_length,
+        packing=args.packing,
+        bos=args.bos,
         seed=args.seed,
     )
     if args.block_length is not None:

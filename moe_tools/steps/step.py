@@ -22,7 +22,7 @@ from moe_tools.steps.launch import Launch
 
 NO_TEXT = torch.empty(0, 1, dtype=torch.long)
 
-Option = Literal["target_sparsity", "expert_size", "tokens"]
+Option = Literal["target_sparsity", "expert_size", "tokens", "epochs"]
 """What a command line can change in the steps of a recipe."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -101,6 +102,7 @@ class Train(Step):
         """Ranges of every number; a drive has its target and its loss for itself."""
         at_least(1, self, "batch_size", "accumulate", "checkpoint_every", "evaluate_tokens")
         at_least(0, self, "tokens", "epochs", "lr", "router_lr", "evaluate_every")
+        require(self.epochs < math.inf, self, "epochs", self.epochs, "finite")
         if self.tokens and self.epochs:
             raise ValueError(
                 f"train: it has {self.tokens:,} tokens and {self.epochs:g} epochs, and the two may "
@@ -135,13 +137,16 @@ class Train(Step):
         return self.tokens or self.epochs
 
     def changed(self, option: Option, value: Any) -> Self:
-        """The step under an option; tokens take the place of epochs."""
-        changed = super().changed(option, value)
-        return replace(changed, epochs=0.0) if option == "tokens" else changed
+        """The step under an option; tokens and epochs take each other's place."""
+        if option == "tokens":
+            return replace(self, tokens=value, epochs=0.0)
+        if option == "epochs":
+            return replace(self, epochs=value, tokens=0)
+        return super().changed(option, value)
 
     def takes(self, option: Option) -> bool:
         """Tokens, and the sparsity of a step that has one."""
-        return option == "tokens" or (
+        return option in ("tokens", "epochs") or (
             option == "target_sparsity" and self.target_sparsity is not None
         )
 
