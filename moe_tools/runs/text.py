@@ -60,6 +60,11 @@ class RunText:
         length, task = self.recipe.block_length, self.recipe.task
         if self.recipe.data == "self":
             check_samples(donor, length)
+            if self.recipe.epochs:
+                raise ValueError(
+                    "data is 'self', the donor's own samples, which have no end and no epochs: "
+                    "give the train steps tokens"
+                )
         else:
             check_text(donor, self.labelled if task == "classify" else self.rows)
         if task == "lm" and length < 2 and self.recipe.train_steps:
@@ -92,11 +97,6 @@ class RunText:
         """
         recipe, wanted = self.recipe, self._wanted()
         if recipe.data == "self":
-            if recipe.epochs:
-                raise ValueError(
-                    "data is 'self', the donor's own samples, which have no end and no epochs: "
-                    "give the train steps tokens"
-                )
             return of_blocks(_kept(self.kept / SAMPLES, lambda: self._samples(wanted)))
         found = rows(
             recipe.data,

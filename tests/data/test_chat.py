@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 import torch
 import zstandard
 
+from moe_tools.checkpoint.loading import load_tokenizer
 from moe_tools.data import Batches, Rows, blocks, rows
 from moe_tools.data.sources import form
 from moe_tools.names import IGNORE
+from tests.export.hosts import donor_gguf
 from tests.tiny import WORDS, build_tokenizer
 
 TEMPLATE = (
@@ -288,3 +291,38 @@ def test_equal_conversations_equal_fingerprints(tmp_path: Path) -> None:
     one, other = (write_chat(tmp_path / name, 30) for name in ("a.jsonl", "b.jsonl"))
     assert read(one).fingerprint == read(other).fingerprint != read(one, seed=1).fingerprint
     assert torch.is_tensor(read(one).tensor(2))
+
+
+# --- a real template
+
+
+@pytest.mark.slow
+def test_a_real_template_by_hand(tmp_path: Path) -> None:
+    """SmolLM2-Instruct: the system turn that the template adds, both marks, and what is learned."""
+    tokenizer = load_tokenizer(str(donor_gguf()))
+    talk = [
+        {"role": "user", "content": "Say hello."},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Again."},
+        {"role": "assistant", "content": "Hello, again."},
+    ]
+    file = write(tmp_path / "a.jsonl", {"messages": talk}, {"messages": talk})
+    row = read(file, tokenizer, length=128).row(0)
+    assert row.learned_T is not None
+    parts = itertools.groupby(zip(row.ids_T, row.learned_T, strict=True), key=lambda pair: pair[1])
+    said = [(bool(learned), tokenizer.decode([i for i, _ in pairs])) for learned, pairs in parts]
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert said == [
+        (
+            False,
+            f"<|im_start|>system\n{system}<|im_end|>\n"
+            "<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (True, "Hello!<|im_end|>\n"),
+        (False, "<|im_start|>user\nAgain.<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "Hello, again.<|im_end|>\n"),
+    ]
+    batch = Batches(read(file, tokenizer, length=128), "isolated", 1)[0]
+    labels = batch.next_labels_BT()[0]
+    answers = "Hello!<|im_end|>\nHello, again.<|im_end|>\n"
+    assert tokenizer.decode(labels[labels != IGNORE]) == answers
