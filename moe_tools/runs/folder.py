@@ -78,8 +78,12 @@ class RunFolder:
 
     @property
     def identity(self) -> str:
-        """What `recipe.yaml` holds: two runs of it on one text write the same weights."""
-        return f"# donor: {self.source}\n# dtype: {self.dtype}\n{self.recipe.to_yaml()}"
+        """What `recipe.yaml` holds: two runs of it on one text write the same weights.
+
+        As it reads when it is read again: 1 epoch and 1.0 are one number.
+        """
+        words = lasting_yaml(self.recipe.to_yaml())
+        return f"# donor: {self.source}\n# dtype: {self.dtype}\n{words}"
 
     @property
     def steps(self) -> Path:
