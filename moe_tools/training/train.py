@@ -35,6 +35,7 @@ from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_i
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.lora import Lora, low_rank
 from moe_tools.training.losses import needs_donor, seen_kinds
+from moe_tools.training.padding import check_padding
 from moe_tools.training.parts import only_trainable, trainable_parts
 from moe_tools.training.throughput import peak_of, step_flops
 from moe_tools.training.trainer import RecipeTrainer
@@ -247,6 +248,7 @@ def train(
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     check_compiles(model, launch)
+    check_padding(model, list(step.losses), batches)
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))

@@ -34,6 +34,7 @@ from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import Observed, compute_losses, needs_donor, seen_kinds
 from moe_tools.training.optimizer import MasterAdamW
+from moe_tools.training.padding import without_padding
 from moe_tools.training.progress import Progress, in_words
 from moe_tools.training.throughput import Throughput, peak_of
 from moe_tools.training.trim import add_, sample_logits, shift_routers
@@ -170,6 +171,7 @@ class RecipeTrainer(CheckpointingTrainer):
         routings = [routing for routing in routings if routing.tokens]  # see HostExperts
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
         seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
+        seen = without_padding(seen, batch)
         values = {"lm": parts.lm}
         if donor_logits is not None:
             values["distill"] = parts.distill
@@ -178,7 +180,9 @@ class RecipeTrainer(CheckpointingTrainer):
             total = total + weights[name] * value
         values[LOSS] = total
         values[TOKENS] = total.new_full((), batch.ids_BT.numel(), dtype=torch.float64)
-        self._note(values, routings, hidden)
+        if batch.mask_BT is not None:
+            values[TOKENS] = batch.mask_BT.sum()
+        self._note(values, seen.routings, seen.hidden_TF)
         if self.accelerator.sync_gradients:  # the last pass: DeepSpeed steps in its backward pass
             self._read()
         return total
@@ -216,7 +220,7 @@ class RecipeTrainer(CheckpointingTrainer):
 
     @torch.no_grad()
     def _note(
-        self, values: dict[str, Tensor], routings: list[Routing], hidden_TF: list[Tensor]
+        self, values: dict[str, Tensor], routings: Sequence[Routing], hidden_TF: Sequence[Tensor]
     ) -> None:
         if routings:
             values["sparsity"] = sparsity_of(routings)
