@@ -59,6 +59,11 @@ class Batches(Sequence[Batch]):
         return (self[index] for index in range(len(self)))
 
     @property
+    def even(self) -> bool:
+        """Whether every token of every batch is learned, and all batches have as many."""
+        return self.packing == "joined" and self.rows.plain
+
+    @property
     def tokens(self) -> int:
         """Tokens of all batches, padding left out."""
         return self._own.tokens

@@ -40,6 +40,9 @@ class Rows(ABC):
     uniform: bool
     """Whether all have that length."""
 
+    plain: bool
+    """Whether they have that length and all their tokens are learned."""
+
     @abstractmethod
     def __len__(self) -> int: ...
 
@@ -105,6 +108,9 @@ class InMemory(Rows):
     uniform: bool
     rows: Sequence[Row]
 
+    def __post_init__(self) -> None:
+        self.plain = self.uniform and all(row.learned_T is None for row in self.rows)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -115,12 +121,11 @@ class InMemory(Rows):
     @property
     def fingerprint(self) -> str:
         """Of running text that of the tensor of it."""
-        plain = self.uniform and all(row.learned_T is None for row in self.rows)
         found = hashlib.sha256()
-        if plain:
+        if self.plain:
             found.update(str((len(self), self.length)).encode())
         for row in self.rows:
-            if not plain:
+            if not self.plain:
                 found.update(f"{len(row.ids_T)} {row.learned_T is None}".encode())
             found.update(row.ids_T.astype("<i8").tobytes())
             if row.learned_T is not None:
@@ -149,6 +154,7 @@ class Part(Rows):
 
     def __post_init__(self) -> None:
         self.length, self.uniform = self.whole.length, self.whole.uniform
+        self.plain = self.whole.plain
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -187,6 +193,7 @@ class Epochs(Rows):
 
     def __post_init__(self) -> None:
         self.length, self.uniform = self.once.length, self.once.uniform
+        self.plain = self.once.plain
 
     def __len__(self) -> int:
         return max(1, round(self.count * len(self.once)))
@@ -230,6 +237,7 @@ class Mixed(Rows):
         """`wanted` tokens at most, of all together; None: as many as there are."""
         self.sources, self.length = sources, max(rows.length for rows in sources)
         self.uniform = all(rows.uniform for rows in sources)
+        self.plain = all(rows.plain for rows in sources)
         self.shares = [weight / sum(weights) for weight in weights]
         self.used_up: int | None = None
         """The source that ended first."""

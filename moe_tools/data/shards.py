@@ -80,6 +80,7 @@ class Stored(Rows):
         """
         self.folder, self.reader, self.length = folder, reader, reader.length
         self.uniform = reader.cutter().uniform
+        self.plain = self.uniform and reader.form == "text"
         self.shards: list[Shard] = []
         self.starts = [0]
         self.open: dict[str, int] = {}

@@ -37,6 +37,7 @@ from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.padding import without_padding
 from moe_tools.training.progress import Progress, in_words
 from moe_tools.training.throughput import Throughput, peak_of
+from moe_tools.training.token_shares import token_shares
 from moe_tools.training.trim import add_, sample_logits, shift_routers
 from moe_tools.training.watch import Kind, watch_ffns
 
@@ -83,6 +84,10 @@ class RecipeTrainer(CheckpointingTrainer):
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
         self.logits: list[Tensor] = []
+        self.even = not isinstance(batches, Batches) or batches.even
+        """Whether every pass learns as many tokens."""
+        self.shares: list[Tensor] = []
+        """Of the passes of this optimizer step that are to come; empty where all count alike."""
         self.figures, self.read = Figures(), dict[str, float]()
         self.adamw: MasterAdamW | None = None
         self.sums = False
@@ -147,6 +152,13 @@ class RecipeTrainer(CheckpointingTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Collects the passes of an optimizer step, and weighs them by their learned tokens."""
+        samples, number = super().get_batch_samples(*args, **kwargs)
+        if samples and not self.even:
+            self.shares = token_shares([*map(batch_of, samples)], self.args.device)
+        return samples, number
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -168,6 +180,8 @@ class RecipeTrainer(CheckpointingTrainer):
             lm_weight=weights.get("lm", 0.0),
             distill_weight=weights.get("distill", 0.0),
         )
+        if self.shares:
+            total = total * self.shares.pop(0)
         routings = [routing for routing in routings if routing.tokens]  # see HostExperts
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
         seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
