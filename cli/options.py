@@ -148,3 +148,11 @@ def not_negative(word: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 0")
     return value
+
+
+def share(word: str) -> float:
+    """An argparse type: a number above 0 and at most 1."""
+    value = not_negative(word)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not above 0 and at most 1")
+    return value
