@@ -30,9 +30,7 @@ def add_dry_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gpu", default="A100-80GB", metavar="NAME", help="a100-80, h100, ...; default: A100-80GB"
     )
-    group.add_argument(
-        "--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8"
-    )
+    group.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="default: 8")
     group.add_argument(
         "--mfu",
         type=share,
@@ -157,12 +155,13 @@ def _needs(found: Plan) -> Table:
     tokens = max(step.step_tokens for step in found.steps)
     made = Table(
         box=box.SIMPLE,
-        caption=f"{machine.processes} x {machine.gpu}, {machine.per_node} in a node; * does not fit\n"
-        f"an optimizer step has {tokens:,} tokens, and computes for {found.step_seconds:.2g} seconds",
+        caption=f"{machine.processes} x {machine.gpu}, {machine.per_node} in a node; "
+        "* does not fit\n"
+        f"an optimizer step has {tokens:,} tokens, and computes for {seconds(found.step_seconds)}",
         caption_justify="left",
     )
     made.add_column("needs")
-    for heading in ("on a GPU", "if layers are\nrecomputed", "on a host", "sent a step", "seconds"):
+    for heading in ("on a GPU", "if layers are\nrecomputed", "on a host", "sent a step", "for"):
         made.add_column(heading, justify="right")
     for need in found.needs:
         made.add_row(
@@ -171,9 +170,14 @@ def _needs(found: Plan) -> Table:
             gigabytes(need.gpu_recomputed) + ("" if need.fits_recomputed else " *"),
             gigabytes(need.host) if need.host else "-",
             gigabytes(need.sent) if need.sent else "-",
-            f"{need.sending:.2g}" if need.sent else "-",
+            seconds(need.sending) if need.sent else "-",
         )
     return made
+
+
+def seconds(count: float) -> str:
+    """Seconds as people read them."""
+    return f"{count:.0f} s" if count >= 100 else f"{count:.2g} s"
 
 
 def gigabytes(count: float) -> str:

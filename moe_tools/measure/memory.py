@@ -116,12 +116,17 @@ class ModelStates:
         if stage == 3:
             shared = 0.0 if offloaded else weights / processes
             weights = min(weights, shared + self.layer)
-        return weights + adam + self._gradients(stage, processes, offloaded) + {
-            "whole": self.teacher,
-            "sharded": self.teacher / processes,
-            "offloaded": 0.0,
-            "cached": 0.0,
-        }[teacher]
+        return (
+            weights
+            + adam
+            + self._gradients(stage, processes, offloaded)
+            + {
+                "whole": self.teacher,
+                "sharded": self.teacher / processes,
+                "offloaded": 0.0,
+                "cached": 0.0,
+            }[teacher]
+        )
 
     def _gradients(self, stage: int, processes: int, offloaded: bool) -> float:
         if stage < 2:

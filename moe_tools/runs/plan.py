@@ -26,8 +26,8 @@ from moe_tools.steps.step import Cost, Setting, Step
 PROCESSES = (1, 8, 64)
 """For which the memory is told, beside the number that is asked for: a GPU, a node, eight nodes."""
 MFU = 0.3
-"""Share of a card's FLOP/s that a plan counts on: below all published runs of docs/scale.md, since
-they are of trainers made for one model, and ours is none. Recomputing counts as work."""
+"""Share of a card's FLOP/s that a plan counts on. Published runs have 0.17 to 0.52 (docs/scale.md),
+from trainers made for one model, which this is not; recomputing counts as work here."""
 ROOM = 0.9
 """Share of a card's memory that a plan fills: buffers and the allocator have the rest."""
 CHECKPOINTS = 3
@@ -261,7 +261,9 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def _sources(recipe: Recipe, once: int, each: int) -> Iterator[Source]:
     """`once`: tokens of one epoch, 0 where steps count tokens; `each`: bytes of one."""
-    wanted = max(once or recipe.train_tokens(), *(s.tokens for s in recipe.steps if not s.trains), 0)
+    wanted = max(
+        once or recipe.train_tokens(), *(s.tokens for s in recipe.steps if not s.trains), 0
+    )
     mixed = mixture(recipe.data)
     whole = sum(weight for _, weight in mixed)
     for name, weight in mixed:
@@ -275,9 +277,7 @@ def _sources(recipe: Recipe, once: int, each: int) -> Iterator[Source]:
 def on_card(cost: Cost, way: Way, processes: int, *, recomputed: bool = False) -> float:
     """Bytes that a train step takes on each card: states, activations and logits."""
     assert cost.states is not None
-    states = cost.states.per_process(
-        way.stage, processes, cost.teacher, offloaded=way.offloaded
-    )
+    states = cost.states.per_process(way.stage, processes, cost.teacher, offloaded=way.offloaded)
     return states + (cost.recomputed if recomputed else cost.activations) + cost.logits
 
 

@@ -32,9 +32,7 @@ def test_the_example_of_the_paper(stage: int, processes: int, expected: float) -
 def test_what_is_frozen_or_in_fp32_costs_less() -> None:
     host, routers = parameters(1000), parameters(10, torch.float32)
     states = ModelStates.of([*host, *routers], routers, teacher=2000)
-    assert states == ModelStates(
-        weights=2040, gradients=40, optimizer=80, teacher=2000, numbers=10
-    )
+    assert states == ModelStates(weights=2040, gradients=40, optimizer=80, teacher=2000, numbers=10)
     assert ModelStates.of(host).per_process(0, 1) == 2000
 
 
@@ -81,9 +79,7 @@ def test_a_teacher_is_where_it_is_said_to_be() -> None:
         for teacher in ("whole", "sharded", "offloaded", "cached")
     }
     assert where == {"whole": 800, "sharded": 100, "offloaded": 0, "cached": 0}
-    hosts = {
-        teacher: states.per_host(WAYS["3"], 8, 8, teacher, born=False) for teacher in where
-    }
+    hosts = {teacher: states.per_host(WAYS["3"], 8, 8, teacher, born=False) for teacher in where}
     assert hosts == {"whole": 6400, "sharded": 6400, "offloaded": 6400, "cached": 0}
     assert states.per_host(WAYS["3"], 8, 8, "offloaded", born=True) == 800
 

@@ -186,7 +186,9 @@ def test_rows_on_the_disk_are_handed_out_as_those_in_memory(
 def test_two_train_steps_share_the_text(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soft, hard = (replace(STEP, tokens=count * ROWS * LENGTH) for count in (6, 3))
     both = text_of(recipe_of("a.jsonl", soft, hard), texts, monkeypatch)
-    (alone,) = text_of(recipe_of("a.jsonl", replace(STEP, tokens=9 * ROWS * LENGTH)), texts, monkeypatch)
+    (alone,) = text_of(
+        recipe_of("a.jsonl", replace(STEP, tokens=9 * ROWS * LENGTH)), texts, monkeypatch
+    )
     seen = [in_order(loaded(each, texts / "work", monkeypatch)) for each in both]
     assert [len(each) for each in seen] == [6 * ROWS // 2, 3 * ROWS // 2]
     assert seen[0] + seen[1] == all_rows(alone)
@@ -272,10 +274,14 @@ def test_epochs_reshuffle_and_each_has_every_row_once(
     texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of("a.jsonl", replace(STEP, tokens=0, epochs=2.5))
-    once = RunText(recipe_of("a.jsonl", replace(STEP, tokens=10**6)), build_tokenizer(), texts, tiny)
+    once = RunText(
+        recipe_of("a.jsonl", replace(STEP, tokens=10**6)), build_tokenizer(), texts, tiny
+    )
     text = [row for batch in all_rows(once.of_step(0)) for row in batch]  # type: ignore[arg-type]
     (batches,) = text_of(recipe, texts, monkeypatch)
-    seen = [row for batch in in_order(loaded(batches, texts / "work", monkeypatch)) for row in batch]
+    seen = [
+        row for batch in in_order(loaded(batches, texts / "work", monkeypatch)) for row in batch
+    ]
     size = len(text)
     assert seen[:size] == text  # the first time in the order of the text
     second, third = seen[size : 2 * size], seen[2 * size :]
