@@ -261,9 +261,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def _sources(recipe: Recipe, once: int, each: int) -> Iterator[Source]:
     """`once`: tokens of one epoch, 0 where steps count tokens; `each`: bytes of one."""
-    wanted = max(
-        once or recipe.train_tokens(), *(s.tokens for s in recipe.steps if not s.trains), 0
-    )
+    calibrate = [step.tokens for step in recipe.steps if not step.trains]
+    wanted = max(once or recipe.train_tokens(), *calibrate, 0)
     mixed = mixture(recipe.data)
     whole = sum(weight for _, weight in mixed)
     for name, weight in mixed:

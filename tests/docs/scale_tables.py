@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from moe_tools.cli.dry_run import duration, gigabytes
+from moe_tools.cli.dry_run import duration, gigabytes, seconds
 from moe_tools.measure.gpus import GPUS
 from moe_tools.recipe import Recipe, Train, known_recipes, read_recipe
 from moe_tools.runs.plan import Machine, Need, Plan, plan
@@ -76,8 +76,8 @@ def recipe_rows(models: Path) -> Iterator[str]:
                 how,
                 gigabytes(need.gpu),
                 gigabytes(need.host) if need.host else "-",
-                f"{found.step_seconds:.2g} s",
-                f"{gigabytes(need.sent)}, {need.sending:.2g} s" if need.sent else "-",
+                seconds(found.step_seconds),
+                f"{gigabytes(need.sent)}, {seconds(need.sending)}" if need.sent else "-",
             ]
         tokens = f"{found.tokens:,}" if found.tokens else "-"
         disk = [
@@ -142,7 +142,7 @@ PUBLISHED = {
         4096,
         "A100-80GB",
         8 * 10 * 24,
-        "8 A100 on its card; 10 days unconfirmed",
+        "its card: 8 A100; 10 days: hearsay",
     ),
 }
 """What was trained -> what was printed. A token is counted once, whatever was recomputed."""

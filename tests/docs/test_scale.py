@@ -15,6 +15,7 @@ TRUSTED = [name for name in PUBLISHED if name != "ProSparse-7B"]
 """Whose hours their authors print."""
 
 
+@pytest.mark.slow
 def test_the_tables_are_what_the_code_says() -> None:
     page, made = written(PAGE.read_text(encoding="utf-8")), tables()
     assert page.keys() == made.keys()

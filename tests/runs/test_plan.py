@@ -177,7 +177,7 @@ def test_a_plan_is_laid_on_a_machine(models: Path) -> None:
     (one,) = [need for need in nodes.needs if need.way == "1"]
     assert one.sending == pytest.approx(one.sent / 50e9)  # of 400 Gbit/s
     assert one.host == by_way["1"].host  # a node has 8 of the 64
-    assert nodes.memory["64"]["2"] == [need.gpu for need in nodes.needs if need.way == "2"][0]
+    assert nodes.memory["64"]["2"] == next(need.gpu for need in nodes.needs if need.way == "2")
 
 
 def test_what_trains_nothing_takes_no_time(models: Path) -> None:

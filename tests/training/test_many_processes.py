@@ -46,7 +46,7 @@ Row = tuple[int, ...]
 
 @pytest.fixture
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """a, b, c.jsonl in the current folder, each of words of its own: a row says where it is from."""
+    """a, b, c.jsonl in the current folder, each of its own words: a row says where it is from."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     draw = random.Random(0)
