@@ -16,7 +16,7 @@ Letters: D width of the model, F neurons of an FFN, E experts, T tokens, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,20 +87,19 @@ class Activations:
         width: int = config.hidden_size
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or width // heads
-        pairs = heads if model.config.is_encoder_decoder else _key_heads(config, heads)
+        keys = heads if model.config.is_encoder_decoder else _key_heads(config, heads)
         layers = len(contexts(model, length))
-        attention = each * (width + 2 * heads * head + 2 * pairs * head) + FP32 * heads
+        attention = each * (width + 2 * heads * head + 2 * keys * head) + FP32 * heads
         if getattr(config, "_attn_implementation", "sdpa") == "eager":
             attention += heads * length * (each + FP32)
         masks = 2 * width if any(getattr(config, name, 0.0) for name in DROPOUTS) else 0
         norms = sum(_norm(module, width, each) for module in model.modules())
-        ffns = expert_ffns(model) or find_ffns(model)
-        shares = [chosen_share(model, ffn.name) for ffn in ffns]
-        pairs_of = list(zip(shares, ffns, strict=True))
-        kept = sum(share * _ffn(ffn, each, mode) for share, ffn in pairs_of)
-        hidden = sum(share * each * ffn.projections.size[0] for share, ffn in pairs_of)
-        kept += sum(share * each * width for share in shares if share < 1)
-        scores = sum(share * _scores(ffn) for share, ffn in pairs_of)
+        ffns: Sequence[FFN | ExpertFFN] = expert_ffns(model) or find_ffns(model)
+        shared = [(chosen_share(model, ffn.name), ffn) for ffn in ffns]
+        kept = sum(share * _ffn(ffn, each, mode) for share, ffn in shared)
+        kept += sum(share * each * width for share, _ in shared if share < 1)
+        hidden = sum(share * each * ffn.projections.size[0] for share, ffn in shared)
+        scores = sum(share * _scores(ffn) for share, ffn in shared)
         inside = layers * (attention + masks) + norms + kept + scores
         return cls(layers, each * width, inside, hidden, scores, each * width)
 
