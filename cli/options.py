@@ -196,3 +196,11 @@ def above_0(word: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
     return value
+
+
+def share(word: str) -> float:
+    """An argparse type: a number above 0 and at most 1."""
+    value = not_negative(word)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not above 0 and at most 1")
+    return value

@@ -187,20 +187,20 @@ def attention_flops(model: PreTrainedModel, length: int) -> float:
     Each costs 2 x width of q x context. A causal token sees (T + 1) / 2 tokens on average, fewer
     under a sliding window; an encoder's token sees T; a decoder beside an encoder sees both.
     """
-    config = _attending(model)
+    config = attending(model)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 4 * heads * head_dim * sum(_contexts(model, length))
+    return 4 * heads * head_dim * sum(contexts(model, length))
 
 
-def _attending(model: PreTrainedModel) -> Any:
+def attending(model: PreTrainedModel) -> Any:
     """The config of all layers that attend; an encoder-decoder has both kinds in its own."""
     return model.config if model.config.is_encoder_decoder else text_config(model)
 
 
-def _contexts(model: PreTrainedModel, length: int) -> list[float]:
+def contexts(model: PreTrainedModel, length: int) -> list[float]:
     """Mean number of tokens that a token attends to, an entry for every attention."""
-    config = _attending(model)
+    config = attending(model)
     layers = config.num_hidden_layers
     if config.is_encoder_decoder:
         return [length] * layers + [causal_context(length) + length] * config.num_decoder_layers

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools.data import Text
-from moe_tools.measure.memory import ModelStates
+from moe_tools.measure.memory import ModelStates, Teacher
 from moe_tools.steps.launch import Launch
 
 NO_TEXT = torch.empty(0, 1, dtype=torch.long)
@@ -75,6 +75,18 @@ class Cost:
     """Bytes of cached activations while `fit` runs."""
     states: ModelStates | None = None
     """What a train step holds in memory."""
+    activations: int = 0
+    """Bytes that one pass of a train step keeps for its backward pass, without logits."""
+    recomputed: int = 0
+    """The same, if every layer is computed again in the backward pass."""
+    logits: int = 0
+    """Bytes of its logits and their gradients, a teacher's too."""
+    passes: int = 1
+    """Forward passes of one optimizer step, in each process."""
+    step_tokens: int = 0
+    """Tokens of one optimizer step, of all processes."""
+    teacher: Teacher = "whole"
+    """Where the donor is, if a loss needs it."""
 
 
 class Step(ABC):

@@ -98,6 +98,18 @@ def adapters(model: nn.Module) -> list[nn.Parameter]:
     return [param for name, param in model.named_parameters() if MARK in name]
 
 
+def planned_adapters(model: PreTrainedModel, step: Train) -> list[nn.Parameter]:
+    """What `low_rank` would add to a model: tensors of their sizes, without numbers."""
+    if step.lora is None:
+        return []
+    weights = [model.get_parameter(f"{path}.weight") for path in adapted(model, step.parts)]
+    return [
+        nn.Parameter(torch.empty(step.lora.rank, side, dtype=weight.dtype, device="meta"))
+        for weight in weights
+        for side in weight.shape
+    ]
+
+
 def adapted(model: PreTrainedModel, parts: str) -> list[str]:
     """Paths of the linears that get an adapter: of the FFNs, or all but routers and head."""
     routed = expert_ffns(model)

@@ -19,8 +19,9 @@ from moe_tools.data.batching import Batches
 from moe_tools.data.rows import of_blocks
 from moe_tools.experts.conversion import set_mode
 from moe_tools.hosts.moe_host import unfuse_experts
+from moe_tools.measure.activations import Activations, logits_bytes
 from moe_tools.measure.flops import forward_flops
-from moe_tools.measure.memory import ModelStates
+from moe_tools.measure.memory import ModelStates, largest_layer
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.rules import at_least, from_0_to_1, require, strictly_between_0_and_1
 from moe_tools.steps.schedules import Fall, Warmup, Weight, check_stages, check_warmup
@@ -33,7 +34,7 @@ from moe_tools.training.checks import check_sharded, check_train
 from moe_tools.training.compiled import check_compiles, compiled
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.held_out import HeldOut
-from moe_tools.training.lora import Lora, low_rank
+from moe_tools.training.lora import Lora, low_rank, planned_adapters
 from moe_tools.training.losses import needs_donor, seen_kinds
 from moe_tools.training.padding import check_padding
 from moe_tools.training.parts import only_trainable, trainable_parts
@@ -186,16 +187,33 @@ class Train(Step):
     def cost(self, model: PreTrainedModel, setting: Setting) -> Cost:
         """Steps, FLOPs and memory; a text to classify counts as a whole block, however short."""
         trained = [one for group in trainable_parts(model, self) for one in group["params"]]
+        added = planned_adapters(model, self)
+        trained += added
         taught = self.needs_donor()
         passes = 3 + taught + self.checkpointing  # a teacher's, or recomputing: a pass more
-        blocks = self.tokens // setting.block_length
+        length = setting.block_length
+        blocks = self.tokens // length
         together = self.batch_size * self.accumulate * setting.processes
         teacher = setting.teacher_bytes if taught else 0
+        summed, layer = self.accumulate > 1, largest_layer(model)
+        kept, watched = Activations.of(model, length, self.mode), seen_kinds(self.losses)
+        seen = self.batch_size * length
+        each, again = (
+            round(seen * kept.per_token(recomputed=recomputed, watched=watched))
+            for recomputed in (self.checkpointing, True)
+        )
         return Cost(
             optimizer_steps=max(1, blocks // together),
             trained=sum(one.numel() for one in trained),
-            flops=passes * self.tokens * forward_flops(model, setting.block_length),
-            states=ModelStates.of(model.parameters(), trained, teacher),
+            flops=passes * self.tokens * forward_flops(model, length),
+            states=ModelStates.of(
+                [*model.parameters(), *added], trained, teacher, summed=summed, layer=layer
+            ),
+            activations=each,
+            recomputed=again,
+            logits=logits_bytes(model, seen, taught="distill" in self.losses),
+            passes=self.accumulate,
+            step_tokens=together * length,
         )
 
 

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 
 from moe_tools import processes
 from moe_tools.cli.main import main
+from moe_tools.data.batching import Batches
+from moe_tools.data.rows import Epochs, of_blocks
 from moe_tools.experts.conversion import attach_experts
 from moe_tools.experts.routers import ROUTERS
 from moe_tools.hosts.ffn import unfused_ffns
@@ -260,6 +262,29 @@ def small_gradients(out: Path) -> None:
     (out / "figures.json").write_text(json.dumps(found))
 
 
+def rows(out: Path) -> None:
+    """Trains on a text of one epoch and a half, stopped once; keeps the rows of every pass."""
+    rank, step = processes.rank(), replace(DENSE, batch_size=1, accumulate=2, checkpoint_every=1)
+    found: dict[str, Any] = {}
+    epochs = Epochs(of_blocks(text(16)), 1.5, seed=0)
+    batches = Batches(epochs, "joined", step.batch_size)
+    found["text"] = [batch.ids_BT.tolist() for batch in batches]
+    for name in ("killed", "resumed"):
+        model, seen = build("llama"), list[Any]()
+        model.base_model.register_forward_pre_hook(
+            lambda _, __, inputs, seen=seen: seen.append(inputs["input_ids"].tolist()),
+            with_kwargs=True,
+        )
+        if name == "killed":
+            kill_at(model, step.accumulate + 1)  # in the second of three steps
+            with pytest.raises(Killed):
+                train(model, step, batches, out / "work")
+        else:
+            train(model, step, batches, out / "work")
+        found[name] = seen
+    (out / f"{rank}.json").write_text(json.dumps(found))
+
+
 def keep(folder: Path, figures: dict[str, Any], model: torch.nn.Module) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures.json").write_text(json.dumps(figures))
@@ -292,5 +317,6 @@ if __name__ == "__main__":
     with processes.process_group("cpu", alone=task == "small_gradients"):
         if task == "stages" and processes.count() > 1:
             manners()
-        tasks = {f.__name__: f for f in (stages, experts, routers, sums, loop, small_gradients)}
+        every = (stages, experts, routers, sums, loop, small_gradients, rows)
+        tasks = {f.__name__: f for f in every}
         tasks[task](Path(words[0]))
