@@ -53,3 +53,35 @@ def gpu(name: str) -> tuple[str, Gpu]:
     if not found:
         raise unknown("card", name, GPUS)
     return found[0], GPUS[found[0]]
+
+
+PEAKS: dict[str, float] = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 154.8e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,  # fp16: it has no bf16 products
+    "MI325X": 1307.4e12,
+    "MI300X": 1307.4e12,
+    "MI250X": 191.5e12,  # a card is two devices
+    "MI210": 181e12,
+}
+"""What a device calls itself -> its FLOP/s; the first name that is found in the device's own counts.
+There are more than in `GPUS`, since the use that a run makes of its device asks for nothing else."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from moe_tools import processes
 from moe_tools.data import Batch, token_count
 from moe_tools.measure.flops import training_flops
+from moe_tools.measure.gpus import PEAKS
 from moe_tools.steps.launch import Launch
 from moe_tools.training.lora import adapted
 from moe_tools.training.parts import trainable_parts
@@ -29,37 +30,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 64
 """Batches whose lengths stand for those of all: a text may be longer than anyone reads first."""
-
-# Dense bf16 products with sums in fp32, of the makers' data sheets; FLOPs a second of one device.
-# The first name that is found in the device's own counts.
-PEAKS: dict[str, float] = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 154.8e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,  # fp16: it has no bf16 products
-    "MI325X": 1307.4e12,
-    "MI300X": 1307.4e12,
-    "MI250X": 191.5e12,  # a card is two devices
-    "MI210": 181e12,
-}
 
 
 def known_peak(name: str) -> float | None:
