@@ -83,5 +83,5 @@ PEAKS: dict[str, float] = {
     "MI250X": 191.5e12,  # a card is two devices
     "MI210": 181e12,
 }
-"""What a device calls itself -> its FLOP/s; the first name that is found in the device's own counts.
-There are more than in `GPUS`, since the use that a run makes of its device asks for nothing else."""
+"""What a device calls itself -> its FLOP/s; the first name found in the device's own counts. There
+are more than in `GPUS`, since to know how well a device is used takes no other figure of it."""
