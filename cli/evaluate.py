@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_tools.cli.options import (
     BLOCK_LENGTH,
+    TASKS,
     add_baseline_options,
     add_json_option,
     add_model_options,
@@ -15,6 +17,9 @@ from moe_tools.cli.options import (
     positive,
 )
 from moe_tools.names import RECIPE
+
+if TYPE_CHECKING:
+    from moe_tools.data import Task
 
 SUMMARY = "measure perplexity, bytes a token and FLOPs beside the dense model"
 
@@ -26,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         help="held-out: docs, FILE[:COLUMN], a folder, a hub dataset; default: the recipe's",
+    )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        help="what the models were made for; default: as the recipe in the folder says, else as "
+        "the model's head does",
     )
     parser.add_argument("--tokens", type=positive, default=32768, help="default: 32768")
     parser.add_argument("--block-length", type=positive, help=BLOCK_LENGTH)
@@ -97,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=pick_dtype(args.dtype, device),
         device=device,
         seed=args.seed,
+        task=args.task or _recipe_task(args.folder[0]),
         tasks=Tasks(tuple(args.tasks), args.task_folder, args.limit),
     )
     if args.sweep is not None:
@@ -136,3 +148,14 @@ def _recipe_data(folder: str) -> str:
 
     file = Path(folder) / RECIPE
     return held_out(read_recipe(file).data) if file.is_file() else "docs"
+
+
+def _recipe_task(folder: str) -> Task | None:
+    """Returns what the folder's run was made for; None without a recipe, which asks the head."""
+    from moe_tools.recipe import read_recipe
+
+    file = Path(folder) / RECIPE
+    try:
+        return read_recipe(file).task if file.is_file() else None
+    except ValueError:  # of another version, maybe
+        return None

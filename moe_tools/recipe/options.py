@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from moe_tools.data.tasks import Task
 from moe_tools.recipe.recipe import Recipe
 from moe_tools.steps.step import Option, Step
 
@@ -25,6 +26,7 @@ def with_options(
     data: str | None = None,
     block_length: int | None = None,
     seed: int | None = None,
+    task: Task | None = None,
 ) -> Recipe:
     """Returns the recipe under the command line's options; None leaves a value as it is.
 
@@ -59,6 +61,7 @@ def with_options(
         data=recipe.data if data is None else data,
         block_length=recipe.block_length if block_length is None else block_length,
         seed=recipe.seed if seed is None else seed,
+        task=recipe.task if task is None else task,
     )
 
 

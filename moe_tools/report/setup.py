@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moe_tools.data import Batch, Text, blocks, labelled_batches, labelled_blocks
+from moe_tools.data import Batch, Blocks, Task, Text, blocks, calibration_text, task_batches
 from moe_tools.data.holdout import TextSplit
 from moe_tools.measure.tasks import Tasks
 
@@ -36,26 +36,29 @@ class Setup:
     """Decides which tokens of an encoder's blocks are masked, and what tasks draw."""
     after: int = 0
     """Only what follows the first `after` tokens of every block is predicted."""
+    task: Task | None = None
+    """What the models were made for; None: what the head of the first one says."""
     tasks: Tasks = field(default_factory=Tasks)
     """Tasks of lm-evaluation-harness, beside the perplexity."""
 
-    def text(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
-        """Reads the held-out text: labelled batches for classifiers, else blocks_BT."""
-        if classify:
-            return self._labelled(tokenizer, "heldout", self.tokens)
+    def text(self, tokenizer: PreTrainedTokenizerBase, task: Task) -> Text:
+        """Reads the held-out text: blocks_BT for language models, else the batches of a task."""
+        if task != "lm":
+            return self._batches(task, tokenizer, "heldout", self.tokens)
         return self._blocks(tokenizer, "heldout", self.tokens)
 
-    def calibration_BT(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Tensor:
+    def calibration_BT(self, tokenizer: PreTrainedTokenizerBase, task: Task) -> Blocks:
         """Reads the training text that sets the thresholds of the baselines."""
-        if classify:
-            batches = self._labelled(tokenizer, "train", CALIBRATION)
-            return labelled_blocks(batches, self.block_length)
+        if task != "lm":
+            batches = self._batches(task, tokenizer, "train", CALIBRATION)
+            return calibration_text(batches, self.block_length)
         return self._blocks(tokenizer, "train", CALIBRATION)
 
-    def _labelled(
-        self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
+    def _batches(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int
     ) -> list[Batch]:
-        return labelled_batches(
+        return task_batches(
+            task,
             self.data,
             tokenizer,
             split=split,

@@ -14,6 +14,7 @@ from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.data.sources import mixture, parse_source
 from moe_tools.measure.memory import STAGES, ModelStates, size
 from moe_tools.recipe import Recipe
+from moe_tools.runs.tasks import check_task
 from moe_tools.steps.step import Cost, Setting, Step
 
 PROCESSES = (1, 8, 64)
@@ -92,7 +93,8 @@ def plan(
         ValueError: a step that is impossible for this model, or no model there.
     """
     recipe = recipe.counted()
-    host = skeleton(model, dtype=dtype, classify=recipe.task == "classify")
+    host = skeleton(model, dtype=dtype, task=recipe.task)
+    check_task(recipe, host)
     before, donor_bytes = host.num_parameters(), size(host.parameters())
     setting = Setting(recipe.block_length, processes, donor_bytes)
     steps = tuple(_step(step, host, model, setting) for step in recipe.steps)

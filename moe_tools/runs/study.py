@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moe_tools.data.tasks import HEADS
 from moe_tools.lock import held
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
 from moe_tools.recipe.options import has_control
@@ -65,13 +66,12 @@ def _compare(study: Study) -> list[Row]:
         for name in study.recipes
         for sparsity in study.sparsities
     ]
-    task = plan[0][2].task
     setup = held_out_setup(
         plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
     )
     after = default_after(study.after, study.baselines, setup.block_length)
     setup = replace(setup, after=after)
-    bench = Bench(setup, study.model, task == "classify")
+    bench = Bench(setup, study.model)
     bench.check(study.model)
     first: dict[str, Path] = {}
     for name, sparsity, recipe in plan:
@@ -90,7 +90,8 @@ def _compare(study: Study) -> list[Row]:
         bench.measure(str(folder), series=recipe.name, control=find_control(str(first[name])))
     control = next(filter(None, (find_control(str(folder)) for folder in first.values())), None)
     measure_baselines(bench, study.baselines, study.sparsities, study.model, control)
-    return bench.rows(study.model if task == "lm" else None)  # a body without a head has no row
+    # a body without a head has no row
+    return bench.rows(None if setup.task in HEADS else study.model)
 
 
 def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
@@ -111,6 +112,7 @@ def held_out_setup(recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: s
         data=held_out(recipe.data),
         tokens=tokens,
         block_length=recipe.block_length,
+        task=recipe.task,
         dtype=dtype,
         device=device,
     )

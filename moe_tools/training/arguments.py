@@ -45,7 +45,7 @@ class BatchItems(torch.utils.data.Dataset[dict[str, Tensor]]):
         known = [] if isinstance(batches, Batches) and batches.rows.length > 1 else batches
         for index, batch in enumerate(known):
             labels = batch.next_labels_BT() if batch.labels_B is None else batch.labels_B
-            if not (labels != IGNORE).any():
+            if not labels.is_floating_point() and not (labels != IGNORE).any():
                 raise ValueError(f"batch {index} has no labelled token: {_why(batch)}")
         self.batches = batches
 

@@ -25,7 +25,7 @@ from moe_tools.steps.step import Cost, Option, Setting, Step, Work
 from moe_tools.training import zero
 from moe_tools.training.arguments import tensorboard_in
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
-from moe_tools.training.checks import check_sharded, check_train
+from moe_tools.training.checks import check_learnable, check_sharded, check_train
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.lora import Lora, low_rank
 from moe_tools.training.losses import needs_donor, seen_kinds
@@ -188,7 +188,7 @@ def train(
         model: dense or routed, in the dtype of its weights: bf16 weights get fp32 masters.
         step: what to train, how, and to which sparsity.
         text: of this step, in the order it is seen: blocks for a causal language model, labelled
-            batches for a classifier.
+            batches for a classifier, batches with targets for an encoder-decoder.
         work: folder of the checkpoints.
         donor: the dense teacher, for the losses that need one.
         seed: of dropout and fresh adapters.
@@ -206,6 +206,7 @@ def train(
     launch = launch or Launch(str(model.device))
     check_train(model, step, donor)
     check_sharded(model, launch)
+    check_learnable(model, text)
     batches = whole_batches(text, step)
     checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
     check_layout(checkpoint, launch)

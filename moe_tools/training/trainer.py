@@ -155,7 +155,7 @@ class RecipeTrainer(CheckpointingTrainer):
             lm_weight=weights.get("lm", 0.0),
             distill_weight=weights.get("distill", 0.0),
         )
-        routings = [routing for routing in routings if routing.tokens]  # see HostExperts
+        routings = [each.without_padding() for each in routings if each.tokens]  # see HostExperts
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
         seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
         values = {"lm": parts.lm}
@@ -194,7 +194,10 @@ class RecipeTrainer(CheckpointingTrainer):
         return (logits if "distill" in self.weights.now else None), ffns.outputs
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns (tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
+        """Returns (tokens, vocabulary) of a language model, (rows, classes) of a classifier.
+
+        Of an encoder-decoder the tokens are those that it says; of a regression there is one class.
+        """
         host = self.donor if model is self.donor else self.model  # `model` may be wrapped
         assert host is not None
         return model(**model_inputs(host, batch), **self.options).logits.flatten(0, -2)
