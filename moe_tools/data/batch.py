@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same with every tensor changed alike."""
-        return self._make(None if one is None else change(one) for one in self)
+        return Batch._make(None if one is None else change(one) for one in self)
 
     def rows(self, which: list[int]) -> Batch:
         """Some of its rows, in this order."""

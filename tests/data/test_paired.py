@@ -172,5 +172,5 @@ def test_scores_are_numbers_of_any_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["good", None, True, "nan", float("inf"), [1.0], 10**400])
 def test_a_label_that_is_no_number(label: object, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "bad.jsonl", [{"text": "a", "label": label}])
-    with pytest.raises(ValueError, match="line 1 has the label .*needs one that is a finite num"):
+    with pytest.raises(ValueError, match=r"line 1 has the label .*needs one that is a finite num"):
         scored(source)

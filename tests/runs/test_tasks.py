@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,21 @@ def test_a_regression_is_learned_and_converted(pairs: Path) -> None:
 
 
 def test_evaluate_knows_the_task_by_the_folder(pairs: Path, capsys: Capture) -> None:
-    (control, row) = rows_of(capsys, str(pairs / "out"))
+    *_, row = rows_of(capsys, str(pairs / "out"))
     assert row["tasks"] == pytest.approx(json.loads((pairs / "t").read_text())[1]["tasks"])
     assert main(["evaluate", str(pairs / "out"), "--dtype", "fp32", "--block-length", "16"]) == 0
     said = capsys.readouterr().out
     assert "pearson" in said and "perplexity" not in said and "held-out texts of" in said
+
+
+def test_the_card_and_the_plot_show_correlations(pairs: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(pairs / "out", tmp_path / "out")
+    words = ["--dtype", "fp32", "--block-length", "16", "--plot", str(tmp_path / "a.svg")]
+    assert main(["evaluate", str(copied), *words, "--card"]) == 0
+    card = (copied / "README.md").read_text()
+    correlation = json.loads((copied / "figures.json").read_text())[1]["tasks"]["pearson"]
+    assert "| model | pearson |" in card and f"| converted | {correlation:.4g} |" in card
+    assert (tmp_path / "a.svg").stat().st_size > 1000
 
 
 def test_what_calibrates_a_pair_has_its_types(pairs: Path) -> None:
