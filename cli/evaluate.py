@@ -50,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tasks of lm-evaluation-harness beside the perplexity (pip install 'moe-tools[eval]')",
     )
     parser.add_argument("--task-folder", metavar="DIR", help="task files of your own, in YAML")
-    parser.add_argument("--limit", type=positive, metavar="N", help="examples of each task")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="examples of each task; rows of seq2seq that are generated, default: 64",
+    )
     parser.add_argument(
         "--sweep",
         nargs="*",

@@ -27,6 +27,7 @@ from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.by_task import evaluate_task
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
+from moe_tools.measure.seq2seq import GENERATED
 from moe_tools.measure.tasks import run_tasks
 from moe_tools.report.by_prompt import measured_by_prompt
 from moe_tools.report.entries import Entry, find_control, row
@@ -179,8 +180,14 @@ class Bench:
 
     def _evaluate(self, title: str, model: PreTrainedModel) -> Evaluation:
         if not isinstance(self.text, Tensor):
-            tokenizer = self.tokenizer
-            return evaluate_task(model, self.text, self.task, tokenizer=tokenizer, title=title)
+            return evaluate_task(
+                model,
+                self.text,
+                self.task,
+                tokenizer=self.tokenizer,
+                generated=self.setup.tasks.limit or GENERATED,
+                title=title,
+            )
         return evaluate(
             model,
             self.text,

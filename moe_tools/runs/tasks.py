@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.loading import load, load_classifier, load_regressor
 from moe_tools.data import label_names
+from moe_tools.data.examples import read_scored
 from moe_tools.data.limits import says_targets
 from moe_tools.recipe import Recipe
 
@@ -49,11 +50,12 @@ def load_donor(recipe: Recipe, source: str, *, dtype: torch.dtype, device: str) 
     """Loads the dense model that a run starts from, with the head of its task.
 
     Raises:
-        ValueError: as `load`, or a head of another task.
+        ValueError: as `load`, a head of another task, or a label that is none.
     """
     if recipe.task == "classify":
         labels = label_names(recipe.data)
         return load_classifier(source, labels, dtype=dtype, device=device)
     if recipe.task == "regress":
+        read_scored(recipe.data)  # better said before the weights are read
         return load_regressor(source, dtype=dtype, device=device)
     return load(source, dtype=dtype, device=device)

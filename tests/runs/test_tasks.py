@@ -202,6 +202,9 @@ def test_an_encoder_decoder_is_taught_and_converted(said: Path, capsys: Capture)
     assert row["ratio_to_control"] == pytest.approx(row["perplexity"] / control["perplexity"])
     (*_, again) = rows_of(capsys, str(said / "out"))
     assert again["perplexity"] == pytest.approx(row["perplexity"], rel=1e-5)
+    (*_, whole) = rows_of(capsys, str(said / "out"), "--limit", "9999")
+    assert whole["tasks"]["exact match"] > 0.5
+    assert whole["tasks"]["exact match"] != row["tasks"]["exact match"]  # of more rows
     dense = rows_of(
         capsys, str(said / "donor"), "--task", "seq2seq", "--data", str(said / "said.jsonl")
     )
