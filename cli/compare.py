@@ -8,6 +8,8 @@ from moe_tools.cli.options import (
     add_baseline_options,
     add_donor_options,
     add_json_option,
+    add_protocol_options,
+    check_protocol_options,
     positive,
 )
 
@@ -28,7 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int)
     add_baseline_options(parser)
-    parser.add_argument("--eval-tokens", type=positive, default=32768)
+    parser.add_argument(
+        "--eval-tokens", type=positive, help="default: 32768; with --protocol, the whole text"
+    )
+    add_protocol_options(parser, "--eval-data")
+    parser.add_argument("--eval-data", metavar="SOURCE", help="a copy of the protocol's text")
+    parser.add_argument(
+        "--eval-length",
+        type=positive,
+        metavar="N",
+        help="tokens of a window of --protocol; default: 2048, or the context of the model if that "
+        "is shorter",
+    )
     add_donor_options(parser)
     add_json_option(parser, "the table")
 
@@ -43,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.report.report import to_json
     from moe_tools.runs.study import Study, compare_recipes
 
+    check_protocol_options(args, "eval_data", "eval_length")
     needed("matplotlib", "plot", "the plot of a comparison")  # now, and not after the last run
     study = Study(
         recipes=tuple(args.recipe),
@@ -54,7 +68,11 @@ def run(args: argparse.Namespace) -> int:
         tokens=args.tokens,
         data=args.data,
         seed=args.seed,
-        eval_tokens=args.eval_tokens,
+        eval_tokens=args.eval_tokens or (32768 if args.protocol is None else None),
+        protocol=args.protocol,
+        copy=args.eval_data,
+        window=args.eval_length,
+        stride=args.stride,
         dtype=DTYPES[args.dtype],
         device=use_device(args.device),
     )

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 
 from moe_tools.cli.options import (
     BLOCK_LENGTH,
+    PAPERS,
     TASKS,
     add_baseline_options,
     add_json_option,
     add_model_options,
+    add_protocol_options,
+    check_protocol_options,
     plot_target,
     positive,
 )
@@ -30,7 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--donor", help="dense model to compare with; default: the folder's own")
     parser.add_argument(
         "--data",
-        help="held-out: docs, FILE[:COLUMN], a folder, a hub dataset; default: the recipe's",
+        help="held-out: docs, FILE[:COLUMN], a folder, a hub dataset; default: the recipe's; with "
+        "--protocol, a copy of its text",
+    )
+    add_protocol_options(parser, "--data")
+    parser.add_argument(
+        "--tokens", type=positive, help="default: 32768; with --protocol, the whole text"
+    )
+    parser.add_argument(
+        "--block-length", type=positive, help=f"{BLOCK_LENGTH}; with --protocol, 2048 for 512"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, help="blocks; default: 4, of a protocol's long windows 1"
     )
     parser.add_argument(
         "--task",
@@ -38,16 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the models were made for; default: as the recipe in the folder says, else as "
         "the model's head does",
     )
-    parser.add_argument("--tokens", type=positive, default=32768, help="default: 32768")
-    parser.add_argument("--block-length", type=positive, help=BLOCK_LENGTH)
-    parser.add_argument("--batch-size", type=positive, default=4, help="blocks; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
     parser.add_argument(
         "--tasks",
         nargs="+",
         default=(),
         metavar="NAME",
-        help="tasks of lm-evaluation-harness beside the perplexity (pip install 'moe-tools[eval]')",
+        help="tasks of lm-evaluation-harness beside the perplexity (pip install "
+        f"'moe-tools[eval]'), or a paper's: {', '.join(PAPERS)}",
+    )
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="prompts of --tasks begin with BOS; default: as the paper asks, else as the harness "
+        "does it",
     )
     parser.add_argument("--task-folder", metavar="DIR", help="task files of your own, in YAML")
     parser.add_argument(
@@ -88,9 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, and prints the table; with `--json -` the table goes to standard error."""
-    from moe_tools.checkpoint.block_length import chosen_length
+    from moe_tools.checkpoint.block_length import DEFAULT, chosen_length
     from moe_tools.checkpoint.card import check_card
     from moe_tools.cli.common import pick_dtype, quiet_transformers, show_rows, use_device
+    from moe_tools.data.protocols import WINDOW
     from moe_tools.extras import needed
     from moe_tools.measure.tasks import Tasks
     from moe_tools.report.card import write_figures
@@ -100,21 +119,27 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.report.sweep import sweep
     from moe_tools.runs.baselines import default_after, measure_beside
 
+    check_protocol_options(args)
     if args.plot:
         needed("matplotlib", "plot", "--plot")
     device = use_device(args.device)
-    length = chosen_length(args.folder[0], args.block_length)
+    longest = DEFAULT if args.protocol is None else WINDOW
+    length = chosen_length(args.folder[0], args.block_length, longest)
+    own = None if args.protocol is not None else args.data
     setup = Setup(
-        data=args.data or _recipe_data(args.folder[0]),
-        tokens=args.tokens,
+        data=own or _recipe_data(args.folder[0]),
+        protocol=args.protocol,
+        copy=args.data if own is None else None,
+        stride=args.stride,
+        tokens=args.tokens or (32768 if args.protocol is None else None),
         block_length=length,
         after=default_after(args.after, args.baselines, length),
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or (4 if args.protocol is None else 1),
         dtype=pick_dtype(args.dtype, device),
         device=device,
         seed=args.seed,
         task=args.task or _recipe_task(args.folder[0]),
-        tasks=Tasks(tuple(args.tasks), args.task_folder, args.limit),
+        tasks=Tasks(tuple(args.tasks), args.task_folder, args.limit, args.bos),
     )
     if args.sweep is not None:
         _only(args.folder, "--sweep")

@@ -18,6 +18,7 @@ from moe_tools import processes
 from moe_tools.checkpoint.remote_code import trusted
 from moe_tools.disk import cannot_write
 from moe_tools.registry import unknown
+from moe_tools.steps.time_limit import TimeIsUp
 from moe_tools.waiting import passive_waiting
 
 VERBS = (
@@ -49,12 +50,14 @@ DEBUG = "MOE_TOOLS_DEBUG"
 GRACE = 20
 """Seconds that other processes wait before they fail: the launcher usually ends them first."""
 
-OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
-"""The exit codes."""
+OK, FAILURE, USAGE, TIME_IS_UP, INTERRUPTED = 0, 1, 2, 75, 130
+"""The exit codes; 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, come again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 2 is a user's mistake, 130 an interruption.
+
+    75 says that the time of `--max-hours` is up, and that the same command goes on.
 
     A loss that is not finite is a mistake, too: a learning rate's. So is a disk without room.
 
@@ -71,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = bool(words) and words[0] in RESUMING
         return _fail("interrupted" + ("; the same command resumes" if resumes else ""), INTERRUPTED)
+    except TimeIsUp as stopped:
+        if processes.rank():
+            time.sleep(GRACE)
+            return TIME_IS_UP
+        return _fail(str(stopped), TIME_IS_UP)
     except Exception as error:
         said = cannot_write(error) or error
         if _debugging() or not isinstance(said, ValueError | FloatingPointError | OSError):

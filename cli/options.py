@@ -12,6 +12,10 @@ TASKS = ("lm", "classify", "regress", "seq2seq")
 BASELINES = ("int8", "int4", "teal", "cats", "few_bits", "griffin")
 """Keys of `moe_tools.runs.baselines.BASELINES`."""
 PICTURES = (".png", ".svg", ".pdf")
+PROTOCOLS = ("wikitext2", "wikitext103", "c4", "ptb")
+"""Keys of `moe_tools.data.protocols.PROTOCOLS`."""
+PAPERS = ("prosparse", "turbosparse", "lte", "teal", "cmoe")
+"""Keys of `moe_tools.measure.task_groups.GROUPS`."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +56,39 @@ def add_baseline_options(parser: argparse.ArgumentParser) -> None:
         help="predict only what follows the first N tokens of every block; default: 0, with the "
         "baseline griffin half of a block",
     )
+
+
+def add_protocol_options(parser: argparse.ArgumentParser, instead: str) -> None:
+    """Adds --protocol and --stride; `instead` is the option that names a copy of the text."""
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="perplexity as the papers measure it: the whole test text, in windows of 2048 tokens; "
+        f"from the hub, or from what {instead} names",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="windows of a protocol overlap, and of each but the first only the last N tokens are "
+        "predicted",
+    )
+
+
+def check_protocol_options(args: argparse.Namespace, *options: str) -> None:
+    """Checks that nothing says how to read a protocol where there is none.
+
+    Args:
+        args: parsed.
+        options: of `args`, that only a protocol has, beside --stride.
+
+    Raises:
+        ValueError: something does.
+    """
+    for option in ("stride", *options):
+        if getattr(args, option) is not None and args.protocol is None:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is of a protocol: add --protocol ({', '.join(PROTOCOLS)})")
 
 
 def add_packing_options(parser: argparse.ArgumentParser) -> None:
@@ -149,4 +186,15 @@ def not_negative(word: str) -> float:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 0")
+    return value
+
+
+def above_0(word: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number above 0")
     return value

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_tools import processes
 from moe_tools.cli.dry_run import add_dry_run_options, dry_run
-from moe_tools.cli.options import TASKS, add_donor_options, add_json_option, positive
+from moe_tools.cli.options import TASKS, above_0, add_donor_options, add_json_option, positive
 
 if TYPE_CHECKING:
     from moe_tools.recipe import Recipe
@@ -41,6 +41,10 @@ class Job:
     """Held-out tokens of the closing table; 0: no table."""
     json: str | None = None
     """A file for the rows of the table, or - for standard output."""
+    compile: bool = False
+    attention: str | None = None
+    max_hours: float | None = None
+    peak_flops: float | None = None
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +56,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report-to", nargs="+", default=[], metavar="NAME", help="tensorboard, wandb, ..."
     )
+    _add_speed_options(parser)
     parser.add_argument("--control", action="store_true", help="also train the dense control")
     parser.add_argument("--keep-steps", action="store_true", help="keep the folder of every step")
     parser.add_argument(
@@ -63,6 +68,30 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_donor_options(parser)
     add_json_option(parser, "the table of convert, or with --dry-run the plan")
     add_dry_run_options(parser)
+
+
+def _add_speed_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how train steps are computed, and for how long."""
+    parser.add_argument("--compile", action="store_true", help="train steps under torch.compile")
+    parser.add_argument(
+        "--attention",
+        choices=("sdpa", "eager", "flash_attention_2", "flash_attention_3"),
+        help="of train steps; default: what transformers takes for the model",
+    )
+    parser.add_argument(
+        "--max-hours",
+        type=above_0,
+        metavar="H",
+        help="stop at a checkpoint after so many hours, with exit code 75; the same command goes "
+        "on from it",
+    )
+    parser.add_argument(
+        "--peak-flops",
+        type=above_0,
+        metavar="F",
+        help="FLOPs a second that one device can do at most, e.g. 989e12, for the share that is "
+        "used; default: that of a known GPU",
+    )
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +106,16 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         help="docs, a file or folder, a hub dataset, or self; several are mixed",
     )
     parser.add_argument("--task", choices=TASKS, help="what is learned; default: the recipe's")
+    parser.add_argument("--epochs", type=float, help="in place of tokens: how often all is read")
     parser.add_argument("--block-length", type=positive, help="tokens of one training block")
+    parser.add_argument(
+        "--packing",
+        choices=("joined", "isolated", "padded"),
+        help="how texts share a row: end to end, apart, or one in each",
+    )
+    parser.add_argument(
+        "--bos", choices=("auto", "always", "never"), help="whether rows of text begin with BOS"
+    )
     parser.add_argument("--seed", type=int)
 
 
@@ -94,8 +132,11 @@ def run_file(args: argparse.Namespace, file: str | Path, *, eval_tokens: int = 0
         target_sparsity=args.target_sparsity,
         expert_size=args.expert_size,
         tokens=args.tokens,
+        epochs=args.epochs,
         data=None if args.data is None else JOIN.join(args.data),
         block_length=args.block_length,
+        packing=args.packing,
+        bos=args.bos,
         seed=args.seed,
         task=args.task,
     )
@@ -123,6 +164,10 @@ def run_file(args: argparse.Namespace, file: str | Path, *, eval_tokens: int = 0
         device=args.device,
         eval_tokens=eval_tokens,
         json=args.json,
+        compile=args.compile,
+        attention=args.attention,
+        max_hours=args.max_hours,
+        peak_flops=args.peak_flops,
     )
     execute(job)
     return 0
@@ -134,14 +179,24 @@ def execute(job: Job) -> None:
     Raises:
         ValueError: a user's mistake; what can be known before the run is said before it.
         FloatingPointError: a loss is not finite.
+        TimeIsUp: `max_hours` are over; the same job goes on.
     """
     from moe_tools.cli.common import DTYPES, use_device
     from moe_tools.runs.run import run
     from moe_tools.steps.launch import Launch, check_launch
+    from moe_tools.steps.time_limit import TimeLimit
 
     dtype, device = DTYPES[job.dtype], use_device(job.device)
-    launch = Launch(device, job.deepspeed, job.report_to)
-    check_launch(launch)
+    launch = Launch(
+        device,
+        job.deepspeed,
+        job.report_to,
+        compile=job.compile,
+        attention=job.attention,
+        limit=None if job.max_hours is None else TimeLimit(job.max_hours),
+        peak_flops=job.peak_flops,
+    )
+    check_launch(launch, dtype)
     table = _plan_table(job, device)
     # DeepSpeed speaks on standard output, which is for results.
     with redirect_stdout(sys.stderr), processes.process_group(device, alone=bool(job.deepspeed)):

@@ -33,14 +33,14 @@ def fitting_length(source: str, wanted: int = DEFAULT, *, task: Task = "lm") -> 
     return context
 
 
-def chosen_length(source: str, given: int | None) -> int:
-    """The length that the user gave, else the longest up to `DEFAULT`.
+def chosen_length(source: str, given: int | None, wanted: int = DEFAULT) -> int:
+    """The length that the user gave, else the longest up to what is wanted.
 
     Raises:
         ValueError: the one that was given exceeds the model's context.
     """
     if given is None:
-        return fitting_length(source)
+        return fitting_length(source, wanted)
     check_given(source, given)
     return given
 

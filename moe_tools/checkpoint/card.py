@@ -169,11 +169,23 @@ def _figures(folder: Path) -> str:
     lines = [columns, "|---|---|---|---|---|", *(_line(row, measure) for row in rows)]
     fingerprint = f"; text {first['text']}" if first.get("text") else ""
     text = (
-        f"{first['tokens']:,} held-out tokens of `{shortened(first['data'])}`, blocks of "
-        f"{first['block_length']}, {first['dtype']} on {first['device']}{fingerprint}. "
+        f"{first['tokens']:,} {_tokens(first)} of "
+        f"{first['block_length']}{_stride(first)}, {first['dtype']} on {first['device']}"
+        f"{fingerprint}. "
         "Bytes and FLOPs: over those of the dense FFNs in bf16, routers included."
     )
     return "## Figures\n\n" + "\n".join(lines) + f"\n\n{text}"
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    source = f"`{shortened(row['data'])}`"
+    if row.get("protocol"):  # rows of older versions have none
+        return f"tokens of {row['protocol']} from {source}, windows"
+    return f"held-out tokens of {source}, blocks"
+
+
+def _stride(row: dict[str, Any]) -> str:
+    return f" at a stride of {row['stride']}" if row.get("stride") else ""
 
 
 def _line(row: dict[str, Any], measure: str) -> str:

@@ -19,12 +19,12 @@ class Batches(Sequence[Batch]):
 
     def __init__(self, rows: Rows, packing: Packing, batch_size: int) -> None:
         """A batch has `batch_size` rows; packed `isolated`, it is one row of so many blocks."""
-        self.rows, self.packing, self.batch_size = rows, packing, batch_size
+        self.rows, self.packing = rows, packing
         self.starts = _starts(rows, packing, batch_size)
-        """First row of each batch, and where the last one ends."""
+        """First row of each batch; numbers, or what says them."""
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.starts)
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...
@@ -36,20 +36,23 @@ class Batches(Sequence[Batch]):
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             assert step == 1
-            return self._part(start, max(start, stop))
+            return self._part(start, max(start, stop))  # of the same rows up to their end
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        start, stop = self.starts[index : index + 2].tolist()
-        rows = [self.rows.row(at) for at in range(start, stop)]
+        rows = [self.rows.row(at) for at in range(self._start(index), self._start(index + 1))]
         if self.packing == "isolated":
             return isolated(rows)
         return padded(rows) if self.packing == "padded" else joined(rows)
 
+    def _start(self, index: int) -> int:
+        """First row of a batch; of the one behind the last, where the rows end."""
+        return int(self.starts[index]) if index < len(self.starts) else len(self.rows)
+
     def _part(self, start: int, stop: int) -> Batches:
         part = object.__new__(Batches)
-        part.rows, part.packing, part.batch_size = self.rows, self.packing, self.batch_size
-        part.starts = self.starts[start : stop + 1]
+        part.packing, part.starts = self.packing, self.starts[start:stop]
+        part.rows = self.rows.part(0, self._start(stop))
         return part
 
     def __iter__(self) -> Iterator[Batch]:
@@ -58,13 +61,16 @@ class Batches(Sequence[Batch]):
     @property
     def tokens(self) -> int:
         """Tokens of all batches, padding left out."""
-        first, last = int(self.starts[0]), int(self.starts[-1])
-        return self.rows.part(first, last).tokens
+        return self._own.tokens
 
     @property
     def fingerprint(self) -> str:
         """Of the rows that they have."""
-        return self.rows.part(int(self.starts[0]), int(self.starts[-1])).fingerprint
+        return self._own.fingerprint
+
+    @property
+    def _own(self) -> Rows:
+        return self.rows.part(self._start(0), len(self.rows))
 
 
 Text = Tensor | Sequence[Batch]
@@ -80,9 +86,9 @@ def token_count(text: Text) -> int:
     return sum(batch.tokens for batch in text)
 
 
-def _starts(rows: Rows, packing: Packing, batch_size: int) -> NDArray[np.int64]:
+def _starts(rows: Rows, packing: Packing, batch_size: int) -> range | NDArray[np.int64]:
     if packing != "isolated":
-        return np.r_[np.arange(0, len(rows), batch_size), len(rows)]
+        return range(0, len(rows), batch_size)
     room, starts, taken = batch_size * rows.length, [0], 0
     for index in range(len(rows)):
         size = rows.size(index)
@@ -90,7 +96,7 @@ def _starts(rows: Rows, packing: Packing, batch_size: int) -> NDArray[np.int64]:
             starts.append(index)
             taken = 0
         taken += size
-    return np.array([*starts, len(rows)])
+    return np.array(starts if len(rows) else [], dtype=np.int64)
 
 
 def joined(rows: Sequence[Row]) -> Batch:

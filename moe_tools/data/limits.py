@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_tools.data.batch import Batch
 from moe_tools.data.batching import Batches, Text
+from moe_tools.data.rows import Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,14 +63,15 @@ def check_length(model: PreTrainedModel, length: int) -> None:
         )
 
 
-def check_text(model: PreTrainedModel, text: Text) -> None:
+def check_text(model: PreTrainedModel, text: Text | Rows) -> None:
     """Refuses text that a model cannot take: it would fail in the middle of the work, or worse.
 
     Raises:
         ValueError: too long a block, or a token outside the vocabulary.
     """
-    if isinstance(text, Batches):
-        longest, largest = text.rows.length, text.rows.largest
+    if isinstance(text, Batches | Rows):
+        rows = text.rows if isinstance(text, Batches) else text
+        longest, largest = rows.length, rows.largest
     else:
         tensors = [text] if isinstance(text, Tensor) else [*_tokens(text)]
         longest = max(ids_BT.shape[1] for ids_BT in tensors)
@@ -81,7 +83,7 @@ def check_text(model: PreTrainedModel, text: Text) -> None:
             f"token {largest} is outside the vocabulary of {type(model).__name__}, "
             f"{vocabulary} tokens: tokenise with the model's own tokenizer"
         )
-    if not isinstance(text, Batches | Tensor):
+    if not isinstance(text, Batches | Rows | Tensor):
         _check_types(model, text)
 
 

@@ -117,9 +117,9 @@ class OfTurns:
 
     def __call__(self, documents: Sequence[str]) -> list[Piece]:
         """Templates write BOS themselves: nothing is added."""
-        if GENERATION.search(self.tokenizer.chat_template):
-            return [self._marked(json.loads(document)) for document in documents]
-        rendered = [self._render(json.loads(document)) for document in documents]
+        marked = GENERATION.search(self.tokenizer.chat_template) is not None
+        render = self._marked if marked else self._compared
+        rendered = [render(json.loads(document)) for document in documents]
         encoded = self.tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
@@ -137,16 +137,23 @@ class OfTurns:
             found.append(Piece(np.array(ids, dtype=np.int64), learned_T))
         return found
 
-    def _marked(self, turns: list[dict[str, Any]]) -> Piece:
-        """A conversation whose template marks what the assistant says."""
-        found = self._template(
-            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        learned_T = np.array(found["assistant_masks"], dtype=bool)
-        return Piece(np.array(found["input_ids"], dtype=np.int64), learned_T)
+    def _marked(self, turns: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and what its template marks.
 
-    def _render(self, turns: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and the characters of it that the assistant says."""
+        Not by the mask of `apply_chat_template`, which is empty where a mark begins with a space.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        self._template(turns)  # what it says of a conversation that it cannot write
+        options: dict[str, Any] = {"return_assistant_tokens_mask": True}
+        options |= self.tokenizer.special_tokens_map
+        template = self.tokenizer.chat_template
+        found: Any = render_jinja_template([turns], chat_template=template, **options)
+        (text,), (spans,) = found
+        return text, spans
+
+    def _compared(self, turns: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and what each turn of the assistant adds behind the prompt for it."""
         whole = self._template(turns)
         spans = []
         for index, turn in enumerate(turns):

@@ -212,7 +212,7 @@ class Epochs(Rows):
     @property
     def fingerprint(self) -> str:
         """Of the text and how often it is read."""
-        return named(self.once.fingerprint, self.seed, self.count)
+        return named(self.once.fingerprint, self.seed, float(self.count))
 
     @property
     def largest(self) -> int:

@@ -45,8 +45,10 @@ from moe_tools.lock import Held, locked
 
 logger = logging.getLogger(__name__)
 
-SHARD = 2**24
-"""Tokens of a shard: what has to be done again after a kill, and 32 or 64 MiB of memory."""
+SHARD = 2**22
+"""Tokens of a shard: what has to be done again after a kill, and 80 MiB of memory on the way."""
+OPEN = 64
+"""Files that are kept open to read from."""
 PAUSE = 0.2
 """Seconds between two looks at what another process makes."""
 END = "end.json"
@@ -138,6 +140,8 @@ class Stored(Rows):
 
     def _read(self, name: str, offset: int, count: int) -> bytes:
         if name not in self.open:
+            if len(self.open) == OPEN:
+                os.close(self.open.pop(next(iter(self.open))))
             self.open[name] = os.open(self.folder / name, os.O_RDONLY)
         found = os.pread(self.open[name], count, offset)
         if len(found) != count:

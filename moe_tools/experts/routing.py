@@ -32,7 +32,11 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
         ValueError: the model has no routed FFN.
     """
     records: list[Routing] = []
-    with observe_routing(model, records.append):
+
+    def keep(routing: Routing) -> None:  # records.append is another object in every pass, for
+        records.append(routing)  # which torch.compile would compile again
+
+    with observe_routing(model, keep):
         yield records
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -128,6 +128,8 @@ class ValidTokens:
 
     def hooks(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Begins to watch a model."""
+        # torch.compile insists on the number of a hook that is always called, and each has another
+        always = model._compiled_call_impl is None
         for module in _outside_experts(model):
             if isinstance(module, HostExperts):
                 self._experts |= {expert: (module, i) for i, expert in enumerate(module)}
@@ -137,7 +139,7 @@ class ValidTokens:
                 if "attention_mask" in names:
                     enter = partial(self._enter, names)
                     yield module.register_forward_pre_hook(enter, with_kwargs=True)
-                    yield module.register_forward_hook(self._leave, always_call=True)
+                    yield module.register_forward_hook(self._leave, always_call=always)
 
     def _enter(
         self,
@@ -149,14 +151,19 @@ class ValidTokens:
         # of a whole encoder-decoder, what is outside its two stacks sees the decoder's tokens
         side = "decoder_" if "decoder_input_ids" in names else ""
         given = dict(zip(names, args, strict=False)) | kwargs
+        self._end(module)  # one that failed, where `_leave` is not always called
         outer = self._passes[-1] if self._passes else None
         self._passes.append(_pass(module, given, side, outer))
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self._passes and self._passes[-1].module is module:
-            self._passes.pop()
+        self._end(module)
         if not self._passes:
             self._chosen.clear()
+
+    def _end(self, module: nn.Module) -> None:
+        """Ends the pass of a module, if there is one, and those inside it."""
+        while any(one.module is module for one in self._passes):
+            self._passes.pop()
 
     def _choose(self, host: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(host, HostExperts)
@@ -178,12 +185,20 @@ class _Pass:
     """The encoder's output that a decoder attends to."""
     encoder: _Pass | None = None
     """The encoder's tokens, as a pass."""
+    kept: list[Tensor | None] = field(default_factory=list)
+    """What `valid_BT` found; no cached_property, whose lock in Python 3.11 torch.compile cannot
+    enter."""
 
-    @cached_property
+    @property
     def valid_BT(self) -> Tensor | None:
         """Which tokens are no padding; None: all, or nobody says."""
         if self.mask is None:
             return None
+        if not self.kept:
+            self.kept.append(self._found())
+        return self.kept[0]
+
+    def _found(self) -> Tensor | None:
         masks = self.mask.values() if isinstance(self.mask, Mapping) else [self.mask]
         found = (_read(one, self.shape) for one in masks if isinstance(one, Tensor))
         valid_BT = next((one for one in found if one is not None), None)

@@ -52,6 +52,10 @@ class HostExperts(nn.ModuleList):
     follow the others: they have a number and no module.
     """
 
+    runs_idle = False
+    """Whether an expert without a token runs without gradients, too: where weights are sharded,
+    every process has to run the same modules."""
+
     def __init__(
         self,
         experts: Iterable[nn.Module],
@@ -116,7 +120,7 @@ class HostExperts(nn.ModuleList):
         y_RD = torch.zeros_like(x_RD)
         for index, expert in enumerate(self):
             rows = rows_XT[index][token_T[chosen_TX[:, index] == index]]
-            if len(rows) or torch.is_grad_enabled():
+            if len(rows) or self.runs_idle or torch.is_grad_enabled():
                 y_RD = y_RD.index_add(0, rows, expert(x_RD[rows]).to(y_RD.dtype))
         return y_RD
 
@@ -150,7 +154,7 @@ class HostExperts(nn.ModuleList):
         return [linear.get_parameter("weight") for linear in self._parts(name)]
 
     def _one_by_one(self, x_TD: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Runs each expert on its tokens; with gradients also on none.
+        """Runs each expert on its tokens; with gradients, or under `runs_idle`, also on none.
 
         An expert without a token so gets gradients of zero, as the host's fused experts do.
         DistributedDataParallel waits for every gradient, and ZeRO gathers in every process the
@@ -158,7 +162,8 @@ class HostExperts(nn.ModuleList):
         """
         y_TD = torch.zeros_like(x_TD)
         for expert, rows in zip_longest(self, self._rows_of_experts(chosen_TK)):
-            if len(rows) or (torch.is_grad_enabled() and expert is not None):
+            idle_runs = self.runs_idle or torch.is_grad_enabled()
+            if len(rows) or (idle_runs and expert is not None):
                 place, token = rows // len(chosen_TK), rows % len(chosen_TK)
                 out_TD = x_TD[token] if expert is None else expert(x_TD[token])
                 out_TD = out_TD * weight_TK[token, place, None]

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from moe_tools.data.generate import evaluating
-from moe_tools.data.limits import check_text
+from moe_tools.data.limits import check_text, continues_text
 from moe_tools.data.progress import progress
+from moe_tools.data.protocols import check_stride
 from moe_tools.experts.prediction import Prediction
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.measure.flops import FlopCounter, Flops, count_flops
@@ -44,7 +45,8 @@ class Evaluation:
     nats_per_token: float
     """Mean negative log-likelihood of the predicted tokens."""
     tokens: int
-    """Predicted tokens: all but the first of each block; of an encoder, the masked ones; of a
+    """Predicted tokens: all but the first of each block, or of overlapping windows all that no
+    earlier one has predicted; of an encoder, the masked ones; of a
     classifier, one a text."""
     ffn_sparsity: float
     """Share of neurons off, over tokens and FFNs; 0 for a dense model."""
@@ -81,6 +83,7 @@ def evaluate(
     mask_token: int | None = None,
     seed: int = 0,
     after: int = 0,
+    stride: int | None = None,
 ) -> Evaluation:
     """Evaluates a dense or routed model as it stands, in its own dtype and mode.
 
@@ -100,16 +103,21 @@ def evaluate(
         seed: which tokens of an encoder's blocks are masked.
         after: only what follows the first `after` tokens of every block is predicted; FLOPs and
             bytes are those of all tokens.
+        stride: the blocks are windows of one text, and each starts so many tokens after the one
+            before (`moe_tools.data.protocols`): of every window but the first, only the last
+            `stride` tokens are predicted. Sparsity, FLOPs and bytes are those of all tokens.
 
     Raises:
         ValueError: blocks that the model cannot take, or without a token after so many; no mask
-            token for an encoder, or no FFN of a known family.
+            token for an encoder, or no FFN of a known family; a stride that leaves tokens out, or
+            a model that does not continue text with one.
         FloatingPointError: the loss is not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-    check_evaluable(model, blocks_BT, mask_token, after)
-    inputs_BT, labels_BT = _task(model, blocks_BT.cpu(), mask_token, seed, after)
+    check_evaluable(model, blocks_BT, mask_token, after, stride)
+    early_BT = _early(blocks_BT, after, stride)
+    inputs_BT, labels_BT = _task(model, blocks_BT.cpu(), mask_token, seed, early_BT)
     nats = 0.0
     with (
         tally(model) as seen,
@@ -194,7 +202,11 @@ def tally(model: PreTrainedModel) -> Iterator[Tally]:
 
 
 def check_evaluable(
-    model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None, after: int = 0
+    model: PreTrainedModel,
+    blocks_BT: Tensor,
+    mask_token: int | None,
+    after: int = 0,
+    stride: int | None = None,
 ) -> None:
     """Whether `evaluate` can measure a model, whose weights may be empty, on these blocks.
 
@@ -210,6 +222,12 @@ def check_evaluable(
         raise ValueError(
             f"after the first {after} tokens of a block of {blocks_BT.shape[1]} there is nothing "
             "to predict: --after is a number below the block length"
+        )
+    check_stride(blocks_BT.shape[1], stride, after)
+    if stride is not None and not continues_text(model):
+        raise ValueError(
+            f"{type(model).__name__} does not continue text: only what does is measured on windows "
+            "of one text, leave the stride out"
         )
     check_text(model, blocks_BT)
     if not _predicts(model):
@@ -231,12 +249,20 @@ def _predicts(model: PreTrainedModel) -> bool:
     return model.can_generate() or masked or model.get_output_embeddings() is not None
 
 
+def _early(blocks_BT: Tensor, after: int, stride: int | None) -> Tensor:
+    """Tokens that are given and not predicted: the first ones, and what a window before had."""
+    blocks, length = blocks_BT.shape
+    given_B1 = torch.full((blocks, 1), after)
+    if stride is not None:
+        given_B1[1:].clamp_(min=length - stride)
+    return torch.arange(length) < given_B1
+
+
 def _task(
-    model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None, seed: int, after: int
+    model: PreTrainedModel, blocks_BT: Tensor, mask_token: int | None, seed: int, early_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the model sees, and what it has to say at each position (`IGNORE`: nothing)."""
-    early_T = torch.arange(blocks_BT.shape[1]) < after
-    labels_BT = blocks_BT.masked_fill(early_T, IGNORE)
+    labels_BT = blocks_BT.masked_fill(early_BT, IGNORE)
     if model.can_generate():
         return blocks_BT, nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
     assert mask_token is not None

@@ -14,7 +14,7 @@ Letters: T tokens of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,6 +154,31 @@ def forward_flops(model: PreTrainedModel, length: int) -> float:
     routers = sum(chosen_share(model, ffn.name) * ffn.router.flops() for ffn in expert_ffns(model))
     others = sum(map(numbers_of, _other_matrices(model)))
     return 2 * (weights + others) + routers + attention_flops(model, length)
+
+
+def training_flops(model: PreTrainedModel, length: int, trained: Collection[int]) -> float:
+    """FLOPs per token of a forward and a backward pass, from shapes alone.
+
+    The gradient of a weight is a product for itself, which a frozen one does not need; the other
+    product of the backward pass hands the gradient on, and is counted for every matrix.
+
+    Args:
+        model: its FFNs, with every neuron on.
+        length: of a block.
+        trained: ids of the parameters that get a gradient.
+    """
+    frozen = 0.0
+    for ffn in expert_ffns(model) or find_ffns(model):
+        if not _any_of(trained, ffn.projections.linears()):
+            frozen += chosen_share(model, ffn.name) * ffn.projections.numbers
+    for module in _other_matrices(model):
+        if not _any_of(trained, [module]):
+            frozen += numbers_of(module)
+    return 3 * forward_flops(model, length) - 2 * frozen
+
+
+def _any_of(trained: Collection[int], modules: Iterable[nn.Module]) -> bool:
+    return any(id(param) in trained for module in modules for param in module.parameters())
 
 
 def attention_flops(model: PreTrainedModel, length: int) -> float:

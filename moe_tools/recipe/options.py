@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
+from moe_tools.data.packing import Bos, Packing
 from moe_tools.data.tasks import Task
 from moe_tools.recipe.recipe import Recipe
 from moe_tools.steps.step import Option, Step
@@ -13,6 +15,7 @@ LACKS: dict[Option, str] = {
     "target_sparsity": "step with a target_sparsity",
     "expert_size": "split step",
     "tokens": "train step",
+    "epochs": "train step",
 }
 """Option -> what a recipe lacks of which no step takes it."""
 
@@ -23,25 +26,35 @@ def with_options(
     target_sparsity: float | None = None,
     expert_size: int | None = None,
     tokens: int | None = None,
+    epochs: float | None = None,
     data: str | None = None,
     block_length: int | None = None,
+    packing: Packing | None = None,
+    bos: Bos | None = None,
     seed: int | None = None,
     task: Task | None = None,
 ) -> Recipe:
     """Returns the recipe under the command line's options; None leaves a value as it is.
 
-    `tokens` is the sum over the train steps, which keep their shares of it: equal ones, where none
-    has tokens of its own.
+    `tokens` or `epochs` is the sum over the train steps, which keep their shares of it: equal ones,
+    where none has tokens or epochs of its own.
 
     Raises:
         ValueError: a value out of range, or an option that no step of the recipe can take.
     """
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens is {tokens}, but must be at least 1")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(f"epochs is {epochs}, but must be a number above 0")
+    if tokens is not None and epochs is not None:
+        raise ValueError(
+            f"{tokens} tokens and {epochs:g} epochs are given, and the two may differ: give one"
+        )
     given: dict[Option, Any] = {
         "target_sparsity": target_sparsity,
         "expert_size": expert_size,
         "tokens": tokens,
+        "epochs": epochs,
     }
     options = {option: value for option, value in given.items() if value is not None}
     for option in options:  # one that changes nothing is a mistake
@@ -51,8 +64,7 @@ def with_options(
     def change(step: Step) -> Step:
         for option, value in options.items():
             if step.takes(option):
-                own = _own(step, recipe, value) if option == "tokens" else value
-                step = step.changed(option, own)
+                step = step.changed(option, _own(step, recipe, option, value))
         return step
 
     return replace(
@@ -60,16 +72,20 @@ def with_options(
         steps=tuple(change(step) for step in recipe.steps),
         data=recipe.data if data is None else data,
         block_length=recipe.block_length if block_length is None else block_length,
+        packing=recipe.packing if packing is None else packing,
+        bos=recipe.bos if bos is None else bos,
         seed=recipe.seed if seed is None else seed,
         task=recipe.task if task is None else task,
     )
 
 
-def _own(step: Step, recipe: Recipe, tokens: int) -> int:
-    """A train step's part of all tokens."""
+def _own(step: Step, recipe: Recipe, option: Option, value: Any) -> Any:
+    """A step's part of what all of them get, where an option says that."""
+    if option not in ("tokens", "epochs"):
+        return value
     whole = recipe.train_amount()
     share = step.amount / whole if whole else 1 / len(recipe.train_steps)
-    return max(1, round(tokens * share))
+    return value * share if option == "epochs" else max(1, round(value * share))
 
 
 def has_control(recipe: Recipe) -> bool:

@@ -99,6 +99,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value is None and types.NoneType in arguments:
             return None
         listed = isinstance(value, list)
+        if int in arguments and type(value) is int:  # beside float it means something else
+            return value
         fits = [kind for kind in arguments if (typing.get_origin(kind) is tuple) == listed]
         return _convert(value, (fits or arguments)[0], where)
     if origin is tuple and isinstance(value, list):

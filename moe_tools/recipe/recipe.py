@@ -85,7 +85,7 @@ class Recipe:
     @property
     def epochs(self) -> float:
         """Epochs of all train steps together; 0: they count tokens."""
-        return sum(step.epochs for step in self.train_steps)
+        return float(sum(step.epochs for step in self.train_steps))
 
     def train_amount(self) -> float:
         """Tokens, or epochs, of all train steps together."""

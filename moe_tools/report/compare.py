@@ -20,13 +20,14 @@ from moe_tools.checkpoint.loading import (
     task_of,
 )
 from moe_tools.checkpoint.skeleton import skeleton
-from moe_tools.data import Blocks, fingerprint
-from moe_tools.data.limits import check_text, says_targets
+from moe_tools.data import Batches, Blocks, fingerprint
+from moe_tools.data.limits import check_length, check_text, continues_text, says_targets
 from moe_tools.data.tasks import HEADS
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.by_task import evaluate_task
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
+from moe_tools.measure.rows import check_rows, evaluate_rows
 from moe_tools.measure.seq2seq import GENERATED
 from moe_tools.measure.tasks import run_tasks
 from moe_tools.report.by_prompt import measured_by_prompt
@@ -65,6 +66,8 @@ def compare(
     """
     bench = Bench(setup, sources[0])
     for source in sources:
+        bench.check_protocol(source)
+    for source in sources:
         bench.measure(source)
     if beside is not None:
         beside(bench)
@@ -76,12 +79,14 @@ class Bench:
 
     def __init__(self, setup: Setup, first: str) -> None:
         """The model `first` decides what the tokens are, and the task where the setup does not."""
-        setup.tasks.check()
+        setup.check()
         self.setup = setup
-        self.tokenizer = load_tokenizer(first)
         self.task = task_of(first) if setup.task is None else setup.task
         self.classify = self.task in HEADS
         """Whether the models have a head on a body that may have none as donor."""
+        self.check_protocol(first)
+        self.tokenizer = load_tokenizer(first)
+        setup.tasks.check_bos(self.tokenizer)
         self.text = setup.text(self.tokenizer, self.task)
         self.entries: list[Entry] = []
         """The models that were asked for, in the order of their rows."""
@@ -94,10 +99,37 @@ class Bench:
         """
         model = skeleton(source, task=self.task)
         if isinstance(self.text, Tensor):
-            check_evaluable(model, self.text, self.tokenizer.mask_token_id, self.setup.after)
+            setup, mask_token = self.setup, self.tokenizer.mask_token_id
+            check_evaluable(model, self.text, mask_token, setup.after, setup.stride)
+        elif isinstance(self.text, Batches):
+            check_rows(model, self.text)
         else:
             self._check_kind(source, model)
             check_text(model, self.text)
+
+    def check_protocol(self, source: str) -> None:
+        """Whether a model, whose weights are not read, has the perplexity of a protocol.
+
+        Raises:
+            ValueError: it continues no text, or none as long as a window.
+        """
+        if self.setup.protocol is None:
+            return
+        if self.classify:
+            raise ValueError(
+                f"classifiers have an accuracy, and --protocol {self.setup.protocol} is a "
+                "perplexity: leave it out"
+            )
+        try:
+            model = skeleton(source)
+        except ValueError:  # to load it says what is wrong
+            return
+        if not continues_text(model):
+            raise ValueError(
+                f"{source} ({type(model).__name__}) does not continue text, and --protocol "
+                f"{self.setup.protocol} is the perplexity of models that do: leave it out"
+            )
+        check_length(model, self.setup.block_length)
 
     def measure(self, folder: str, series: str = "", control: str | None = None) -> None:
         """Loads and evaluates a model, unless that is done."""
@@ -134,6 +166,7 @@ class Bench:
         To one that selects by the prompt every block is a prompt, in which all neurons run, unless
         only what follows a prompt is measured.
         """
+        self.check_protocol(folder)
         _check_tokenizer(folder, self.tokenizer)
         selects = prompt_share(folder) is not None
         if selects and not self.setup.after:
@@ -179,6 +212,8 @@ class Bench:
         return Entry(name, folder, seen, tasks, donor=donor)
 
     def _evaluate(self, title: str, model: PreTrainedModel) -> Evaluation:
+        if isinstance(self.text, Batches):
+            return evaluate_rows(model, self.text, title=title)
         if not isinstance(self.text, Tensor):
             return evaluate_task(
                 model,
@@ -196,6 +231,7 @@ class Bench:
             mask_token=self.tokenizer.mask_token_id,
             seed=self.setup.seed,
             after=self.setup.after,
+            stride=self.setup.stride,
         )
 
     @cached_property

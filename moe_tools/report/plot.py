@@ -39,7 +39,8 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
         every[0].set_ylim(0.97 * least, quality.most)
         every[0].set_yticks(TICKS, [f"{ratio:g}x" for ratio in TICKS])
         every[0].minorticks_off()
-    every[0].set_ylabel(f"{quality.name}, held-out {_plain(Path(rows[0].data).name)}")
+    text = rows[0].protocol or f"held-out {Path(rows[0].data).name}"
+    every[0].set_ylabel(f"{quality.name}, {_plain(text)}")
     every[0].legend()
     figure.savefig(file)
 

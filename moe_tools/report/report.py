@@ -77,6 +77,10 @@ class Row:
     """Knob of the selectors -> value, where it is not the saved one."""
     after: int = 0
     """Only what follows the first `after` tokens of every block was predicted."""
+    protocol: str = ""
+    """Whose windows the blocks are (`moe_tools.data.protocols`), and how far; "": of none."""
+    stride: int | None = None
+    """Tokens from the start of a window to that of the next; None: they do not overlap."""
     few_bit_ops: float = 0.0
     """What routers multiply and add in whole numbers of 8 bits and fewer; no FLOPs."""
     ffn_dense_bytes: float | None = None
@@ -150,6 +154,11 @@ def check_one_text(rows: Iterable[Row]) -> None:
             raise ValueError(
                 f"{first.model} was measured after the first {first.after} tokens of a block, "
                 f"{row.model} after {row.after}: they do not compare, measure both in one call"
+            )
+        if (row.protocol, row.stride) != (first.protocol, first.stride):
+            raise ValueError(
+                f"{first.model} was measured by {_protocol(first)}, {row.model} by "
+                f"{_protocol(row)}: they do not compare, measure both in one call"
             )
 
 
@@ -347,9 +356,20 @@ def _text(row: Row) -> str:
     which = f" (text {row.text})" if row.text else ""
     if row.accuracy is None and not _is_scored(row):
         after = f", after the first {row.after} of each" if row.after else ""
+        if row.protocol:
+            text = f"{row.tokens} tokens of {row.protocol} from {row.data}{which}"
+            return f"{text}, windows of {row.block_length}{_stride(row)}{after}"
         text = f"{row.tokens} tokens of held-out {row.data}{which}, blocks of {row.block_length}"
         return text + after
     return f"{row.tokens} held-out texts of {row.data}{which}, cut at {row.block_length} tokens"
+
+
+def _protocol(row: Row) -> str:
+    return f"{row.protocol or 'no protocol'}{_stride(row)}"
+
+
+def _stride(row: Row) -> str:
+    return "" if row.stride is None else f" at a stride of {row.stride}"
 
 
 def _run_texts(rows: Iterable[Row]) -> str:

@@ -28,12 +28,15 @@ from moe_tools.data.tasks import HEADS
 from moe_tools.names import CONTROL, METRICS
 from moe_tools.recipe import Recipe, control_recipe, read_recipe, recipe_path, with_options
 from moe_tools.runs.folder import Pins, RunFolder
+from moe_tools.runs.held_out import check_held_out, held_out_text
 from moe_tools.runs.prepare import prepare
 from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
 from moe_tools.runs.tasks import check_task, load_donor
 from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.step import Step, Work
+from moe_tools.training.attention import attention
+from moe_tools.training.compiled import check_compiles
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ def run(
         ValueError: a user's mistake, or another run in `output`, or a disk that refuses; nothing
             that was there before is changed.
         FloatingPointError: a train step's loss is not finite.
+        TimeIsUp: the time of the launch is up; what is done is kept.
     """
     recipe = prepare(recipe, str(model))
     dense = control_recipe(recipe) if control else None  # one that there is not is said first
@@ -171,7 +175,12 @@ class _Run:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
         _ = self.streamed
-        self.text.check(self._rehearse())
+        model = self._rehearse()
+        self.text.check(model)
+        check_held_out(self.recipe, self.tokenizer, model)
+        check_compiles(model, self.launch)
+        with attention(model, self.launch.attention):
+            pass  # whether it can
 
     def _check_donor(self) -> None:
         """A donor is read at several steps: as weights, as a teacher, layer by layer."""
@@ -216,10 +225,14 @@ class _Run:
 
     def execute(self) -> None:
         """Every step that is not complete yet; of several processes, only train steps use all."""
-        previous = self.source
+        previous, worked = self.source, False
         for index, step in enumerate(self.recipe.steps):
             folder = self.folder.step(index)
             if not processes.on_first(folder.is_dir):
+                limit = self.launch.limit
+                if worked and limit is not None and limit.is_up():  # every start does something
+                    raise limit.stopped(f"before step {index}, {step.verb}")
+                worked = True
                 logger.info("step %d: %s", index, step.verb)
                 processes.on_first(self._check_donor)
                 if step.trains:
@@ -267,6 +280,7 @@ class _Run:
             training,
             partial(self._teacher, index),
             replace(self.launch, logs=self.folder.logs(index)),
+            partial(held_out_text, self.recipe, self.tokenizer),
         )
 
     def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:

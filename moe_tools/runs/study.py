@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from moe_tools.checkpoint.block_length import chosen_length
+from moe_tools.data.protocols import WINDOW
 from moe_tools.data.tasks import HEADS
 from moe_tools.lock import held
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
@@ -41,7 +43,17 @@ class Study:
     """Training tokens of each recipe that trains; None: as the recipe says."""
     data: str | None = None
     seed: int | None = None
-    eval_tokens: int = 32768
+    eval_tokens: int | None = 32768
+    """None: all."""
+    protocol: str | None = None
+    """Whose text is measured on (`moe_tools.data.protocols`); None: the recipe's, held out."""
+    copy: str | None = None
+    """Source that stands in for the protocol's data set."""
+    window: int | None = None
+    """Tokens of a window of the protocol; None: `WINDOW`, or the donor's context if that is
+    shorter."""
+    stride: int | None = None
+    """Tokens from the start of a window to that of the next."""
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
 
@@ -69,6 +81,16 @@ def _compare(study: Study) -> list[Row]:
     setup = held_out_setup(
         plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
     )
+    if study.protocol is not None:
+        length = chosen_length(study.model, study.window, WINDOW)
+        setup = replace(
+            setup,
+            block_length=length,
+            protocol=study.protocol,
+            copy=study.copy,
+            stride=study.stride,
+            batch_size=1,
+        )
     after = default_after(study.after, study.baselines, setup.block_length)
     setup = replace(setup, after=after)
     bench = Bench(setup, study.model)
@@ -106,12 +128,13 @@ def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
     return prepare(recipe, study.model)
 
 
-def held_out_setup(recipe: Recipe, *, tokens: int, dtype: torch.dtype, device: str) -> Setup:
+def held_out_setup(recipe: Recipe, *, tokens: int | None, dtype: torch.dtype, device: str) -> Setup:
     """Sets up a table on the held-out part of a recipe's text, in blocks of its length."""
     return Setup(
         data=held_out(recipe.data),
         tokens=tokens,
         block_length=recipe.block_length,
+        bos=recipe.bos,
         task=recipe.task,
         dtype=dtype,
         device=device,

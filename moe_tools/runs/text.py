@@ -61,8 +61,13 @@ class RunText:
         length, task = self.recipe.block_length, self.recipe.task
         if self.recipe.data == "self":
             check_samples(donor, length)
+            if self.recipe.epochs:
+                raise ValueError(
+                    "data is 'self', the donor's own samples, which have no end and no epochs: "
+                    "give the train steps tokens"
+                )
         else:
-            check_text(donor, self.labelled if task != "lm" else self._batches(self.rows, 1))
+            check_text(donor, self.labelled if task != "lm" else self.rows)
         if task == "lm" and length < 2 and self.recipe.train_steps:
             raise ValueError("block_length is 1, and nothing follows the token: use 2 or more")
         if self.recipe.train_steps:
@@ -93,11 +98,6 @@ class RunText:
         """
         recipe, wanted = self.recipe, self._wanted()
         if recipe.data == "self":
-            if recipe.epochs:
-                raise ValueError(
-                    "data is 'self', the donor's own samples, which have no end and no epochs: "
-                    "give the train steps tokens"
-                )
             return of_blocks(_kept(self.kept / SAMPLES, lambda: self._samples(wanted)))
         found = rows(
             recipe.data,

@@ -38,13 +38,55 @@ def check_stages(step: Any, key: str, stages: Sequence[Stage]) -> None:
         require(valid, step, f"{key}[{i}].weight", stage.weight, "0 or more, and finite")
 
 
-def warmup_cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
-    """The factor on a learning rate: linear to 1, then a cosine down to `floor`."""
-    warm = max(1, round(warmup * steps))
+Warmup = float | int
+"""A share of the optimizer steps, below 1, or, where it is an int, optimizer steps."""
+Fall = Literal["cosine", "linear", "constant"]
+"""How a learning rate falls after its warm-up."""
+
+
+def check_warmup(step: Any, warmup: Warmup) -> None:
+    """Checks that a warm-up is a share or a number of steps, and no number that could be both.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(warmup, int) and not isinstance(warmup, bool):
+        require(warmup >= 0, step, "warmup", warmup, "0 optimizer steps or more")
+        return
+    rule = "a share in [0, 1), or a whole number of optimizer steps: write 1 for one of them"
+    require(0 <= warmup < 1, step, "warmup", warmup, rule)
+
+
+def warmup_steps(warmup: Warmup, steps: int) -> int:
+    """Optimizer steps until the peak, of `steps`; at least 1, which starts there."""
+    return max(1, warmup if isinstance(warmup, int) else round(warmup * steps))
+
+
+def rate_factor(
+    step: int, steps: int, warmup: Warmup, floor: float = 0.1, fall: Fall = "cosine"
+) -> float:
+    """The factor on a learning rate: linear to 1, then down to `floor`, or not at all.
+
+    Args:
+        step: optimizer step, counted from 0.
+        steps: optimizer steps of the train step; the floor is reached after the last.
+        warmup: until the peak.
+        floor: where it ends, as a share of the peak; `constant` ends at 1.
+        fall: along half a cosine, along a line, or constant.
+    """
+    warm = warmup_steps(warmup, steps)
     if step < warm:
         return (step + 1) / warm
+    if fall == "constant":
+        return 1.0
     progress = min(1.0, (step - warm) / max(1, steps - warm))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if fall == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * left
+
+
+def warmup_cosine(step: int, steps: int, warmup: Warmup, floor: float = 0.1) -> float:
+    """The factor on a learning rate: linear to 1, then a cosine down to `floor`."""
+    return rate_factor(step, steps, warmup, floor)
 
 
 def weight_at(weight: Weight, step: int, steps: int) -> float:

@@ -21,8 +21,12 @@ from moe_tools.steps.launch import Launch
 
 NO_TEXT = torch.empty(0, 1, dtype=torch.long)
 
-Option = Literal["target_sparsity", "expert_size", "tokens"]
+Option = Literal["target_sparsity", "expert_size", "tokens", "epochs"]
 """What a command line can change in the steps of a recipe."""
+
+
+def _nothing_held_out(tokens: int) -> Text:
+    raise ValueError(f"{tokens} tokens of held-out text are asked for, and there is none")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Work:
     teacher: Callable[[], PreTrainedModel]
     """Loads the dense model that losses compare with."""
     launch: Launch = field(default_factory=Launch)
+    held_out: Callable[[int], Text] = _nothing_held_out
+    """Held-out text of about so many tokens, which nothing may train on or be chosen by."""
 
 
 @dataclass(frozen=True)

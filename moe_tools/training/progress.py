@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 from moe_tools import processes
 
@@ -23,6 +23,9 @@ class Stepping(Protocol):
 
     def end_step(self) -> None:
         """Is called after an optimizer step."""
+
+    def steer(self, control: TrainerControl) -> None:
+        """Is called then, and may ask for a log, a checkpoint or the end."""
 
 
 class Progress(TrainerCallback):
@@ -49,6 +52,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tells the trainer that an optimizer step is done, and shows its figures."""
         self.trainer.end_step()
+        self.trainer.steer(control)
         self.bar.update()
         self.bar.set_postfix_str(in_words(self.trainer.last))
 
@@ -58,5 +62,9 @@ class Progress(TrainerCallback):
 
 
 def in_words(figures: dict[str, float]) -> str:
-    """Returns the figures as text, each with four digits."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    """Returns the figures as text, each with four digits; thousands are whole numbers."""
+    return "  ".join(f"{name} {_in_words(value)}" for name, value in figures.items())
+
+
+def _in_words(value: float) -> str:
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,17 +23,23 @@ from moe_tools.measure.flops import forward_flops
 from moe_tools.measure.memory import ModelStates
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.rules import at_least, from_0_to_1, require, strictly_between_0_and_1
-from moe_tools.steps.schedules import Weight, check_stages
+from moe_tools.steps.schedules import Fall, Warmup, Weight, check_stages, check_warmup
 from moe_tools.steps.step import Cost, Option, Setting, Step, Work
 from moe_tools.training import zero
 from moe_tools.training.arguments import tensorboard_in
+from moe_tools.training.attention import attention
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
 from moe_tools.training.checks import check_learnable, check_sharded, check_train
+from moe_tools.training.compiled import check_compiles, compiled
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
+from moe_tools.training.held_out import HeldOut
 from moe_tools.training.lora import Lora, low_rank
 from moe_tools.training.losses import needs_donor, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
+from moe_tools.training.throughput import peak_of, step_flops
 from moe_tools.training.trainer import RecipeTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,21 +84,32 @@ class Train(Step):
     """Forward passes of one optimizer step."""
     checkpointing: bool = False
     """Computes each layer again in the backward pass: less memory, a forward pass more."""
-    warmup: float = 0.06
-    """Share of the optimizer steps."""
+    warmup: Warmup = 0.06
+    """Share of the optimizer steps, below 1; a whole number is so many of them: `warmup: 1000`."""
+    schedule: Fall = "cosine"
+    """How the learning rates fall after the warm-up: along half a cosine, a line, or not at all."""
+    floor: float = 0.1
+    """Where cosine and linear end, as a share of the peak; under `constant` it has no say."""
     checkpoint_every: int = 100
     """Optimizer steps, not micro-batches."""
+    evaluate_every: int = 0
+    """Optimizer steps from one look at held-out text to the next, the last one included; 0: none.
+    Of mode soft and straight it is mode hard that is measured, as the step leaves the model."""
+    evaluate_tokens: int = 32768
+    """Held-out tokens of each look, all processes together."""
 
     def check(self) -> None:
         """Ranges of every number; a drive has its target and its loss for itself."""
-        at_least(1, self, "batch_size", "accumulate", "checkpoint_every")
-        at_least(0, self, "tokens", "epochs", "lr", "router_lr")
+        at_least(1, self, "batch_size", "accumulate", "checkpoint_every", "evaluate_tokens")
+        at_least(0, self, "tokens", "epochs", "lr", "router_lr", "evaluate_every")
+        require(self.epochs < math.inf, self, "epochs", self.epochs, "finite")
         if self.tokens and self.epochs:
             raise ValueError(
                 f"train: it has {self.tokens:,} tokens and {self.epochs:g} epochs, and the two may "
                 "differ: give one of them"
             )
-        from_0_to_1(self, "warmup", "ramp")
+        from_0_to_1(self, "ramp", "floor")
+        check_warmup(self, self.warmup)
         strictly_between_0_and_1(self, "target_sparsity")
         self._check_drive()
         if self.lora is not None:
@@ -117,13 +137,16 @@ class Train(Step):
         return self.tokens or self.epochs
 
     def changed(self, option: Option, value: Any) -> Self:
-        """The step under an option; tokens take the place of epochs."""
-        changed = super().changed(option, value)
-        return replace(changed, epochs=0.0) if option == "tokens" else changed
+        """The step under an option; tokens and epochs take each other's place."""
+        if option == "tokens":
+            return replace(self, tokens=value, epochs=0.0)
+        if option == "epochs":
+            return replace(self, epochs=value, tokens=0)
+        return super().changed(option, value)
 
     def takes(self, option: Option) -> bool:
         """Tokens, and the sparsity of a step that has one."""
-        return option == "tokens" or (
+        return option in ("tokens", "epochs") or (
             option == "target_sparsity" and self.target_sparsity is not None
         )
 
@@ -148,7 +171,14 @@ class Train(Step):
         text = work.training()
         donor = work.teacher() if self.needs_donor() else None
         measured = train(
-            model, self, text, work.folder, donor=donor, seed=work.seed, launch=work.launch
+            model,
+            self,
+            text,
+            work.folder,
+            donor=donor,
+            seed=work.seed,
+            launch=work.launch,
+            held_out=work.held_out(self.evaluate_tokens) if self.evaluate_every else None,
         )
         return {**measured, "data": fingerprint(text)}
 
@@ -181,6 +211,7 @@ def train(
     donor: PreTrainedModel | None = None,
     seed: int = 0,
     launch: Launch | None = None,
+    held_out: Text | None = None,
 ) -> dict[str, Any]:
     """Trains in place; checkpoints go to `work`, and the newest complete one is resumed.
 
@@ -193,14 +224,16 @@ def train(
         donor: the dense teacher, for the losses that need one.
         seed: of dropout and fresh adapters.
         launch: the device, DeepSpeed, reporters; default: PyTorch alone, where the model is.
+        held_out: what `evaluate_every` asks for; None: nothing is evaluated.
 
     Returns:
         Last logged losses, the sparsity where routed, optimizer steps and trained tokens.
 
     Raises:
+        TimeIsUp: the time of the launch is up; a checkpoint of this optimizer step is written.
         ValueError: a loss that this model cannot have, no donor for one that needs it, too little
             text for the processes, a checkpoint of other processes or of another text, or a full
-            disk.
+            disk; what `check_compiles` and `attention` refuse.
         FloatingPointError: the loss is NaN or infinite; the last good checkpoint is kept.
     """
     launch = launch or Launch(str(model.device))
@@ -214,16 +247,42 @@ def train(
     check_text(checkpoint, pinned)
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
+    check_compiles(model, launch)
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))
-    with low_rank(model, step, seed):
+    _warn_of_warmup(step, steps)
+    looked_at = None
+    if held_out is not None and step.evaluate_every:
+        looked_at = HeldOut(in_batches(held_out, step.batch_size))
+    flops = 0.0 if peak_of(launch) is None else step_flops(model, step, batches)
+    with low_rank(model, step, seed), ExitStack() as lasting:
         trained = trainable_parts(model, step)
-        with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
-            trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed, launch)
-            trainer.text = pinned
-            trainer.train(resume_from_checkpoint=checkpoint)
-            trainer.finish()
+        for each in (only_trainable(model, trained), tensorboard_in(launch.logs), zero.released()):
+            lasting.enter_context(each)
+        for each in (attention(model, launch.attention), attention(donor, launch.attention)):
+            lasting.enter_context(each)
+        lasting.enter_context(compiled(model, launch.compile))
+        trainer = RecipeTrainer(
+            model,
+            step,
+            batches,
+            work,
+            steps,
+            trained,
+            donor,
+            seed,
+            launch,
+            held_out=looked_at,
+            flops=flops,
+        )
+        trainer.text = pinned
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stopped:
+            assert launch.limit is not None
+            at = trainer.state.global_step
+            raise launch.limit.stopped(f"after optimizer step {at:,} of {steps:,}")
+        trainer.finish()
     if step.mode in ("soft", "straight"):
         set_mode(model, "hard")
     model.eval()
@@ -231,6 +290,11 @@ def train(
     if step.target_sparsity is not None:
         warn_if_missed(followed(measured, step.drive), step.target_sparsity, step.drive)
     return {**measured, "trained_tokens": token_count(batches)}
+
+
+def in_batches(text: Text, size: int) -> Sequence[Batch]:
+    """What each forward pass sees; the last of blocks may be smaller."""
+    return Batches(of_blocks(text), "joined", size) if isinstance(text, Tensor) else text
 
 
 def whole_batches(text: Text, step: Train) -> Sequence[Batch]:
@@ -241,11 +305,10 @@ def whole_batches(text: Text, step: Train) -> Sequence[Batch]:
     Raises:
         ValueError: less text than one step of several processes has.
     """
-    if isinstance(text, Tensor):
-        text = Batches(of_blocks(text), "joined", step.batch_size)
+    text = in_batches(text, step.batch_size)
     whole = len(text)
     if isinstance(text, Batches) and text.packing != "isolated":
-        whole = len(text.rows) // step.batch_size
+        whole = len(text.rows) // step.batch_size  # the last batch may be short
     needed = step.accumulate * processes.count()
     if whole < needed and processes.count() > 1:
         raise ValueError(
@@ -253,3 +316,15 @@ def whole_batches(text: Text, step: Train) -> Sequence[Batch]:
             f"{step.accumulate} of each process: give more text or start fewer processes"
         )
     return text[: whole // needed * needed] if whole >= needed else text
+
+
+def _warn_of_warmup(step: Train, steps: int) -> None:
+    """Logs a warning where a warm-up in steps is longer than the train step."""
+    if isinstance(step.warmup, int) and step.warmup > steps:
+        logger.warning(
+            "the warm-up takes %d optimizer steps, but this train step has only %d: its learning "
+            "rates end at %.3g of their peaks",
+            step.warmup,
+            steps,
+            steps / step.warmup,
+        )

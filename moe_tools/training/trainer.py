@@ -14,26 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerControl
 
 from moe_tools import processes
 from moe_tools.data import Batch, Batches
-from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.experts import Routing, every_expert_on, expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.isolation import prove_isolation
 from moe_tools.steps.launch import Launch
-from moe_tools.steps.schedules import warmup_cosine
+from moe_tools.steps.schedules import rate_factor
 from moe_tools.training import checkpointing, zero
 from moe_tools.training.arguments import BatchItems, batch_of, only, training_arguments
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
 from moe_tools.training.figures import Figures, sparsity_of, zeros_of
+from moe_tools.training.held_out import HeldOut
 from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import Observed, compute_losses, needs_donor, seen_kinds
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
+from moe_tools.training.throughput import Throughput, peak_of
 from moe_tools.training.trim import add_, sample_logits, shift_routers
 from moe_tools.training.watch import Kind, watch_ffns
 
@@ -46,6 +48,8 @@ DRIVE = "moe_tools_drive"
 """Where a checkpoint keeps the state of the drive."""
 LOSS = "the loss"
 """The figure that is trained on, which must be finite; the Trainer logs it itself."""
+TOKENS = "tokens"
+"""The figure that counts what a pass saw."""
 
 
 class RecipeTrainer(CheckpointingTrainer):
@@ -64,7 +68,14 @@ class RecipeTrainer(CheckpointingTrainer):
         donor: PreTrainedModel | None,
         seed: int,
         launch: Launch,
+        *,
+        held_out: HeldOut | None = None,
+        flops: float = 0.0,
     ) -> None:
+        """Takes what `train` prepared; `flops` are those of training one token."""
+        self.held_out, self.throughput = held_out, Throughput(flops, peak_of(launch))
+        self.stopped = False
+        """Whether the time of the run was up before the last optimizer step."""
         self.step, self.steps, self.groups, self.launch = step, steps, groups, launch
         self.donor = None if donor is None else donor.eval()
         self.weights = LossWeights(step)
@@ -125,11 +136,12 @@ class RecipeTrainer(CheckpointingTrainer):
         return self.adamw.clip(self.args.max_grad_norm)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Makes the schedule of every group: a warmup, then a cosine."""
+        """Makes the schedule of every group: a warm-up, then down to its floor."""
+        step = self.step
         if self.lr_scheduler is None:
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.create_optimizer(),
-                lambda at: warmup_cosine(at, self.steps, self.step.warmup),
+                lambda at: rate_factor(at, self.steps, step.warmup, step.floor, step.schedule),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -165,6 +177,7 @@ class RecipeTrainer(CheckpointingTrainer):
             values[name] = value
             total = total + weights[name] * value
         values[LOSS] = total
+        values[TOKENS] = total.new_full((), batch.ids_BT.numel(), dtype=torch.float64)
         self._note(values, routings, hidden)
         if self.accelerator.sync_gradients:  # the last pass: DeepSpeed steps in its backward pass
             self._read()
@@ -176,6 +189,8 @@ class RecipeTrainer(CheckpointingTrainer):
         Together, so that no process waits for one that has stopped.
         """
         self.read = self.figures.means()
+        passes = self.figures.passes * processes.count()
+        self.throughput.add(self.read.pop(TOKENS) * passes)
         if not math.isfinite(self.read.pop(LOSS)):
             mine = self.figures.mine(LOSS)
             loss = "not finite in another process" if math.isfinite(mine) else f"{mine}"
@@ -221,11 +236,37 @@ class RecipeTrainer(CheckpointingTrainer):
         self.figures = Figures()
         if self.step.target_sparsity is not None:
             self._follow()
+        if self._evaluates:
+            self.last |= self._measure()
         self.state.stateful_callbacks[DRIVE] = {
             "start": self.start,
             "controller": self.weights.state(),
             "last": self.last,
         }
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the optimizer step that ends now is one after which held-out text is read."""
+        at = self.state.global_step
+        if self.held_out is None:
+            return False
+        return at % self.step.evaluate_every == 0 or at == self.state.max_steps
+
+    def _measure(self) -> dict[str, float]:
+        called = self.deepspeed if self.is_deepspeed_enabled else self.model
+        assert self.held_out is not None and called is not None
+        with self.throughput.pause():
+            return self.held_out.measure(
+                called, self.model, self.state.global_step, self.args.device
+            )
+
+    def steer(self, control: TrainerControl) -> None:
+        """Says what the Trainer does after an optimizer step, beside what is due anyway."""
+        if self._evaluates:
+            control.should_log = True
+        limit, last = self.launch.limit, self.state.global_step >= self.state.max_steps
+        if limit is not None and not last and limit.is_up():
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def _follow(self) -> None:
         measured = followed(self.last, self.step.drive)
@@ -250,7 +291,8 @@ class RecipeTrainer(CheckpointingTrainer):
         batches = self.train_dataset.batches
         if isinstance(batches, Batches) and batches.packing == "isolated":
             assert isinstance(self.model, PreTrainedModel)
-            prove_isolation(self.model)
+            with every_expert_on(self.model):  # a router in bf16 may turn on a rounding
+                prove_isolation(self.model)
         if self.state.global_step == 0:
             for name, value in self.finer.items():
                 zero.set_(self.model.get_parameter(name), value)
@@ -258,6 +300,7 @@ class RecipeTrainer(CheckpointingTrainer):
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
             self.weights.resume(saved["controller"])
+        self.throughput.restart()
 
     def enter_step(self, step: int, steps: int) -> None:
         """Sets the weights of the losses for an optimizer step, counted from 1."""
@@ -277,9 +320,14 @@ class RecipeTrainer(CheckpointingTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds our figures to the Trainer's, and says them."""
-        super().log({**logs, **self.last}, *args, **kwargs)
+        speed = self.throughput.take()
+        super().log({**logs, **self.last, **speed}, *args, **kwargs)
         at, steps = self.state.global_step, self.state.max_steps
-        logger.info("%s %d/%d  %s", self.step.mode, at, steps, in_words(self.last))
+        logger.info("%s %d/%d  %s", self.step.mode, at, steps, in_words(self.last | speed))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.throughput.pause():
+            super()._save_checkpoint(*args, **kwargs)
 
     def summary(self) -> dict[str, Any]:
         """Returns what the run folder keeps of this train step."""

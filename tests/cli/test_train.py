@@ -83,6 +83,62 @@ def test_tensorboard_s_files_stay(train: Run, work: Path) -> None:
     assert events.stat().st_size > 0
 
 
+LOOKING = """
+name: looking
+steps:
+  - split: {expert_size: 8, tokens: 256}
+  - attach: {start_sparsity: 0.1, tokens: 256}
+  - train: {mode: soft, tokens: 512, target_sparsity: 0.4, evaluate_every: 3, evaluate_tokens: 256}
+"""
+
+
+def test_held_out_text_is_that_of_evaluate(train: Run, run: Run, work: Path) -> None:
+    """And it is mode hard that is measured, as the folder has it."""
+    (work / "looking.yaml").write_text(LOOKING)
+    assert train(recipe="looking.yaml", output="looked")[0] == 0
+    (step,) = (one for one in json.loads((work / "looked/metrics.json").read_text())["steps"][2:])
+    looks = {entry["step"]: entry for entry in step["history"] if "heldout_lm" in entry}
+    assert list(looks) == [3, 6, 8]
+    given = ("--data", "one.jsonl", "--tokens", "256", "--json", "-")
+    code, out, _ = run("evaluate", "looked", *given, *SIZES)
+    row = json.loads(out)[-1]
+    assert code == 0
+    assert looks[8]["heldout_perplexity"] == pytest.approx(row["perplexity"], rel=1e-4)
+
+
+def test_text_without_a_held_out_part_is_said_before_the_run(train: Run, work: Path) -> None:
+    (work / "looking.yaml").write_text(LOOKING)
+    (work / "short.jsonl").write_text(json.dumps({"text": "w1 w2 " * 20}))
+    code, _, err = train(recipe="looking.yaml", output="never", data="short.jsonl")
+    assert code == 2 and "(heldout) has 3 tokens, one block needs 16" in err.splitlines()[-1]
+    assert not (work / "never").exists()
+
+
+def test_a_run_whose_time_is_up_goes_on_where_it_stopped(train: Run, work: Path) -> None:
+    """Every start does a step, or an optimizer step of one that trains."""
+    (work / "looking.yaml").write_text(LOOKING)
+    assert train(recipe="looking.yaml", output="undisturbed")[0] == 0
+    said = []
+    for _ in range(20):
+        code, out, err = train("--max-hours", "1e-9", recipe="looking.yaml", output="stopped")
+        if code == 0:
+            break
+        assert (code, out) == (75, "")
+        said.append(err.splitlines()[-1])
+    assert said == [
+        f"moe-tools: stopped {where}: the time of the run is up (--max-hours 1e-09); nothing is "
+        "lost, and the same command goes on from there"
+        for where in (
+            "before step 1, attach",
+            "before step 2, train",
+            *(f"after optimizer step {at} of 8" for at in range(1, 8)),
+        )
+    ]
+    mine = load_file(work / "stopped" / "model.safetensors")
+    theirs = load_file(work / "undisturbed" / "model.safetensors")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 MISTAKES: dict[str, tuple[dict[str, str], list[str], str]] = {
     "missing data": ({"data": "no.jsonl"}, [], "no.jsonl' is not there"),
     "missing in a mixture": (
@@ -101,6 +157,14 @@ MISTAKES: dict[str, tuple[dict[str, str], list[str], str]] = {
         "train_batch_size is 7, but batch_size * accumulate * processes of the recipe is 4",
     ),
     "optimizer": ({}, ["--deepspeed", "adam.json"], "the recipe sets the optimizer"),
+    "hours": ({}, ["--max-hours", "0"], "--max-hours: '0' is no number above 0"),
+    "peak": ({}, ["--peak-flops", "fast"], "--peak-flops: 'fast' is no number above 0"),
+    "attention": ({}, ["--attention", "flash"], "--attention: invalid choice: 'flash'"),
+    "flash attention": (
+        {},
+        ["--attention", "flash_attention_2"],
+        "--attention flash_attention_2 runs on a GPU alone, but the run is on cpu",
+    ),
     "reporter": ({}, ["--report-to", "tensorbord"], "unknown reporter 'tensorbord'; did you mean"),
 }
 

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import datasets
@@ -175,6 +176,19 @@ def test_a_boundary_is_the_last_good_one():
     assert boundary("a b\n\nc\nd e", 0, 10) == 3
     assert boundary("a b\n\nc\nd e", 4, 10) == 6
     assert boundary("abcdef", 0, 4) == 4
+
+
+def test_a_damaged_archive_is_one_line(tmp_path):
+    whole = gzip.compress(b"some text " * 100)
+    for name, body in (
+        ("cut.txt.gz", whole[:-20]),
+        ("no.txt.gz", b"text"),
+        ("no.txt.zst", b"text"),
+    ):
+        (tmp_path / name).write_bytes(body)
+        with pytest.raises(ValueError, match=f"{name}' is not readable UTF-8 text: ") as error:
+            read(str(tmp_path / name))
+        assert "\n" not in str(error.value)
 
 
 # --- the hub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -267,7 +268,8 @@ def test_what_is_refused_is_named(given: Any, message: str) -> None:
         ("lr", -1e-4, "0 or more"),
         ("lr", float("nan"), "0 or more"),
         ("router_lr", -1.0, "0 or more"),
-        ("warmup", 1.5, r"in \[0, 1\]"),
+        ("warmup", 1.5, r"a share in \[0, 1\), or a whole number of optimizer steps"),
+        ("floor", 1.5, r"in \[0, 1\]"),
         ("ramp", -0.1, r"in \[0, 1\]"),
         ("target_sparsity", 0.0, "strictly between 0 and 1"),
         ("target_sparsity", 1.0, "strictly between 0 and 1"),
@@ -349,6 +351,47 @@ def test_tokens_keep_their_shares() -> None:
     assert [step.tokens for step in scaled.steps if isinstance(step, Train)] == [30_000, 10_000]
     assert scaled.train_tokens() == 40_000
     assert scaled.steps[:2] == TWO_STAGES.steps[:2]  # calibration is no training
+
+
+THREE = Recipe(
+    "three", (Train(epochs=3), Train(epochs=1), Train(epochs=1)), epoch_tokens=1_000, bos="never"
+)
+
+
+def test_epochs_and_tokens_take_each_others_place() -> None:
+    assert [step.epochs for step in with_options(THREE, epochs=10).train_steps] == [6, 2, 2]
+    for changed in (with_options(THREE, tokens=50), with_options(THREE.counted(), tokens=50)):
+        assert [(step.tokens, step.epochs) for step in changed.train_steps] == [
+            (30, 0),
+            (10, 0),
+            (10, 0),
+        ]
+    once = with_options(TWO_STAGES, epochs=2)
+    assert [(step.tokens, step.epochs) for step in once.train_steps] == [(0, 1.5), (0, 0.5)]
+    assert THREE.counted().train_tokens() == 5_000 and THREE.train_tokens() == 0
+    assert with_options(THREE, packing="isolated", bos="always").bos == "always"
+
+
+def test_epochs_are_written_and_read_again() -> None:
+    assert parse_recipe(yaml.safe_load(THREE.to_yaml())) == THREE
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe("x", (Train(tokens=8, epochs=1),)), "8 tokens and 1 epochs, and the two"),
+        (lambda: Recipe("x", (Train(tokens=8), Train(epochs=1))), "some train steps count tokens"),
+        (lambda: Recipe("x", (Train(epochs=-1),)), "epochs is -1, but must be 0 or more"),
+        (lambda: Recipe("x", (Train(epochs=float("inf")),)), "epochs is inf, but must be finite"),
+        (lambda: replace(THREE, epoch_tokens=0).counted(), "trains 5 epochs of a text that is not"),
+        (lambda: replace(THREE, epoch_tokens=-1), "epoch_tokens is -1, but must be 0 or more"),
+        (lambda: with_options(THREE, epochs=0), "epochs is 0, but must be a number above 0"),
+        (lambda: with_options(THREE, epochs=1, tokens=5), "5 tokens and 1 epochs are given"),
+    ],
+)
+def test_how_often_a_text_is_read_is_said_once(make: Callable[[], Recipe], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=4), st.integers(10**4, 10**6))

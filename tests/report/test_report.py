@@ -128,6 +128,24 @@ def test_the_caption_names_the_texts_by_their_fingerprints() -> None:
     assert not {"text", "(text"} & {word for line in shown(DENSE, ROW) for word in line}
 
 
+def test_the_caption_says_which_protocol_it_was() -> None:
+    row = replace(ROW, protocol="wikitext2", data="hub:x", text="aa11", stride=256, after=8)
+    said = " ".join(word for line in shown(row) for word in line)
+    assert "1022 tokens of wikitext2 from hub:x (text aa11), windows of 512 at a stride" in said
+    assert "at a stride of 256, after the first 8 of each, bfloat16" in said
+    assert "held-out" not in said
+
+
+def test_rows_of_two_protocols_do_not_mix() -> None:
+    rows = replace(DENSE, protocol="wikitext2"), replace(ROW, protocol="wikitext2", stride=256)
+    with pytest.raises(ValueError) as error:
+        to_json(rows)
+    assert str(error.value) == (
+        "donor was measured by wikitext2, out/lte by wikitext2 at a stride of 256: they do not "
+        "compare, measure both in one call"
+    )
+
+
 def test_rows_of_two_texts_do_not_mix(tmp_path: Path) -> None:
     rows = [replace(DENSE, text="aa11"), replace(ROW, text="bb22")]
     (tmp_path / "rows.json").write_text(f"{to_json(rows[:1])[:-1]},{to_json(rows[1:])[1:]}")

@@ -75,6 +75,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def figures(folder: Path) -> dict[str, float]:
     found = json.loads((folder / "figures.json").read_text())
+    found.pop("heldout_perplexity", None)  # that of heldout_lm, with its error in another unit
     return {name: value for name, value in found.items() if isinstance(value, float)}
 
 
@@ -159,6 +160,49 @@ def test_an_expert_without_a_token_stops_no_process(
     assert mine.keys() == theirs.keys()
     for name, value in mine.items():
         assert (value - theirs[name]).abs().max() < 2e-6, name
+
+
+# --- looks at held-out text, a time limit, torch.compile
+
+
+@pytest.fixture(scope="module")
+def looped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `trained`, with looks; stopped by the clock of one process and taken up; compiled."""
+    return by_one_and_two(tmp_path_factory, "loop")
+
+
+def curve(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "figures.json").read_text())["history"]
+    return {entry["step"]: entry["heldout_lm"] for entry in history if "heldout_lm" in entry}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_processes_share_a_look_at_held_out_text(way: str, looped: Path) -> None:
+    alone, together = looped / "one" / "plain" / "through", looped / "two" / way / "through"
+    assert list(curve(alone)) == [2, 4, 6]
+    assert curve(together) == pytest.approx(curve(alone), abs=1e-5)
+    mine, theirs = weights(together), weights(alone)
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() < 2e-6, name
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_clock_of_one_process_stops_all_and_they_go_on_bit_by_bit(
+    way: str, looped: Path
+) -> None:
+    through, resumed = (looped / "two" / way / name for name in ("through", "resumed"))
+    assert curve(resumed) == curve(through)
+    mine, theirs = weights(resumed), weights(through)
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "zero3"])
+def test_processes_that_compile_end_where_those_that_do_not_do(way: str, looped: Path) -> None:
+    eager, compiled = (looped / "two" / way / name for name in ("through", "compiled"))
+    mine, theirs = weights(compiled), weights(eager)
+    for name, value in mine.items():
+        assert (value - theirs[name]).abs().max() < 1e-5, name
+    assert curve(compiled) == pytest.approx(curve(eager), abs=1e-5)
 
 
 # --- gradients of several passes

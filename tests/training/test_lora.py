@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.recipe import Lora, parse_recipe
+from moe_tools.recipe import Lora, Train, parse_recipe
+from moe_tools.training import arguments
+from moe_tools.training import train as train_module
 from moe_tools.training.checkpoints import newest_checkpoint
+from moe_tools.training.optimizer import MasterAdamW
+from moe_tools.training.parts import trainable_parts
 from moe_tools.training.train import train
 from tests.families import build, is_router, logits
 from tests.training.test_train import (
@@ -86,6 +92,43 @@ def test_an_adapter_of_rate_zero_changes_nothing(tmp_path: Path) -> None:
     plain = copy.deepcopy(model)
     train(model, replace(DENSE, lora=Lora(), lr=0.0), text(8), tmp_path)
     assert (logits(model) - logits(plain)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [1, 8])
+def test_gradients_of_adapters_are_summed_in_fp32(
+    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bf16 weights, too: what an optimizer step sees is the fp32 sum of what its passes gave."""
+    sums: dict[int, Tensor] = {}
+    trained: list[nn.Parameter] = []
+
+    def add(grad: Tensor, key: int) -> None:
+        sums[key] = sums.get(key, torch.zeros(())) + grad.float()
+
+    def listened(model: PreTrainedModel, step: Train) -> list[dict[str, Any]]:
+        groups = trainable_parts(model, step)
+        for param in (param for group in groups for param in group["params"]):
+            trained.append(param.requires_grad_())
+            param.register_hook(partial(add, key=id(param)))
+        return groups
+
+    seen: list[list[Tensor]] = []
+    step_of = torch.optim.AdamW.step
+
+    def step(optimizer: MasterAdamW, closure: Any = None) -> Any:
+        seen.append([one.grad.clone() for one in optimizer.masters()])
+        return step_of(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(train_module, "trainable_parts", listened)
+    monkeypatch.setattr(arguments, "CLIPPING", 1e9)
+    spec = replace(LORA, batch_size=1, accumulate=accumulate)
+    train(converted(torch.bfloat16), spec, text(accumulate), tmp_path)
+    (found,) = seen
+    assert len(found) == len(trained) > 4
+    assert all(grad.dtype == torch.float32 for grad in found)
+    for grad, param in zip(found, trained, strict=True):
+        assert torch.allclose(grad, sums[id(param)], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.recipe import Lora, Recipe, Train
 from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
 from moe_tools.steps.launch import Launch
+from moe_tools.steps.time_limit import TimeIsUp, TimeLimit
 from moe_tools.training import zero
 from moe_tools.training.arguments import training_arguments
 from moe_tools.training.train import train
@@ -140,9 +141,9 @@ def experts(out: Path) -> None:
         for name, step in EXPERT_STEPS.items():
             model = moe_host(name)
             idle = idle_experts(model)
-            step = replace(step, accumulate=2 // processes.count())
-            folder = out / f"fp32-{way}-{name}"
-            figures = train(model, step, text(12), folder, launch=launch)
+            step = replace(step, accumulate=2 // processes.count(), evaluate_every=2)
+            folder, held_out = out / f"fp32-{way}-{name}", text(300)[294:]
+            figures = train(model, step, text(12), folder, launch=launch, held_out=held_out)
             assert sum(count > 0 for count in idle) > 6
             if processes.rank() == 0:
                 keep(folder, figures, model)
@@ -185,6 +186,33 @@ def sums(out: Path) -> None:
             figures = train(model, step, text(BLOCKS), work, launch=launch)
             if processes.rank() == 0:
                 keep(work, figures, model)
+
+
+LOOKS = replace(SOFT, target_sparsity=0.4, evaluate_every=2, checkpoint_every=4)
+
+
+def loop(out: Path) -> None:
+    """Looks at held-out text in every way; stops by the clock of one process, and goes on."""
+    step = replace(LOOKS, accumulate=2 // processes.count())
+    held_out = text(300)[270:]  # 8 batches, the last of 2 blocks; of two processes 4 each
+    for way, launch in launches("fp32").items():
+        for name in ("through", "stopped", "resumed", "compiled"):
+            model = converted()
+            work = out / way / ("stopped" if name == "resumed" else name)
+            now = launch
+            if name == "compiled":
+                if launch.zero_stage == 3:
+                    continue  # it is refused
+                now = replace(launch, compile=True)
+            if name == "stopped":  # the clock of the last process alone
+                last = processes.rank() == processes.count() - 1
+                now = replace(launch, limit=TimeLimit(1e-9 if last else 1e3))
+                with pytest.raises(TimeIsUp, match="after optimizer step 1 of 6"):
+                    train(model, step, text(BLOCKS), work, launch=now, held_out=held_out)
+                continue
+            figures = train(model, step, text(BLOCKS), work, launch=now, held_out=held_out)
+            if processes.rank() == 0:
+                keep(out / way / name, figures, model)
 
 
 SMALL_GRADIENTS = [1.0, *[2.0**-9] * 254, -1.0]
@@ -233,6 +261,7 @@ def small_gradients(out: Path) -> None:
 
 
 def keep(folder: Path, figures: dict[str, Any], model: torch.nn.Module) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures.json").write_text(json.dumps(figures))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "trained.safetensors")
@@ -263,5 +292,5 @@ if __name__ == "__main__":
     with processes.process_group("cpu", alone=task == "small_gradients"):
         if task == "stages" and processes.count() > 1:
             manners()
-        tasks = {f.__name__: f for f in (stages, experts, routers, sums, small_gradients)}
+        tasks = {f.__name__: f for f in (stages, experts, routers, sums, loop, small_gradients)}
         tasks[task](Path(words[0]))
