@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_tools.cli.options import (
     BLOCK_LENGTH,
     PAPERS,
+    TASKS,
     add_baseline_options,
     add_json_option,
     add_model_options,
@@ -18,6 +20,9 @@ from moe_tools.cli.options import (
     positive,
 )
 from moe_tools.names import RECIPE
+
+if TYPE_CHECKING:
+    from moe_tools.data import Task
 
 SUMMARY = "measure perplexity, bytes a token and FLOPs beside the dense model"
 
@@ -41,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, help="blocks; default: 4, of a protocol's long windows 1"
     )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        help="what the models were made for; default: as the recipe in the folder says, else as "
+        "the model's head does",
+    )
     parser.add_argument("--seed", type=int, default=0, help="which tokens of an encoder are masked")
     parser.add_argument(
         "--tasks",
@@ -57,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "does it",
     )
     parser.add_argument("--task-folder", metavar="DIR", help="task files of your own, in YAML")
-    parser.add_argument("--limit", type=positive, metavar="N", help="examples of each task")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="examples of each task; rows of seq2seq that are generated, default: 64",
+    )
     parser.add_argument(
         "--sweep",
         nargs="*",
@@ -122,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
         dtype=pick_dtype(args.dtype, device),
         device=device,
         seed=args.seed,
+        task=args.task or _recipe_task(args.folder[0]),
         tasks=Tasks(tuple(args.tasks), args.task_folder, args.limit, args.bos),
     )
     if args.sweep is not None:
@@ -161,3 +178,14 @@ def _recipe_data(folder: str) -> str:
 
     file = Path(folder) / RECIPE
     return held_out(read_recipe(file).data) if file.is_file() else "docs"
+
+
+def _recipe_task(folder: str) -> Task | None:
+    """Returns what the folder's run was made for; None without a recipe, which asks the head."""
+    from moe_tools.recipe import read_recipe
+
+    file = Path(folder) / RECIPE
+    try:
+        return read_recipe(file).task if file.is_file() else None
+    except ValueError:  # of another version, maybe
+        return None

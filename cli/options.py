@@ -7,6 +7,8 @@ from pathlib import Path
 
 BLOCK_LENGTH = "tokens; default: 512, or the context of the model if that is shorter"
 """The help of --block-length."""
+TASKS = ("lm", "classify", "regress", "seq2seq")
+"""Values of `moe_tools.data.tasks.Task`."""
 BASELINES = ("int8", "int4", "teal", "cats", "few_bits", "griffin")
 """Keys of `moe_tools.runs.baselines.BASELINES`."""
 PICTURES = (".png", ".svg", ".pdf")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_tools import processes
 from moe_tools.cli.dry_run import add_dry_run_options, dry_run
-from moe_tools.cli.options import above_0, add_donor_options, add_json_option, positive
+from moe_tools.cli.options import TASKS, above_0, add_donor_options, add_json_option, positive
 
 if TYPE_CHECKING:
     from moe_tools.recipe import Recipe
@@ -105,6 +105,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE[:COLUMN][:WEIGHT]",
         help="docs, a file or folder, a hub dataset, or self; several are mixed",
     )
+    parser.add_argument("--task", choices=TASKS, help="what is learned; default: the recipe's")
     parser.add_argument("--epochs", type=float, help="in place of tokens: how often all is read")
     parser.add_argument("--block-length", type=positive, help="tokens of one training block")
     parser.add_argument(
@@ -137,6 +138,7 @@ def run_file(args: argparse.Namespace, file: str | Path, *, eval_tokens: int = 0
         packing=args.packing,
         bos=args.bos,
         seed=args.seed,
+        task=args.task,
     )
     if args.block_length is not None:
         check_given(args.model, args.block_length)
@@ -233,7 +235,7 @@ def _plan_table(job: Job, device: str) -> Setup | None:
     if is_large(job.model, dtype) if job.stream is None else job.stream:
         return None
     setup = held_out_setup(job.recipe, tokens=job.eval_tokens, dtype=dtype, device=device)
-    Bench(setup, job.model, job.recipe.task == "classify").check(job.model)
+    Bench(setup, job.model).check(job.model)
     return setup
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 WORDS = [f"w{index}" for index in range(60)]
@@ -45,3 +45,30 @@ def rows_of(run: Run, *words: str) -> list[dict[str, Any]]:
     code, out, _ = run("evaluate", *words, *EVALUATE, "--json", "-")
     assert code == 0
     return json.loads(out)
+
+
+def build_pair_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    """As BERT's: [CLS] one [SEP] other [SEP], with the types of tokens; the first word is 4."""
+    special = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """A .jsonl file of these rows; its path."""
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return str(file)

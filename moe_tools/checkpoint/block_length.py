@@ -6,6 +6,7 @@ import logging
 
 from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.data.limits import check_length, context_length
+from moe_tools.data.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -13,13 +14,13 @@ DEFAULT = 512
 """Tokens of a block, where nobody says another length."""
 
 
-def fitting_length(source: str, wanted: int = DEFAULT, *, classify: bool = False) -> int:
+def fitting_length(source: str, wanted: int = DEFAULT, *, task: Task = "lm") -> int:
     """The wanted length, or the model's context if that is shorter; one line is logged then.
 
     A source whose config cannot be read keeps what is wanted: to load it says what is wrong.
     """
     try:
-        model = skeleton(source, classify=classify)
+        model = skeleton(source, task=task)
     except ValueError:
         return wanted
     context = context_length(model)

@@ -164,6 +164,7 @@ def _figures(folder: Path) -> str:
         return ""
     first = rows[0]
     measure = "perplexity" if first["accuracy"] is None else "accuracy"
+    measure = "pearson" if first["perplexity"] is None else measure  # of a regression
     columns = f"| model | {measure} | FFN sparsity | FFN bytes a token | FFN FLOPs |"
     lines = [columns, "|---|---|---|---|---|", *(_line(row, measure) for row in rows)]
     fingerprint = f"; text {first['text']}" if first.get("text") else ""
@@ -192,7 +193,9 @@ def _line(row: dict[str, Any], measure: str) -> str:
     title, off = roles.get(row["role"], "converted"), row["ffn_sparsity"]
     read = row.get("ffn_bytes_share")  # rows of older versions have none
     figures = ["-" if share is None else f"{share:.2f}x" for share in (read, row["ffn_share"])]
-    return f"| {title} | {row[measure]:.4g} | {off:.1%} | {' | '.join(figures)} |"
+    quality = row["tasks"].get(measure) if measure == "pearson" else row[measure]
+    said = "-" if quality is None else f"{quality:.4g}"
+    return f"| {title} | {said} | {off:.1%} | {' | '.join(figures)} |"
 
 
 def _recipe(folder: Path, conversion: Conversion, train_tokens: int | None) -> str:

@@ -34,6 +34,7 @@ from moe_tools.checkpoint.rebuild import check_rebuilt
 from moe_tools.checkpoint.remote_code import is_trusted, trusted
 from moe_tools.checkpoint.sizes import check_counts, room, sized
 from moe_tools.checkpoint.stored import some, stored_tensors
+from moe_tools.data.tasks import Task
 from moe_tools.experts.conversion import read_block
 from moe_tools.extras import needed
 from moe_tools.hosts.dequantise import dequantise
@@ -60,6 +61,22 @@ def is_classifier_source(source: str) -> bool:
     except ValueError:
         return False
     return host_class(config).__name__ in (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+
+
+def regresses(model: nn.Module) -> bool:
+    """Whether a classifier has one output, which is then a score and no class."""
+    config: Any = model.config
+    return is_classifier(model) and config.num_labels == 1
+
+
+def task_of(source: str) -> Task:
+    """What a folder or hub id is made for, by its config: `lm` where the head says nothing else.
+
+    An encoder-decoder is `lm`, too: what its texts are, its config does not know.
+    """
+    if not is_classifier_source(source):
+        return "lm"
+    return "regress" if read_config(source).num_labels == 1 else "classify"
 
 
 def is_quantised_source(source: str) -> bool:
@@ -97,20 +114,49 @@ def load_classifier(
                 f"{len(labels)} labels: {some(labels)}"
             )
         return model
+    names = dict(enumerate(labels))
+    numbers = {name: index for index, name in names.items()}
+    return _with_head(source, dtype, device, id2label=names, label2id=numbers)
+
+
+def load_regressor(
+    source: str, *, dtype: torch.dtype, device: str = "cpu"
+) -> transformers.PreTrainedModel:
+    """Loads a dense model that gives a text one score, with a fresh, random head if it has none.
+
+    Its config says `problem_type: regression`.
+
+    Raises:
+        ValueError: nothing there, a tensor of the body is missing, a classifier, or an architecture
+            that transformers has no classifier of.
+    """
+    if not is_classifier_source(source):
+        return _with_head(source, dtype, device, num_labels=1, problem_type="regression")
+    model = load(source, dtype=dtype, device=device)
+    if not regresses(model):
+        raise ValueError(
+            f"{source} tells {model.config.num_labels} classes apart, and a regression gives one "
+            "score: use task: classify, or give a model without a head"
+        )
+    model.config.problem_type = "regression"
+    return model
+
+
+def _with_head(
+    source: str, dtype: torch.dtype, device: str, **head: Any
+) -> transformers.PreTrainedModel:
     method = quantised_by(read_config(source))
     if method is not None:
         raise ValueError(
             f"{source} is quantised ({method}), and cannot get a head: write it out as "
             "moe_tools.load gives it, which is dequantised, and start from there"
         )
-    names = dict(enumerate(labels))
     named = named_errors(f"cannot load {source}: ")
     with quiet_transformers(), transformers_patched(True), named:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             source,
             dtype=dtype,
-            id2label=names,
-            label2id={name: index for index, name in names.items()},
+            **head,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=is_trusted(),

@@ -17,11 +17,12 @@ from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.checkpoint.rebuild import add_modules
 from moe_tools.checkpoint.remote_code import is_trusted
 from moe_tools.checkpoint.sizes import sized
+from moe_tools.data.tasks import HEADS, Task
 from moe_tools.experts.conversion import read_block
 
 
 def skeleton(
-    source: str, *, dtype: torch.dtype = torch.bfloat16, classify: bool = False
+    source: str, *, dtype: torch.dtype = torch.bfloat16, task: Task = "lm"
 ) -> PreTrainedModel:
     """Builds the model that `load` would give, with shapes and dtypes but no numbers.
 
@@ -30,7 +31,7 @@ def skeleton(
     Args:
         source: a folder with a `config.json`, a hub id or a GGUF file.
         dtype: of the host's weights. Routers stay fp32.
-        classify: a classifier, its head new where the model is none.
+        task: one of a head on the body makes it a classifier, its head new where it has none.
 
     Raises:
         ValueError: no config there, or one that no model can be built from.
@@ -40,7 +41,7 @@ def skeleton(
     conversion = read_block(config)
     with quiet_transformers(), torch.device("meta"), transformers_patched(True):
         with named_errors(f"cannot build a model from the config of {source}: "), sized(source):
-            model = _build(config, classify)
+            model = _build(config, task)
         model = model.to(dtype)  # type: ignore[arg-type]
         if conversion is not None:
             add_modules(model, conversion)
@@ -62,12 +63,14 @@ def _gguf_config(path: Path, _: tuple[int, int, int] | None) -> Any:
     return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def _build(config: Any, classify: bool) -> PreTrainedModel:
+def _build(config: Any, task: Task) -> PreTrainedModel:
     host: Any = host_class(config)
     made: PreTrainedModel = (
         host.from_config(config, trust_remote_code=is_trusted()) if _is_auto(host) else host(config)
     )
-    if classify and not is_classifier(made):
+    if task in HEADS and not is_classifier(made):
+        if task == "regress":
+            config.num_labels = 1
         return AutoModelForSequenceClassification.from_config(config)
     return made
 

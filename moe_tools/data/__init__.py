@@ -7,6 +7,7 @@
     generate_blocks(model, ...)           blocks_BT: what the donor itself says, from BOS on
     labelled_batches(source, ...)         labelled documents, as batches of rows of one length
     labelled_blocks(batches, length)      blocks_BT: the rows of such batches end to end
+    task_batches(task, source, ...)       the same of every task: classes, scores, targets to say
     fingerprint(blocks_BT)                shows that two runs saw the same tokens
 
 A source is "docs" (docstrings of pinned wheels, fetched once), a .txt, .md, .jsonl or .parquet
@@ -23,20 +24,26 @@ from moe_tools.data.labelled import label_names, labelled_batches, labelled_bloc
 from moe_tools.data.packing import blocks, fingerprint, rows
 from moe_tools.data.rows import Rows
 from moe_tools.data.sources import texts
+from moe_tools.data.tasks import Blocks, Task, TaskText, calibration_text, task_batches
 
 __all__ = [
     "Batch",
     "Batches",
+    "Blocks",
     "Rows",
+    "Task",
+    "TaskText",
     "Text",
     "TextSplit",
     "blocks",
+    "calibration_text",
     "fingerprint",
     "generate_blocks",
     "label_names",
     "labelled_batches",
     "labelled_blocks",
     "rows",
+    "task_batches",
     "texts",
     "token_count",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from moe_tools.data.batch import Batch
 from moe_tools.data.batching import Batches, Text
 from moe_tools.data.rows import Rows
 
@@ -25,6 +27,12 @@ def continues_text(model: PreTrainedModel) -> bool:
     One that sees pictures beside the text is one too; an encoder-decoder is none.
     """
     return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
+def says_targets(model: PreTrainedModel) -> bool:
+    """Whether a model is an encoder-decoder that can be taught what to say about a text."""
+    shift = getattr(type(model), "prepare_decoder_input_ids_from_labels", None)
+    return bool(model.can_generate()) and model.config.is_encoder_decoder and shift is not None
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -65,7 +73,7 @@ def check_text(model: PreTrainedModel, text: Text | Rows) -> None:
         rows = text.rows if isinstance(text, Batches) else text
         longest, largest = rows.length, rows.largest
     else:
-        tensors = [text] if isinstance(text, Tensor) else [batch.ids_BT for batch in text]
+        tensors = [text] if isinstance(text, Tensor) else [*_tokens(text)]
         longest = max(ids_BT.shape[1] for ids_BT in tensors)
         largest = max(int(ids_BT.max()) for ids_BT in tensors)
     check_length(model, longest)
@@ -74,4 +82,23 @@ def check_text(model: PreTrainedModel, text: Text | Rows) -> None:
         raise ValueError(
             f"token {largest} is outside the vocabulary of {type(model).__name__}, "
             f"{vocabulary} tokens: tokenise with the model's own tokenizer"
+        )
+    if not isinstance(text, Batches | Rows | Tensor):
+        _check_types(model, text)
+
+
+def _tokens(batches: Iterable[Batch]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield batch.ids_BT
+        if batch.targets_BS is not None:
+            yield batch.targets_BS
+
+
+def _check_types(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+    known = getattr(model.config, "type_vocab_size", None)
+    largest = max((int(b.types_BT.max()) for b in batches if b.types_BT is not None), default=0)
+    if known is not None and largest >= max(known, 1):
+        raise ValueError(
+            f"the tokenizer tells {largest + 1} texts of a pair apart, but {type(model).__name__} "
+            f"has {known} types of tokens: tokenise with the model's own tokenizer"
         )

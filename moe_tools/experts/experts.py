@@ -94,6 +94,13 @@ class Routing(NamedTuple):
             return values_T[self.valid_T]
         return values_T.reshape(-1, *values_T.shape[self.mask_TE.ndim - 1 :])
 
+    def without_padding(self) -> Routing:
+        """The same decision on the tokens alone."""
+        if self.valid_T is None:
+            return self
+        scores_TE, mask_TE = (self.of_tokens(each) for each in (self.scores_TE, self.mask_TE))
+        return self._replace(scores_TE=scores_TE, mask_TE=mask_TE, valid_T=None)
+
 
 class ExpertFFN(PackableFFN):
     """An FFN whose neurons run only when their expert is selected.

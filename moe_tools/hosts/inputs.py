@@ -1,20 +1,45 @@
-"""What a forward pass over plain text takes. Letters: B blocks, T tokens of a block."""
+"""What a forward pass over text takes.
+
+Letters: B blocks, T tokens of a block, S tokens that a decoder says about it.
+"""
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 from torch import Tensor, nn
 
 from moe_tools.data.batch import Batch
+from moe_tools.names import IGNORE
 
 
 def model_inputs(model: nn.Module, text: Tensor | Batch) -> dict[str, Tensor]:
-    """A model's arguments for blocks_BT or a batch; an encoder-decoder gets it on both sides."""
+    """A model's arguments for blocks_BT or a batch.
+
+    An encoder-decoder gets blocks on both sides; of a batch with targets, its decoder gets those,
+    moved on by one as it does itself. Types of tokens go to a model that takes them.
+    """
     batch = Batch(text) if isinstance(text, Tensor) else text
     inputs = {"input_ids": batch.ids_BT}
-    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+    if batch.targets_BS is not None:
+        inputs |= _decoder_inputs(model, batch.targets_BS)
+    elif model.config.is_encoder_decoder:  # type: ignore[union-attr]
         inputs["decoder_input_ids"] = batch.ids_BT
     if batch.mask_BT is not None:
         inputs["attention_mask"] = batch.mask_BT.long()
     if batch.positions_BT is not None:
         inputs["position_ids"] = batch.positions_BT
+    if batch.types_BT is not None and TYPES in inspect.signature(model.forward).parameters:
+        inputs[TYPES] = batch.types_BT
     return inputs
+
+
+TYPES = "token_type_ids"
+
+
+def _decoder_inputs(model: Any, targets_BS: Tensor) -> dict[str, Tensor]:
+    return {
+        "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=targets_BS),
+        "decoder_attention_mask": (targets_BS != IGNORE).long(),
+    }

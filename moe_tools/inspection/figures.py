@@ -221,6 +221,8 @@ def pareto(rows: Sequence[Row]) -> Any:
     Rows of a version that counted no bytes stand over their FLOPs.
     """
     quality = "perplexity" if rows[0].accuracy is None else "accuracy"
+    if rows[0].perplexity is None:  # a regression
+        quality = "pearson"
     kind = "log" if quality == "perplexity" else "linear"
     counted = all(row.ffn_bytes_share is not None for row in rows)
     title = "FFN bytes a token reads, share of bf16" if counted else "FFN FLOPs, share of dense"
@@ -237,7 +239,7 @@ def pareto(rows: Sequence[Row]) -> Any:
             {
                 "share": [row.ffn_bytes_share or row.ffn_share for row in ordered],
                 "flops": [row.ffn_share for row in ordered],
-                "quality": [getattr(row, quality) for row in ordered],
+                "quality": [_measured(row, quality) for row in ordered],
                 "model": [_setting(row) for row in ordered],
             }
         )
@@ -252,6 +254,10 @@ def pareto(rows: Sequence[Row]) -> Any:
     made.legend.orientation = "horizontal"
     made.legend.ncols = 3
     return made
+
+
+def _measured(row: Row, quality: str) -> float | None:
+    return row.tasks.get(quality) if quality == "pearson" else getattr(row, quality)
 
 
 def _setting(row: Row) -> str:

@@ -12,6 +12,7 @@ from moe_tools.data import Batch, token_count
 from moe_tools.data.generate import evaluating
 from moe_tools.data.limits import check_text
 from moe_tools.data.progress import progress
+from moe_tools.hosts.inputs import model_inputs
 from moe_tools.measure.evaluate import Evaluation, tally
 
 
@@ -42,16 +43,17 @@ def evaluate_classifier(
         for batch in batches:
             labels_B = batch.labels_B
             assert labels_B is not None
-            logits = model(input_ids=batch.ids_BT.to(model.device)).logits.float().cpu()
+            here = batch.to(model.device)
+            logits = model(**model_inputs(model, here)).logits.float().cpu()
             nats += nn.functional.cross_entropy(logits, labels_B, reduction="sum").item()
             hits += int((logits.argmax(-1) == labels_B).sum())
             rows += len(labels_B)
             bar.update()
-    tokens, length = token_count(batches), _context(batches)
+    tokens, length = token_count(batches), context(batches)
     return seen.evaluation(nats, rows, tokens, length, accuracy=hits / rows)
 
 
-def _context(batches: Sequence[Batch]) -> int:
+def context(batches: Sequence[Batch]) -> int:
     """Length of the row that the average token is in, rounded."""
     squares = sum(batch.ids_BT.numel() * batch.ids_BT.shape[1] for batch in batches)
     return round(squares / token_count(batches))

@@ -41,7 +41,7 @@ class Evaluation:
     """The figures of one model on one text."""
 
     perplexity: float
-    """exp(nats_per_token)."""
+    """exp(nats_per_token); NaN, as that, for a regression."""
     nats_per_token: float
     """Mean negative log-likelihood of the predicted tokens."""
     tokens: int
@@ -63,6 +63,9 @@ class Evaluation:
     """Path of an MoE layer -> both kinds of its sparsity."""
     accuracy: float | None = None
     """Share of texts whose class is right; None: it is no classifier."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What else its task is judged by: a regression's "mse", "pearson" and "spearman", an
+    encoder-decoder's "token accuracy" and "exact match"."""
     zeros: float | None = None
     """Share of exact zeros among the neurons that ran: all of a dense model's, of a routed one
     those that it turned on. None: its activation gives no zeros."""

@@ -203,7 +203,7 @@ def contexts(model: PreTrainedModel, length: int) -> list[float]:
     config = attending(model)
     layers = config.num_hidden_layers
     if config.is_encoder_decoder:
-        return [length] * layers + [causal_context(length) + length] * config.num_decoder_layers
+        return [length] * layers + [causal_context(length) + length] * decoder_layers(config)
     if not model.can_generate():
         return [length] * layers
     window = getattr(config, "sliding_window", None)
@@ -211,6 +211,12 @@ def contexts(model: PreTrainedModel, length: int) -> list[float]:
     return [
         causal_context(length, window if kind == "sliding_attention" else None) for kind in kinds
     ]
+
+
+def decoder_layers(config: Any) -> int:
+    """Layers of the decoder of an encoder-decoder, of which there are two names."""
+    found = getattr(config, "num_decoder_layers", None)
+    return int(config.decoder_layers if found is None else found)
 
 
 def causal_context(length: int, window: int | None = None) -> float:

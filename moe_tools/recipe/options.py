@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_tools.data.packing import Bos, Packing
+from moe_tools.data.tasks import Task
 from moe_tools.recipe.recipe import Recipe
 from moe_tools.steps.step import Option, Step
 
@@ -31,6 +32,7 @@ def with_options(
     packing: Packing | None = None,
     bos: Bos | None = None,
     seed: int | None = None,
+    task: Task | None = None,
 ) -> Recipe:
     """Returns the recipe under the command line's options; None leaves a value as it is.
 
@@ -73,6 +75,7 @@ def with_options(
         packing=recipe.packing if packing is None else packing,
         bos=recipe.bos if bos is None else bos,
         seed=recipe.seed if seed is None else seed,
+        task=recipe.task if task is None else task,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 import yaml
 from transformers import PreTrainedModel
 
 from moe_tools.data.packing import Bos, Packing
+from moe_tools.data.tasks import Task
 from moe_tools.registry import Registry
 from moe_tools.steps.attach import Attach
 from moe_tools.steps.budget import Budget
@@ -42,13 +42,16 @@ class Recipe:
     """The donor it was tuned on; any model of a supported family can be given instead."""
     paper: str = ""
     data: str = "docs"
-    """Training text: `docs`, a file or folder, a hub dataset, or `self`; to classify, a .jsonl or
-    .parquet file with the columns text and label. `FILE:COLUMN` names another one."""
-    task: Literal["lm", "classify"] = "lm"
-    """What the loss `lm` is the cross entropy of: the next token, or the label of a whole text."""
+    """Training text: `docs`, a file or folder, a hub dataset, or `self`; of any task but lm, a
+    .jsonl or .parquet file with the columns text and label, or source and target. `FILE:COLUMN`
+    names another one."""
+    task: Task = "lm"
+    """What the loss `lm` is of: the next token (lm), the class of a text or a pair of texts
+    (classify), its score, by squared error (regress), or what a decoder says about what an encoder
+    reads (seq2seq)."""
     block_length: int = 512
-    """Tokens of a block; of a text to classify, at most. A run makes it the donor's context, if
-    that is shorter."""
+    """Tokens of a block; of any task but lm, of a row at most. A run makes it the donor's context,
+    if that is shorter."""
     packing: Packing = "joined"
     """How texts share a row: `joined` end to end, a token sees all before it; `isolated`, no token
     sees another text; `padded`, one text a row."""

@@ -13,19 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.checkpoint.loading import (
     is_classifier,
-    is_classifier_source,
     load,
     load_tokenizer,
     prompt_share,
+    regresses,
+    task_of,
 )
 from moe_tools.checkpoint.skeleton import skeleton
-from moe_tools.data import Batches, fingerprint
-from moe_tools.data.limits import check_length, check_text, continues_text
+from moe_tools.data import Batches, Blocks, fingerprint
+from moe_tools.data.limits import check_length, check_text, continues_text, says_targets
+from moe_tools.data.tasks import HEADS
 from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
-from moe_tools.measure.classify import evaluate_classifier
+from moe_tools.measure.by_task import evaluate_task
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
 from moe_tools.measure.rows import check_rows, evaluate_rows
+from moe_tools.measure.seq2seq import GENERATED
 from moe_tools.measure.tasks import run_tasks
 from moe_tools.report.by_prompt import measured_by_prompt
 from moe_tools.report.entries import Entry, find_control, row
@@ -74,15 +77,17 @@ def compare(
 class Bench:
     """Evaluates each model once, and sets it beside its donor and its control."""
 
-    def __init__(self, setup: Setup, first: str, classify: bool | None = None) -> None:
-        """The model `first` decides what the tokens are, and whether texts are classified."""
+    def __init__(self, setup: Setup, first: str) -> None:
+        """The model `first` decides what the tokens are, and the task where the setup does not."""
         setup.check()
         self.setup = setup
-        self.classify = is_classifier_source(first) if classify is None else classify
+        self.task = task_of(first) if setup.task is None else setup.task
+        self.classify = self.task in HEADS
+        """Whether the models have a head on a body that may have none as donor."""
         self.check_protocol(first)
         self.tokenizer = load_tokenizer(first)
         setup.tasks.check_bos(self.tokenizer)
-        self.text = setup.text(self.tokenizer, self.classify)
+        self.text = setup.text(self.tokenizer, self.task)
         self.entries: list[Entry] = []
         """The models that were asked for, in the order of their rows."""
 
@@ -92,13 +97,14 @@ class Bench:
         Raises:
             ValueError: it could not.
         """
-        model = skeleton(source, classify=self.classify)
+        model = skeleton(source, task=self.task)
         if isinstance(self.text, Tensor):
             setup, mask_token = self.setup, self.tokenizer.mask_token_id
             check_evaluable(model, self.text, mask_token, setup.after, setup.stride)
         elif isinstance(self.text, Batches):
             check_rows(model, self.text)
         else:
+            self._check_kind(source, model)
             check_text(model, self.text)
 
     def check_protocol(self, source: str) -> None:
@@ -168,9 +174,24 @@ class Bench:
             logger.warning(message, folder)
         dtype, device = self.setup.dtype, self.setup.device
         model = load(folder, dtype=dtype, device=device, routed=not selects)
-        if is_classifier(model) != self.classify:
-            raise ValueError(f"{folder}: classifiers and language models do not compare")
+        self._check_kind(folder, model)
         return model
+
+    def _check_kind(self, source: str, model: PreTrainedModel) -> None:
+        """Whether a model is of the kind that the task needs.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        if is_classifier(model) != self.classify:
+            raise ValueError(f"{source}: classifiers and language models do not compare")
+        if self.classify and regresses(model) != (self.task == "regress"):
+            raise ValueError(f"{source}: classes and scores do not compare")
+        if self.task == "seq2seq" and not says_targets(model):
+            raise ValueError(
+                f"{source} ({type(model).__name__}) is no encoder-decoder, and says no targets: "
+                "leave --task seq2seq out"
+            )
 
     def _entry(self, name: str, model: PreTrainedModel, folder: str) -> Entry:
         """Evaluates a model as it stands."""
@@ -194,7 +215,14 @@ class Bench:
         if isinstance(self.text, Batches):
             return evaluate_rows(model, self.text, title=title)
         if not isinstance(self.text, Tensor):
-            return evaluate_classifier(model, self.text, title=title)
+            return evaluate_task(
+                model,
+                self.text,
+                self.task,
+                tokenizer=self.tokenizer,
+                generated=self.setup.tasks.limit or GENERATED,
+                title=title,
+            )
         return evaluate(
             model,
             self.text,
@@ -207,9 +235,9 @@ class Bench:
         )
 
     @cached_property
-    def calibration_BT(self) -> Tensor:
+    def calibration_BT(self) -> Blocks:
         """Training text for the thresholds of the baselines."""
-        return self.setup.calibration_BT(self.tokenizer, self.classify)
+        return self.setup.calibration_BT(self.tokenizer, self.task)
 
     def rows(self, donor: str | None = None) -> list[Row]:
         """Returns donors first, then each model that was asked for, after its control."""

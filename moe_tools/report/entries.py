@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ class Entry:
         return self.name if self.series else self.folder
 
     def ratio(self, other: Entry | None) -> float | None:
-        """Divides its perplexity by another's; None without another, and for classifiers."""
+        """Divides its perplexity by another's; None without another, and where there is none."""
         if other is None or self.evaluation.accuracy is not None:
+            return None
+        if math.isnan(self.evaluation.perplexity):
             return None
         return self.evaluation.perplexity / other.evaluation.perplexity
 
@@ -63,9 +66,9 @@ def row(
         role=role,
         series=entry.series,
         setting=entry.setting,
-        perplexity=seen.perplexity,
+        perplexity=_number(seen.perplexity),
         accuracy=seen.accuracy,
-        nats_per_token=seen.nats_per_token,
+        nats_per_token=_number(seen.nats_per_token),
         ratio_to_control=entry.ratio(control),
         ratio_to_donor=entry.ratio(donor),
         ffn_sparsity=seen.ffn_sparsity,
@@ -88,13 +91,17 @@ def row(
         device=setup.device,
         layer_sparsity=seen.layer_sparsity,
         zeros=seen.zeros,
-        tasks=entry.tasks,
+        tasks=seen.figures | entry.tasks,
         **_prediction(seen),
         few_bit_ops=seen.flops.few_bit_ops,
         **_bytes(seen),
         two_levels=None if seen.two_levels is None else asdict(seen.two_levels),
         moe_layers={name: asdict(levels) for name, levels in seen.moe_layers.items()},
     )
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def find_control(folder: str) -> str | None:

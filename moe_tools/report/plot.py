@@ -76,6 +76,8 @@ class Quality(NamedTuple):
 def _quality(rows: Sequence[Row]) -> Quality:
     if rows[0].accuracy is not None:
         return Quality("accuracy", "linear", lambda row: row.accuracy)
+    if rows[0].perplexity is None:
+        return Quality("Pearson correlation", "linear", lambda row: row.tasks.get("pearson"))
     if all(row.ratio_to_donor or row.role == "donor" for row in rows):
         ratios = [row.ratio_to_donor or 1.0 for row in rows]
         # What is so much worse is of no use, and would press all others into one line.

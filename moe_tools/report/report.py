@@ -23,8 +23,9 @@ class Row:
     model: str
     role: Role
     """control: the donor trained on the same tokens without routers."""
-    perplexity: float
-    nats_per_token: float
+    perplexity: float | None
+    """None: a regression, as for `nats_per_token`."""
+    nats_per_token: float | None
     ratio_to_control: float | None
     """Perplexity over the control's; None where there is no control, or no perplexity."""
     ratio_to_donor: float | None
@@ -64,7 +65,8 @@ class Row:
     layer_prediction: dict[str, dict[str, float]] = field(default_factory=dict)
     """FFN name -> its recall, precision and predicted sparsity, and the counts behind them."""
     tasks: dict[str, float] = field(default_factory=dict)
-    """"task metric" of lm-evaluation-harness -> figure."""
+    """"task metric" of lm-evaluation-harness -> figure; what else the model's own task is judged
+    by: "mse", "pearson", "spearman", "token accuracy", "exact match"."""
     text: str = ""
     """Fingerprint of the tokens of this evaluation: rows of two do not compare. "": not known."""
     run_text: str = ""
@@ -240,9 +242,11 @@ _BYTES = (
 
 def _columns(first: Row) -> dict[str, Callable[[Row], str]]:
     """Heading -> what a row has below it; "-" is nothing."""
-    quality = "perplexity" if first.accuracy is None else "accuracy"
+    quality: dict[str, Callable[[Row], str]] = {}
+    if not _is_scored(first):
+        quality = {"perplexity" if first.accuracy is None else "accuracy": _quality}
     return {
-        quality: _quality,
+        **quality,
         "/\ncontrol": lambda row: _ratio(row.ratio_to_control),
         "/\ndonor": lambda row: _ratio(row.ratio_to_donor),
         "FFN\nsparsity": _sparsity,
@@ -262,7 +266,14 @@ def _name(row: Row) -> str:
 
 
 def _quality(row: Row) -> str:
+    if row.perplexity is None:
+        return "-"
     return f"{row.perplexity:.2f}" if row.accuracy is None else f"{row.accuracy:.1%}"
+
+
+def _is_scored(row: Row) -> bool:
+    """Whether a row is of a regression, whose figures have columns of their own."""
+    return row.perplexity is None
 
 
 def _sparsity(row: Row) -> str:
@@ -343,7 +354,7 @@ def print_cells(cells: Sequence[dict[str, Any]], file: IO[str]) -> None:
 
 def _text(row: Row) -> str:
     which = f" (text {row.text})" if row.text else ""
-    if row.accuracy is None:
+    if row.accuracy is None and not _is_scored(row):
         after = f", after the first {row.after} of each" if row.after else ""
         if row.protocol:
             text = f"{row.tokens} tokens of {row.protocol} from {row.data}{which}"

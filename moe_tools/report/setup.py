@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moe_tools.data import Batch, Batches, Text, labelled_batches, labelled_blocks, rows
+from moe_tools.data import Batch, Batches, Blocks, Task, Text, calibration_text, rows, task_batches
 from moe_tools.data.holdout import TextSplit
 from moe_tools.data.protocols import check_stride, named_protocol, protocol_windows
 from moe_tools.data.rows import Bos, Rows
@@ -41,6 +40,8 @@ class Setup:
     """Decides which tokens of an encoder's blocks are masked, and what tasks draw."""
     after: int = 0
     """Only what follows the first `after` tokens of every block is predicted."""
+    task: Task | None = None
+    """What the models were made for; None: what the head of the first one says."""
     tasks: Tasks = field(default_factory=Tasks)
     """Tasks of lm-evaluation-harness, beside the perplexity."""
     bos: Bos = "auto"
@@ -80,8 +81,8 @@ class Setup:
         elif self.stride is not None or self.copy is not None:
             raise ValueError("windows with a stride are of a protocol: name one by --protocol")
 
-    def text(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Text:
-        """Reads what is measured on: blocks_BT, or batches of labelled texts or conversations."""
+    def text(self, tokenizer: PreTrainedTokenizerBase, task: Task) -> Text:
+        """Reads what is measured on: blocks_BT, or batches of a task or of conversations."""
         if self.protocol is not None:
             return protocol_windows(
                 self.protocol,
@@ -91,24 +92,25 @@ class Setup:
                 source=self.copy,
                 tokens=self.tokens,
             )
-        if classify:
-            return self._labelled(tokenizer, "heldout", self.tokens)
+        if task != "lm":
+            return self._batches(task, tokenizer, "heldout", self.tokens)
         found = self._rows(tokenizer, "heldout", self.tokens)
         if found.uniform:
             return found.tensor()
         return Batches(found, "padded", self.batch_size)
 
-    def calibration_BT(self, tokenizer: PreTrainedTokenizerBase, classify: bool) -> Tensor:
+    def calibration_BT(self, tokenizer: PreTrainedTokenizerBase, task: Task) -> Blocks:
         """Reads the training text that sets the thresholds of the baselines."""
-        if classify:
-            batches = self._labelled(tokenizer, "train", CALIBRATION)
-            return labelled_blocks(batches, self.block_length)
+        if task != "lm":
+            batches = self._batches(task, tokenizer, "train", CALIBRATION)
+            return calibration_text(batches, self.block_length)
         return self._rows(tokenizer, "train", CALIBRATION).tensor()
 
-    def _labelled(
-        self, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int | None
+    def _batches(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, split: TextSplit, tokens: int | None
     ) -> list[Batch]:
-        return labelled_batches(
+        return task_batches(
+            task,
             self.data,
             tokenizer,
             split=split,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_tools.data import Blocks, TaskText
 from moe_tools.data.packing import blocks_for
 from moe_tools.experts.conversion import read_block, write_conversion
 from moe_tools.hosts.input_threshold import remove_thresholds, thresholds_in
@@ -37,7 +37,7 @@ class Given:
 
     donor: str
     """The dense model: folder, hub id or GGUF file."""
-    calibration_BT: Tensor
+    calibration_BT: Blocks
     """Training text."""
     after: int = 0
     """Tokens of every block that are a prompt."""
@@ -176,7 +176,9 @@ def apply(step: Step, model: PreTrainedModel, given: Given) -> None:
         ValueError: as the step.
     """
 
-    def calibration(tokens: int) -> Tensor:
+    def calibration(tokens: int) -> Blocks:
+        if isinstance(given.calibration_BT, TaskText):
+            return given.calibration_BT
         count = blocks_for(tokens, given.calibration_BT.shape[1])
         return given.calibration_BT[:count].to(model.device)
 

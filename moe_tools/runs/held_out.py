@@ -17,7 +17,7 @@ def held_out_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: in
         ValueError: there is none.
     """
     setup = Setup(held_out(recipe.data), tokens, recipe.block_length)
-    return setup.text(tokenizer, recipe.task == "classify")
+    return setup.text(tokenizer, recipe.task)
 
 
 def check_held_out(

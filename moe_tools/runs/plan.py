@@ -21,6 +21,7 @@ from moe_tools.measure.gpus import gpu
 from moe_tools.measure.memory import WAYS, ModelStates, Way, size
 from moe_tools.measure.network import sent_bytes
 from moe_tools.recipe import Recipe
+from moe_tools.runs.tasks import check_task
 from moe_tools.steps.step import Cost, Setting, Step
 
 PROCESSES = (1, 8, 64)
@@ -217,7 +218,8 @@ def plan(
     """
     machine = machine or Machine(processes=processes)
     once, recipe = recipe.epoch_tokens if recipe.epochs else 0, recipe.counted()
-    host = skeleton(model, dtype=dtype, classify=recipe.task == "classify")
+    host = skeleton(model, dtype=dtype, task=recipe.task)
+    check_task(recipe, host)
     before, donor_bytes = host.num_parameters(), size(host.parameters())
     vocabulary = _vocabulary(host)
     setting = Setting(recipe.block_length, machine.processes, donor_bytes)

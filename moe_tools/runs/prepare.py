@@ -15,6 +15,6 @@ def prepare(recipe: Recipe, source: str) -> Recipe:
     the donor that it was tuned on; what the user says is checked before
     (`moe_tools.checkpoint.block_length.check_given`). Prepared twice is prepared once.
     """
-    length = fitting_length(source, recipe.block_length, classify=recipe.task == "classify")
+    length = fitting_length(source, recipe.block_length, task=recipe.task)
     steps = tuple(step for step in recipe.steps if step.amount or not step.trains)
     return replace(lasting(recipe), block_length=length, steps=steps)

@@ -21,15 +21,17 @@ from moe_tools.atomic import new_folder
 from moe_tools.checkpoint.block_length import check_given
 from moe_tools.checkpoint.companions import companions, put_beside
 from moe_tools.checkpoint.digest import digest
-from moe_tools.checkpoint.loading import load, load_classifier, load_tokenizer
+from moe_tools.checkpoint.loading import load, load_tokenizer
 from moe_tools.checkpoint.saving import save
-from moe_tools.data import Text, label_names
+from moe_tools.data import TaskText, Text
+from moe_tools.data.tasks import HEADS
 from moe_tools.names import CONTROL, METRICS
 from moe_tools.recipe import Recipe, control_recipe, read_recipe, recipe_path, with_options
 from moe_tools.runs.folder import Pins, RunFolder
 from moe_tools.runs.held_out import check_held_out, held_out_text
 from moe_tools.runs.prepare import prepare
 from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
+from moe_tools.runs.tasks import check_task, load_donor
 from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.step import Step, Work
@@ -190,8 +192,9 @@ class _Run:
 
         Returns the donor as they leave it.
         """
-        empty = self.recipe.task == "lm" and Path(self.source).suffix != ".gguf"
+        empty = self.recipe.task not in HEADS and Path(self.source).suffix != ".gguf"
         model = load(self.source, dtype=self.dtype, device="meta") if empty else self.donor()
+        check_task(self.recipe, model)
         with torch.device("meta") if empty else nullcontext():
             self.recipe.rehearse(model, self.source)
         return model
@@ -281,11 +284,13 @@ class _Run:
         )
 
     def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:
+        text = self.text.calibration(step.tokens) if step.needs_text() else None
+        assert not isinstance(text, TaskText)  # see `why_not`
         return Streamed(
             previous,
             work,
             step,
-            self.text.calibration(step.tokens) if step.needs_text() else None,
+            text,
             donor=self.source,
             seed=self.recipe.seed,
             dtype=self.dtype,
@@ -312,10 +317,7 @@ class _Run:
     def donor(self, device: str | None = None) -> PreTrainedModel:
         """The dense model that all starts from."""
         device = device or self.device
-        if self.recipe.task == "classify":
-            labels = label_names(self.recipe.data)
-            return load_classifier(self.source, labels, dtype=self.dtype, device=device)
-        return load(self.source, dtype=self.dtype, device=device)
+        return load_donor(self.recipe, self.source, dtype=self.dtype, device=device)
 
     @cached_property
     def companions(self) -> dict[Path, Path]:

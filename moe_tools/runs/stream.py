@@ -27,6 +27,7 @@ from moe_tools.checkpoint.parts import Part, layer_paths
 from moe_tools.checkpoint.saving import save
 from moe_tools.checkpoint.shards import write_index
 from moe_tools.data.progress import progress
+from moe_tools.data.tasks import HEADS
 from moe_tools.experts.conversion import Conversion, read_conversion, write_conversion
 from moe_tools.hosts.ffn import host_state_dict
 from moe_tools.hosts.rows import Rows, read_rows, write_rows
@@ -54,7 +55,7 @@ def why_not(step: Step, recipe: Recipe, source: str) -> str | None:
         return "a GGUF file is read as a whole"
     if is_quantised_source(source):
         return "a quantised model is dequantised as a whole"
-    if recipe.task == "classify":
+    if recipe.task in HEADS:
         return "a classifier may get a new head, which is made with the whole model"
     if step.whole_model is not None:
         return step.whole_model

@@ -9,6 +9,7 @@ import torch
 
 from moe_tools.checkpoint.block_length import chosen_length
 from moe_tools.data.protocols import WINDOW
+from moe_tools.data.tasks import HEADS
 from moe_tools.lock import held
 from moe_tools.recipe import Recipe, read_recipe, recipe_path, with_options
 from moe_tools.recipe.options import has_control
@@ -77,7 +78,6 @@ def _compare(study: Study) -> list[Row]:
         for name in study.recipes
         for sparsity in study.sparsities
     ]
-    task = plan[0][2].task
     setup = held_out_setup(
         plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
     )
@@ -93,7 +93,7 @@ def _compare(study: Study) -> list[Row]:
         )
     after = default_after(study.after, study.baselines, setup.block_length)
     setup = replace(setup, after=after)
-    bench = Bench(setup, study.model, task == "classify")
+    bench = Bench(setup, study.model)
     bench.check(study.model)
     first: dict[str, Path] = {}
     for name, sparsity, recipe in plan:
@@ -112,7 +112,8 @@ def _compare(study: Study) -> list[Row]:
         bench.measure(str(folder), series=recipe.name, control=find_control(str(first[name])))
     control = next(filter(None, (find_control(str(folder)) for folder in first.values())), None)
     measure_baselines(bench, study.baselines, study.sparsities, study.model, control)
-    return bench.rows(study.model if task == "lm" else None)  # a body without a head has no row
+    # a body without a head has no row
+    return bench.rows(None if setup.task in HEADS else study.model)
 
 
 def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
@@ -134,6 +135,7 @@ def held_out_setup(recipe: Recipe, *, tokens: int | None, dtype: torch.dtype, de
         tokens=tokens,
         block_length=recipe.block_length,
         bos=recipe.bos,
+        task=recipe.task,
         dtype=dtype,
         device=device,
     )

@@ -17,13 +17,14 @@ from moe_tools.atomic import new_file
 from moe_tools.data import (
     Batch,
     Batches,
+    Blocks,
     Rows,
     Text,
+    calibration_text,
     fingerprint,
     generate_blocks,
-    labelled_batches,
-    labelled_blocks,
     rows,
+    task_batches,
     token_count,
 )
 from moe_tools.data.generate import check_samples
@@ -66,7 +67,7 @@ class RunText:
                     "give the train steps tokens"
                 )
         else:
-            check_text(donor, self.labelled if task == "classify" else self.rows)
+            check_text(donor, self.labelled if task != "lm" else self.rows)
         if task == "lm" and length < 2 and self.recipe.train_steps:
             raise ValueError("block_length is 1, and nothing follows the token: use 2 or more")
         if self.recipe.train_steps:
@@ -85,7 +86,7 @@ class RunText:
         """
         if self.recipe.data == "self":
             return "self"
-        if self.recipe.task == "classify":
+        if self.recipe.task != "lm":
             return fingerprint(self.labelled)
         return self.rows.fingerprint
 
@@ -118,7 +119,7 @@ class RunText:
     def asks(self) -> tuple[object, ...]:
         """All that it depends on but what is in its source: two that ask alike see the same."""
         recipe, trains = self.recipe, self.recipe.train_steps
-        rows = trains[0].batch_size if trains and recipe.task == "classify" else None
+        rows = trains[0].batch_size if trains and recipe.task != "lm" else None
         read = recipe.task, recipe.data, recipe.block_length, recipe.packing, recipe.bos
         return (*read, recipe.seed, recipe.epochs, self._wanted(), rows)
 
@@ -127,11 +128,10 @@ class RunText:
         calibrate = [step.tokens for step in self.recipe.steps if not step.trains]
         return max(self.recipe.train_tokens(), *calibrate, 1)
 
-    def calibration(self, tokens: int) -> Tensor:
-        """The first rows, as blocks_BT."""
-        if self.recipe.task == "classify":
-            blocks_BT = labelled_blocks(self.labelled, self.recipe.block_length)
-            return blocks_BT[: max(1, tokens // self.recipe.block_length)]
+    def calibration(self, tokens: int) -> Blocks:
+        """The first rows, as blocks_BT where a row is one text."""
+        if self.recipe.task != "lm":
+            return calibration_text(self.labelled, self.recipe.block_length, tokens)
         return self.rows.tensor(self.rows.covering(tokens))
 
     def of_step(self, index: int) -> Text:
@@ -142,7 +142,7 @@ class RunText:
         """
         amounts = [step.amount if step.trains else 0 for step in self.recipe.steps]
         before, after, whole = sum(amounts[:index]), sum(amounts[: index + 1]), sum(amounts)
-        if self.recipe.task == "classify":
+        if self.recipe.task != "lm":
             tokens = self._tokens_of(amounts[:index]), self._tokens_of(amounts[: index + 1])
             return _between(self.labelled, *tokens)
         have = len(self.rows) if self.recipe.epochs else self.rows.covering(int(whole))
@@ -157,7 +157,7 @@ class RunText:
 
     @cached_property
     def labelled(self) -> list[Batch]:
-        """What calibrates a classifier, and what all of its train steps see together."""
+        """Of any task but lm: what calibrates, and what all train steps see together."""
         wanted = max(self._wanted(), self._tokens_of([self.recipe.train_amount()]))
         return self._labelled(wanted)
 
@@ -172,7 +172,8 @@ class RunText:
 
     def _labelled(self, tokens: int | None) -> list[Batch]:
         trains = self.recipe.train_steps
-        return labelled_batches(
+        return task_batches(
+            self.recipe.task,
             self.recipe.data,
             self.tokenizer,
             split="train",
@@ -189,7 +190,7 @@ def _between(batches: list[Batch], before: int, after: int) -> list[Batch]:
     for batch in batches:
         if before <= seen < after:
             chosen.append(batch)
-        seen += batch.ids_BT.numel()
+        seen += batch.tokens
     return chosen
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.atomic import new_file, settle
+from moe_tools.data import Blocks
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.steps.calibrate import visit_activations
 from moe_tools.steps.raw_file import append_raw, map_raw
@@ -33,7 +34,7 @@ class ActivationCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def fill(self, model: nn.Module, ffns: list[ExpertFFN], blocks_BT: Tensor, of: Target) -> None:
+    def fill(self, model: nn.Module, ffns: list[ExpertFFN], blocks_BT: Blocks, of: Target) -> None:
         """Runs the model over the blocks, unless a complete cache is there."""
         if (self.folder / COMPLETE).is_file():
             return

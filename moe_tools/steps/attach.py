@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.data import Blocks
 from moe_tools.experts.conversion import Conversion, attach_experts, conversion_so_far
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.importance import Importance
@@ -89,7 +90,7 @@ class Attach(Step):
         return ROUTERS[self.router].starter(self.start, self.start_sparsity)
 
 
-def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Tensor) -> None:
+def attach(model: nn.Module, step: Attach, split: Conversion, blocks_BT: Blocks) -> None:
     """Grafts routed FFNs onto a dense model in place, onto the experts that a split made.
 
     Routers are started from activations where their kind can be (`Router.starter`).

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.data import Blocks
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.conversion import set_selectors
 from moe_tools.experts.experts import ExpertFFN, Routing, every_expert_on, expert_ffns
@@ -73,7 +74,7 @@ class Budget(Step):
 
 
 @torch.no_grad()
-def budget(model: nn.Module, step: Budget, blocks_BT: Tensor) -> dict[str, Any]:
+def budget(model: nn.Module, step: Budget, blocks_BT: Blocks) -> dict[str, Any]:
     """Sets the selectors of a converted model, in the model and in its config.
 
     Spend `error` measures in every FFN, on the donor's activations, how the error of its output
@@ -131,7 +132,7 @@ class _Seen:
         self.on += routing.neurons_on
 
 
-def _watch(model: nn.Module, blocks_BT: Tensor) -> dict[str, _Seen]:
+def _watch(model: nn.Module, blocks_BT: Blocks) -> dict[str, _Seen]:
     """Every decision on the text, by FFN."""
     found = {ffn.name: _Seen() for ffn in expert_ffns(model)}
     device = next(model.parameters()).device

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moe_tools.data import Blocks
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.hosts.ffn import FFN, unfused_ffns
@@ -25,7 +26,7 @@ Visit = Callable[[int, Tensor, Tensor], None]
 
 @torch.no_grad()
 def visit_activations(
-    model: nn.Module, blocks_BT: Tensor, visit: Visit, *, batch_size: int = BATCH, title: str = ""
+    model: nn.Module, blocks_BT: Blocks, visit: Visit, *, batch_size: int = BATCH, title: str = ""
 ) -> None:
     """Runs a model, every expert on, and shows every FFN's input and hidden activations.
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from moe_tools.atomic import new_file
+from moe_tools.data import Blocks
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.prediction import Prediction, merge_predictions
 from moe_tools.experts.routers import LearnedRouter
@@ -82,7 +83,7 @@ class Fit(Step):
 
 
 def fit(
-    model: nn.Module, step: Fit, blocks_BT: Tensor, work: Path, *, seed: int = 0
+    model: nn.Module, step: Fit, blocks_BT: Blocks, work: Path, *, seed: int = 0
 ) -> dict[str, Any]:
     """Trains the routers of a converted model in place, towards what their kind predicts.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.data import Blocks
 from moe_tools.experts.conversion import conversion_so_far, write_conversion
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.ffn import FFN, find_ffns, unfused_ffns
@@ -82,7 +83,7 @@ class Quantize(Step):
 
 
 @torch.no_grad()
-def quantize(model: nn.Module, bits: StoredBits, blocks_BT: Tensor) -> dict[str, float]:
+def quantize(model: nn.Module, bits: StoredBits, blocks_BT: Blocks) -> dict[str, float]:
     """Rounds the FFNs' weights in place.
 
     Args:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moe_tools.data import Blocks
 from moe_tools.experts.conversion import conversion_so_far, read_conversion, write_conversion
 from moe_tools.experts.experts import ExpertFFN, Mode
 from moe_tools.experts.selectors import Selector
@@ -80,7 +81,7 @@ class Refit(Step):
 
 
 @torch.no_grad()
-def refit(model: nn.Module, step: Refit, blocks_BT: Tensor) -> dict[str, Any]:
+def refit(model: nn.Module, step: Refit, blocks_BT: Blocks) -> dict[str, Any]:
     """Solves the down projections of a converted model in place, and says so in its config.
 
     With z what a token's mask leaves of h, y the dense output without the bias, G = sum z z^T,
@@ -164,7 +165,7 @@ def _sums(
     ffns: Sequence[ExpertFFN],
     masks: Sequence[tuple[Selector, Mode]],
     first: int,
-    blocks_BT: Tensor,
+    blocks_BT: Blocks,
 ) -> list[_Sums]:
     """What the text shows of the next FFNs: of all of them, unless their products are too large."""
     bytes_each = 8 * max(

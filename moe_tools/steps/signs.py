@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moe_tools.data import Blocks
 from moe_tools.hosts.activations import JointActivation
 from moe_tools.hosts.ffn import find_ffns, turn_neurons
 from moe_tools.steps.calibrate import visit_activations
 
 
-def align_signs(model: nn.Module, blocks_BT: Tensor) -> dict[str, float]:
+def align_signs(model: nn.Module, blocks_BT: Blocks) -> dict[str, float]:
     """Turns neurons towards their larger side, sum over tokens of (relu(gate x) * up x)^2.
 
     The model computes what it did, to the last bit; ties stay as they are.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from moe_tools.data import Blocks
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.selectors import tune_selector
 from moe_tools.steps.calibrate import visit_activations
@@ -31,7 +32,7 @@ class Point(NamedTuple):
 
 
 def error_curves(
-    model: nn.Module, ffns: Sequence[ExpertFFN], blocks_BT: Tensor
+    model: nn.Module, ffns: Sequence[ExpertFFN], blocks_BT: Blocks
 ) -> dict[str, list[Point]]:
     """Name of an FFN -> its error from nothing saved up to the most that its selector can save.
 

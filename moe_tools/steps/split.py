@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from moe_tools.data import Blocks
 from moe_tools.experts.conversion import Conversion, conversion_so_far, write_conversion
 from moe_tools.experts.division import Division
 from moe_tools.experts.profiles import Sketch, contributions_TF, marks_TF
@@ -85,7 +86,7 @@ class Split(Step):
         return replace(so_far, expert_size=self.expert_size, shared_experts=self.shared_experts)
 
 
-def split(model: nn.Module, step: Split, blocks_BT: Tensor, seed: int) -> list[Partition]:
+def split(model: nn.Module, step: Split, blocks_BT: Blocks, seed: int) -> list[Partition]:
     """Reorders the neurons of every FFN in place and returns the partitions, in FFN order.
 
     Raises:
@@ -150,7 +151,7 @@ def _partition(
 
 
 def _profiles(
-    model: nn.Module, ffns: list[FFN], first: int, step: Split, blocks_BT: Tensor, seed: int
+    model: nn.Module, ffns: list[FFN], first: int, step: Split, blocks_BT: Blocks, seed: int
 ) -> list[_Profile]:
     """What the text shows of the next FFNs: of all of them, unless their graphs are too large."""
     bytes_each = 4 * max(ffn.neurons for ffn in ffns) ** 2

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_tools.data import Text
+from moe_tools.data import Blocks, Text
 from moe_tools.measure.memory import ModelStates, Teacher
 from moe_tools.steps.launch import Launch
 
@@ -39,8 +38,8 @@ class Work:
     donor: str
     """The dense model that all started from: folder, hub id or GGUF file."""
     seed: int
-    calibration: Callable[[int], Tensor]
-    """blocks_BT of about so many tokens of training text."""
+    calibration: Callable[[int], Blocks]
+    """blocks_BT, or rows of a task, of about so many tokens of training text."""
     training: Callable[[], Text]
     """The training text of this step, in the order in which it is seen."""
     teacher: Callable[[], PreTrainedModel]
@@ -175,6 +174,6 @@ class Step(ABC):
         """Its fields as plain data, every default spelled out."""
         return asdict(self)  # type: ignore[call-overload]  # every step is a dataclass
 
-    def text(self, work: Work) -> Tensor:
+    def text(self, work: Work) -> Blocks:
         """Calibration blocks_BT, empty where it needs none."""
         return work.calibration(self.tokens) if self.needs_text() else NO_TEXT

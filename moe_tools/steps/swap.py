@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_tools.data import Blocks
 from moe_tools.experts.conversion import Conversion, conversion_so_far
 from moe_tools.experts.swapped import check_swap, swap_activations
 from moe_tools.hosts.activations import FATReLU
@@ -61,7 +62,7 @@ class Swap(Step):
         return swap(model, self, conversion_so_far(model, work.donor), self.text(work))
 
 
-def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Tensor) -> dict[str, Any]:
+def swap(model: nn.Module, step: Swap, so_far: Conversion, blocks_BT: Blocks) -> dict[str, Any]:
     """Gives every FFN of a dense model another activation, in the model and in its config.
 
     Args:
@@ -116,7 +117,7 @@ class Theta(NamedTuple):
     bias."""
 
 
-def calibrate_thetas(model: nn.Module, max_error: float, blocks_BT: Tensor) -> dict[str, Theta]:
+def calibrate_thetas(model: nn.Module, max_error: float, blocks_BT: Blocks) -> dict[str, Theta]:
     """Name of every FFN -> the largest theta whose error is at most `max_error`.
 
     y is what the FFN computes now, from the inputs it has now: no other FFN is changed meanwhile.
@@ -148,7 +149,7 @@ def calibrate_thetas(model: nn.Module, max_error: float, blocks_BT: Tensor) -> d
     return {ffn.name: choice for ffn, choice in zip(ffns, low, strict=True)}
 
 
-def _largest_rows(model: nn.Module, ffns: Sequence[FFN], blocks_BT: Tensor) -> list[float]:
+def _largest_rows(model: nn.Module, ffns: Sequence[FFN], blocks_BT: Blocks) -> list[float]:
     """The largest number that enters each activation: at this theta the FFN is off."""
     largest = [0.0] * len(ffns)
 
@@ -163,7 +164,7 @@ def _largest_rows(model: nn.Module, ffns: Sequence[FFN], blocks_BT: Tensor) -> l
 
 @torch.no_grad()
 def _tried(
-    model: nn.Module, ffns: Sequence[FFN], thetas: Sequence[float], blocks_BT: Tensor
+    model: nn.Module, ffns: Sequence[FFN], thetas: Sequence[float], blocks_BT: Blocks
 ) -> list[Theta]:
     """The error of every FFN at its theta."""
     lost, whole = [0.0] * len(ffns), [0.0] * len(ffns)

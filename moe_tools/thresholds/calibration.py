@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from moe_tools.data import Blocks
 from moe_tools.hosts.input_threshold import (
     POINTS,
     InputThreshold,
@@ -98,7 +99,7 @@ def check_plan(model: nn.Module, plan: Plan) -> list[Site]:
 
 
 @torch.no_grad()
-def calibrate_thresholds(model: nn.Module, plan: Plan, blocks_BT: Tensor) -> Calibrated:
+def calibrate_thresholds(model: nn.Module, plan: Plan, blocks_BT: Blocks) -> Calibrated:
     """Gives a model thresholds in place; its config stays as it is.
 
     Args:
@@ -142,7 +143,7 @@ def calibrate_thresholds(model: nn.Module, plan: Plan, blocks_BT: Tensor) -> Cal
 
 
 @contextmanager
-def thresholded(model: nn.Module, plan: Plan, blocks_BT: Tensor) -> Iterator[Calibrated]:
+def thresholded(model: nn.Module, plan: Plan, blocks_BT: Blocks) -> Iterator[Calibrated]:
     """While it lasts, a model drops its small inputs; then it is as before.
 
     Raises:
@@ -190,7 +191,7 @@ class _Seen:
 
 
 def _measure(
-    model: nn.Module, sites: Sequence[Site], made: Mapping[str, InputThreshold], blocks_BT: Tensor
+    model: nn.Module, sites: Sequence[Site], made: Mapping[str, InputThreshold], blocks_BT: Blocks
 ) -> dict[str, float]:
     """Keeps the quantiles of every site; returns what weights it reads for a token, on average."""
     seen = {site.name: _Seen(site) for site in sites}
@@ -201,7 +202,7 @@ def _measure(
 
 
 def _rotate(
-    model: nn.Module, sites: Sequence[Site], made: Mapping[str, InputThreshold], blocks_BT: Tensor
+    model: nn.Module, sites: Sequence[Site], made: Mapping[str, InputThreshold], blocks_BT: Blocks
 ) -> None:
     """Gives every site the eigenvectors of its second moment as its rotation."""
     moments = {site.name: torch.zeros(site.width, site.width, device=site.device) for site in sites}
@@ -223,7 +224,7 @@ def _watch(
     model: nn.Module,
     sites: Sequence[Site],
     made: Mapping[str, InputThreshold],
-    blocks_BT: Tensor,
+    blocks_BT: Blocks,
     observers: Mapping[str, Callable[[Tensor], None]],
     *,
     title: str,
@@ -252,7 +253,7 @@ def _greedy(
     groups: Mapping[str, Sequence[Site]],
     made: Mapping[str, InputThreshold],
     work: Mapping[str, float],
-    blocks_BT: Tensor,
+    blocks_BT: Blocks,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shares by group, and the error of every layer, on the first blocks."""
     layers = by_key(groups, lambda group: groups[group][0].layer)

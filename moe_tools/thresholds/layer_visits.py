@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Cache
 
+from moe_tools.data import Batch
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, Mode, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
@@ -30,7 +31,7 @@ Item = TypeVar("Item")
 def visit_layers(
     model: nn.Module,
     layers: Sequence[str],
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Batch],
     see: Callable[[str, Run], None],
     *,
     title: str = "",
@@ -40,7 +41,7 @@ def visit_layers(
     Args:
         model: dense or converted.
         layers: paths of modules that get the hidden states first and give them first.
-        batches: of blocks_BT.
+        batches: of blocks_BT, or of rows of a task.
         see: gets the path, and what runs the layer again on what it was given just now: with its
             own routers, and with the thresholds that are on by then.
         title: of the progress bar.

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_tools.data import Blocks
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
@@ -144,7 +145,7 @@ def attention_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def attention_sites(
-    model: nn.Module, blocks_BT: Tensor, roles: Sequence[Role] = ROLES
+    model: nn.Module, blocks_BT: Blocks, roles: Sequence[Role] = ROLES
 ) -> list[Site]:
     """The sites of a model's attentions, by what their linears are given on the first block.
 

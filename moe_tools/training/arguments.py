@@ -45,7 +45,7 @@ class BatchItems(torch.utils.data.Dataset[dict[str, Tensor]]):
         known = [] if isinstance(batches, Batches) and batches.rows.length > 1 else batches
         for index, batch in enumerate(known):
             labels = batch.next_labels_BT() if batch.labels_B is None else batch.labels_B
-            if not (labels != IGNORE).any():
+            if not labels.is_floating_point() and not (labels != IGNORE).any():
                 raise ValueError(f"batch {index} has no labelled token: {_why(batch)}")
         self.batches = batches
 
@@ -54,18 +54,29 @@ class BatchItems(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """The tensors of a batch by their names in `Batch`; those that are None are left out."""
-        fields = self.batches[index]._asdict()
-        return {NAMES.get(name, name): one for name, one in fields.items() if one is not None}
+        batch = self.batches[index]
+        fields = {name: one for name, one in batch._asdict().items() if one is not None}
+        if batch.labels_B is not None and batch.labels_B.is_floating_point():
+            fields[SCORES] = fields.pop("labels_B").float().view(torch.int32)
+        return {NAMES.get(name, name): one for name, one in fields.items()}
 
 
 NAMES = {"ids_BT": "input_ids"}
 """What transformers' Trainer calls a field of `Batch`: it counts the tokens of what it knows."""
 
 
+SCORES = "scores_B"
+"""Labels that are floats, as the whole numbers of their bits: under DeepSpeed, transformers rounds
+every float that it is given to bf16."""
+
+
 def batch_of(item: dict[str, Tensor]) -> Batch:
     """The batch of an item, wherever its tensors are by now."""
     ours = {theirs: name for name, theirs in NAMES.items()}
-    return Batch(**{ours.get(name, name): tensor for name, tensor in item.items()})
+    fields = {ours.get(name, name): tensor for name, tensor in item.items()}
+    if SCORES in fields:
+        fields["labels_B"] = fields.pop(SCORES).view(torch.float32)
+    return Batch(**fields)
 
 
 def _why(batch: Batch) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.checkpoint.loading import is_classifier
-from moe_tools.data.limits import continues_text
+from moe_tools.checkpoint.loading import is_classifier, regresses
+from moe_tools.data.batching import Batches, Text
+from moe_tools.data.limits import continues_text, says_targets
 from moe_tools.experts.conversion import check_unselected, read_block
 from moe_tools.experts.experts import LEARNING, expert_ffns
 from moe_tools.hosts.dequantise import is_quantised
@@ -29,15 +30,16 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
     """Whether a model can take a train step; changes nothing.
 
     Raises:
-        ValueError: neither a causal language model nor a classifier, quantised weights, or a mode,
-            loss or target that it cannot have.
+        ValueError: no causal language model, classifier or encoder-decoder, quantised weights, or a
+            mode, loss or target that it cannot have.
     """
     step.check()
     name = type(model).__name__
-    if not continues_text(model) and not is_classifier(model):
+    if not continues_text(model) and not is_classifier(model) and not says_targets(model):
         raise ValueError(
-            f"{name} is neither a causal language model nor a classifier: this version trains only "
-            "those; `split`, `attach`, `fit` and `budget` work on every family"
+            f"{name} is neither a causal language model nor a classifier, nor an encoder-decoder "
+            "that makes its decoder's input from labels: this version trains only those; `split`, "
+            "`attach`, `fit` and `budget` work on every family"
         )
     check_unselected(model)
     _check_unstored(model, step)
@@ -68,6 +70,32 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | No
         _check_plain(model)
     if step.parts == "routers" and step.mode not in LEARNING:
         raise ValueError(f"mode {step.mode} gives routers no gradient: parts cannot be `routers`")
+
+
+def check_learnable(model: PreTrainedModel, text: Text) -> None:
+    """Whether a text says what this kind of model has to learn.
+
+    Raises:
+        ValueError: targets for what has no decoder beside an encoder, or none for what has one;
+            classes for what gives scores, or scores for what tells classes apart.
+    """
+    batch = None if isinstance(text, Tensor | Batches) or not len(text) else text[0]
+    name, targets = type(model).__name__, batch is not None and batch.targets_BS is not None
+    if targets and not says_targets(model):
+        raise ValueError(
+            f"{name} is no encoder-decoder, and has no use for targets: train it on text (task: lm)"
+        )
+    if says_targets(model) and not targets:
+        raise ValueError(
+            f"{name} is an encoder-decoder, and learns what to say about a text: use task: seq2seq "
+            "and data of two columns, a source and its target"
+        )
+    labels_B = None if batch is None else batch.labels_B
+    if is_classifier(model) and labels_B is not None:
+        scores = labels_B.is_floating_point()
+        if scores != regresses(model):
+            wanted = "scores (task: regress)" if not scores else "classes (task: classify)"
+            raise ValueError(f"{name} was made to give other labels than these: it needs {wanted}")
 
 
 def _check_unstored(model: PreTrainedModel, step: Train) -> None:

@@ -53,6 +53,8 @@ class HeldOut:
     ) -> dict[str, float]:
         """Returns `heldout_lm` in nats, with `heldout_perplexity` or `heldout_accuracy`.
 
+        Of a regression it is the mean squared error, alone.
+
         Args:
             model: what is called: the host itself, or what shards it.
             host: the model that is trained.
@@ -80,14 +82,21 @@ class HeldOut:
                 "rates; the last good checkpoint is kept"
             )
         found = {f"{NAME}_lm": mean}
-        if self.batches[0][0].labels_B is None:
+        labels_B = self.batches[0][0].labels_B
+        if labels_B is not None and labels_B.is_floating_point():
+            return found
+        if labels_B is None:
             return found | {f"{NAME}_perplexity": math.exp(mean)}
         return found | {f"{NAME}_accuracy": hits / predicted}
 
 
 def _sums(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """The nats, the hits and the number of what is labelled."""
+    """The nats, or squared errors of scores, the hits and the number of what is labelled."""
     sums = torch.zeros(3, dtype=torch.float64, device=logits_TV.device)
+    if labels_T.is_floating_point():
+        sums[0] = (logits_TV.float().squeeze(-1) - labels_T).square().sum()
+        sums[2] = len(labels_T)
+        return sums
     for rows_TV, rows_T in zip(logits_TV.split(ROWS), labels_T.split(ROWS), strict=True):
         rows_TV = rows_TV.float()
         kept = rows_T != IGNORE

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.names import IGNORE
+from moe_tools.training.squared_errors import squared_errors
 
 ROWS = 128
 TINY = torch.finfo(torch.float32).tiny
@@ -39,8 +40,13 @@ def logit_losses(
 ) -> tuple[Tensor, LogitLosses]:
     """Returns lm_weight * lm + distill_weight * distill, differentiable, and both parts detached.
 
-    Labels of `IGNORE` count in neither; both are NaN where no token is labelled.
+    Labels of `IGNORE` count in neither; both are NaN where no token is labelled. Labels that are
+    floats are scores of a regression, and both parts are squared errors.
     """
+    if labels_T.is_floating_point():
+        lm, distill = squared_errors(logits_TV, labels_T, donor_TV)
+        total = lm_weight * lm + distill_weight * distill
+        return total, LogitLosses(lm.detach(), distill.detach())
     arguments = (logits_TV, labels_T, donor_TV, lm_weight, distill_weight)
     total, lm, distill = _Fused.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, LogitLosses(lm, distill)

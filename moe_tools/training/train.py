@@ -30,13 +30,12 @@ from moe_tools.training import zero
 from moe_tools.training.arguments import tensorboard_in
 from moe_tools.training.attention import attention
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
-from moe_tools.training.checks import check_sharded, check_train
+from moe_tools.training.checks import check_learnable, check_sharded, check_train
 from moe_tools.training.compiled import check_compiles, compiled
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.lora import Lora, low_rank, planned_adapters
 from moe_tools.training.losses import needs_donor, seen_kinds
-from moe_tools.training.padding import check_padding
 from moe_tools.training.parts import only_trainable, trainable_parts
 from moe_tools.training.throughput import peak_of, step_flops
 from moe_tools.training.trainer import RecipeTrainer
@@ -238,7 +237,7 @@ def train(
         model: dense or routed, in the dtype of its weights: bf16 weights get fp32 masters.
         step: what to train, how, and to which sparsity.
         text: of this step, in the order it is seen: blocks for a causal language model, labelled
-            batches for a classifier.
+            batches for a classifier, batches with targets for an encoder-decoder.
         work: folder of the checkpoints.
         donor: the dense teacher, for the losses that need one.
         seed: of dropout and fresh adapters.
@@ -258,6 +257,7 @@ def train(
     launch = launch or Launch(str(model.device))
     check_train(model, step, donor)
     check_sharded(model, launch)
+    check_learnable(model, text)
     batches = whole_batches(text, step)
     checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
     check_layout(checkpoint, launch)
@@ -266,7 +266,6 @@ def train(
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     check_compiles(model, launch)
-    check_padding(model, list(step.losses), batches)
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))

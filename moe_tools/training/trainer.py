@@ -22,6 +22,7 @@ from moe_tools.experts.experts import Routing, every_expert_on, expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.isolation import prove_isolation
+from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import rate_factor
 from moe_tools.training import checkpointing, zero
@@ -34,7 +35,6 @@ from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import Observed, compute_losses, needs_donor, seen_kinds
 from moe_tools.training.optimizer import MasterAdamW
-from moe_tools.training.padding import without_padding
 from moe_tools.training.progress import Progress, in_words
 from moe_tools.training.throughput import Throughput, peak_of
 from moe_tools.training.token_shares import token_shares
@@ -84,7 +84,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
         self.logits: list[Tensor] = []
-        self.even = not isinstance(batches, Batches) or batches.even
+        self.even = _even(batches)
         """Whether every pass learns as many tokens."""
         self.shares: list[Tensor] = []
         """Of the passes of this optimizer step that are to come; empty where all count alike."""
@@ -182,10 +182,9 @@ class RecipeTrainer(CheckpointingTrainer):
         )
         if self.shares:
             total = total * self.shares.pop(0)
-        routings = [routing for routing in routings if routing.tokens]  # see HostExperts
+        routings = [each.without_padding() for each in routings if each.tokens]  # see HostExperts
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
         seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
-        seen = without_padding(seen, batch)
         values = {"lm": parts.lm}
         if donor_logits is not None:
             values["distill"] = parts.distill
@@ -193,10 +192,8 @@ class RecipeTrainer(CheckpointingTrainer):
             values[name] = value
             total = total + weights[name] * value
         values[LOSS] = total
-        values[TOKENS] = total.new_full((), batch.ids_BT.numel(), dtype=torch.float64)
-        if batch.mask_BT is not None:
-            values[TOKENS] = batch.mask_BT.sum()
-        self._note(values, seen.routings, seen.hidden_TF)
+        values[TOKENS] = _tokens(batch)
+        self._note(values, routings, hidden)
         if self.accelerator.sync_gradients:  # the last pass: DeepSpeed steps in its backward pass
             self._read()
         return total
@@ -227,14 +224,17 @@ class RecipeTrainer(CheckpointingTrainer):
         return (logits if "distill" in self.weights.now else None), ffns.outputs
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns (tokens, vocabulary) of a language model, (rows, classes) of a classifier."""
+        """Returns (tokens, vocabulary) of a language model, (rows, classes) of a classifier.
+
+        Of an encoder-decoder the tokens are those that it says; of a regression there is one class.
+        """
         host = self.donor if model is self.donor else self.model  # `model` may be wrapped
         assert host is not None
         return model(**model_inputs(host, batch), **self.options).logits.flatten(0, -2)
 
     @torch.no_grad()
     def _note(
-        self, values: dict[str, Tensor], routings: Sequence[Routing], hidden_TF: Sequence[Tensor]
+        self, values: dict[str, Tensor], routings: list[Routing], hidden_TF: list[Tensor]
     ) -> None:
         if routings:
             values["sparsity"] = sparsity_of(routings)
@@ -352,6 +352,20 @@ class RecipeTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
         """Takes the batches in order: the data layer has shuffled them, for every run alike."""
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def _even(batches: Sequence[Batch]) -> bool:
+    if isinstance(batches, Batches):
+        return batches.even
+    return all(batch.targets_BS is None for batch in batches)
+
+
+def _tokens(batch: Batch) -> Tensor:
+    """As `Batch.tokens`, where the batch is: the host does not wait for it."""
+    seen = batch.ids_BT.new_full((), batch.ids_BT.numel())
+    if batch.mask_BT is not None:
+        seen = batch.mask_BT.sum()
+    return seen if batch.targets_BS is None else seen + (batch.targets_BS != IGNORE).sum()
 
 
 def _finer(model: nn.Module) -> dict[str, Tensor]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.hooks import hooked
+from moe_tools.experts.tokens import ValidTokens, valid_tokens
 from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.moe_host import HostExperts
 from moe_tools.hosts.projections import Projections
@@ -19,7 +22,10 @@ Kind = Literal["outputs", "hidden", "pre"]
 
 @dataclass
 class FFNTensors:
-    """Tensors of every FFN, in forward order, with their graph; those not asked for stay empty."""
+    """Tensors of every FFN, in forward order, with their graph; those not asked for stay empty.
+
+    Padding is left out, where a mask says what it is.
+    """
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """y_TD of the down projections, by the FFN's name; of an MoE host's experts, the sum of those
@@ -35,22 +41,42 @@ class FFNTensors:
 def watch_ffns(model: nn.Module, kinds: set[Kind]) -> Iterator[FFNTensors]:
     """Yields what grows by the asked kinds with every forward pass."""
     seen = FFNTensors()
-    ffns: Sequence[ExpertFFN | FFN] = (expert_ffns(model) or unfused_ffns(model)) if kinds else []
-    handles: list[Any] = []
+    if not kinds:
+        yield seen
+        return
+    ffns: Sequence[ExpertFFN | FFN] = expert_ffns(model) or unfused_ffns(model)
+    with valid_tokens(model) as tokens, hooked(_hooks(model, ffns, kinds, seen, tokens)):
+        yield seen
+
+
+def _hooks(
+    model: nn.Module,
+    ffns: Sequence[ExpertFFN | FFN],
+    kinds: set[Kind],
+    seen: FFNTensors,
+    tokens: ValidTokens,
+) -> Iterator[RemovableHandle]:
     if "outputs" in kinds:
         for name, module in _sources(model, ffns).items():
-            handles.append(module.register_forward_hook(_named(seen.outputs, name)))
-    for parts in (ffn.projections for ffn in ffns):
+            keep = _named(seen.outputs, name, tokens)
+            yield module.register_forward_hook(keep)
+    for ffn in ffns:
+        parts, valid = ffn.projections, _valid(ffn, tokens)
         if "hidden" in kinds:
-            handles.append(parts.down.register_forward_pre_hook(_input(seen.hidden)))
+            yield parts.down.register_forward_pre_hook(_input(seen.hidden, valid))
         if "pre" in kinds:  # not at the activation: experts share one, and routers call it
             source = parts.up if parts.gate is None else parts.gate
-            handles.append(source.register_forward_hook(_gate_rows(seen.pre, parts)))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+            yield source.register_forward_hook(_gate_rows(seen.pre, parts, valid))
+
+
+def _valid(ffn: ExpertFFN | FFN, tokens: ValidTokens) -> Callable[[Tensor], Tensor]:
+    """What leaves the padding out of tensors whose rows are those of an FFN."""
+    module = ffn if isinstance(ffn, ExpertFFN) else ffn.layer
+    return lambda values_T: _rows(values_T, tokens.of_ffn(module, values_T))
+
+
+def _rows(values_T: Tensor, valid_T: Tensor | None) -> Tensor:
+    return values_T if valid_T is None else values_T[valid_T]
 
 
 def _sources(model: nn.Module, ffns: Sequence[ExpertFFN | FFN]) -> dict[str, nn.Module]:
@@ -68,24 +94,26 @@ def _last(ffn: ExpertFFN | FFN) -> nn.Module:
     return ffn if isinstance(ffn, ExpertFFN) and ffn.bias_D is not None else ffn.down
 
 
-def _named(tensors: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        tensors[name] = output
+def _named(tensors: dict[str, Tensor], name: str, tokens: ValidTokens) -> Callable[..., None]:
+    def keep(module: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        tensors[name] = _rows(output, tokens.of_ffn(module, output))
 
     return keep
 
 
-def _input(tensors: list[Tensor]) -> Callable[..., None]:
+def _input(tensors: list[Tensor], valid: Callable[[Tensor], Tensor]) -> Callable[..., None]:
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        tensors.append(args[0])
+        tensors.append(valid(args[0]))
 
     return keep
 
 
-def _gate_rows(tensors: list[Tensor], parts: Projections) -> Callable[..., None]:
+def _gate_rows(
+    tensors: list[Tensor], parts: Projections, valid: Callable[[Tensor], Tensor]
+) -> Callable[..., None]:
     fused = parts.gate is parts.up
 
     def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        tensors.append(parts.halves(output, dim=-1)[0] if fused else output)
+        tensors.append(valid(parts.halves(output, dim=-1)[0] if fused else output))
 
     return keep

@@ -51,11 +51,12 @@ def test_a_skeleton_has_every_tensor_of_a_model(kind: str, family: str, tmp_path
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_language_model_gets_the_head_of_a_classifier(family: str, tmp_path: Path) -> None:
     build(family).config.save_pretrained(tmp_path)
-    made = skeleton(str(tmp_path), classify=True)
+    made = skeleton(str(tmp_path), task="classify")
+    assert skeleton(str(tmp_path), task="regress").config.num_labels == 1
     assert type(made).__name__.endswith("ForSequenceClassification")
     again = type(made)(made.config)
     again.save_pretrained(tmp_path / "classifier")
-    assert type(skeleton(str(tmp_path / "classifier"), classify=True)) is type(made)
+    assert type(skeleton(str(tmp_path / "classifier"), task="classify")) is type(made)
 
 
 @pytest.mark.parametrize(

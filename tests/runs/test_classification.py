@@ -71,8 +71,8 @@ def test_it_learned_what_the_label_is(work: Path) -> None:
     assert found.tokens == sum(len(batch.ids_BT) for batch in held)
     assert found.ffn_sparsity == pytest.approx(0.4, abs=0.05)
     right = sum(
-        int((model(input_ids=ids_BT).logits.argmax(-1) == labels_B).sum())
-        for ids_BT, labels_B in held
+        int((model(input_ids=batch.ids_BT).logits.argmax(-1) == batch.labels_B).sum())
+        for batch in held
     )
     assert found.accuracy == right / found.tokens
 

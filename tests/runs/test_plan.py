@@ -248,7 +248,11 @@ def test_a_step_that_is_impossible_is_said(models: Path) -> None:
     recipe = read_recipe(known_recipes()["turbosparse"])
     with pytest.raises(ValueError, match=r"^transformer\.h\.0\.mlp has no gate, which DReLU needs"):
         plan(recipe, str(models / "gpt2"))
-    with pytest.raises(ValueError, match=r"^T5ForConditionalGeneration is neither a causal"):
+    with pytest.raises(
+        ValueError, match=r"^T5ForConditionalGeneration is an encoder-decoder, and does"
+    ):
         plan(read_recipe(known_recipes()["lte"]), str(models / "t5-large"))
+    with pytest.raises(ValueError, match=r"is no encoder-decoder .*, and task: seq2seq needs one"):
+        plan(Recipe("x", (Split(32),), task="seq2seq"), str(models / "smollm2-135m"))
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp has 1536 neurons: experts of"):
         plan(Recipe("x", (Split(expert_size=4000),)), str(models / "smollm2-135m"))

@@ -14,9 +14,10 @@ from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
 from moe_tools import processes
+from moe_tools.data import Batch
 from moe_tools.recipe import Train
 from moe_tools.steps.launch import Launch
-from moe_tools.training.arguments import training_arguments
+from moe_tools.training.arguments import BatchItems, batch_of, training_arguments
 from moe_tools.training.checkpointing import NAME
 
 STEP = Train(tokens=1, batch_size=3, accumulate=2)
@@ -96,3 +97,14 @@ def test_what_the_recipe_says_is_handed_on(tmp_path: Path) -> None:
     found = arguments("cpu", tmp_path, replace(STEP, checkpointing=True, checkpoint_every=9))
     assert found.gradient_accumulation_steps == 2 and found.max_steps == 7
     assert found.save_steps == 9 and getattr(found, NAME)
+
+
+def test_scores_reach_the_model_as_they_are() -> None:
+    """Under DeepSpeed, transformers rounds floats to bf16 on their way, and nothing else."""
+    scores_B = torch.tensor([3.8, -0.1, 1234.567])
+    batch = Batch(torch.ones(3, 2, dtype=torch.long), scores_B)
+    (item,) = [BatchItems([batch])[0]]
+    assert not any(tensor.is_floating_point() for tensor in item.values())
+    assert scores_B.bfloat16().float().tolist() != scores_B.tolist()
+    found = batch_of(item).labels_B
+    assert found is not None and torch.equal(found, scores_B)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,10 @@ from torch import nn
 
 from moe_tools.data import Batch, Batches
 from moe_tools.data.rows import InMemory, Row
-from moe_tools.hosts.ffn import unfused_ffns
 from moe_tools.recipe import Train
 from moe_tools.steps.launch import Launch
 from moe_tools.training.parts import trainable_parts
-from moe_tools.training.train import train
 from moe_tools.training.trainer import RecipeTrainer
-from tests.families import build
 from tests.training.test_train import converted
 
 LOSSES = {
@@ -70,11 +66,3 @@ def test_padding_changes_nothing(tmp_path: Path, length: int) -> None:
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5)
-
-
-def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
-    model = build("mixtral")
-    unfused_ffns(model)
-    step = replace(STEP, mode="dense", losses={"lm": 1.0, "l1": 0.1})
-    with pytest.raises(ValueError, match=r"MixtralForCausalLM has experts of its own.*isolated"):
-        train(model, step, Batches(rows(5, 9), "padded", 2), tmp_path)
