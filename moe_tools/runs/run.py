@@ -32,6 +32,7 @@ from moe_tools.runs.stream import Streamed, check_streams, is_large, why_not
 from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.step import Step, Work
+from moe_tools.training.born_sharded import why_whole
 
 logger = logging.getLogger(__name__)
 
@@ -233,14 +234,29 @@ class _Run:
             streamed = self._streamed(step, previous, work / "layers")
             measured, write = streamed.run(), streamed.save
         else:
+            weights = self._in_shards(index, previous) if step.trains else None
             device = self.launch.home if step.trains else self.device
+            device = device if weights is None else "meta"
             model = load(previous, dtype=self.dtype, device=device) if index else self.donor(device)
-            measured, write = step.apply(model, self._lend(index, work)), partial(save, model)
+            lent = replace(self._lend(index, work), weights=weights)
+            measured, write = step.apply(model, lent), partial(save, model)
         measured = {**step.options(), **measured, "seconds": round(time.time() - began, 1)}
         if step.trains:
             processes.on_first(partial(self._write, folder, write, measured, work))
         else:
             self._write(folder, write, measured, work)
+
+    def _in_shards(self, index: int, previous: str) -> str | None:
+        """The source of a train step's model, if no process has to load all of it; else None."""
+        if self.launch.zero_stage != 3:
+            return None
+        if not index and self.recipe.task == "classify":
+            reason: str | None = "a classifier may get a new head, which is made with the model"
+        else:
+            reason = why_whole(previous, self.launch)
+        if reason is not None:
+            logger.warning("every process loads the whole model: %s", reason)
+        return previous if reason is None else None
 
     def _write(self, folder: Path, write: Write, measured: dict[str, Any], work: Path) -> None:
         with new_folder(folder) as unfinished:

@@ -42,6 +42,9 @@ class Work:
     teacher: Callable[[], PreTrainedModel]
     """Loads the dense model that losses compare with."""
     launch: Launch = field(default_factory=Launch)
+    weights: str | None = None
+    """Where the weights are of a model that comes empty, to be read in shards; None: it has them.
+    After the step, the first process alone has them then."""
 
 
 @dataclass(frozen=True)

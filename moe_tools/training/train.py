@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,10 +20,10 @@ from moe_tools.steps.launch import Launch
 from moe_tools.steps.rules import at_least, from_0_to_1, require, strictly_between_0_and_1
 from moe_tools.steps.schedules import Weight, check_stages
 from moe_tools.steps.step import Cost, Option, Setting, Step, Work
-from moe_tools.training import zero
+from moe_tools.training import born_sharded, zero
 from moe_tools.training.arguments import tensorboard_in
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
-from moe_tools.training.checks import check_sharded, check_train
+from moe_tools.training.checks import check_train
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.lora import Lora, low_rank
 from moe_tools.training.losses import needs_donor, seen_kinds
@@ -127,7 +128,14 @@ class Train(Step):
         text = work.training()
         donor = work.teacher() if self.needs_donor() else None
         measured = train(
-            model, self, text, work.folder, donor=donor, seed=work.seed, launch=work.launch
+            model,
+            self,
+            text,
+            work.folder,
+            donor=donor,
+            seed=work.seed,
+            launch=work.launch,
+            weights=work.weights,
         )
         return {**measured, "data": fingerprint(text)}
 
@@ -160,6 +168,7 @@ def train(
     donor: PreTrainedModel | None = None,
     seed: int = 0,
     launch: Launch | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Trains in place; checkpoints go to `work`, and the newest complete one is resumed.
 
@@ -172,6 +181,9 @@ def train(
         donor: the dense teacher, for the losses that need one.
         seed: of dropout and fresh adapters.
         launch: the device, DeepSpeed, reporters; default: PyTorch alone, where the model is.
+        weights: where they are, if the model is empty (on the meta device): each process then reads
+            its share under ZeRO-3 (`born_sharded`), and at the end the first one alone has the
+            model. None: the model has them, in every process, and so it has at the end.
 
     Returns:
         Last logged losses, the sparsity where routed, optimizer steps and trained tokens.
@@ -184,7 +196,6 @@ def train(
     """
     launch = launch or Launch(str(model.device))
     check_train(model, step, donor)
-    check_sharded(model, launch)
     batches = whole_batches(text, step)
     checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
     check_layout(checkpoint, launch)
@@ -195,11 +206,14 @@ def train(
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))
-    with low_rank(model, step, seed):
+    with ExitStack() as stack:
+        if weights is not None:
+            stack.enter_context(born_sharded.filled(model, weights, launch))
+        stack.enter_context(low_rank(model, step, seed))
         trained = trainable_parts(model, step)
         with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
             trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed, launch)
-            trainer.text = pinned
+            trainer.text, trainer.everywhere = pinned, weights is None
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.finish()
     if step.mode in ("soft", "straight"):

@@ -52,6 +52,8 @@ class RecipeTrainer(CheckpointingTrainer):
     """Runs the loop of a train step, with our losses and our optimizer."""
 
     train_dataset: Batches
+    everywhere: bool = True
+    """Whether every process gets the whole model back at the end, and not the first alone."""
 
     def __init__(
         self,
@@ -77,8 +79,10 @@ class RecipeTrainer(CheckpointingTrainer):
         """Whether the gradients of several passes are added in fp32, apart from the weights."""
         self.last: dict[str, float] = {}
         self.dtypes = {name: param.dtype for name, param in model.named_parameters()}
+        if launch.zero_stage == 3:
+            zero.gather_for_routers(model)
         bf16 = torch.bfloat16 in self.dtypes.values()
-        self.finer = _finer(model) if bf16 and launch.deepspeed is not None else {}
+        self.finer = zero.take_finer(model) if bf16 and launch.deepspeed is not None else {}
         super().__init__(
             model=model,
             args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
@@ -246,7 +250,8 @@ class RecipeTrainer(CheckpointingTrainer):
         """Goes on where a checkpoint stopped, or begins; called before the first step of a run."""
         if self.state.global_step == 0:
             for name, value in self.finer.items():
-                zero.set_(self.model.get_parameter(name), value)
+                param = self.model.get_parameter(name)
+                zero.set_(param, zero.from_shares(value, param))
         saved = self.state.stateful_callbacks.get(DRIVE)
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
@@ -261,7 +266,9 @@ class RecipeTrainer(CheckpointingTrainer):
         if self.step.checkpointing:
             getattr(self.model, f"{checkpointing.NAME}_disable")()
         if self.is_deepspeed_enabled:
-            zero.make_plain(self.model, self.deepspeed, self.dtypes)
+            zero.make_plain(
+                self.model, self.deepspeed, self.dtypes, everywhere=self.everywhere
+            )
 
     def _reference(self) -> Reference:
         assert self.start is not None and self.step.target_sparsity is not None
@@ -282,12 +289,6 @@ class RecipeTrainer(CheckpointingTrainer):
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler[int]:
         """Takes the batches in order: the data layer has shuffled them, for every run alike."""
         return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
-def _finer(model: nn.Module) -> dict[str, Tensor]:
-    """Copies the fp32 weights, by name: DeepSpeed rounds them to bf16 before it copies them."""
-    finer = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
-    return {name: param.detach().clone() for name, param in finer.items()}
 
 
 def next_token_labels(blocks_BT: Tensor) -> Tensor:
