@@ -32,6 +32,8 @@ class ModelStates:
     optimizer: int = 0
     teacher: int = 0
     """Weights of the donor, where a loss needs it: every process holds all of them."""
+    teacher_sharded: bool = False
+    """Whether they are divided as well, which takes stage 3."""
 
     @classmethod
     def of(
@@ -60,7 +62,8 @@ class ModelStates:
         if processes < 1:
             raise ValueError(f"{processes} processes hold nothing: give at least 1")
         divided = (self.optimizer, self.gradients, self.weights)
-        return self.teacher + sum(
+        shared = processes if self.teacher_sharded and stage == 3 else 1
+        return self.teacher / shared + sum(
             part / processes if stage > index else part for index, part in enumerate(divided)
         )
 

@@ -33,6 +33,7 @@ from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.step import Step, Work
 from moe_tools.training.born_sharded import why_whole
+from moe_tools.training.teacher import check_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,8 @@ class _Run:
         """Everything that can be wrong with the user's words, before the first folder exists."""
         _ = self.tokenizer
         _ = self.streamed
+        for step in self.recipe.train_steps:
+            check_teacher(step, self.launch, self.source)
         self.text.check(self._rehearse())
 
     def _check_donor(self) -> None:
@@ -280,6 +283,7 @@ class _Run:
             training,
             partial(self._teacher, index),
             replace(self.launch, logs=self.folder.logs(index)),
+            partial(self._teacher_source, index),
         )
 
     def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:
@@ -299,7 +303,14 @@ class _Run:
         """What it calibrates and trains on."""
         return RunText(self.recipe, self.tokenizer, self.folder.steps, self.donor)
 
-    def _teacher(self, index: int) -> PreTrainedModel:
+    def _teacher(self, index: int, device: str) -> PreTrainedModel:
+        """The teacher of a train step, on a device."""
+        source = self._teacher_source(index)
+        if source == self.source:
+            return self.donor(device)
+        return load(source, dtype=self.dtype, device=device)
+
+    def _teacher_source(self, index: int) -> str:
         """The model of a train step as it was before the first step that changed its function.
 
         Dense training before `swap` or `attach` makes a better teacher than the donor: it knows
@@ -307,9 +318,7 @@ class _Run:
         """
         before = self.recipe.steps[:index]
         changed = next((i for i, step in enumerate(before) if step.changes_function), 0)
-        if not changed:
-            return self.donor()
-        return load(self.folder.step(changed - 1), dtype=self.dtype, device=self.device)
+        return str(self.folder.step(changed - 1)) if changed else self.source
 
     def donor(self, device: str | None = None) -> PreTrainedModel:
         """The dense model that all starts from."""

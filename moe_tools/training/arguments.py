@@ -21,6 +21,7 @@ from moe_tools.steps.launch import Launch
 from moe_tools.training import checkpointing
 
 if TYPE_CHECKING:
+    from moe_tools.training.cached_teacher import CachedTeacher
     from moe_tools.training.train import Train
 
 CLIPPING = 1.0
@@ -32,8 +33,14 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Holds whole batches as items, in the order and the groups that the data layer made."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], cached: CachedTeacher | None = None
+    ) -> None:
         """Checks the labels, here where they are in the host's memory.
+
+        Args:
+            batches: in order.
+            cached: what a teacher says of each of them, which then goes with it.
 
         Raises:
             ValueError: no token of a batch is labelled.
@@ -49,14 +56,15 @@ class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
                     f"batch {index} has no labelled token: all its labels are {IGNORE}: leave such "
                     "rows out"
                 )
-        self.batches = batches
+        self.batches, self.cached = batches, cached
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids_BT, labels_B = self.batches[index]
-        return {"input_ids": ids_BT} | ({} if labels_B is None else {"labels": labels_B})
+        said = {} if self.cached is None else self.cached[index]
+        return {"input_ids": ids_BT} | ({} if labels_B is None else {"labels": labels_B}) | said
 
 
 def only(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -21,10 +21,13 @@ from moe_tools.training.losses import LOSSES
 from moe_tools.training.trim import check_trimmable
 
 if TYPE_CHECKING:
+    from moe_tools.training.teacher import Donor
     from moe_tools.training.train import Train
 
 
-def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -> None:
+def check_train(
+    model: PreTrainedModel, step: Train, donor: PreTrainedModel | Donor | None
+) -> None:
     """Whether a model can take a train step; changes nothing.
 
     Raises:

@@ -22,12 +22,14 @@ from moe_tools.steps.schedules import Weight, check_stages
 from moe_tools.steps.step import Cost, Option, Setting, Step, Work
 from moe_tools.training import born_sharded, zero
 from moe_tools.training.arguments import tensorboard_in
+from moe_tools.training.cached_teacher import bytes_each
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
 from moe_tools.training.checks import check_train
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.lora import Lora, low_rank
 from moe_tools.training.losses import needs_donor, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
+from moe_tools.training.teacher import Donor, Place, taught
 from moe_tools.training.trainer import RecipeTrainer
 
 
@@ -74,10 +76,15 @@ class Train(Step):
     """Share of the optimizer steps."""
     checkpoint_every: int = 100
     """Optimizer steps, not micro-batches."""
+    teacher: Place = "whole"
+    """Where the donor is, for a loss that needs it; see `moe_tools.training.teacher`. `distill_ffn`
+    needs more of it than what is cached."""
+    teacher_top_k: int = 64
+    """Tokens of each position whose probabilities a cached teacher keeps: 6 bytes each."""
 
     def check(self) -> None:
         """Ranges of every number; a drive has its target and its loss for itself."""
-        at_least(1, self, "batch_size", "accumulate", "checkpoint_every")
+        at_least(1, self, "batch_size", "accumulate", "checkpoint_every", "teacher_top_k")
         at_least(0, self, "tokens", "lr", "router_lr")
         from_0_to_1(self, "warmup", "ramp")
         strictly_between_0_and_1(self, "target_sparsity")
@@ -89,6 +96,22 @@ class Train(Step):
         for name, weight in self.losses.items():
             if isinstance(weight, tuple):
                 check_stages(self, f"losses.{name}", weight)
+
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        if self.teacher == "whole":
+            return
+        if not self.needs_donor():
+            raise ValueError(
+                f"train: teacher {self.teacher} needs a loss that has a teacher (distill, "
+                "distill_ffn): give one, or leave `teacher` out"
+            )
+        if self.teacher == "cached" and "distill_ffn" in self.losses:
+            raise ValueError(
+                "train: teacher cached keeps probabilities, and distill_ffn compares the outputs "
+                "of FFNs: use distill alone, or teacher sharded or offloaded"
+            )
 
     def _check_drive(self) -> None:
         if self.drive == "shift":
@@ -112,7 +135,7 @@ class Train(Step):
         if self.parts == "routers" or not self.tokens:
             return None
         dense = Train(self.tokens)
-        kept = {name: getattr(dense, name) for name in OF_ROUTERS}
+        kept = {name: getattr(dense, name) for name in OF_ROUTERS + OF_TEACHERS}
         return replace(self, **kept)
 
     def needs_donor(self) -> bool:
@@ -126,7 +149,7 @@ class Train(Step):
     def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
         """Trains; returns what `train` measured, and a fingerprint of the text."""
         text = work.training()
-        donor = work.teacher() if self.needs_donor() else None
+        donor = Donor(work.teacher, work.teacher_source()) if self.needs_donor() else None
         measured = train(
             model,
             self,
@@ -146,17 +169,24 @@ class Train(Step):
         passes = 3 + taught + self.checkpointing  # a teacher's, or recomputing: a pass more
         blocks = self.tokens // setting.block_length
         together = self.batch_size * self.accumulate * setting.processes
-        teacher = setting.teacher_bytes if taught else 0
+        teacher = setting.teacher_bytes if taught and self.teacher in ("whole", "sharded") else 0
+        cached = taught and self.teacher == "cached"
         return Cost(
             optimizer_steps=max(1, blocks // together),
             trained=sum(one.numel() for one in trained),
             flops=passes * self.tokens * forward_flops(model, setting.block_length),
-            states=ModelStates.of(model.parameters(), trained, teacher),
+            disk=blocks * setting.block_length * bytes_each(self.teacher_top_k) if cached else 0,
+            states=replace(
+                ModelStates.of(model.parameters(), trained, teacher),
+                teacher_sharded=self.teacher == "sharded",
+            ),
         )
 
 
 OF_ROUTERS = ("mode", "losses", "target_sparsity", "drive", "ramp", "router_lr")
 """Fields that concern routers and sparsity alone: the dense control has their defaults."""
+OF_TEACHERS = ("teacher", "teacher_top_k")
+"""Fields that concern a teacher alone: the dense control has none."""
 
 
 def train(
@@ -165,7 +195,7 @@ def train(
     text: Text,
     work: Path,
     *,
-    donor: PreTrainedModel | None = None,
+    donor: PreTrainedModel | Donor | None = None,
     seed: int = 0,
     launch: Launch | None = None,
     weights: str | None = None,
@@ -178,7 +208,8 @@ def train(
         text: of this step, in the order it is seen: blocks for a causal language model, labelled
             batches for a classifier.
         work: folder of the checkpoints.
-        donor: the dense teacher, for the losses that need one.
+        donor: the dense teacher, for the losses that need one, where `step.teacher` says; loaded,
+            or told where it is: then a cached one is not loaded once it is on the disk.
         seed: of dropout and fresh adapters.
         launch: the device, DeepSpeed, reporters; default: PyTorch alone, where the model is.
         weights: where they are, if the model is empty (on the meta device): each process then reads
@@ -207,12 +238,13 @@ def train(
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))
     with ExitStack() as stack:
+        teaching = stack.enter_context(taught(step, donor, batches, pinned, work, launch))
         if weights is not None:
             stack.enter_context(born_sharded.filled(model, weights, launch))
         stack.enter_context(low_rank(model, step, seed))
         trained = trainable_parts(model, step)
         with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
-            trainer = RecipeTrainer(model, step, batches, work, steps, trained, donor, seed, launch)
+            trainer = RecipeTrainer(model, step, batches, work, steps, trained, teaching, seed, launch)
             trainer.text, trainer.everywhere = pinned, weights is None
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.finish()

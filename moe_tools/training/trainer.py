@@ -26,6 +26,7 @@ from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import warmup_cosine
 from moe_tools.training import checkpointing, zero
 from moe_tools.training.arguments import Batches, only, training_arguments
+from moe_tools.training.cached_teacher import as_logp
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
 from moe_tools.training.figures import Figures, sparsity_of, zeros_of
@@ -34,6 +35,8 @@ from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import Observed, compute_losses, needs_donor, seen_kinds
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
+from moe_tools.training.teacher import Teaching
+from moe_tools.training.top_k_losses import top_k_losses
 from moe_tools.training.trim import add_, sample_logits, shift_routers
 from moe_tools.training.watch import Kind, watch_ffns
 
@@ -63,12 +66,12 @@ class RecipeTrainer(CheckpointingTrainer):
         work: Path,
         steps: int,
         groups: list[dict[str, Any]],
-        donor: PreTrainedModel | None,
+        teaching: Teaching,
         seed: int,
         launch: Launch,
     ) -> None:
         self.step, self.steps, self.groups, self.launch = step, steps, groups, launch
-        self.donor = None if donor is None else donor.eval()
+        self.donor = None if teaching.model is None else teaching.model.eval()
         self.weights = LossWeights(step)
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
@@ -86,7 +89,7 @@ class RecipeTrainer(CheckpointingTrainer):
         super().__init__(
             model=model,
             args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
-            train_dataset=Batches(batches),
+            train_dataset=Batches(batches, teaching.cached),
             data_collator=only,
             callbacks=[Progress(self, f"train {step.mode}")],
         )
@@ -152,18 +155,18 @@ class RecipeTrainer(CheckpointingTrainer):
         with recording as routings, watch_ffns(self.model, kinds) as ffns:
             logits = self._logits(model, ids_BT)
         donor_logits, donor_outputs = self._donor_pass(ids_BT, kinds & {"outputs"})
-        total, parts = logit_losses(
-            logits,
-            next_token_labels(ids_BT).flatten() if labels_B is None else labels_B,
-            donor_logits,
-            lm_weight=weights.get("lm", 0.0),
-            distill_weight=weights.get("distill", 0.0),
-        )
+        labels = next_token_labels(ids_BT).flatten() if labels_B is None else labels_B
+        given = {f"{name}_weight": weights.get(name, 0.0) for name in ("lm", "distill")}
+        said = inputs.get("teacher_ids"), inputs.get("teacher_logp")
+        if said[0] is not None and said[1] is not None:
+            total, parts = top_k_losses(logits, labels, said[0], as_logp(said[1]), **given)
+        else:
+            total, parts = logit_losses(logits, labels, donor_logits, **given)
         routings = [routing for routing in routings if routing.tokens]  # see HostExperts
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
         seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
         values = {"lm": parts.lm}
-        if donor_logits is not None:
+        if donor_logits is not None or said[0] is not None:
             values["distill"] = parts.distill
         for name, value in compute_losses(weights, seen).items():
             values[name] = value

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from moe_tools import processes
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
 from moe_tools.experts.conversion import attach_experts
 from moe_tools.experts.routers import ROUTERS
@@ -30,6 +32,7 @@ from moe_tools.recipe.deepspeed import deepspeed_path, read_deepspeed
 from moe_tools.steps.launch import Launch
 from moe_tools.training import zero
 from moe_tools.training.arguments import training_arguments
+from moe_tools.training.teacher import Donor
 from moe_tools.training.train import train
 from tests.families import THRESHOLD, build, randomize, routed
 from tests.training.test_train import DENSE, HARD, SOFT, Killed, converted, kill_at, text
@@ -143,6 +146,69 @@ def idle_experts(model: torch.nn.Module) -> list[int]:
                 lambda _, args, experts=experts: found.append(experts - len(args[1].unique()))
             )
     return found
+
+
+def donor(dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model that `converted` starts from, its weights moved a little."""
+    torch.manual_seed(0)
+    model = build("llama")
+    randomize(model)
+    return model.to(dtype)
+
+
+TAUGHT = replace(LTE, losses={"lm": 1.0, "distill": 1.0, "distill_ffn": 0.5}, accumulate=1)
+
+
+def born(out: Path) -> None:
+    """Trains models that come in shards, and such that come whole, under ZeRO-3; bf16 and taught."""
+    for folder, model in (("routed", converted()), ("donor", donor(torch.float32))):
+        if processes.rank() == 0:
+            save(model, out / folder)
+    if processes.rank() == 0:
+        save(moe_host("soft"), out / "experts")
+        save(build("mixtral", num_local_experts=4), out / "fused")
+    processes.barrier()
+    bf16, fp32 = (nothing_stays(launches(dtype)["zero3"]) for dtype in ("bf16", "fp32"))
+    l1 = replace(DENSE, losses={"lm": 1.0, "l1": 0.01}, **SMALL)
+    runs = {
+        "soft": (LTE, "routed", bf16),
+        "lora": (STEPS["lora"], "routed", bf16),
+        "checkpointing": (STEPS["straight, checkpointing"], "routed", bf16),
+        "experts": (EXPERT_STEPS["soft"], "experts", fp32),
+        "fused": (l1, "fused", fp32),
+        "taught": (TAUGHT, "routed", fp32),
+    }
+    for name, (step, source, launch) in runs.items():
+        dtype = torch.bfloat16 if launch is bf16 else torch.float32
+        for how in ("whole", "born"):
+            weights = str(out / source) if how == "born" else None
+            model = load(out / source, dtype=dtype, device="cpu" if weights is None else "meta")
+            given, each = None, step
+            if step.needs_donor():
+                at = str(out / "donor")
+                given = Donor(lambda device, at=at: load(at, dtype=dtype, device=device), at)
+                each = replace(step, teacher="whole" if how == "whole" else "sharded")
+            folder = out / f"{name}-{how}"
+            figures = train(
+                model, each, text(24), folder, donor=given, launch=launch, weights=weights
+            )
+            if processes.rank() == 0:
+                keep(folder, figures, model)
+            elif how == "born":
+                assert all(param.is_meta for param in model.parameters())
+
+
+def cached(out: Path) -> None:
+    """Distils from a teacher on disk that the first process writes, and from one in memory."""
+    teacher = donor(torch.float32)
+    step = replace(LTE, losses={"lm": 1.0, "distill": 1.0}, teacher_top_k=1000)
+    for way, launch in launches("fp32").items():
+        for place in ("whole", "cached"):
+            model, each = converted(), replace(step, teacher=place)
+            folder = out / f"{way}-{place}"
+            figures = train(model, each, text(24), folder, donor=teacher, launch=launch)
+            if processes.rank() == 0:
+                keep(folder, figures, model)
 
 
 def experts(out: Path) -> None:
@@ -266,6 +332,8 @@ def command(words: list[str]) -> int:
     return main(words)
 
 
+TASKS = (stages, born, cached, experts, routers, sums, small_gradients)
+
 if __name__ == "__main__":
     task, *words = sys.argv[1:]
     if task == "command":
@@ -274,5 +342,5 @@ if __name__ == "__main__":
     with processes.process_group("cpu", alone=task == "small_gradients"):
         if task == "stages" and processes.count() > 1:
             manners()
-        tasks = {f.__name__: f for f in (stages, experts, routers, sums, small_gradients)}
+        tasks = {f.__name__: f for f in TASKS}
         tasks[task](Path(words[0]))
