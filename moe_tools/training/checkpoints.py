@@ -52,26 +52,48 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def layout(launch: Launch) -> dict[str, int | None]:
-    """Returns what two runs must share for one to go on with the other's checkpoint."""
-    return {"processes": processes.count(), "zero": launch.zero_stage}
+def layout(launch: Launch, accumulate: int) -> dict[str, int | None]:
+    """Returns what decides whether a run can go on with another's checkpoint."""
+    return {
+        "processes": processes.count(),
+        "zero": launch.zero_stage,
+        "accumulate": accumulate,
+    }
 
 
-def check_layout(checkpoint: str | None, launch: Launch) -> None:
+def check_layout(checkpoint: str | None, launch: Launch, accumulate: int) -> None:
     """Checks that this run can go on from a checkpoint.
 
+    PyTorch alone keeps all of the optimizer in every process, so any number of them can go on, as
+    long as an optimizer step sees the same blocks: accumulate x processes is what it was.
+
     Raises:
-        ValueError: another number of processes wrote it, or another stage of ZeRO.
+        ValueError: an optimizer step would see more blocks or fewer, another stage of ZeRO, or
+            under DeepSpeed another number of processes.
     """
     if checkpoint is None:
         return
-    now = layout(launch)
-    written = _state(Path(checkpoint)).get("stateful_callbacks", {}).get(LAYOUT, now)
-    if written != now:
+    now = layout(launch, accumulate)
+    written = now | _state(Path(checkpoint)).get("stateful_callbacks", {}).get(LAYOUT, {})
+    if written["zero"] != now["zero"] or (
+        now["zero"] is not None and written["processes"] != now["processes"]
+    ):
         raise ValueError(
             f"{checkpoint} was written by {_in_words(written)}, but this run has "
             f"{_in_words(now)}: start it as it was started before, or choose another --output"
         )
+    before, passes = _passes(written), _passes(now)
+    if before != passes:
+        raise ValueError(
+            f"{checkpoint} was written by {_in_words(written)}, {before} passes an optimizer step "
+            f"(accumulate x processes), but this run has {passes}: set `accumulate` so that they "
+            "are the same, or start it as it was started before"
+        )
+
+
+def _passes(layout: dict[str, int | None]) -> int:
+    assert layout["processes"] is not None and layout["accumulate"] is not None
+    return layout["processes"] * layout["accumulate"]
 
 
 def check_text(checkpoint: str | None, text: str) -> None:
@@ -113,7 +135,7 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._check_weights()
-        self.state.stateful_callbacks |= {LAYOUT: layout(self.launch), TEXT: self.text}
+        self.state.stateful_callbacks |= {LAYOUT: layout(self.launch, self.args.gradient_accumulation_steps), TEXT: self.text}
         work, step = Path(str(self.args.output_dir)), self.state.global_step
         try:
             super()._save_checkpoint(*args, **kwargs)

@@ -229,7 +229,7 @@ def train(
     check_train(model, step, donor)
     batches = whole_batches(text, step)
     checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
-    check_layout(checkpoint, launch)
+    check_layout(checkpoint, launch, step.accumulate)
     pinned = fingerprint(batches)
     check_text(checkpoint, pinned)
     if seen_kinds(step.losses) or step.drive in ZEROS:

@@ -156,7 +156,7 @@ def donor(dtype: torch.dtype) -> PreTrainedModel:
     return model.to(dtype)
 
 
-TAUGHT = replace(LTE, losses={"lm": 1.0, "distill": 1.0, "distill_ffn": 0.5}, accumulate=1)
+TAUGHT = replace(LTE, losses={"lm": 1.0, "distill": 1.0, "distill_ffn": 0.5})
 
 
 def born(out: Path) -> None:
@@ -264,6 +264,27 @@ def sums(out: Path) -> None:
                 keep(work, figures, model)
 
 
+def moved(out: Path) -> None:
+    """Trains by PyTorch alone, killed in the last step; a second start by others goes on.
+
+    Two processes see in one pass each what one process sees in two.
+    """
+    step = replace(LTE, accumulate=2 // processes.count(), checkpoint_every=1)
+    for name in ("through", "killed"):
+        if (out / name / "trained.safetensors").exists():
+            continue
+        model, work = converted(), out / name
+        if name == "killed" and not work.exists():
+            kill_at(model, 4 * step.accumulate + 1)
+            with pytest.raises(Killed):
+                train(model, step, text(BLOCKS), work)
+            continue
+        figures = train(model, step, text(BLOCKS), work)
+        if processes.rank() == 0:
+            keep(work, figures, model)
+    processes.barrier()
+
+
 SMALL_GRADIENTS = [1.0, *[2.0**-9] * 254, -1.0]
 """Their sum is 254/512; in bf16, where 1 + 2^-9 is 1, it is 0."""
 
@@ -332,7 +353,7 @@ def command(words: list[str]) -> int:
     return main(words)
 
 
-TASKS = (stages, born, cached, experts, routers, sums, small_gradients)
+TASKS = (stages, born, cached, moved, experts, routers, sums, small_gradients)
 
 if __name__ == "__main__":
     task, *words = sys.argv[1:]
