@@ -35,7 +35,7 @@ from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
 from moe_tools.recipe import Recipe, Train, lasting, lasting_yaml, parse_recipe, read_recipe
 
 PROCESSES = "# processes: "
-"""How a line of it begins that says how many processes began the run; one that is not there: 1."""
+"""How a line of it begins that says how many processes began the run."""
 HEAD = {"text": "# text: ", "donor": "# weights: "}
 """How the first lines of `recipe.yaml` begin; behind it stands a fingerprint."""
 
@@ -139,8 +139,8 @@ class RunFolder:
         check()
         with new_file(marker) as partial:
             head = [f"{HEAD[name]}{value}\n" for name, value in asdict(pins()).items()]
-            many = [f"{PROCESSES}{processes.count()}\n"] if processes.count() > 1 else []
-            partial.write_text("".join(head + many) + self.identity)
+            head.append(f"{PROCESSES}{processes.count()}\n")
+            partial.write_text("".join(head) + self.identity)
         return True
 
     def _sees_the_same(self, identity: str) -> bool:
@@ -150,7 +150,9 @@ class RunFolder:
         same blocks. Whether a checkpoint can go on so, its train step says.
         """
         began = [line for line in self._head() if line.startswith(PROCESSES)]
-        before = int(began[0].removeprefix(PROCESSES)) if began else 1
+        if not began or not began[0].removeprefix(PROCESSES).isdigit():
+            return False  # of an older version
+        before = int(began[0].removeprefix(PROCESSES))
         comments = [line for line in identity.splitlines() if line.startswith("#")]
         if comments != [line for line in self.identity.splitlines() if line.startswith("#")]:
             return False

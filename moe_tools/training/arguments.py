@@ -33,9 +33,7 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 class Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Holds whole batches as items, in the order and the groups that the data layer made."""
 
-    def __init__(
-        self, batches: Sequence[Batch], cached: CachedTeacher | None = None
-    ) -> None:
+    def __init__(self, batches: Sequence[Batch], cached: CachedTeacher | None = None) -> None:
         """Checks the labels, here where they are in the host's memory.
 
         Args:

@@ -51,7 +51,11 @@ def why_whole(source: str, launch: Launch) -> str | None:
     if is_quantised_source(source):
         return "a quantised model is dequantised as a whole"
     model = load(source, device="meta")
-    shared = _shared(model, layer_paths(model))
+    try:
+        layers = layer_paths(model)
+    except ValueError as error:
+        return str(error)
+    shared = _shared(model, layers)
     return None if shared is None else f"its layers share {shared}"
 
 

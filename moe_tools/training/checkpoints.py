@@ -61,23 +61,23 @@ def layout(launch: Launch, accumulate: int) -> dict[str, int | None]:
     }
 
 
-def check_layout(checkpoint: str | None, launch: Launch, accumulate: int) -> None:
+def check_layout(checkpoint: str | None, launch: Launch, accumulate: int) -> bool:
     """Checks that this run can go on from a checkpoint.
 
-    PyTorch alone keeps all of the optimizer in every process, so any number of them can go on, as
-    long as an optimizer step sees the same blocks: accumulate x processes is what it was.
+    Any number of processes can, as long as an optimizer step sees the same blocks: accumulate x
+    processes is what it was.
+
+    Returns:
+        Whether other processes wrote it, so that what is in shards has to be divided anew.
 
     Raises:
-        ValueError: an optimizer step would see more blocks or fewer, another stage of ZeRO, or
-            under DeepSpeed another number of processes.
+        ValueError: an optimizer step would see more blocks or fewer, or another stage of ZeRO.
     """
     if checkpoint is None:
-        return
+        return False
     now = layout(launch, accumulate)
     written = now | _state(Path(checkpoint)).get("stateful_callbacks", {}).get(LAYOUT, {})
-    if written["zero"] != now["zero"] or (
-        now["zero"] is not None and written["processes"] != now["processes"]
-    ):
+    if written["zero"] != now["zero"]:
         raise ValueError(
             f"{checkpoint} was written by {_in_words(written)}, but this run has "
             f"{_in_words(now)}: start it as it was started before, or choose another --output"
@@ -89,6 +89,7 @@ def check_layout(checkpoint: str | None, launch: Launch, accumulate: int) -> Non
             f"(accumulate x processes), but this run has {passes}: set `accumulate` so that they "
             "are the same, or start it as it was started before"
         )
+    return written["processes"] != now["processes"]
 
 
 def _passes(layout: dict[str, int | None]) -> int:
@@ -135,7 +136,10 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._check_weights()
-        self.state.stateful_callbacks |= {LAYOUT: layout(self.launch, self.args.gradient_accumulation_steps), TEXT: self.text}
+        self.state.stateful_callbacks |= {
+            LAYOUT: layout(self.launch, self.args.gradient_accumulation_steps),
+            TEXT: self.text,
+        }
         work, step = Path(str(self.args.output_dir)), self.state.global_step
         try:
             super()._save_checkpoint(*args, **kwargs)

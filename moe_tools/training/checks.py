@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from moe_tools.training.train import Train
 
 
-def check_train(
-    model: PreTrainedModel, step: Train, donor: PreTrainedModel | Donor | None
-) -> None:
+def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | Donor | None) -> None:
     """Whether a model can take a train step; changes nothing.
 
     Raises:

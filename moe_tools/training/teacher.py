@@ -120,14 +120,19 @@ def taught(
 
 
 def offloaded(donor: PreTrainedModel, device: torch.device, step: Train) -> PreTrainedModel:
-    """Keeps a model in the memory of the CPU, and runs it on a device, a module at a time."""
+    """Keeps a model in the memory of the CPU, and computes on a device; on a CPU it is whole."""
     if device.type == "cpu":
         return donor
-    from accelerate import cpu_offload
-
     if seen_kinds(step.losses):
         unfuse_experts(donor)  # before what is to be watched has no weights
-    cpu_offload(donor.to("cpu"), execution_device=device)
+    return lent_by_cpu(donor, device)
+
+
+def lent_by_cpu(donor: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Lets every module of a model get its weights from the CPU when it runs on a device."""
+    from accelerate import cpu_offload
+
+    cpu_offload(donor.to("cpu"), execution_device=device)  # type: ignore[arg-type]
     return donor
 
 

@@ -29,6 +29,7 @@ from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_i
 from moe_tools.training.lora import Lora, low_rank
 from moe_tools.training.losses import needs_donor, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
+from moe_tools.training.reshape import reshaped
 from moe_tools.training.teacher import Donor, Place, taught
 from moe_tools.training.trainer import RecipeTrainer
 
@@ -229,9 +230,11 @@ def train(
     check_train(model, step, donor)
     batches = whole_batches(text, step)
     checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
-    check_layout(checkpoint, launch, step.accumulate)
+    moved = check_layout(checkpoint, launch, step.accumulate)
     pinned = fingerprint(batches)
     check_text(checkpoint, pinned)
+    if checkpoint is not None and moved and launch.zero_stage:  # 0 has all of it everywhere
+        checkpoint, launch = reshaped(checkpoint, launch)
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     if step.mode != "dense":
@@ -244,7 +247,9 @@ def train(
         stack.enter_context(low_rank(model, step, seed))
         trained = trainable_parts(model, step)
         with only_trainable(model, trained), tensorboard_in(launch.logs), zero.released():
-            trainer = RecipeTrainer(model, step, batches, work, steps, trained, teaching, seed, launch)
+            trainer = RecipeTrainer(
+                model, step, batches, work, steps, trained, teaching, seed, launch
+            )
             trainer.text, trainer.everywhere = pinned, weights is None
             trainer.train(resume_from_checkpoint=checkpoint)
             trainer.finish()

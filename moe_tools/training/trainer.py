@@ -255,6 +255,9 @@ class RecipeTrainer(CheckpointingTrainer):
             for name, value in self.finer.items():
                 param = self.model.get_parameter(name)
                 zero.set_(param, zero.from_shares(value, param))
+        if self.state.global_step and self.is_deepspeed_enabled:
+            engine: Any = self.deepspeed
+            zero.complete_resume(engine.basic_optimizer, self.lr_scheduler)
         saved = self.state.stateful_callbacks.get(DRIVE)
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
@@ -269,9 +272,7 @@ class RecipeTrainer(CheckpointingTrainer):
         if self.step.checkpointing:
             getattr(self.model, f"{checkpointing.NAME}_disable")()
         if self.is_deepspeed_enabled:
-            zero.make_plain(
-                self.model, self.deepspeed, self.dtypes, everywhere=self.everywhere
-            )
+            zero.make_plain(self.model, self.deepspeed, self.dtypes, everywhere=self.everywhere)
 
     def _reference(self) -> Reference:
         assert self.start is not None and self.step.target_sparsity is not None

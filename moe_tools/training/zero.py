@@ -111,6 +111,23 @@ def set_(param: nn.Parameter, value: Tensor) -> None:
         param.copy_(value)
 
 
+def complete_resume(adamw: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Puts right what DeepSpeed restores from a universal checkpoint under ZeRO-3.
+
+    It gives every group the learning rate of the first, and all of them one count of steps
+    between them, which each then counts up. After any other resume this changes nothing.
+
+    Args:
+        adamw: the optimizer below DeepSpeed's.
+        scheduler: of the learning rates, restored.
+    """
+    for group, rate in zip(adamw.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    for state in adamw.state.values():
+        if "step" in state:  # a process may have no share of a group
+            state["step"] = state["step"].clone()
+
+
 @torch.no_grad()
 def add_(param: nn.Parameter, value: Tensor) -> None:
     """Adds `value` to a parameter, as `set_` sets it."""

@@ -54,6 +54,8 @@ EXPERT_STEPS = {
     "hard": replace(HARD, **SMALL),
 }
 """Of an MoE host."""
+MOVED = ("plain", "zero0", "zero2", "zero3")
+"""Ways whose checkpoints go on in another number of processes."""
 DEEPSPEED_WAYS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 """Those that train bf16 weights."""
 
@@ -160,7 +162,7 @@ TAUGHT = replace(LTE, losses={"lm": 1.0, "distill": 1.0, "distill_ffn": 0.5})
 
 
 def born(out: Path) -> None:
-    """Trains models that come in shards, and such that come whole, under ZeRO-3; bf16 and taught."""
+    """Trains models that come in shards, and such that come whole, under ZeRO-3."""
     for folder, model in (("routed", converted()), ("donor", donor(torch.float32))):
         if processes.rank() == 0:
             save(model, out / folder)
@@ -171,12 +173,10 @@ def born(out: Path) -> None:
     bf16, fp32 = (nothing_stays(launches(dtype)["zero3"]) for dtype in ("bf16", "fp32"))
     l1 = replace(DENSE, losses={"lm": 1.0, "l1": 0.01}, **SMALL)
     runs = {
-        "soft": (LTE, "routed", bf16),
         "lora": (STEPS["lora"], "routed", bf16),
-        "checkpointing": (STEPS["straight, checkpointing"], "routed", bf16),
         "experts": (EXPERT_STEPS["soft"], "experts", fp32),
         "fused": (l1, "fused", fp32),
-        "taught": (TAUGHT, "routed", fp32),
+        "taught": (TAUGHT, "routed", bf16),
     }
     for name, (step, source, launch) in runs.items():
         dtype = torch.bfloat16 if launch is bf16 else torch.float32
@@ -186,11 +186,14 @@ def born(out: Path) -> None:
             given, each = None, step
             if step.needs_donor():
                 at = str(out / "donor")
-                given = Donor(lambda device, at=at: load(at, dtype=dtype, device=device), at)
+                given = Donor(
+                    lambda device, at=at, dtype=dtype: load(at, dtype=dtype, device=device), at
+                )
                 each = replace(step, teacher="whole" if how == "whole" else "sharded")
+            each = replace(each, checkpoint_every=100)
             folder = out / f"{name}-{how}"
             figures = train(
-                model, each, text(24), folder, donor=given, launch=launch, weights=weights
+                model, each, text(8), folder, donor=given, launch=launch, weights=weights
             )
             if processes.rank() == 0:
                 keep(folder, figures, model)
@@ -202,11 +205,12 @@ def cached(out: Path) -> None:
     """Distils from a teacher on disk that the first process writes, and from one in memory."""
     teacher = donor(torch.float32)
     step = replace(LTE, losses={"lm": 1.0, "distill": 1.0}, teacher_top_k=1000)
-    for way, launch in launches("fp32").items():
+    ways = launches("fp32")
+    for way in ("plain", "zero3"):
         for place in ("whole", "cached"):
             model, each = converted(), replace(step, teacher=place)
             folder = out / f"{way}-{place}"
-            figures = train(model, each, text(24), folder, donor=teacher, launch=launch)
+            figures = train(model, each, text(16), folder, donor=teacher, launch=ways[way])
             if processes.rank() == 0:
                 keep(folder, figures, model)
 
@@ -265,24 +269,38 @@ def sums(out: Path) -> None:
 
 
 def moved(out: Path) -> None:
-    """Trains by PyTorch alone, killed in the last step; a second start by others goes on.
+    """Trains by PyTorch alone and under ZeRO, killed in the last steps, and goes on by others.
 
+    Called by one process, by two and by one again: what each finds killed by the others it ends.
     Two processes see in one pass each what one process sees in two.
     """
-    step = replace(LTE, accumulate=2 // processes.count(), checkpoint_every=1)
-    for name in ("through", "killed"):
-        if (out / name / "trained.safetensors").exists():
-            continue
-        model, work = converted(), out / name
-        if name == "killed" and not work.exists():
-            kill_at(model, 4 * step.accumulate + 1)
-            with pytest.raises(Killed):
-                train(model, step, text(BLOCKS), work)
-            continue
-        figures = train(model, step, text(BLOCKS), work)
-        if processes.rank() == 0:
-            keep(work, figures, model)
-    processes.barrier()
+    quick_deepspeed()
+    count = processes.count()
+    step = replace(LTE, router_lr=3e-3, accumulate=2 // count, checkpoint_every=2)
+    for way in MOVED:
+        launch = Launch()
+        if way != "plain":
+            path = deepspeed_path(way)
+            given = read_deepspeed(path, Recipe("t", (step,)), dtype="fp32", processes=count)
+            launch = (
+                nothing_stays(Launch(deepspeed=given))
+                if way == "zero3"
+                else Launch(deepspeed=given)
+            )
+        for name in ("by one", "by two", "through"):
+            work, mine = out / way / name, name == ("by one" if count == 1 else "by two")
+            if (name == "through" and count == 1) or (work / "trained.safetensors").exists():
+                continue
+            model = converted()
+            if mine:
+                kill_at(model, 2 * step.accumulate + 1)  # in the last of three steps
+                with pytest.raises(Killed):
+                    train(model, step, text(24), work, launch=launch)
+            elif name == "through" or work.exists():
+                figures = train(model, step, text(24), work, launch=launch)
+                if processes.rank() == 0:
+                    keep(work, figures, model)
+            processes.barrier()
 
 
 SMALL_GRADIENTS = [1.0, *[2.0**-9] * 254, -1.0]
@@ -336,8 +354,42 @@ def keep(folder: Path, figures: dict[str, Any], model: torch.nn.Module) -> None:
     save_file(state, folder / "trained.safetensors")
 
 
+def memory(key: str) -> int:
+    """Bytes of this process: VmRSS is what it holds, VmHWM the most that it ever held."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{key}:")[1].split()[0])
+
+
+def measured(out: Path) -> None:
+    """From here on a train step writes how much memory its process took: at first and at most.
+
+    Until the first optimizer step, and from the last to the end. What others import is there then.
+    """
+    from moe_tools.training.trainer import RecipeTrainer
+
+    base, most = memory("VmRSS"), {}
+    begin, finish = RecipeTrainer.begin, RecipeTrainer.finish
+
+    def note_begin(self: RecipeTrainer) -> None:
+        most["load"] = memory("VmHWM") - base
+        begin(self)
+
+    def note_finish(self: RecipeTrainer) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+        finish(self)
+        most["end"] = memory("VmHWM") - base
+        (out / f"{processes.rank()}.json").write_text(json.dumps(most))
+
+    RecipeTrainer.begin, RecipeTrainer.finish = note_begin, note_finish
+
+
 def command(words: list[str]) -> int:
-    """`moe-tools WORDS`; with MOE_TOOLS_TEST_KILL=N, killed before optimizer step N."""
+    """`moe-tools WORDS`; with MOE_TOOLS_TEST_KILL=N, killed before optimizer step N.
+
+    With MOE_TOOLS_TEST_MEMORY=FOLDER, each process says there what memory its train step took.
+    """
+    if "MOE_TOOLS_TEST_MEMORY" in os.environ:
+        measured(Path(os.environ["MOE_TOOLS_TEST_MEMORY"]))
     kill_at = int(os.environ.get("MOE_TOOLS_TEST_KILL", "0"))
     if kill_at:
         from moe_tools.training.trainer import RecipeTrainer
@@ -360,7 +412,7 @@ if __name__ == "__main__":
     if task == "command":
         quick_deepspeed()
         sys.exit(command(words))
-    with processes.process_group("cpu", alone=task == "small_gradients"):
+    with processes.process_group("cpu", alone=task in ("moved", "small_gradients")):
         if task == "stages" and processes.count() > 1:
             manners()
         tasks = {f.__name__: f for f in TASKS}
