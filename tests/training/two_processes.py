@@ -126,10 +126,10 @@ def stages(out: Path) -> None:
                     keep(folder, figures, model)
 
 
-def moe_host(mode: str) -> PreTrainedModel:
+def moe_host(mode: str, experts: int = 16) -> PreTrainedModel:
     """A host of 16 experts, of which a token passes two: in a block of 16 some have no token."""
     torch.manual_seed(0)
-    model = build("mixtral", num_local_experts=16)
+    model = build("mixtral", num_local_experts=experts)
     unfused_ffns(model)
     if mode == "dense":
         return model
@@ -167,10 +167,10 @@ def born(out: Path) -> None:
         if processes.rank() == 0:
             save(model, out / folder)
     if processes.rank() == 0:
-        save(moe_host("soft"), out / "experts")
+        save(moe_host("soft", 4), out / "experts")
         save(build("mixtral", num_local_experts=4), out / "fused")
     processes.barrier()
-    bf16, fp32 = (nothing_stays(launches(dtype)["zero3"]) for dtype in ("bf16", "fp32"))
+    bf16, fp32 = (launches(dtype)["zero3"] for dtype in ("bf16", "fp32"))
     l1 = replace(DENSE, losses={"lm": 1.0, "l1": 0.01}, **SMALL)
     runs = {
         "lora": (STEPS["lora"], "routed", bf16),
