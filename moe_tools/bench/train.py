@@ -26,6 +26,7 @@ from moe_tools.recipe import Attach, Recipe, Split, Train
 from moe_tools.steps.launch import Launch
 from moe_tools.training.losses import needs_donor
 from moe_tools.training.parts import trainable_parts
+from moe_tools.training.teacher import Teaching
 from moe_tools.training.trainer import RecipeTrainer
 
 SCHEDULE_STEPS = 1000
@@ -115,7 +116,8 @@ def _stepper(
         Batch(torch.randint(vocabulary, size, generator=drawn)) for _ in range(step.accumulate)
     ]
     groups = trainable_parts(model, step)
-    trainer = RecipeTrainer(model, step, batches, work, SCHEDULE_STEPS, groups, None, 0, launch)
+    taught = Teaching()  # by nobody
+    trainer = RecipeTrainer(model, step, batches, work, SCHEDULE_STEPS, groups, taught, 0, launch)
     trainer.state.max_steps = SCHEDULE_STEPS
     optimizer = trainer.create_optimizer()
     model.train()

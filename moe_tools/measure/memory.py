@@ -30,8 +30,10 @@ MASTER = 4
 """Bytes of an fp32 copy, which a parameter of fewer bits needs."""
 
 Teacher = Literal["whole", "sharded", "offloaded", "cached"]
-"""Where a teacher is: in every process, divided over them, in the memory of the host, or nowhere,
-since what it says was written down before."""
+"""Where a teacher is. whole: on the device of every process. sharded: in shards over the processes,
+under ZeRO-3, read layer by layer. offloaded: in the memory of the CPU, from where each layer comes
+to the GPU for its forward pass; without a GPU it is whole. cached: nowhere; its most likely tokens
+are on the disk."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,11 @@ class Recipe:
             raise ValueError(f"epoch_tokens is {self.epoch_tokens}, but must be 0 or more")
         for step in self.steps:
             step.check()
+        if self.task == "regress" and any(step.teacher == "cached" for step in self.train_steps):
+            raise ValueError(
+                f"recipe {self.name}: teacher cached keeps probabilities, and a regression has "
+                "none: use teacher whole"
+            )
         reads = {bool(step.epochs) for step in self.train_steps if step.amount}
         if len(reads) > 1:
             raise ValueError(

@@ -19,11 +19,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import yaml
 
 from moe_tools import processes
 from moe_tools.atomic import link, new_file, new_folder, partial_of, remove_folder
@@ -31,8 +32,10 @@ from moe_tools.checkpoint.card import write_card
 from moe_tools.disk import writing
 from moe_tools.lock import LOCK, held
 from moe_tools.names import LOGS, METRICS, RECIPE, STEPS_FOLDER
-from moe_tools.recipe import Recipe, lasting, lasting_yaml, read_recipe
+from moe_tools.recipe import Recipe, Train, lasting, lasting_yaml, parse_recipe, read_recipe
 
+PROCESSES = "# processes: "
+"""How a line of it begins that says how many processes began the run."""
 HEAD = {"text": "# text: ", "donor": "# weights: "}
 """How the first lines of `recipe.yaml` begin; behind it stands a fingerprint."""
 
@@ -128,7 +131,7 @@ class RunFolder:
         marker = self.output / RECIPE
         if marker.is_file():
             began, identity = self.read_marker()
-            if identity != self.identity:
+            if identity != self.identity and not self._sees_the_same(identity):
                 raise ValueError(
                     f"{self.output} holds another run (see {marker}): choose another --output, or "
                     "repeat that run's options to resume it"
@@ -140,8 +143,33 @@ class RunFolder:
         check()
         with new_file(marker) as partial:
             head = [f"{HEAD[name]}{value}\n" for name, value in asdict(pins()).items()]
+            head.append(f"{PROCESSES}{processes.count()}\n")
             partial.write_text("".join(head) + self.identity)
         return True
+
+    def _sees_the_same(self, identity: str) -> bool:
+        """Whether a run differs in `accumulate` alone, as it began with other processes.
+
+        accumulate x processes is the same in every train step, so that an optimizer step sees the
+        same blocks. Whether a checkpoint can go on so, its train step says.
+        """
+        began = [line for line in self._head() if line.startswith(PROCESSES)]
+        if not began or not began[0].removeprefix(PROCESSES).isdigit():
+            return False  # of an older version
+        before = int(began[0].removeprefix(PROCESSES))
+        comments = [line for line in identity.splitlines() if line.startswith("#")]
+        if comments != [line for line in self.identity.splitlines() if line.startswith("#")]:
+            return False
+        try:
+            other = parse_recipe(yaml.safe_load(identity))
+        except (ValueError, yaml.YAMLError):
+            return False
+        return _passes(other, before) == _passes(self.recipe, processes.count())
+
+    def _head(self) -> list[str]:
+        """The comments at the head of `recipe.yaml`."""
+        lines = (self.output / RECIPE).read_text().splitlines()
+        return lines[: next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)]
 
     def _check_free(self) -> None:
         """Checks that nothing but a run is in the folder.
@@ -160,6 +188,8 @@ class RunFolder:
             if rest.startswith(begin):
                 line, _, rest = rest.partition("\n")
                 pins[name] = line.removeprefix(begin)
+        if rest.startswith(PROCESSES):
+            rest = rest.partition("\n")[2]
         return Pins(**pins), lasting_yaml(rest)
 
     def like(self, output: Path, pins: Callable[[Recipe], Pins]) -> RunFolder | None:
@@ -221,6 +251,15 @@ def _same_text(one: RunFolder, other: RunFolder) -> bool:
         return (*read, trained)
 
     return text(one) == text(other)
+
+
+def _passes(recipe: Recipe, count: int) -> Recipe:
+    """The recipe with the passes of all processes together in place of `accumulate`."""
+    steps = (
+        replace(step, accumulate=step.accumulate * count) if isinstance(step, Train) else step
+        for step in recipe.steps
+    )
+    return replace(recipe, steps=tuple(steps))
 
 
 def _is_free(folder: Path) -> bool:

@@ -318,5 +318,5 @@ def _need(name: str, costs: Sequence[Cost], machine: Machine) -> Need:
     )
 
 
-BORN = False
-"""Whether a stage 3 reads weights straight to its shards: today every process reads all of them."""
+BORN = True
+"""Whether a stage 3 reads weights straight to its shards (`moe_tools.training.born_sharded`)."""

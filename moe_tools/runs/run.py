@@ -36,7 +36,9 @@ from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.step import Step, Work
 from moe_tools.training.attention import attention
+from moe_tools.training.born_sharded import why_whole
 from moe_tools.training.compiled import check_compiles
+from moe_tools.training.teacher import check_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +180,8 @@ class _Run:
         model = self._rehearse()
         self.text.check(model)
         check_held_out(self.recipe, self.tokenizer, model)
+        for step in self.recipe.train_steps:
+            check_teacher(step, self.launch, self.source)
         check_compiles(model, self.launch)
         with attention(model, self.launch.attention):
             pass  # whether it can
@@ -249,14 +253,29 @@ class _Run:
             streamed = self._streamed(step, previous, work / "layers")
             measured, write = streamed.run(), streamed.save
         else:
+            weights = self._in_shards(index, previous) if step.trains else None
             device = self.launch.home if step.trains else self.device
+            device = device if weights is None else "meta"
             model = load(previous, dtype=self.dtype, device=device) if index else self.donor(device)
-            measured, write = step.apply(model, self._lend(index, work)), partial(save, model)
+            lent = replace(self._lend(index, work), weights=weights)
+            measured, write = step.apply(model, lent), partial(save, model)
         measured = {**step.options(), **measured, "seconds": round(time.time() - began, 1)}
         if step.trains:
             processes.on_first(partial(self._write, folder, write, measured, work))
         else:
             self._write(folder, write, measured, work)
+
+    def _in_shards(self, index: int, previous: str) -> str | None:
+        """The source of a train step's model, if no process has to load all of it; else None."""
+        if self.launch.zero_stage != 3:
+            return None
+        if not index and self.recipe.task in HEADS:
+            reason: str | None = "it may get a new head, which is made with the model"
+        else:
+            reason = why_whole(previous, self.launch)
+        if reason is not None:
+            logger.warning("every process loads the whole model: %s", reason)
+        return previous if reason is None else None
 
     def _write(self, folder: Path, write: Write, measured: dict[str, Any], work: Path) -> None:
         with new_folder(folder) as unfinished:
@@ -281,6 +300,7 @@ class _Run:
             partial(self._teacher, index),
             replace(self.launch, logs=self.folder.logs(index)),
             partial(held_out_text, self.recipe, self.tokenizer),
+            partial(self._teacher_source, index),
         )
 
     def _streamed(self, step: Step, previous: str, work: Path) -> Streamed:
@@ -302,7 +322,14 @@ class _Run:
         """What it calibrates and trains on."""
         return RunText(self.recipe, self.tokenizer, self.folder.steps, self.donor)
 
-    def _teacher(self, index: int) -> PreTrainedModel:
+    def _teacher(self, index: int, device: str) -> PreTrainedModel:
+        """The teacher of a train step, on a device."""
+        source = self._teacher_source(index)
+        if source == self.source:
+            return self.donor(device)
+        return load(source, dtype=self.dtype, device=device)
+
+    def _teacher_source(self, index: int) -> str:
         """The model of a train step as it was before the first step that changed its function.
 
         Dense training before `swap` or `attach` makes a better teacher than the donor: it knows
@@ -310,9 +337,7 @@ class _Run:
         """
         before = self.recipe.steps[:index]
         changed = next((i for i, step in enumerate(before) if step.changes_function), 0)
-        if not changed:
-            return self.donor()
-        return load(self.folder.step(changed - 1), dtype=self.dtype, device=self.device)
+        return str(self.folder.step(changed - 1)) if changed else self.source
 
     def donor(self, device: str | None = None) -> PreTrainedModel:
         """The dense model that all starts from."""

@@ -42,11 +42,16 @@ class Work:
     """blocks_BT, or rows of a task, of about so many tokens of training text."""
     training: Callable[[], Text]
     """The training text of this step, in the order in which it is seen."""
-    teacher: Callable[[], PreTrainedModel]
-    """Loads the dense model that losses compare with."""
+    teacher: Callable[..., PreTrainedModel]
+    """Loads the dense model that losses compare with, on a device; meta: without its weights."""
     launch: Launch = field(default_factory=Launch)
     held_out: Callable[[int], Text] = _nothing_held_out
     """Held-out text of about so many tokens, which nothing may train on or be chosen by."""
+    teacher_source: Callable[[], str] = str
+    """Where the teacher is: folder, hub id or GGUF file."""
+    weights: str | None = None
+    """Where the weights are of a model that comes empty, to be read in shards; None: it has them.
+    After the step, the first process alone has them then."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Cost:
     flops: float = 0.0
     """FLOPs of a train step, forward and backward, the teacher included, every neuron on."""
     disk: int = 0
-    """Bytes of cached activations while `fit` runs."""
+    """Bytes that are cached while it runs: activations of `fit`, a teacher's probabilities."""
     states: ModelStates | None = None
     """What a train step holds in memory."""
     activations: int = 0

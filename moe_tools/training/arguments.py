@@ -22,6 +22,7 @@ from moe_tools.steps.launch import Launch
 from moe_tools.training import checkpointing
 
 if TYPE_CHECKING:
+    from moe_tools.training.cached_teacher import CachedTeacher
     from moe_tools.training.train import Train
 
 CLIPPING = 1.0
@@ -33,11 +34,13 @@ TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
 class BatchItems(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Holds whole batches as items, in the order and the groups that the data layer made."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    def __init__(self, batches: Sequence[Batch], cached: CachedTeacher | None = None) -> None:
         """Checks the labels, here where they are in the host's memory.
 
-        The batches of a long text are made when they are read; their rows all have a labelled
-        token (`moe_tools.data.cutter`).
+        Args:
+            batches: in order. Those of a long text are made when they are read; their rows all have
+                a labelled token (`moe_tools.data.cutter`).
+            cached: what a teacher says of each of them, which then goes with it.
 
         Raises:
             ValueError: no token of a batch is labelled.
@@ -47,7 +50,7 @@ class BatchItems(torch.utils.data.Dataset[dict[str, Tensor]]):
             labels = batch.next_labels_BT() if batch.labels_B is None else batch.labels_B
             if not labels.is_floating_point() and not (labels != IGNORE).any():
                 raise ValueError(f"batch {index} has no labelled token: {_why(batch)}")
-        self.batches = batches
+        self.batches, self.cached = batches, cached
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -58,7 +61,8 @@ class BatchItems(torch.utils.data.Dataset[dict[str, Tensor]]):
         fields = {name: one for name, one in batch._asdict().items() if one is not None}
         if batch.labels_B is not None and batch.labels_B.is_floating_point():
             fields[SCORES] = fields.pop("labels_B").float().view(torch.int32)
-        return {NAMES.get(name, name): one for name, one in fields.items()}
+        said = {} if self.cached is None else self.cached[index]
+        return {NAMES.get(name, name): one for name, one in fields.items()} | said
 
 
 NAMES = {"ids_BT": "input_ids"}
@@ -73,7 +77,8 @@ every float that it is given to bf16."""
 def batch_of(item: dict[str, Tensor]) -> Batch:
     """The batch of an item, wherever its tensors are by now."""
     ours = {theirs: name for name, theirs in NAMES.items()}
-    fields = {ours.get(name, name): tensor for name, tensor in item.items()}
+    said = ("teacher_ids", "teacher_logp")  # `CachedTeacher`
+    fields = {ours.get(name, name): one for name, one in item.items() if name not in said}
     if SCORES in fields:
         fields["labels_B"] = fields.pop(SCORES).view(torch.float32)
     return Batch(**fields)

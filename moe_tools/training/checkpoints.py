@@ -52,26 +52,49 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def layout(launch: Launch) -> dict[str, int | None]:
-    """Returns what two runs must share for one to go on with the other's checkpoint."""
-    return {"processes": processes.count(), "zero": launch.zero_stage}
+def layout(launch: Launch, accumulate: int) -> dict[str, int | None]:
+    """Returns what decides whether a run can go on with another's checkpoint."""
+    return {
+        "processes": processes.count(),
+        "zero": launch.zero_stage,
+        "accumulate": accumulate,
+    }
 
 
-def check_layout(checkpoint: str | None, launch: Launch) -> None:
+def check_layout(checkpoint: str | None, launch: Launch, accumulate: int) -> bool:
     """Checks that this run can go on from a checkpoint.
 
+    Any number of processes can, as long as an optimizer step sees the same blocks: accumulate x
+    processes is what it was.
+
+    Returns:
+        Whether other processes wrote it, so that what is in shards has to be divided anew.
+
     Raises:
-        ValueError: another number of processes wrote it, or another stage of ZeRO.
+        ValueError: an optimizer step would see more blocks or fewer, or another stage of ZeRO.
     """
     if checkpoint is None:
-        return
-    now = layout(launch)
-    written = _state(Path(checkpoint)).get("stateful_callbacks", {}).get(LAYOUT, now)
-    if written != now:
+        return False
+    now = layout(launch, accumulate)
+    written = now | _state(Path(checkpoint)).get("stateful_callbacks", {}).get(LAYOUT, {})
+    if written["zero"] != now["zero"]:
         raise ValueError(
             f"{checkpoint} was written by {_in_words(written)}, but this run has "
             f"{_in_words(now)}: start it as it was started before, or choose another --output"
         )
+    before, passes = _passes(written), _passes(now)
+    if before != passes:
+        raise ValueError(
+            f"{checkpoint} was written by {_in_words(written)}, {before} passes an optimizer step "
+            f"(accumulate x processes), but this run has {passes}: set `accumulate` so that they "
+            "are the same, or start it as it was started before"
+        )
+    return written["processes"] != now["processes"]
+
+
+def _passes(layout: dict[str, int | None]) -> int:
+    assert layout["processes"] is not None and layout["accumulate"] is not None
+    return layout["processes"] * layout["accumulate"]
 
 
 def check_text(checkpoint: str | None, text: str) -> None:
@@ -113,7 +136,10 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._check_weights()
-        self.state.stateful_callbacks |= {LAYOUT: layout(self.launch), TEXT: self.text}
+        self.state.stateful_callbacks |= {
+            LAYOUT: layout(self.launch, self.args.gradient_accumulation_steps),
+            TEXT: self.text,
+        }
         work, step = Path(str(self.args.output_dir)), self.state.global_step
         try:
             super()._save_checkpoint(*args, **kwargs)

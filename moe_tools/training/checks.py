@@ -17,16 +17,16 @@ from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.linears import WAY_OUT
 from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import check_sparsity
-from moe_tools.steps.launch import Launch
 from moe_tools.training.controller import ZEROS
 from moe_tools.training.losses import LOSSES
 from moe_tools.training.trim import check_trimmable
 
 if TYPE_CHECKING:
+    from moe_tools.training.teacher import Donor
     from moe_tools.training.train import Train
 
 
-def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | None) -> None:
+def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | Donor | None) -> None:
     """Whether a model can take a train step; changes nothing.
 
     Raises:
@@ -114,21 +114,6 @@ def _check_plain(model: nn.Module) -> None:
             raise ValueError(
                 f"{path} is quantised ({type(module).__name__}), and its codes cannot be trained: "
                 f"train adapters on it by PEFT, or {WAY_OUT}"
-            )
-
-
-def check_sharded(model: nn.Module, launch: Launch) -> None:
-    """Whether a model can be trained where weights are sharded.
-
-    Raises:
-        ValueError: ZeRO-3, and a router that reads weights which are elsewhere when it scores.
-    """
-    if launch.zero_stage != 3:
-        return
-    for ffn in expert_ffns(model):
-        if ffn.router.reads_rows:
-            raise ValueError(
-                f"{ffn.name}: its router reads the rows of the FFN, which ZeRO-3 shards: use zero2"
             )
 
 

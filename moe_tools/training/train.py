@@ -21,22 +21,25 @@ from moe_tools.experts.conversion import set_mode
 from moe_tools.hosts.moe_host import unfuse_experts
 from moe_tools.measure.activations import Activations, logits_bytes
 from moe_tools.measure.flops import forward_flops
-from moe_tools.measure.memory import ModelStates, largest_layer
+from moe_tools.measure.memory import ModelStates, Teacher, largest_layer
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.rules import at_least, from_0_to_1, require, strictly_between_0_and_1
 from moe_tools.steps.schedules import Fall, Warmup, Weight, check_stages, check_warmup
 from moe_tools.steps.step import Cost, Option, Setting, Step, Work
-from moe_tools.training import zero
+from moe_tools.training import born_sharded, zero
 from moe_tools.training.arguments import tensorboard_in
 from moe_tools.training.attention import attention
+from moe_tools.training.cached_teacher import bytes_each
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
-from moe_tools.training.checks import check_learnable, check_sharded, check_train
+from moe_tools.training.checks import check_learnable, check_train
 from moe_tools.training.compiled import check_compiles, compiled
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.lora import Lora, low_rank, planned_adapters
 from moe_tools.training.losses import needs_donor, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
+from moe_tools.training.reshape import reshaped
+from moe_tools.training.teacher import Donor, taught
 from moe_tools.training.throughput import peak_of, step_flops
 from moe_tools.training.trainer import RecipeTrainer
 
@@ -99,9 +102,16 @@ class Train(Step):
     evaluate_tokens: int = 32768
     """Held-out tokens of each look, all processes together."""
 
+    teacher: Teacher = "whole"
+    """Where the donor is, for a loss that needs it; see `moe_tools.training.teacher`. `distill_ffn`
+    needs more of it than what is cached."""
+    teacher_top_k: int = 64
+    """Tokens of each position whose probabilities a cached teacher keeps: 6 bytes each."""
+
     def check(self) -> None:
         """Ranges of every number; a drive has its target and its loss for itself."""
         at_least(1, self, "batch_size", "accumulate", "checkpoint_every", "evaluate_tokens")
+        at_least(1, self, "teacher_top_k")
         at_least(0, self, "tokens", "epochs", "lr", "router_lr", "evaluate_every")
         require(self.epochs < math.inf, self, "epochs", self.epochs, "finite")
         if self.tokens and self.epochs:
@@ -120,6 +130,22 @@ class Train(Step):
         for name, weight in self.losses.items():
             if isinstance(weight, tuple):
                 check_stages(self, f"losses.{name}", weight)
+
+        self._check_teacher()
+
+    def _check_teacher(self) -> None:
+        if self.teacher == "whole":
+            return
+        if not self.needs_donor():
+            raise ValueError(
+                f"train: teacher {self.teacher} needs a loss that has a teacher (distill, "
+                "distill_ffn): give one, or leave `teacher` out"
+            )
+        if self.teacher == "cached" and "distill_ffn" in self.losses:
+            raise ValueError(
+                "train: teacher cached keeps probabilities, and distill_ffn compares the outputs "
+                "of FFNs: use distill alone, or teacher sharded or offloaded"
+            )
 
     def _check_drive(self) -> None:
         if self.drive == "shift":
@@ -156,7 +182,7 @@ class Train(Step):
         if self.parts == "routers" or not self.amount:
             return None
         dense = Train()
-        kept = {name: getattr(dense, name) for name in OF_ROUTERS}
+        kept = {name: getattr(dense, name) for name in OF_ROUTERS + OF_TEACHERS}
         return replace(self, **kept)
 
     def needs_donor(self) -> bool:
@@ -170,7 +196,7 @@ class Train(Step):
     def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
         """Trains; returns what `train` measured, and a fingerprint of the text."""
         text = work.training()
-        donor = work.teacher() if self.needs_donor() else None
+        donor = Donor(work.teacher, work.teacher_source()) if self.needs_donor() else None
         measured = train(
             model,
             self,
@@ -180,6 +206,7 @@ class Train(Step):
             seed=work.seed,
             launch=work.launch,
             held_out=work.held_out(self.evaluate_tokens) if self.evaluate_every else None,
+            weights=work.weights,
         )
         return {**measured, "data": fingerprint(text)}
 
@@ -194,6 +221,7 @@ class Train(Step):
         blocks = self.tokens // length
         together = self.batch_size * self.accumulate * setting.processes
         teacher = setting.teacher_bytes if taught else 0
+        cached = taught and self.teacher == "cached"
         summed, layer = self.accumulate > 1, largest_layer(model)
         kept, watched = Activations.of(model, length, self.mode), seen_kinds(self.losses)
         seen = self.batch_size * length
@@ -210,14 +238,18 @@ class Train(Step):
             ),
             activations=each,
             recomputed=again,
-            logits=logits_bytes(model, seen, taught="distill" in self.losses),
+            logits=logits_bytes(model, seen, taught="distill" in self.losses and not cached),
             passes=self.accumulate,
             step_tokens=together * length,
+            teacher=self.teacher,
+            disk=blocks * length * bytes_each(self.teacher_top_k) if cached else 0,
         )
 
 
 OF_ROUTERS = ("mode", "losses", "target_sparsity", "drive", "ramp", "router_lr")
 """Fields that concern routers and sparsity alone: the dense control has their defaults."""
+OF_TEACHERS = ("teacher", "teacher_top_k")
+"""Fields that concern a teacher alone: the dense control has none."""
 
 
 def train(
@@ -226,10 +258,11 @@ def train(
     text: Text,
     work: Path,
     *,
-    donor: PreTrainedModel | None = None,
+    donor: PreTrainedModel | Donor | None = None,
     seed: int = 0,
     launch: Launch | None = None,
     held_out: Text | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Trains in place; checkpoints go to `work`, and the newest complete one is resumed.
 
@@ -239,10 +272,14 @@ def train(
         text: of this step, in the order it is seen: blocks for a causal language model, labelled
             batches for a classifier, batches with targets for an encoder-decoder.
         work: folder of the checkpoints.
-        donor: the dense teacher, for the losses that need one.
+        donor: the dense teacher, for the losses that need one, where `step.teacher` says; loaded,
+            or told where it is: then a cached one is not loaded once it is on the disk.
         seed: of dropout and fresh adapters.
         launch: the device, DeepSpeed, reporters; default: PyTorch alone, where the model is.
         held_out: what `evaluate_every` asks for; None: nothing is evaluated.
+        weights: where they are, if the model is empty (on the meta device): each process then reads
+            its share under ZeRO-3 (`born_sharded`), and at the end the first one alone has the
+            model. None: the model has them, in every process, and so it has at the end.
 
     Returns:
         Last logged losses, the sparsity where routed, optimizer steps and trained tokens.
@@ -256,13 +293,14 @@ def train(
     """
     launch = launch or Launch(str(model.device))
     check_train(model, step, donor)
-    check_sharded(model, launch)
     check_learnable(model, text)
     batches = whole_batches(text, step)
     checkpoint = processes.on_first(lambda: newest_checkpoint(work))  # the same for all
-    check_layout(checkpoint, launch)
+    moved = check_layout(checkpoint, launch, step.accumulate)
     pinned = fingerprint(batches)
     check_text(checkpoint, pinned)
+    if checkpoint is not None and moved and launch.zero_stage:  # 0 has all of it everywhere
+        checkpoint, launch = reshaped(checkpoint, launch)
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     check_compiles(model, launch)
@@ -274,12 +312,16 @@ def train(
     if held_out is not None and step.evaluate_every:
         looked_at = HeldOut(in_batches(held_out, step.batch_size))
     flops = 0.0 if peak_of(launch) is None else step_flops(model, step, batches)
-    with low_rank(model, step, seed), ExitStack() as lasting:
+    with ExitStack() as lasting:
+        teaching = lasting.enter_context(taught(step, donor, batches, pinned, work, launch))
+        if weights is not None:
+            lasting.enter_context(born_sharded.filled(model, weights, launch))
+        lasting.enter_context(low_rank(model, step, seed))
         trained = trainable_parts(model, step)
         for each in (only_trainable(model, trained), tensorboard_in(launch.logs), zero.released()):
             lasting.enter_context(each)
-        for each in (attention(model, launch.attention), attention(donor, launch.attention)):
-            lasting.enter_context(each)
+        for host in (model, teaching.model):
+            lasting.enter_context(attention(host, launch.attention))
         lasting.enter_context(compiled(model, launch.compile))
         trainer = RecipeTrainer(
             model,
@@ -288,13 +330,13 @@ def train(
             work,
             steps,
             trained,
-            donor,
+            teaching,
             seed,
             launch,
             held_out=looked_at,
             flops=flops,
         )
-        trainer.text = pinned
+        trainer.text, trainer.everywhere = pinned, weights is None
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.stopped:
             assert launch.limit is not None

@@ -27,6 +27,7 @@ from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import rate_factor
 from moe_tools.training import checkpointing, zero
 from moe_tools.training.arguments import BatchItems, batch_of, only, training_arguments
+from moe_tools.training.cached_teacher import as_logp
 from moe_tools.training.checkpoints import CheckpointingTrainer
 from moe_tools.training.controller import Reference, followed
 from moe_tools.training.figures import Figures, sparsity_of, zeros_of
@@ -36,8 +37,10 @@ from moe_tools.training.loss_weights import LossWeights
 from moe_tools.training.losses import Observed, compute_losses, needs_donor, seen_kinds
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
+from moe_tools.training.teacher import Teaching
 from moe_tools.training.throughput import Throughput, peak_of
 from moe_tools.training.token_shares import token_shares
+from moe_tools.training.top_k_losses import top_k_losses
 from moe_tools.training.trim import add_, sample_logits, shift_routers
 from moe_tools.training.watch import Kind, watch_ffns
 
@@ -58,6 +61,8 @@ class RecipeTrainer(CheckpointingTrainer):
     """Runs the loop of a train step, with our losses and our optimizer."""
 
     train_dataset: BatchItems
+    everywhere: bool = True
+    """Whether every process gets the whole model back at the end, and not the first alone."""
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class RecipeTrainer(CheckpointingTrainer):
         work: Path,
         steps: int,
         groups: list[dict[str, Any]],
-        donor: PreTrainedModel | None,
+        teaching: Teaching,
         seed: int,
         launch: Launch,
         *,
@@ -79,7 +84,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self.stopped = False
         """Whether the time of the run was up before the last optimizer step."""
         self.step, self.steps, self.groups, self.launch = step, steps, groups, launch
-        self.donor = None if donor is None else donor.eval()
+        self.donor = None if teaching.model is None else teaching.model.eval()
         self.weights = LossWeights(step)
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
@@ -94,8 +99,10 @@ class RecipeTrainer(CheckpointingTrainer):
         """Whether the gradients of several passes are added in fp32, apart from the weights."""
         self.last: dict[str, float] = {}
         self.dtypes = {name: param.dtype for name, param in model.named_parameters()}
+        if launch.zero_stage == 3:
+            zero.gather_for_routers(model)
         bf16 = torch.bfloat16 in self.dtypes.values()
-        self.finer = _finer(model) if bf16 and launch.deepspeed is not None else {}
+        self.finer = zero.take_finer(model) if bf16 and launch.deepspeed is not None else {}
         super().__init__(
             model=model,
             args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
@@ -173,20 +180,20 @@ class RecipeTrainer(CheckpointingTrainer):
         with recording as routings, watch_ffns(self.model, kinds) as ffns:
             logits = self._logits(model, batch)
         donor_logits, donor_outputs = self._donor_pass(batch, kinds & {"outputs"})
-        total, parts = logit_losses(
-            logits,
-            batch.next_labels_BT().flatten() if batch.labels_B is None else batch.labels_B,
-            donor_logits,
-            lm_weight=weights.get("lm", 0.0),
-            distill_weight=weights.get("distill", 0.0),
-        )
+        labels = batch.next_labels_BT().flatten() if batch.labels_B is None else batch.labels_B
+        given = {f"{name}_weight": weights.get(name, 0.0) for name in ("lm", "distill")}
+        said = inputs.get("teacher_ids"), inputs.get("teacher_logp")
+        if said[0] is not None and said[1] is not None:
+            total, parts = top_k_losses(logits, labels, said[0], as_logp(said[1]), **given)
+        else:
+            total, parts = logit_losses(logits, labels, donor_logits, **given)
         if self.shares:
             total = total * self.shares.pop(0)
         routings = [each.without_padding() for each in routings if each.tokens]  # see HostExperts
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
         seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
         values = {"lm": parts.lm}
-        if donor_logits is not None:
+        if donor_logits is not None or said[0] is not None:
             values["distill"] = parts.distill
         for name, value in compute_losses(weights, seen).items():
             values[name] = value
@@ -310,7 +317,11 @@ class RecipeTrainer(CheckpointingTrainer):
                 prove_isolation(self.model)
         if self.state.global_step == 0:
             for name, value in self.finer.items():
-                zero.set_(self.model.get_parameter(name), value)
+                param = self.model.get_parameter(name)
+                zero.set_(param, zero.from_shares(value, param))
+        if self.state.global_step and self.is_deepspeed_enabled:
+            engine: Any = self.deepspeed
+            zero.complete_resume(engine.basic_optimizer, self.lr_scheduler)
         saved = self.state.stateful_callbacks.get(DRIVE)
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
@@ -326,7 +337,7 @@ class RecipeTrainer(CheckpointingTrainer):
         if self.step.checkpointing:
             getattr(self.model, f"{checkpointing.NAME}_disable")()
         if self.is_deepspeed_enabled:
-            zero.make_plain(self.model, self.deepspeed, self.dtypes)
+            zero.make_plain(self.model, self.deepspeed, self.dtypes, everywhere=self.everywhere)
 
     def _reference(self) -> Reference:
         assert self.start is not None and self.step.target_sparsity is not None

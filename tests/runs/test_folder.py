@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from moe_tools.lock import held
 from moe_tools.recipe import Recipe, Split
 from moe_tools.runs import run as pipeline
+from moe_tools.runs.folder import Pins, RunFolder
 from moe_tools.runs.run import run
 from tests.runs.test_run import (
     EXPERT_SIZE,
@@ -35,6 +36,8 @@ from tests.runs.test_run import (
 )
 
 __all__ = ["recipe", "work"]  # fixtures
+
+FP32_ = FP32["dtype"]
 
 
 @pytest.fixture
@@ -80,6 +83,7 @@ SLOW = """
 import sys, torch
 from moe_tools.recipe import read_recipe
 from moe_tools.runs import run as pipeline
+from moe_tools.runs.folder import Pins, RunFolder
 
 def wait(*args):
     print("in", flush=True)
@@ -214,6 +218,48 @@ def test_a_folder_of_an_older_version_goes_on(
     (out / "recipe.yaml").write_text(f"{first}\n{rest}")
     run(short, str(donor), out, **FP32)
     assert same_weights(out, run(short, str(donor), tmp_path / "new", **FP32))
+
+
+@pytest.mark.parametrize(("processes", "accumulate", "goes_on"), [(2, 2, True), (4, 2, False)])
+def test_other_processes_go_on_with_as_many_passes_together(
+    processes: int,
+    accumulate: int,
+    goes_on: bool,
+    short: Recipe,
+    donor: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The recipe then says another `accumulate`; four passes in all are four, however divided."""
+
+    def folder(passes: int) -> RunFolder:
+        steps = [replace(s, accumulate=passes) if s.trains else s for s in short.steps]
+        return RunFolder(tmp_path / "out", replace(short, steps=tuple(steps)), str(donor), FP32_)
+
+    def pins() -> Pins:
+        return Pins("a text", "some weights")
+
+    assert folder(4).claim(lambda: None, pins)
+    assert folder(4).read_marker() == (pins(), folder(4).identity)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if goes_on:
+        assert folder(accumulate).claim(lambda: None, pins)
+    else:
+        with pytest.raises(ValueError, match="holds another run"):
+            folder(accumulate).claim(lambda: None, pins)
+
+
+def test_a_run_of_two_processes_says_so(
+    short: Recipe, donor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "out", short, str(donor), FP32_)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert folder.claim(lambda: None, lambda: Pins("a text"))
+    assert folder.read_marker() == (Pins("a text"), folder.identity)
+    monkeypatch.delenv("WORLD_SIZE")
+    steps = [replace(s, accumulate=2) if s.trains else s for s in short.steps]
+    alone = replace(folder, recipe=replace(short, steps=tuple(steps)))
+    assert alone.claim(lambda: None, lambda: Pins("a text"))
 
 
 @pytest.mark.parametrize("change", ["text", "donor"])

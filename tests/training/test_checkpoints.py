@@ -112,10 +112,14 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     [
         ({"processes": 4, "zero": 3}, "4 processes under ZeRO-3, but this run has 1 process with"),
         ({"processes": 1, "zero": 0}, "1 process under ZeRO-0, but this run has 1 process without"),
+        (
+            {"processes": 4, "zero": None, "accumulate": 2},
+            "4 processes without DeepSpeed, 8 passes an optimizer step .* but this run has 1: set",
+        ),
     ],
 )
 def test_the_checkpoint_of_other_processes_is_refused(
-    written: dict[str, int], message: str, tmp_path: Path
+    written: dict[str, int | None], message: str, tmp_path: Path
 ) -> None:
     killed = converted()
     kill_at(killed, 4)
@@ -123,7 +127,11 @@ def test_the_checkpoint_of_other_processes_is_refused(
         train(killed, STEP, text(32), tmp_path)
     file = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(file.read_text())
-    assert state["stateful_callbacks"][checkpoints.LAYOUT] == {"processes": 1, "zero": None}
+    assert state["stateful_callbacks"][checkpoints.LAYOUT] == {
+        "processes": 1,
+        "zero": None,
+        "accumulate": 1,
+    }
     state["stateful_callbacks"][checkpoints.LAYOUT] = written
     file.write_text(json.dumps(state))
     with pytest.raises(ValueError, match=message):

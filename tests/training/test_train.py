@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion, set_mode
+from moe_tools.experts.conversion import Conversion, read_conversion, set_mode
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import find_ffns, host_state_dict
 from moe_tools.recipe import Attach, Stage, Swap, Train
 from moe_tools.steps.attach import attach
-from moe_tools.steps.launch import Launch
 from moe_tools.steps.swap import swap
 from moe_tools.training.checkpoints import newest_checkpoint
 from moe_tools.training.losses import Observed, efficiency, separability
@@ -787,15 +786,3 @@ def test_fused_experts_learn(losses: dict[str, Any], tmp_path: Path) -> None:
     after = host_state_dict(model)
     experts = [name for name in before if ".experts." in name]
     assert experts and not any(torch.equal(before[name], after[name]) for name in experts)
-
-
-def test_a_router_that_reads_rows_is_not_sharded(tmp_path: Path) -> None:
-    """What it reads belongs to other modules, which DeepSpeed has not gathered when it scores."""
-    model = build("llama")
-    attach_experts(model, Conversion("donor", EXPERT_SIZE, "oracle", {"kind": "topk", "k": 2}))
-    launch = Launch(deepspeed={"zero_optimization": {"stage": 3}})
-    with pytest.raises(
-        ValueError, match="its router reads the rows of the FFN, which ZeRO-3 shard"
-    ):
-        train(model, replace(HARD, parts="ffn"), text(8), tmp_path / "work", launch=launch)
-    assert not (tmp_path / "work").exists()

@@ -35,6 +35,7 @@ from moe_tools.training.figures import Figures
 from moe_tools.training.losses import LOSSES, Observed, efficiency, separability
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.parts import only_trainable, trainable_parts
+from moe_tools.training.teacher import Teaching
 from moe_tools.training.train import train
 from moe_tools.training.trainer import RecipeTrainer
 from moe_tools.training.watch import watch_ffns
@@ -78,7 +79,7 @@ def trainer(
     groups = trainable_parts(model, step)
     launch = options.pop("launch", Launch())
     made = RecipeTrainer(
-        model, step, batches, work, 1, groups, options.pop("donor", None), 0, launch
+        model, step, batches, work, 1, groups, Teaching(options.pop("donor", None)), 0, launch
     )
     made.enter_step(1, 1)
     return made

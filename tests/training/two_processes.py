@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from moe_tools import processes
+from moe_tools.checkpoint.loading import load
+from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
 from moe_tools.data.batching import Batches
 from moe_tools.data.rows import Epochs, of_blocks
@@ -33,6 +35,7 @@ from moe_tools.steps.launch import Launch
 from moe_tools.steps.time_limit import TimeIsUp, TimeLimit
 from moe_tools.training import zero
 from moe_tools.training.arguments import training_arguments
+from moe_tools.training.teacher import Donor
 from moe_tools.training.train import train
 from tests.families import THRESHOLD, build, randomize, routed
 from tests.training.test_train import DENSE, HARD, SOFT, Killed, converted, kill_at, text
@@ -54,6 +57,8 @@ EXPERT_STEPS = {
     "hard": replace(HARD, **SMALL),
 }
 """Of an MoE host."""
+MOVED = ("plain", "zero0", "zero2", "zero3")
+"""Ways whose checkpoints go on in another number of processes."""
 DEEPSPEED_WAYS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 """Those that train bf16 weights."""
 
@@ -77,6 +82,17 @@ def launches(dtype: str) -> dict[str, Launch]:
             )
             ways[name] = Launch(deepspeed=config)
     return ways
+
+
+def nothing_stays(launch: Launch) -> Launch:
+    """ZeRO-3 that gathers a weight for the module that runs, and lets go of it at once.
+
+    As it is shipped, it keeps a tiny model's weights once it has gathered them.
+    """
+    assert launch.deepspeed is not None
+    keys = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold")
+    given = launch.deepspeed["zero_optimization"] | {f"stage3_{key}": 0 for key in keys}
+    return Launch(deepspeed={**launch.deepspeed, "zero_optimization": given})
 
 
 def manners() -> None:
@@ -113,10 +129,10 @@ def stages(out: Path) -> None:
                     keep(folder, figures, model)
 
 
-def moe_host(mode: str) -> PreTrainedModel:
+def moe_host(mode: str, experts: int = 16) -> PreTrainedModel:
     """A host of 16 experts, of which a token passes two: in a block of 16 some have no token."""
     torch.manual_seed(0)
-    model = build("mixtral", num_local_experts=16)
+    model = build("mixtral", num_local_experts=experts)
     unfused_ffns(model)
     if mode == "dense":
         return model
@@ -135,6 +151,71 @@ def idle_experts(model: torch.nn.Module) -> list[int]:
                 lambda _, args, experts=experts: found.append(experts - len(args[1].unique()))
             )
     return found
+
+
+def donor(dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model that `converted` starts from, its weights moved a little."""
+    torch.manual_seed(0)
+    model = build("llama")
+    randomize(model)
+    return model.to(dtype)
+
+
+TAUGHT = replace(LTE, losses={"lm": 1.0, "distill": 1.0, "distill_ffn": 0.5})
+
+
+def born(out: Path) -> None:
+    """Trains models that come in shards, and such that come whole, under ZeRO-3."""
+    for folder, model in (("routed", converted()), ("donor", donor(torch.float32))):
+        if processes.rank() == 0:
+            save(model, out / folder)
+    if processes.rank() == 0:
+        save(moe_host("soft", 4), out / "experts")
+        save(build("mixtral", num_local_experts=4), out / "fused")
+    processes.barrier()
+    bf16, fp32 = (launches(dtype)["zero3"] for dtype in ("bf16", "fp32"))
+    l1 = replace(DENSE, losses={"lm": 1.0, "l1": 0.01}, **SMALL)
+    runs = {
+        "lora": (STEPS["lora"], "routed", bf16),
+        "experts": (EXPERT_STEPS["soft"], "experts", fp32),
+        "fused": (l1, "fused", fp32),
+        "taught": (TAUGHT, "routed", bf16),
+    }
+    for name, (step, source, launch) in runs.items():
+        dtype = torch.bfloat16 if launch is bf16 else torch.float32
+        for how in ("whole", "born"):
+            weights = str(out / source) if how == "born" else None
+            model = load(out / source, dtype=dtype, device="cpu" if weights is None else "meta")
+            given, each = None, step
+            if step.needs_donor():
+                at = str(out / "donor")
+                given = Donor(
+                    lambda device, at=at, dtype=dtype: load(at, dtype=dtype, device=device), at
+                )
+                each = replace(step, teacher="whole" if how == "whole" else "sharded")
+            each = replace(each, checkpoint_every=100)
+            folder = out / f"{name}-{how}"
+            figures = train(
+                model, each, text(8), folder, donor=given, launch=launch, weights=weights
+            )
+            if processes.rank() == 0:
+                keep(folder, figures, model)
+            elif how == "born":
+                assert all(param.is_meta for param in model.parameters())
+
+
+def cached(out: Path) -> None:
+    """Distils from a teacher on disk that the first process writes, and from one in memory."""
+    teacher = donor(torch.float32)
+    step = replace(LTE, losses={"lm": 1.0, "distill": 1.0}, teacher_top_k=1000)
+    ways = launches("fp32")
+    for way in ("plain", "zero3"):
+        for place in ("whole", "cached"):
+            model, each = converted(), replace(step, teacher=place)
+            folder = out / f"{way}-{place}"
+            figures = train(model, each, text(16), folder, donor=teacher, launch=ways[way])
+            if processes.rank() == 0:
+                keep(folder, figures, model)
 
 
 def experts(out: Path) -> None:
@@ -156,10 +237,10 @@ def routers(out: Path) -> None:
     step = replace(SOFT, mode="straight", losses={"lm": 1.0}, **SMALL)
     for dtype, wanted in (("fp32", ["plain"]), ("bf16", ["plain", "zero2", "zero3"])):
         ways = launches(dtype)
+        if "zero3" in ways:
+            ways["zero3"] = nothing_stays(ways["zero3"])
         for way in [way for way in wanted if way in ways]:
-            for kind, router in ROUTERS.items():
-                if way == "zero3" and router.reads_rows:
-                    continue  # it is refused
+            for kind in ROUTERS:
                 torch.manual_seed(0)
                 conversion = replace(THRESHOLD, router=kind, selector={"kind": "topk", "k": 3})
                 model = build("llama")
@@ -215,6 +296,41 @@ def loop(out: Path) -> None:
             figures = train(model, step, text(BLOCKS), work, launch=now, held_out=held_out)
             if processes.rank() == 0:
                 keep(out / way / name, figures, model)
+
+
+def moved(out: Path) -> None:
+    """Trains by PyTorch alone and under ZeRO, killed in the last steps, and goes on by others.
+
+    Called by one process, by two and by one again: what each finds killed by the others it ends.
+    Two processes see in one pass each what one process sees in two.
+    """
+    quick_deepspeed()
+    count = processes.count()
+    step = replace(LTE, router_lr=3e-3, accumulate=2 // count, checkpoint_every=2)
+    for way in MOVED:
+        launch = Launch()
+        if way != "plain":
+            path = deepspeed_path(way)
+            given = read_deepspeed(path, Recipe("t", (step,)), dtype="fp32", processes=count)
+            launch = (
+                nothing_stays(Launch(deepspeed=given))
+                if way == "zero3"
+                else Launch(deepspeed=given)
+            )
+        for name in ("by one", "by two", "through"):
+            work, mine = out / way / name, name == ("by one" if count == 1 else "by two")
+            if (name == "through" and count == 1) or (work / "trained.safetensors").exists():
+                continue
+            model = converted()
+            if mine:
+                kill_at(model, 2 * step.accumulate + 1)  # in the last of three steps
+                with pytest.raises(Killed):
+                    train(model, step, text(24), work, launch=launch)
+            elif name == "through" or work.exists():
+                figures = train(model, step, text(24), work, launch=launch)
+                if processes.rank() == 0:
+                    keep(work, figures, model)
+            processes.barrier()
 
 
 SMALL_GRADIENTS = [1.0, *[2.0**-9] * 254, -1.0]
@@ -292,8 +408,42 @@ def keep(folder: Path, figures: dict[str, Any], model: torch.nn.Module) -> None:
     save_file(state, folder / "trained.safetensors")
 
 
+def memory(key: str) -> int:
+    """Bytes of this process: VmRSS is what it holds, VmHWM the most that it ever held."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{key}:")[1].split()[0])
+
+
+def measured(out: Path) -> None:
+    """From here on a train step writes how much memory its process took: at first and at most.
+
+    Until the first optimizer step, and from the last to the end. What others import is there then.
+    """
+    from moe_tools.training.trainer import RecipeTrainer
+
+    base, most = memory("VmRSS"), {}
+    begin, finish = RecipeTrainer.begin, RecipeTrainer.finish
+
+    def note_begin(self: RecipeTrainer) -> None:
+        most["load"] = memory("VmHWM") - base
+        begin(self)
+
+    def note_finish(self: RecipeTrainer) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
+        finish(self)
+        most["end"] = memory("VmHWM") - base
+        (out / f"{processes.rank()}.json").write_text(json.dumps(most))
+
+    RecipeTrainer.begin, RecipeTrainer.finish = note_begin, note_finish
+
+
 def command(words: list[str]) -> int:
-    """`moe-tools WORDS`; with MOE_TOOLS_TEST_KILL=N, killed before optimizer step N."""
+    """`moe-tools WORDS`; with MOE_TOOLS_TEST_KILL=N, killed before optimizer step N.
+
+    With MOE_TOOLS_TEST_MEMORY=FOLDER, each process says there what memory its train step took.
+    """
+    if "MOE_TOOLS_TEST_MEMORY" in os.environ:
+        measured(Path(os.environ["MOE_TOOLS_TEST_MEMORY"]))
     kill_at = int(os.environ.get("MOE_TOOLS_TEST_KILL", "0"))
     if kill_at:
         from moe_tools.training.trainer import RecipeTrainer
@@ -309,14 +459,15 @@ def command(words: list[str]) -> int:
     return main(words)
 
 
+TASKS = (stages, born, cached, moved, experts, routers, sums, loop, small_gradients, rows)
+
 if __name__ == "__main__":
     task, *words = sys.argv[1:]
     if task == "command":
         quick_deepspeed()
         sys.exit(command(words))
-    with processes.process_group("cpu", alone=task == "small_gradients"):
+    with processes.process_group("cpu", alone=task in ("moved", "small_gradients")):
         if task == "stages" and processes.count() > 1:
             manners()
-        every = (stages, experts, routers, sums, loop, small_gradients, rows)
-        tasks = {f.__name__: f for f in every}
+        tasks = {f.__name__: f for f in TASKS}
         tasks[task](Path(words[0]))
