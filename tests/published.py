@@ -115,6 +115,7 @@ CONFIGS: dict[str, tuple[PreTrainedConfig, int]] = {
             d_model=1024,
             d_ff=4096,
             num_layers=24,
+            decoder_start_token_id=0,  # as google-t5/t5-large has it
             num_heads=16,
         ),
         737_668_096,

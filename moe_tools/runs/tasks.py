@@ -29,7 +29,7 @@ def check_task(recipe: Recipe, model: PreTrainedModel) -> None:
                 f"{name} is no encoder-decoder that makes its decoder's input from labels, as T5 "
                 "and BART do, and task: seq2seq needs one: use task: lm"
             )
-        missing = [key for key in SHIFTS if getattr(model.config, key) is None]
+        missing = [key for key in SHIFTS if getattr(model.config, key, None) is None]
         if missing:
             raise ValueError(
                 f"the config of {name} has no {missing[0]}, from which targets are shifted: "
