@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from moe_tools.cached import cache_file
 from moe_tools.data.batching import Batches, Text
 from moe_tools.data.holdout import TextSplit
+from moe_tools.data.parallel import workers
 from moe_tools.data.pieces import begin_tokens
 from moe_tools.data.progress import progress
 from moe_tools.data.reader import Reader
@@ -126,7 +128,7 @@ def rows(
         found = _in_memory(reader, wanted, tokens)
         if found is not None:
             return found
-    stored = Stored(place / reader.key, reader, wanted)
+    stored = Stored(place / reader.key, replace(reader, workers=workers()), wanted)
     if not len(stored):
         raise ValueError(_too_short(f"{source!r} ({split})", 0, length))
     if wanted is not None and not stored.endless and stored.tokens < wanted:

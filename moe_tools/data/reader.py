@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe_tools.data.cutter import Cutter
 from moe_tools.data.holdout import TextSplit
 from moe_tools.data.hub import HubText
+from moe_tools.data.parallel import encoded
 from moe_tools.data.passages import batches, in_order
 from moe_tools.data.pieces import Encoder, Piece, begin_tokens, encoder
 from moe_tools.data.rows import Bos, Packing
@@ -44,6 +45,8 @@ class Reader:
     bos: Bos = "auto"
     place: Path | None = None
     """Folder for what does not fit in memory while it is put in order."""
+    workers: int = 1
+    """Processes that encode."""
 
     @cached_property
     def form(self) -> Form:
@@ -111,9 +114,9 @@ class Reader:
         ordered = in_order(
             documents, self.split, self.seed, start=start, whole=whole, place=self.place
         )
-        for batch in batches(ordered, BATCH):
-            start += len(batch)
-            yield self.encoder(batch), {"pieces": start}
+        for pieces, count in encoded(self.encoder, batches(ordered, BATCH), self.workers):
+            start += count
+            yield pieces, {"pieces": start}
 
     def _windows(self, position: Position) -> Iterator[tuple[list[Piece], Position]]:
         """Of a stream: rows are put in order window by window."""
@@ -126,9 +129,9 @@ class Reader:
             ordered = in_order(
                 documents, self.split, self.seed, start=used, whole=self.form != "text"
             )
-            for batch in batches(ordered, BATCH):
-                used += len(batch)
-                yield self.encoder(batch), {"window": window, "used": used}
+            for pieces, count in encoded(self.encoder, batches(ordered, BATCH), self.workers):
+                used += count
+                yield pieces, {"window": window, "used": used}
             window, used = after, 0
 
     @cached_property

@@ -18,7 +18,7 @@ from moe_tools.atomic import new_file
 from moe_tools.data import Rows, packing, rows, shards
 from moe_tools.data.reader import Reader
 from moe_tools.data.rows import Packing
-from tests.data.test_chat import CHAT, write_chat
+from tests.data.test_chat import CHAT, chat_tokenizer, write_chat
 from tests.tiny import build_tokenizer, passages
 
 TOKENIZER = build_tokenizer()
@@ -271,3 +271,33 @@ def test_a_stream_that_is_read_whole_has_epochs(
     expected = content(read("hub:x"))
     long()
     assert content(read("hub:x")) == expected and len(expected) == 193
+
+
+@pytest.mark.parametrize("source", ["text", "chat", "hub"])
+def test_several_processes_encode_in_order(
+    source: str,
+    text: str,
+    tmp_path: Path,
+    hub: Callable[[int | None], list[int]],
+    long: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub(300)
+    name = {"text": text, "hub": "hub:x", "chat": str(tmp_path / "chat.jsonl")}[source]
+    write_chat(tmp_path / "chat.jsonl", 120)
+    packed: Packing = "padded" if source == "chat" else "joined"
+    expected = content(read(name, None, CHAT, packing=packed, length=32))
+    long()
+    monkeypatch.setattr(packing, "workers", lambda: 3)
+    assert content(read(name, None, CHAT, packing=packed, length=32)) == expected
+
+
+def test_what_one_of_them_refuses_is_one_line(
+    tmp_path: Path, long: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = chat_tokenizer("{{ raise_exception('no') }}")
+    write_chat(tmp_path / "chat.jsonl", 60)
+    long()
+    monkeypatch.setattr(packing, "workers", lambda: 2)
+    with pytest.raises(ValueError, match="cannot write a conversation"):
+        read(str(tmp_path / "chat.jsonl"), None, tokenizer, packing="padded")
