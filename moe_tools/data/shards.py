@@ -85,7 +85,7 @@ class Stored(Rows):
         self.starts = [0]
         self.open: dict[str, int] = {}
         self.sizes: dict[int, NDArray[np.int64]] = {}
-        self.ended = False
+        self.ended, self.broken = False, set[int]()
         self.endless = is_hub(reader.source) and self.uniform and wanted is not None
         """Whether rows are made while they are asked for, since nobody waits for all of them."""
         self._look()
@@ -219,14 +219,19 @@ class Stored(Rows):
             except FileNotFoundError:
                 break
             except (ValueError, TypeError):
-                logger.warning("%s: shard %d is damaged and is made again", self.folder, number)
+                self._tell_broken(number)
                 break
             if not self._is_whole(number, shard):
-                logger.warning("%s: shard %d is incomplete and is made again", self.folder, number)
+                self._tell_broken(number)
                 break
             self.shards.append(shard)
             self.starts.append(self.starts[-1] + shard.rows)
         self.ended = self._end() == len(self.shards)
+
+    def _tell_broken(self, number: int) -> None:
+        if number not in self.broken:
+            logger.warning("%s: shard %d is broken and is made again", self.folder, number)
+        self.broken.add(number)
 
     def _end(self) -> int | None:
         try:
