@@ -41,25 +41,37 @@ def is_held_out(key: str) -> bool:
 
 
 def divide(
-    documents: Callable[[], Iterable[str]], split: TextSplit, source: str, *, whole: bool = False
+    documents: Callable[[], Iterable[str]],
+    split: TextSplit,
+    source: str,
+    words: Callable[[str], str] | None = None,
 ) -> Iterator[str]:
     """The documents of one split, in their old order; the source is read twice, and not kept.
 
     From 20 distinct documents on, the 5 % with the smallest hashes of their normalised text are
     held out: copies of a document stay on one side. With fewer, the last 5 to 10 % of the text is
-    (more of a very short one), or the last document where documents are to stay `whole`.
+    (more of a very short one); or, with its copies, the last document where these stay whole.
+
+    Args:
+        documents: gives them.
+        split: the one that is wanted.
+        source: as an error calls it.
+        words: what a document says, where it is no running text and stays whole.
 
     Raises:
         ValueError: the text is too short to have two sides.
     """
-    hashes = np.array(array("Q", (digest(normalise(document)) for document in documents())))
+    said = documents() if words is None else map(words, documents())
+    hashes = np.array(array("Q", (digest(normalise(text)) for text in said)))
     distinct = np.unique(hashes)
     if len(distinct) < ONE_IN:
-        few = [*documents()]
-        head, tail = (few[:-1], few[-1:]) if whole else _cut_tail(few, source)
-        if not head:
+        if words is None:
+            head, tail = _cut_tail([*documents()], source)
+            return iter(head if split == "train" else tail)
+        if len(distinct) < 2:
             raise ValueError(f"{source!r} has one document, and none to hold out: give more")
-        return iter(head if split == "train" else tail)
+        kept = (hashes == hashes[-1]) == (split == "heldout")
+        return (text for text, keep in zip(documents(), kept, strict=True) if keep)
     # By rank and not by `is_held_out`: of 20 documents, chance would often hold out none.
     limit = distinct[len(distinct) // ONE_IN - 1]
     kept = (hashes <= limit) == (split == "heldout")

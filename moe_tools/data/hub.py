@@ -13,6 +13,7 @@ from moe_tools.data.tables import (
     form_of,
     kinds_of,
     one_line,
+    words,
 )
 from moe_tools.extras import needed
 
@@ -38,9 +39,8 @@ class HubText:
         config: str | None,
         split: TextSplit,
         column: str | None = None,
-        kinds: dict[str, Kind] | None = None,
     ) -> None:
-        """Asks the hub for what is there, and for no row; `kinds`: what its columns hold, if known.
+        """Asks the hub for what is there, and for no row.
 
         Raises:
             ValueError: the data set cannot be reached or has no split "train".
@@ -59,7 +59,6 @@ class HubText:
         self.table = Stream(
             parts[own if own and self.heldout else "train"], label, f"hub:{name}:{config or ''}"
         )
-        self.table.found = kinds
 
     @property
     def form(self) -> Form:
@@ -74,7 +73,8 @@ class HubText:
         rows = filter(str.strip, documents(self.table, self.column))
         if not self.divides:
             return rows
-        return (text for text in rows if is_held_out(normalise(text)) == self.heldout)
+        said = str if self.form == "text" else words
+        return (text for text in rows if is_held_out(normalise(said(text))) == self.heldout)
 
     def position(self) -> dict[str, Any]:
         """Where the stream is, as JSON takes it; for `go_to`."""

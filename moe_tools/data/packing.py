@@ -128,6 +128,7 @@ def rows(
         found = _in_memory(reader, wanted, tokens)
         if found is not None:
             return found
+    _ = reader.form  # a source that is not there is said before anything is named after it
     stored = Stored(place / reader.key, replace(reader, workers=workers()), wanted)
     if not len(stored):
         raise ValueError(_too_short(f"{source!r} ({split})", 0, length))

@@ -30,7 +30,7 @@ class Passages:
 
     def __init__(self, place: Path | None = None) -> None:
         """`place` is the folder of the file that takes what memory should not."""
-        folder = None if place is None else str(place)
+        folder = None if place is None else _made(place)
         self.file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY, dir=folder)  # noqa: SIM115
         self.ends = array("Q", [0])
         self.keys = array("Q")
@@ -63,6 +63,15 @@ class Passages:
         begin, end = self.ends[n], self.ends[n + 1]
         self.file.seek(begin)
         return self.file.read(end - begin).decode()
+
+
+def _made(place: Path) -> str | None:
+    """A folder that is there; None, the system's own, where none can be made."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return str(place)
 
 
 def _copies_N(keys_N: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -39,8 +39,8 @@ class Encoder(Protocol):
         """One piece a document."""
 
 
-def encoder(form: Form, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """What makes pieces of documents of a form.
+def encoder(form: Form, tokenizer: PreTrainedTokenizerBase, begin: Sequence[int] = ()) -> Encoder:
+    """What makes pieces of documents of a form; `begin` stands in front of prompts.
 
     Raises:
         ValueError: the tokenizer cannot: no token to end a text, no chat template, or one of the
@@ -52,7 +52,7 @@ def encoder(form: Form, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         case "turns":
             return OfTurns(tokenizer)
         case "pair":
-            return OfPairs(tokenizer)
+            return OfPairs(tokenizer, begin)
 
 
 class OfText:
@@ -70,9 +70,8 @@ class OfText:
 class OfPairs:
     """A prompt and its completion, and the token that ends a text; the completion is learned."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.end = tokenizer, end_token(tokenizer)
-        self.begin = begin_tokens(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, begin: Sequence[int] = ()) -> None:
+        self.tokenizer, self.end, self.begin = tokenizer, end_token(tokenizer), begin
 
     def __call__(self, documents: Sequence[str]) -> list[Piece]:
         """The two sides are tokenised apart: where one ends never hangs on what follows."""
@@ -107,17 +106,19 @@ class OfTurns:
                 f"{type(tokenizer).__name__} does not say which characters a token is, and the "
                 "loss on conversations needs it: use a fast tokenizer"
             )
-        if not getattr(tokenizer, "chat_template", None):
+        try:
+            self.template = tokenizer.get_chat_template()
+        except ValueError as error:  # none, or several of which none is the default
             raise ValueError(
                 f"tokenizer {tokenizer.name_or_path!r} has no chat template, and the data are "
                 "conversations: use the tokenizer of an instruction-tuned model, set its "
                 "chat_template, or give prompts and completions"
-            )
+            ) from error
         self.tokenizer = tokenizer
 
     def __call__(self, documents: Sequence[str]) -> list[Piece]:
         """Templates write BOS themselves: nothing is added."""
-        marked = GENERATION.search(self.tokenizer.chat_template) is not None
+        marked = GENERATION.search(self.template) is not None
         render = self._marked if marked else self._compared
         rendered = [render(json.loads(document)) for document in documents]
         encoded = self.tokenizer(
@@ -147,8 +148,7 @@ class OfTurns:
         self._template(turns)  # what it says of a conversation that it cannot write
         options: dict[str, Any] = {"return_assistant_tokens_mask": True}
         options |= self.tokenizer.special_tokens_map
-        template = self.tokenizer.chat_template
-        found: Any = render_jinja_template([turns], chat_template=template, **options)
+        found: Any = render_jinja_template([turns], chat_template=self.template, **options)
         (text,), (spans,) = found
         return text, spans
 
@@ -157,7 +157,7 @@ class OfTurns:
         whole = self._template(turns)
         spans = []
         for index, turn in enumerate(turns):
-            if turn["role"] != ASSISTANT:
+            if turn["role"] != ASSISTANT or not index:  # nothing asks for a first word
                 continue
             before = self._template(turns[:index], add_generation_prompt=True)
             after = whole if index + 1 == len(turns) else self._template(turns[: index + 1])
@@ -171,9 +171,9 @@ class OfTurns:
             spans.append((len(before), len(after)))
         return whole, spans
 
-    def _template(self, turns: list[dict[str, Any]], **options: Any) -> Any:
+    def _template(self, turns: list[dict[str, Any]], **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, **{"tokenize": False, **options})
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
         except Exception as error:  # templates raise whatever they like
             reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
             roles = ", ".join(str(turn["role"]) for turn in turns[:6])
@@ -182,6 +182,21 @@ class OfTurns:
                 f"of the roles {roles or 'of nobody'}: {reason[:200]} (mend the data, or set "
                 "another chat_template)"
             ) from error
+        assert isinstance(text, str)
+        for name in _called(turns):
+            if name not in text:
+                raise ValueError(
+                    f"the chat template of {self.tokenizer.name_or_path!r} does not write calls of "
+                    f"tools, and a conversation calls {name!r}: leave such conversations out, or "
+                    "set a template that does"
+                )
+        return text
+
+
+def _called(turns: list[dict[str, Any]]) -> list[str]:
+    """The names of the tools that are called."""
+    calls = [call for turn in turns for call in turn.get("tool_calls") or []]
+    return [str(call.get("function", call).get("name", "")) for call in calls]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -23,7 +23,7 @@ from moe_tools.data.folders import text_files
 from moe_tools.data.hub import Stream
 from moe_tools.data.packing import check_size
 from moe_tools.data.sources import mixture, parse_source
-from moe_tools.data.tables import TABLES, documents, one_line, open_table, utf8
+from moe_tools.data.tables import TABLES, Table, documents, form_of, one_line, open_table, utf8
 from moe_tools.extras import needed
 
 if TYPE_CHECKING:
@@ -247,13 +247,24 @@ def _hub_rows(protocol: Protocol, column: str | None = None) -> Iterator[str]:
     return documents(Stream(found, label, name), column)
 
 
+def _texts(table: Table, column: str | None) -> Iterator[str]:
+    """The texts of a table; conversations are refused: a protocol is of running text."""
+    kinds = table.kinds()
+    if kinds and form_of(table, kinds, column)[0] != "text":
+        raise ValueError(
+            f"{table.label} holds conversations, and a protocol measures running text: name "
+            "another file, or leave --protocol out"
+        )
+    return documents(table, column)
+
+
 def _file_rows(protocol: Protocol, path: Path, column: str | None) -> Iterator[str]:
     """The rows of one file, by its kind; blank ones stay."""
     kind = path.suffix.lower()
     if kind not in FILES:
         raise ValueError(f"{str(path)!r} is no {', '.join(FILES)} file: convert it to one of them")
     if kind in TABLES:
-        yield from documents(open_table(path), column)
+        yield from _texts(open_table(path), column)
         return
     if column is not None:
         raise ValueError(f"{str(path)!r} has no columns, so none is {column!r}")

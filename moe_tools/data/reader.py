@@ -18,7 +18,7 @@ from moe_tools.data.passages import batches, in_order
 from moe_tools.data.pieces import Encoder, Piece, begin_tokens, encoder
 from moe_tools.data.rows import Bos, Packing
 from moe_tools.data.sources import form, is_hub, parse_source, texts
-from moe_tools.data.tables import Form, Kind
+from moe_tools.data.tables import Form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,11 +64,8 @@ class Reader:
         Raises:
             ValueError: it cannot be reached.
         """
-        return self._stream()
-
-    def _stream(self, kinds: dict[str, Kind] | None = None) -> HubText:
         found = parse_source(self.source)
-        return HubText(found.name, found.config, self.split, found.column, kinds)
+        return HubText(found.name, found.config, self.split, found.column)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -77,7 +74,8 @@ class Reader:
         Raises:
             ValueError: the tokenizer cannot.
         """
-        return encoder(self.form, self.tokenizer)
+        alone = self.packing != "joined"
+        return encoder(self.form, self.tokenizer, self.begin if alone else [])
 
     @cached_property
     def begin(self) -> list[int]:
@@ -120,7 +118,7 @@ class Reader:
 
     def _windows(self, position: Position) -> Iterator[tuple[list[Piece], Position]]:
         """Of a stream: rows are put in order window by window."""
-        stream = self._stream(self.stream.table.kinds())
+        stream = self.stream  # one for all of a run: the revision that it began on
         window, used = position["window"], position["used"]
         if window is not None:
             stream.go_to(window)

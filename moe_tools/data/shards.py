@@ -85,7 +85,7 @@ class Stored(Rows):
         self.starts = [0]
         self.open: dict[str, int] = {}
         self.sizes: dict[int, NDArray[np.int64]] = {}
-        self.ended, self.broken = False, set[int]()
+        self.ended, self.broken, self.proven = False, set[int](), set[int]()
         self.endless = is_hub(reader.source) and self.uniform and wanted is not None
         """Whether rows are made while they are asked for, since nobody waits for all of them."""
         self._look()
@@ -141,6 +141,7 @@ class Stored(Rows):
 
     def _read(self, name: str, offset: int, count: int) -> bytes:
         if name not in self.open:
+            self._check_digest(int(name.partition(".")[0]))
             if len(self.open) == OPEN:
                 os.close(self.open.pop(next(iter(self.open))))
             self.open[name] = os.open(self.folder / name, os.O_RDONLY)
@@ -151,15 +152,37 @@ class Stored(Rows):
             )
         return found
 
-    def __del__(self) -> None:
+    def _check_digest(self, shard: int) -> None:
+        """Reads a shard whole, once, before its first row: the disk may have lost some of it."""
+        if shard in self.proven:
+            return
+        found = hashlib.sha256()
+        for kind in self._kinds:
+            found.update((self.folder / f"{shard:05d}.{kind}").read_bytes())
+        if found.hexdigest() != self.shards[shard].sha256:
+            raise ValueError(
+                f"shard {shard} in {self.folder} is not what was written there: remove that folder "
+                "and repeat the command, the text is tokenised again"
+            )
+        self.proven.add(shard)
+
+    @property
+    def _kinds(self) -> list[str]:
+        """The files of a shard, in the order of its digest."""
+        learned = [] if self.reader.form == "text" else ["learned"]
+        return ["ids", *learned, *([] if self.uniform else ["sizes"])]
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for descriptor in self.__dict__.get("open", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
     def _place(self, shard: int, at: int) -> tuple[int, int]:
         """First token of an uneven row in its shard, and how many it has."""
         if shard not in self.sizes:
             read = np.fromfile(self.folder / f"{shard:05d}.sizes", "<u4").astype(np.int64)
-            self.sizes = {shard: np.r_[0, read.cumsum()]}
+            if len(self.sizes) == OPEN:
+                self.sizes.pop(next(iter(self.sizes)))
+            self.sizes[shard] = np.r_[0, read.cumsum()]
         ends = self.sizes[shard]
         return int(ends[at]), int(ends[at + 1] - ends[at])
 
@@ -187,7 +210,8 @@ class Stored(Rows):
             have = sum(shard.tokens for shard in self.shards)
             raise ValueError(
                 f"{self.reader.source!r} ({self.reader.split}) ended after {have:,} tokens, and "
-                f"{self.rows * self.length:,} were asked for: use --tokens {have} or less"
+                f"{self.rows * self.length:,} were asked for: begin again with --tokens {have} or "
+                "less, in another --output"
             )
 
     def _make_until(self, tokens: int | None, rows: int = 0) -> None:
@@ -250,6 +274,7 @@ class Stored(Rows):
 
     def _make(self, tokens: int | None, enough: Callable[[], bool]) -> None:
         """Makes shards from where the last one stopped, until it is enough or the text ends."""
+        self._forget_later()
         cutter = self.reader.cutter()
         position = None
         if self.shards:
@@ -272,6 +297,13 @@ class Stored(Rows):
                     break
         if self.ended:
             cutter.tell(f"{self.reader.source!r}")
+
+    def _forget_later(self) -> None:
+        """Removes what stands behind the shards that are whole: it is made again, in order."""
+        (self.folder / END).unlink(missing_ok=True)
+        for path in self.folder.glob("[0-9]*.*"):
+            if int(path.name.partition(".")[0]) >= len(self.shards):
+                path.unlink()
 
     def _say_source(self) -> None:
         with new_file(self.folder / "source.json") as partial:

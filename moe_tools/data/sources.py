@@ -15,8 +15,12 @@ from moe_tools.data.docs import docs
 from moe_tools.data.files import SUFFIXES, form_of_path, read_path
 from moe_tools.data.holdout import TextSplit, check_split, divide
 from moe_tools.data.hub import HubText
-from moe_tools.data.tables import Form
+from moe_tools.data.tables import Form, words
 
+SELF = (
+    "source 'self' is sampled from a model and has no texts: call generate_blocks, and use 'docs' "
+    "as its held-out text"
+)
 JOIN = " + "
 """Stands between the sources of a mixture."""
 _OWNER_AND_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -61,18 +65,15 @@ def texts(source: str, *, split: TextSplit) -> Iterator[str]:
     check_split(split)
     found = parse_source(source)
     if found.kind == "self":
-        raise ValueError(
-            "source 'self' is sampled from a model and has no texts: call generate_blocks, and "
-            "use 'docs' as its held-out text"
-        )
+        raise ValueError(SELF)
     if found.kind == "docs":
         return iter(docs(split))
     if found.kind == "hub":
         return iter(HubText(found.name, found.config, split, found.column))
     _check_there(found, source)
     path, column = Path(found.name), found.column
-    whole = form_of_path(path, column) != "text"
-    return divide(lambda: read_path(path, column), split, source, whole=whole)
+    said = None if form_of_path(path, column) == "text" else words
+    return divide(lambda: read_path(path, column), split, source, said)
 
 
 def form(source: str) -> Form:
@@ -82,6 +83,8 @@ def form(source: str) -> Form:
         ValueError: as `texts`.
     """
     found = parse_source(source)
+    if found.kind == "self":
+        raise ValueError(SELF)
     if found.kind == "hub":
         return HubText(found.name, found.config, "train", found.column).form
     if found.kind != "file":

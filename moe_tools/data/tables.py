@@ -113,12 +113,22 @@ def turns(row: Mapping[str, Any], column: str, where: str) -> str | None:
     found = row.get(column)
     if found is None and column in row:
         return None
-    if not isinstance(found, list) or not found or not all(map(_is_turn, found)):
+    if found == []:
+        return None
+    if not isinstance(found, list) or not all(map(_is_turn, found)):
         raise ValueError(
             f"{where} has no turns in {column!r}: every row must have a list of "
             '{"role": ..., "content": ...}, or null'
         )
-    return json.dumps([_turn(turn) for turn in found], ensure_ascii=True)
+    return json.dumps([_turn(turn, where) for turn in found], ensure_ascii=True)
+
+
+def words(document: str) -> str:
+    """What the turns of a conversation, or a prompt and its completion, say one after another."""
+    read = json.loads(document)
+    if isinstance(read, dict):
+        return "\n".join(read.values())
+    return "\n".join(f"{turn['role']} {turn['content']}" for turn in read)
 
 
 def pair(row: Mapping[str, Any], where: str) -> str | None:
@@ -146,12 +156,33 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(turn, dict) and has_turns(turn)
 
 
-def _turn(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A turn under its usual names, without fields that are null: templates ask what is there."""
-    if "role" in turn:
-        return {key: value for key, value in turn.items() if value is not None or key == "content"}
-    role = turn["from"]
-    return {"role": ROLES.get(role, role), "content": turn["value"]}
+    if "role" not in turn:
+        role = turn["from"]
+        return {"role": ROLES.get(role, role), "content": _content(turn["value"], {}, where)}
+    kept = {key: value for key, value in turn.items() if value is not None}
+    return {**kept, "content": _content(turn["content"], kept, where)}
+
+
+def _content(content: Any, turn: Mapping[str, Any], where: str) -> str:
+    """What a turn says: a string, or parts of text that are joined.
+
+    Raises:
+        ValueError: pictures, numbers or nothing, which a template would write as it likes.
+    """
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    ):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None and turn.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(
+            f"{where} has a turn whose content is {str(content)[:40]!r}: it must be a string, or "
+            "parts of text"
+        )
+    return string({"content": content}, "content", where) or ""
 
 
 def text_column(table: Table, kinds: Mapping[str, Kind], wanted: str | None) -> str:
@@ -219,7 +250,9 @@ def kinds_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Kind]:
         for name, value in row.items():
             if isinstance(value, str):
                 found[name] = "strings"
-            elif isinstance(value, list) and value and all(map(_is_turn, value)):
+            elif value == []:
+                found.setdefault(name, "unknown")
+            elif isinstance(value, list) and all(map(_is_turn, value)):
                 found.setdefault(name, "turns")
                 found[name] = "turns" if found[name] == "unknown" else found[name]
             elif value is not None and found.get(name) not in ("strings", "turns"):

@@ -17,4 +17,8 @@ def prepare(recipe: Recipe, source: str) -> Recipe:
     """
     length = fitting_length(source, recipe.block_length, task=recipe.task)
     steps = tuple(step for step in recipe.steps if step.amount or not step.trains)
+    if not steps:
+        raise ValueError(
+            f"recipe {recipe.name}: its train steps have neither tokens nor epochs: give --tokens"
+        )
     return replace(lasting(recipe), block_length=length, steps=steps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +43,9 @@ from moe_tools.training.throughput import peak_of, step_flops
 from moe_tools.training.trainer import RecipeTrainer
 
 logger = logging.getLogger(__name__)
+
+MOST_EPOCHS = 10_000
+"""More is a mistake, and would be too many rows to count."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Train(Step):
         at_least(1, self, "batch_size", "accumulate", "checkpoint_every", "evaluate_tokens")
         at_least(1, self, "teacher_top_k")
         at_least(0, self, "tokens", "epochs", "lr", "router_lr", "evaluate_every")
-        require(self.epochs < math.inf, self, "epochs", self.epochs, "finite")
+        require(self.epochs <= MOST_EPOCHS, self, "epochs", self.epochs, f"at most {MOST_EPOCHS:,}")
         if self.tokens and self.epochs:
             raise ValueError(
                 f"train: it has {self.tokens:,} tokens and {self.epochs:g} epochs, and the two may "
@@ -220,8 +222,8 @@ class Train(Step):
         length = setting.block_length
         blocks = self.tokens // length
         together = self.batch_size * self.accumulate * setting.processes
-        teacher = setting.teacher_bytes if taught else 0
         cached = taught and self.teacher == "cached"
+        teacher = setting.teacher_bytes if taught and not cached else 0
         summed, layer = self.accumulate > 1, largest_layer(model)
         kept, watched = Activations.of(model, length, self.mode), seen_kinds(self.losses)
         seen = self.batch_size * length

@@ -106,7 +106,7 @@ class RecipeTrainer(CheckpointingTrainer):
         super().__init__(
             model=model,
             args=training_arguments(step, work, steps, seed, launch, bf16=bf16),
-            train_dataset=BatchItems(batches),
+            train_dataset=BatchItems(batches, teaching.cached),
             data_collator=only,
             callbacks=[Progress(self, f"train {step.mode}")],
         )

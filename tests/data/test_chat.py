@@ -57,6 +57,9 @@ def turns(*words: str) -> list[dict[str, str]]:
     ]
 
 
+TWO = [turns("w1", "w2"), turns("w3", "w4")]
+
+
 def write(file: Path, *objects: Any) -> str:
     file.write_text("".join(json.dumps(one) + "\n" for one in objects))
     return str(file)
@@ -168,8 +171,8 @@ def test_the_text_comes_first_and_a_column_may_be_named(tmp_path: Path) -> None:
 def test_a_long_conversation_loses_its_end_and_is_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    long = turns("w1", "w2 " * 40)
-    file = write(tmp_path / "a.jsonl", *({"messages": long} for _ in range(2)))
+    long = [turns("w1", f"{word} " * 40) for word in ("w2", "w3")]
+    file = write(tmp_path / "a.jsonl", *({"messages": talk} for talk in long))
     row = read(file, length=16).row(0)
     assert len(row.ids_T) == 16
     assert "1 conversations are longer than 16 tokens" in caplog.text
@@ -178,7 +181,9 @@ def test_a_long_conversation_loses_its_end_and_is_counted(
 def test_one_of_which_no_answer_is_left_is_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    talks = [turns("w1", f"w{n}") for n in range(40)] + [turns("w1 " * 40, "w2")] * 3
+    talks = [turns("w1", f"w{n}") for n in range(40)] + [
+        turns(f"w{n} " * 40, "w2") for n in range(20)
+    ]
     file = write(tmp_path / "a.jsonl", *({"messages": talk} for talk in talks))
     found = read(file, length=16)
     assert all(learned for _, learned in said(found))
@@ -188,10 +193,14 @@ def test_one_of_which_no_answer_is_left_is_left_out(
 @pytest.mark.parametrize(
     ("talks", "tokenizer", "message"),
     [
-        ([[{"role": "user", "content": "w1"}]] * 2, CHAT, "no token that an assistant says"),
-        ([turns("w1", "w2")] * 2, build_tokenizer(), "has no chat template"),
-        ([turns("w1", "w2")] * 2, chat_tokenizer("{{ raise_exception('no') }}"), "cannot write"),
-        ([turns("w1", "w2", "w3", "w4")] * 2, chat_tokenizer(FORGETS), "in another way when more"),
+        ([turns("w1"), turns("w2")], CHAT, "no token that an assistant says"),
+        (TWO, build_tokenizer(), "has no chat template"),
+        (TWO, chat_tokenizer("{{ raise_exception('no') }}"), "cannot write"),
+        (
+            [turns("w1", "w2", "w3", w) for w in ("w4", "w5")],
+            chat_tokenizer(FORGETS),
+            "in another way when more",
+        ),
         ([[{"role": "user"}]] * 2, CHAT, "columns"),
     ],
 )
@@ -202,6 +211,92 @@ def test_what_cannot_be_learned_from_is_refused(
     with pytest.raises(ValueError, match=message) as error:
         read(file, tokenizer)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([{"type": "text", "text": "w2"}, {"type": "text", "text": " w3"}], "w2 w3 [END]"),
+        ([{"type": "image", "url": "x"}], None),
+        (None, None),
+        ({"a": 1}, None),
+        (5, None),
+        ("\ud800", None),
+    ],
+)
+def test_a_turn_says_text(tmp_path: Path, content: Any, said: str | None) -> None:
+    talk = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": content}]
+    file = write(tmp_path / "a.jsonl", {"messages": talk}, {"messages": turns("w9", "w9")})
+    if said is None:
+        with pytest.raises(ValueError, match=r"line 1 has (a turn whose content|half of a surr)"):
+            read(file)
+        return
+    assert {row.ids_T[row.learned_T].tolist() == CHAT(said)["input_ids"] for row in both(file)}
+
+
+def both(file: str) -> list[Any]:
+    """The rows of both sides."""
+    sides = [read(file, split=split) for split in ("train", "heldout")]
+    return [side.row(at) for side in sides for at in range(len(side))]
+
+
+def test_calls_of_tools_are_written_or_refused(tmp_path: Path) -> None:
+    call = {"function": {"name": "w5", "arguments": {}}}
+    talk = [turns("w1")[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    file = write(tmp_path / "a.jsonl", {"messages": talk}, {"messages": turns("w9", "w9")})
+    with pytest.raises(ValueError, match=r"does not write calls of tools, and .* calls 'w5'"):
+        read(file)
+    calls = TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c.function.name }}{% endfor %}",
+    )
+    tokenizer = chat_tokenizer(calls)
+    assert {"w5 [END]", "w9 [END]"} == {
+        tokenizer.decode(row.ids_T[row.learned_T])
+        for split in ("train", "heldout")
+        for side in [read(file, tokenizer, split=split)]
+        for row in [side.row(0)]
+    }
+
+
+def test_a_first_word_of_the_assistant_is_context(tmp_path: Path) -> None:
+    talk = [{"role": "assistant", "content": "w7"}, *turns("w1", "w2")]
+    file = write(tmp_path / "a.jsonl", {"messages": talk}, {"messages": turns("w9", "w9")})
+    (found,) = said(read(file))
+    assert "<assistant> w7" in found[0] and found[1] == "w2 [END]"
+
+
+def test_rows_without_turns_are_left_out(tmp_path: Path) -> None:
+    rows_of = [
+        {"messages": []},
+        *({"messages": turns("w1", f"w{n}")} for n in range(5)),
+        {"messages": None},
+    ]
+    file = write(tmp_path / "a.jsonl", *rows_of)
+    assert len(both(file)) == 5
+
+
+def test_no_conversation_is_on_both_sides(tmp_path: Path) -> None:
+    """Not even one that differs in case and layout."""
+    talks = [turns(f"w{n} w1", f"w{n}") for n in range(60)]
+    copies = [turns(f"W{n}\n  w1", f"w{n}  ") for n in range(60)]
+    for few in (talks[:3] + copies[:3], talks + copies):
+        file = write(tmp_path / f"{len(few)}.jsonl", *({"messages": talk} for talk in few))
+        sides = [
+            {" ".join(text.split()[:30]).lower() for text, _ in said(read(file, split=split))}
+            for split in ("train", "heldout")
+        ]
+        assert all(sides) and not sides[0] & sides[1]
+
+
+def test_several_templates_need_a_default(tmp_path: Path) -> None:
+    tokenizer = chat_tokenizer()
+    file = write(tmp_path / "a.jsonl", *({"messages": turns("w1", f"w{n}")} for n in range(2)))
+    tokenizer.chat_template = {"default": TEMPLATE, "rag": "x"}
+    assert said(read(file, tokenizer), tokenizer)
+    tokenizer.chat_template = {"rag": "x"}
+    with pytest.raises(ValueError, match="has no chat template"):
+        read(file, tokenizer)
 
 
 def test_a_schema_that_changes_midway_is_refused(tmp_path: Path) -> None:
@@ -306,7 +401,7 @@ def test_a_real_template_by_hand(tmp_path: Path) -> None:
         {"role": "user", "content": "Again."},
         {"role": "assistant", "content": "Hello, again."},
     ]
-    file = write(tmp_path / "a.jsonl", {"messages": talk}, {"messages": talk})
+    file = write(tmp_path / "a.jsonl", {"messages": talk}, {"messages": turns("Go", "on")})
     row = read(file, tokenizer, length=128).row(0)
     assert row.learned_T is not None
     parts = itertools.groupby(zip(row.ids_T, row.learned_T, strict=True), key=lambda pair: pair[1])

@@ -149,6 +149,48 @@ def test_what_a_killed_process_left_half_is_made_again(
     assert ("is made again" in caplog.text) == (left != "00001.json")
 
 
+@pytest.mark.parametrize("file", ["00001.ids", "00001.json"])
+def test_what_stood_behind_it_is_made_again_in_order(
+    text: str, long: Callable[[], None], home: Path, file: str
+) -> None:
+    expected = content(read(text, 6000))
+    long()
+    read(text, 4000)
+    path = next(home.rglob(file))
+    path.write_bytes(path.read_bytes()[:-3])
+    assert content(read(text, 6000)) == expected
+
+
+def test_damage_that_keeps_the_size_is_found(
+    text: str, long: Callable[[], None], home: Path
+) -> None:
+    long()
+    read(text, 4000)
+    path = next(home.rglob("00001.ids"))
+    path.write_bytes(path.read_bytes()[:-40] + bytes(40))
+    with pytest.raises(ValueError, match=r"shard 1 in .* is not what was written there: remove"):
+        content(read(text, 4000))
+
+
+def test_a_text_in_order_needs_a_folder_that_may_not_be_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moe_tools.data import passages as ordering
+
+    monkeypatch.setattr(ordering, "IN_MEMORY", 10)
+    file = tmp_path / "a.txt"
+    file.write_text("w1 w2 " * 5000)
+    assert len(read(str(file), 1000)) == 63
+
+
+def test_a_source_that_is_not_there_is_said_first(long: Callable[[], None]) -> None:
+    long()
+    with pytest.raises(ValueError, match=r"data source 'nowhere\.jsonl' is not there"):
+        read("nowhere.jsonl", 1000)
+    with pytest.raises(ValueError, match="'self' is sampled from a model"):
+        read("docs:1 + self:1", 1000)
+
+
 def test_other_words_other_folders(text: str, long: Callable[[], None], home: Path) -> None:
     long()
     read(text, 2000)

@@ -27,7 +27,8 @@ from tests.tiny import build_tokenizer, write_passages
 FAMILIES = ("llama", "opt", "gpt2", "mixtral")
 """Gated and not, with and without exact zeros, with experts."""
 FROM_THE_TEXT = ("calibration token", "max_error", "too few", "max error", "of the energy")
-"""What only the text can show is wrong."""
+FROM_THE_TEXT += ("neither tokens nor epochs",)
+"""What only the text, or a run that begins, can show is wrong."""
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from moe_tools.steps.launch import Launch
 from moe_tools.training.arguments import batch_of
 from moe_tools.training.checkpoints import newest_checkpoint
 from moe_tools.training.parts import trainable_parts
+from moe_tools.training.teacher import Teaching
 from moe_tools.training.train import whole_batches
 from moe_tools.training.trainer import RecipeTrainer
 from tests.tiny import WORDS, build_tokenizer
@@ -87,7 +88,7 @@ def trainer_of(batches: Batches, work: Path, model: PreTrainedModel | None = Non
     model = model or tiny()
     steps = len(batches) // (STEP.accumulate * PROCESSES)
     groups = trainable_parts(model, STEP)
-    return RecipeTrainer(model, STEP, batches, work, steps, groups, None, 0, Launch())
+    return RecipeTrainer(model, STEP, batches, work, steps, groups, Teaching(), 0, Launch())
 
 
 def be(monkeypatch: pytest.MonkeyPatch, process: int) -> None:

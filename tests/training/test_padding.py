@@ -15,6 +15,7 @@ from moe_tools.data.rows import InMemory, Row
 from moe_tools.recipe import Train
 from moe_tools.steps.launch import Launch
 from moe_tools.training.parts import trainable_parts
+from moe_tools.training.teacher import Teaching
 from moe_tools.training.trainer import RecipeTrainer
 from tests.training.test_train import converted
 
@@ -40,7 +41,7 @@ def seen(folder: Path, step: Train, batch: Batch) -> tuple[dict[str, float], dic
     """The figures and the gradients of one batch."""
     model, donor = converted(), converted()
     made = RecipeTrainer(
-        model, step, [batch], folder, 1, trainable_parts(model, step), donor, 0, Launch()
+        model, step, [batch], folder, 1, trainable_parts(model, step), Teaching(donor), 0, Launch()
     )
     made.create_optimizer()
     made.enter_step(1, 1)

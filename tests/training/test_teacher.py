@@ -164,8 +164,9 @@ def test_a_dry_run_knows_its_size() -> None:
     assert whole.disk == 0 and whole.states is not None and whole.states.teacher == 1000
     sharded = replace(step, teacher="sharded").cost(model, Setting(16, 1, teacher_bytes=1000))
     assert sharded.states is not None
-    shares = [sharded.states.per_process(stage, 4) for stage in (2, 3)]
-    assert shares[0] - sharded.states.weights * 0.75 - shares[1] == pytest.approx(750)
+    assert sharded.teacher == "sharded"
+    kept = [sharded.states.per_process(3, 4, where) for where in ("whole", sharded.teacher)]
+    assert kept[0] - kept[1] == pytest.approx(750)
 
 
 def converted_shapes() -> PreTrainedModel:
