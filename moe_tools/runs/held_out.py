@@ -16,7 +16,7 @@ def held_out_text(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: in
     Raises:
         ValueError: there is none.
     """
-    setup = Setup(held_out(recipe.data), tokens, recipe.block_length)
+    setup = Setup(held_out(recipe.data), tokens, recipe.block_length, bos=recipe.bos)
     return setup.text(tokenizer, recipe.task)
 
 
