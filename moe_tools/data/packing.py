@@ -20,7 +20,6 @@ from moe_tools.cached import cache_file
 from moe_tools.data.batching import Batches, Text
 from moe_tools.data.holdout import TextSplit
 from moe_tools.data.parallel import workers
-from moe_tools.data.pieces import begin_tokens
 from moe_tools.data.progress import progress
 from moe_tools.data.reader import Reader
 from moe_tools.data.rows import Bos, InMemory, Mixed, Packing, Row, Rows
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Bos", "Packing", "begin_tokens", "blocks", "blocks_for", "check_size", "fingerprint"]
 
 IN_MEMORY = 2**24
 """Tokens up to which a text is tokenised by each run and kept in memory; a longer one is

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from moe_tools.data.packing import Bos, Packing
+from moe_tools.data.rows import Bos, Packing
 from moe_tools.data.tasks import Task
 from moe_tools.recipe.recipe import Recipe
 from moe_tools.steps.step import Option, Step

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import yaml
 from transformers import PreTrainedModel
 
-from moe_tools.data.packing import Bos, Packing
+from moe_tools.data.rows import Bos, Packing
 from moe_tools.data.tasks import Task
 from moe_tools.registry import Registry
 from moe_tools.steps.attach import Attach
