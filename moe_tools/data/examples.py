@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_tools.data.cells import string
 from moe_tools.data.paired import both, text_columns
 from moe_tools.data.sources import parse_source
-from moe_tools.data.tables import TABLES, Table, named_column, open_table, string
+from moe_tools.data.tables import TABLES, Table, named_column, open_table
 
 logger = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moe_tools.data.cells import words
 from moe_tools.data.holdout import TextSplit, is_held_out, normalise
 from moe_tools.data.tables import (
     Form,
@@ -13,7 +14,6 @@ from moe_tools.data.tables import (
     form_of,
     kinds_of,
     one_line,
-    words,
 )
 from moe_tools.extras import needed
 

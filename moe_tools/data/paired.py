@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_tools.data.tables import PAIR, TEXT, Kind, Table, named_column, string, text_column
+from moe_tools.data.cells import PAIR, string
+from moe_tools.data.tables import TEXT, Kind, Table, named_column, text_column
 
 PLUS = "+"
 """Stands between the two columns of a pair, where they are named: FILE:TEXT1+TEXT2:LABEL."""

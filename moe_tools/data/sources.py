@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from moe_tools.data.cells import words
 from moe_tools.data.compressed import suffix
 from moe_tools.data.docs import docs
 from moe_tools.data.files import SUFFIXES, form_of_path, read_path
 from moe_tools.data.holdout import TextSplit, check_split, divide
 from moe_tools.data.hub import HubText
-from moe_tools.data.tables import Form, words
+from moe_tools.data.tables import Form
 
 SELF = (
     "source 'self' is sampled from a model and has no texts: call generate_blocks, and use 'docs' "
