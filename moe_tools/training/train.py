@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_tools import processes
-from moe_tools.data import Batch, Text, fingerprint, token_count
-from moe_tools.data.batching import Batches
-from moe_tools.data.rows import of_blocks
+from moe_tools.data import Text, fingerprint, token_count
 from moe_tools.experts.conversion import set_mode
 from moe_tools.hosts.moe_host import unfuse_experts
 from moe_tools.measure.activations import Activations, logits_bytes
@@ -28,6 +24,7 @@ from moe_tools.steps.step import Cost, Option, Setting, Step, Work
 from moe_tools.training import born_sharded, zero
 from moe_tools.training.arguments import tensorboard_in
 from moe_tools.training.attention import attention
+from moe_tools.training.batches import in_batches, whole_batches
 from moe_tools.training.cached_teacher import bytes_each
 from moe_tools.training.checkpoints import check_layout, check_text, newest_checkpoint
 from moe_tools.training.checks import check_learnable, check_train
@@ -352,32 +349,6 @@ def train(
     if step.target_sparsity is not None:
         warn_if_missed(followed(measured, step.drive), step.target_sparsity, step.drive)
     return {**measured, "trained_tokens": token_count(batches)}
-
-
-def in_batches(text: Text, size: int) -> Sequence[Batch]:
-    """What each forward pass sees; the last of blocks may be smaller."""
-    return Batches(of_blocks(text), "joined", size) if isinstance(text, Tensor) else text
-
-
-def whole_batches(text: Text, step: Train) -> Sequence[Batch]:
-    """The batches of whole optimizer steps of all processes; a resumed run would go on into a rest.
-
-    Less text than one step has is one step, of one process.
-
-    Raises:
-        ValueError: less text than one step of several processes has.
-    """
-    text = in_batches(text, step.batch_size)
-    whole = len(text)
-    if isinstance(text, Batches) and text.packing != "isolated":
-        whole = len(text.rows) // step.batch_size  # the last batch may be short
-    needed = step.accumulate * processes.count()
-    if whole < needed and processes.count() > 1:
-        raise ValueError(
-            f"the text has {whole} batches, but one optimizer step takes {needed}, "
-            f"{step.accumulate} of each process: give more text or start fewer processes"
-        )
-    return text[: whole // needed * needed] if whole >= needed else text
 
 
 def _warn_of_warmup(step: Train, steps: int) -> None:

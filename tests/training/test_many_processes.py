@@ -28,10 +28,10 @@ from moe_tools.recipe import Recipe, Train
 from moe_tools.runs.text import RunText
 from moe_tools.steps.launch import Launch
 from moe_tools.training.arguments import batch_of
+from moe_tools.training.batches import whole_batches
 from moe_tools.training.checkpoints import newest_checkpoint
 from moe_tools.training.parts import trainable_parts
 from moe_tools.training.teacher import Teaching
-from moe_tools.training.train import whole_batches
 from moe_tools.training.trainer import RecipeTrainer
 from tests.tiny import WORDS, build_tokenizer
 from tests.training.test_distributed import start

@@ -16,9 +16,10 @@ from moe_tools.measure.flops import attention_flops, forward_flops
 from moe_tools.recipe import Lora
 from moe_tools.steps.launch import Launch
 from moe_tools.training import throughput
+from moe_tools.training.batches import whole_batches
 from moe_tools.training.progress import in_words
 from moe_tools.training.throughput import Throughput, known_peak, peak_of, step_flops
-from moe_tools.training.train import train, whole_batches
+from moe_tools.training.train import train
 from tests.families import build
 from tests.training.test_train import DENSE, HARD, SOFT, converted, text
 
