@@ -78,7 +78,14 @@ steps:
   - train: {mode: dense, tokens: 256, checkpoint_every: 1}
   - select: {by: prompt, share: 0.5}
 """
-CLOCKS = ("seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+CLOCKS = (
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+)
 COMPLETE = "complete, at most its table is not printed"
 RESTARTED = ("loss", "train_loss")
 """Figures of metrics.json that two runs need not share: times, and means that transformers begins
