@@ -44,9 +44,9 @@ def evaluate_rows(model: PreTrainedModel, batches: Batches, *, title: str = "") 
         progress(title or "evaluate", len(batches), "batch") as bar,
     ):
         for batch in batches:
-            labels_BT = batch.next_labels_BT()
-            nats += _nats(model, batch)
-            predicted += int((labels_BT != IGNORE).sum())
+            own, count = _nats(model, batch)
+            nats += own
+            predicted += count
             bar.update()
     tokens = batches.tokens
     squares = sum(batches.rows.size(index) ** 2 for index in range(len(batches.rows)))
@@ -63,11 +63,11 @@ def check_rows(model: PreTrainedModel, batches: Batches) -> None:
     check_text(model, batches)
 
 
-def _nats(model: PreTrainedModel, batch: Batch) -> float:
+def _nats(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
+    """Negative log-likelihood of the learned tokens, summed, and how many there are."""
     moved = batch.to(model.device)
     logits_TV = model(**model_inputs(model, moved), use_cache=False).logits.flatten(0, 1)
     labels_T = moved.next_labels_BT().flatten()
-    total = nn.functional.cross_entropy(
-        logits_TV[labels_T != IGNORE].float(), labels_T[labels_T != IGNORE], reduction="sum"
-    )
-    return total.item()
+    kept_T = labels_T != IGNORE
+    said_TV, labels_T = logits_TV[kept_T].float(), labels_T[kept_T]
+    return nn.functional.cross_entropy(said_TV, labels_T, reduction="sum").item(), len(labels_T)

@@ -52,7 +52,42 @@ def logit_losses(
     return total, LogitLosses(lm, distill)
 
 
-class _Fused(torch.autograd.Function):
+class WithGradient(torch.autograd.Function):
+    """A loss of logits, its first argument, that makes their gradient in its forward pass."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Hands on what the forward pass has saved, scaled by what comes from above."""
+        (grad_TV,) = ctx.saved_tensors
+        others = [None] * (len(ctx.needs_input_grad) - 1)
+        return grad_TV * upstream[0].to(grad_TV.dtype), *others
+
+
+class LabelRows(NamedTuple):
+    """Some rows of logits and their labels, as the losses need them."""
+
+    kept_T: Tensor
+    """Which of them are labelled."""
+    picked_T1: Tensor
+    """The labels, 0 where there is none."""
+    p_TV: Tensor
+    """Probabilities, fp32."""
+    picked_p_T1: Tensor
+    """Those of the labels."""
+
+    def nats(self) -> Tensor:
+        """Cross entropy, summed over the labelled tokens."""
+        return -(self.picked_p_T1.squeeze(1).clamp_min(TINY).log() * self.kept_T).sum()
+
+
+def label_rows(logits_TV: Tensor, labels_T: Tensor, rows: slice) -> LabelRows:
+    """Makes the rows of one chunk."""
+    picked_T1 = labels_T[rows].clamp_min(0)[:, None]
+    p_TV = logits_TV[rows].float().softmax(-1)
+    return LabelRows(labels_T[rows] != IGNORE, picked_T1, p_TV, p_TV.gather(1, picked_T1))
+
+
+class _Fused(WithGradient):
     @staticmethod
     def forward(
         ctx: Any,
@@ -68,11 +103,9 @@ class _Fused(torch.autograd.Function):
         count = (labels_T != IGNORE).sum()
         for start in range(0, len(logits_TV), ROWS):
             rows = slice(start, start + ROWS)
-            kept = labels_T[rows] != IGNORE
-            picked = labels_T[rows].clamp_min(0)[:, None]
-            p = logits_TV[rows].float().softmax(-1)
-            picked_p = p.gather(1, picked)
-            lm -= (picked_p.squeeze(1).clamp_min(TINY).log() * kept).sum()
+            chunk = label_rows(logits_TV, labels_T, rows)
+            kept, picked, p, picked_p = chunk
+            lm += chunk.nats()
             if donor_TV is None:
                 grad = p.mul_(lm_weight)
             else:
@@ -87,8 +120,3 @@ class _Fused(torch.autograd.Function):
         total = lm_weight * lm + distill_weight * distill
         ctx.mark_non_differentiable(lm, distill)
         return total, lm, distill
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TV,) = ctx.saved_tensors
-        return grad_TV * upstream[0].to(grad_TV.dtype), None, None, None, None

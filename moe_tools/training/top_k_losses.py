@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.names import IGNORE
-from moe_tools.training.logit_losses import ROWS, TINY, LogitLosses
+from moe_tools.training.logit_losses import ROWS, TINY, LogitLosses, WithGradient, label_rows
 
 
 def keep_top(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def top_k_losses(
     return total, LogitLosses(lm, distill)
 
 
-class _Fused(torch.autograd.Function):
+class _Fused(WithGradient):
     @staticmethod
     def forward(
         ctx: Any,
@@ -85,11 +85,9 @@ class _Fused(torch.autograd.Function):
         count = (labels_T != IGNORE).sum()
         for start in range(0, len(logits_TV), ROWS):
             rows = slice(start, start + ROWS)
-            kept = labels_T[rows] != IGNORE
-            picked = labels_T[rows].clamp_min(0)[:, None]
-            p_TV = logits_TV[rows].float().softmax(-1)
-            picked_p = p_TV.gather(1, picked)
-            lm -= (picked_p.squeeze(1).clamp_min(TINY).log() * kept).sum()
+            chunk = label_rows(logits_TV, labels_T, rows)
+            kept, picked, p_TV, picked_p = chunk
+            lm += chunk.nats()
             ids = ids_TK[rows].long()
             q_TL = logp_TL[rows].float().softmax(-1)
             top_TK = p_TV.gather(1, ids)
@@ -107,8 +105,3 @@ class _Fused(torch.autograd.Function):
         total = lm_weight * lm + distill_weight * distill
         ctx.mark_non_differentiable(lm, distill)
         return total, lm, distill
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TV,) = ctx.saved_tensors
-        return grad_TV * upstream[0].to(grad_TV.dtype), None, None, None, None, None
