@@ -62,6 +62,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"'moe-tools[eval]'), or a paper's: {', '.join(PAPERS)}",
     )
     parser.add_argument(
+        "--probes",
+        nargs="?",
+        type=positive,
+        const=200,
+        default=0,
+        metavar="N",
+        help="questions that need no data set, N of each kind (200): sums, copying, recall and "
+        "patterns, which a model loses before its perplexity shows it",
+    )
+    parser.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
         help="prompts of --tasks begin with BOS; default: as the paper asks, else as the harness "
@@ -140,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         task=args.task or _recipe_task(args.folder[0]),
         tasks=Tasks(tuple(args.tasks), args.task_folder, args.limit, args.bos),
+        probes=args.probes,
     )
     if args.sweep is not None:
         _only(args.folder, "--sweep")

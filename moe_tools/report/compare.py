@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.by_task import evaluate_task
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
+from moe_tools.measure.probes import run_probes
 from moe_tools.measure.rows import check_rows, evaluate_rows
 from moe_tools.measure.seq2seq import GENERATED
 from moe_tools.measure.tasks import run_tasks
@@ -203,11 +205,12 @@ class Bench:
         else:
             with measured_by_prompt(model, share, setup.after) as correct:
                 seen = correct(self._evaluate(name, model))
-        if setup.tasks.names:
-            with nullcontext() if share is None else select_by_prompt(model, share):
-                tasks = run_tasks(
-                    model, self.tokenizer, setup.tasks, batch_size=setup.batch_size, seed=setup.seed
-                )
+        given: Any = {"batch_size": setup.batch_size, "seed": setup.seed}
+        with nullcontext() if share is None else select_by_prompt(model, share):
+            if setup.probes:
+                tasks |= run_probes(model, self.tokenizer, setup.probes, **given)
+            if setup.tasks.names:
+                tasks |= run_tasks(model, self.tokenizer, setup.tasks, **given)
         donor = None if conversion is None else conversion.donor
         return Entry(name, folder, seen, tasks, donor=donor)
 

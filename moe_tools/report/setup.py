@@ -44,6 +44,8 @@ class Setup:
     """What the models were made for; None: what the head of the first one says."""
     tasks: Tasks = field(default_factory=Tasks)
     """Tasks of lm-evaluation-harness, beside the perplexity."""
+    probes: int = 0
+    """Questions of each of `moe_tools.measure.probes`, beside the perplexity; 0: none."""
     bos: Bos = "auto"
     """Whether rows of text begin with BOS."""
     protocol: str | None = None

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from moe_tools.data import Blocks
 from moe_tools.data.generate import evaluating
-from moe_tools.experts.conversion import set_selectors
+from moe_tools.experts.conversion import set_selectors, update_config
 from moe_tools.experts.experts import ExpertFFN, Routing, every_expert_on, expert_ffns
+from moe_tools.experts.line import check_movable, check_thresholds, distances_S, move_line
 from moe_tools.experts.routing import observe_routing
 from moe_tools.experts.selectors import (
     Selector,
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 ROUNDS = 2
 """A mask moves the inputs of the FFNs above it, so what is set on dense activations misses."""
+SAMPLE = 1024
+"""Tokens of each FFN whose scores say together where one line falls."""
 BATCH = 4
 """Blocks of one forward pass."""
 CLOSE = 0.02
@@ -50,8 +53,10 @@ class Budget(Step):
 
     target_sparsity: float
     """Share of neurons off, over tokens and FFNs."""
-    spend: Literal["uniform", "error"] = "uniform"
-    """One share for all FFNs, or more where it costs less error of the FFN's output."""
+    spend: Literal["uniform", "error", "common"] = "uniform"
+    """One share for all FFNs; more where it costs less error of the FFN's output; or one shift of
+    the line for all of them, which leaves to each the share that training, or a budget before, gave
+    it: after `train`, for the sparsity on new text to be what was asked for."""
     tokens: int = 8192
     """Calibration tokens."""
 
@@ -65,8 +70,10 @@ class Budget(Step):
         return option == "target_sparsity"
 
     def rehearse(self, model: PreTrainedModel, donor: str) -> None:
-        """Needs routers, and experts enough that may be off."""
+        """Needs routers, and experts enough that may be off; spend `common`, thresholds."""
         check_sparsity(check_routed(model, self.verb), self.target_sparsity)
+        if self.spend == "common":
+            check_thresholds(model)
 
     def apply(self, model: PreTrainedModel, work: Work) -> dict[str, Any]:
         """Sets the selectors; returns what `budget` measured."""
@@ -89,6 +96,8 @@ def budget(model: nn.Module, step: Budget, blocks_BT: Blocks) -> dict[str, Any]:
     """
     ffns = check_routed(model, "budget")
     check_sparsity(ffns, step.target_sparsity)
+    if step.spend == "common":
+        return _budget_common(model, ffns, step.target_sparsity, blocks_BT)
     with every_expert_on(model):
         seen = _watch(model, blocks_BT)
     given = {ffn.name: _off_of_routed(ffn, step.target_sparsity) for ffn in ffns}
@@ -104,15 +113,36 @@ def budget(model: nn.Module, step: Budget, blocks_BT: Blocks) -> dict[str, Any]:
         set_selectors(model, selectors)
         before = [describe_selector(one) for one in selectors]
         seen = _watch(model, blocks_BT)
+    return {"sparsity": _reached(ffns, seen, step.target_sparsity), "given": given}
+
+
+def _budget_common(
+    model: nn.Module, ffns: list[ExpertFFN], sparsity: float, blocks_BT: Blocks
+) -> dict[str, Any]:
+    """Moves the line of all FFNs by one shift, on the activations of the routed model itself."""
+    check_movable(model)
+    seen = _watch(model, blocks_BT)
+    for _ in range(ROUNDS):
+        found = [distances_S(f, torch.cat(seen[f.name].scores), SAMPLE) for f in ffns]
+        move_line(model, torch.cat(found), sparsity)
+        seen = _watch(model, blocks_BT)
+    update_config(model)
+    given = {f.name: 1 - seen[f.name].on / (seen[f.name].tokens * f.division.neurons) for f in ffns}
+    given = {f.name: _off_of_routed(f, given[f.name]) for f in ffns}
+    return {"sparsity": _reached(ffns, seen, sparsity), "given": given}
+
+
+def _reached(ffns: list[ExpertFFN], seen: Mapping[str, _Seen], sparsity: float) -> float:
+    """The sparsity on the text, with a warning where it is not the one asked for."""
     reached = _sparsity(ffns, seen)
-    if abs(reached - step.target_sparsity) > CLOSE:
+    if abs(reached - sparsity) > CLOSE:
         logger.warning(
             "the budget is %.1f %%, but %.1f %% of the neurons are off: too many scores are equal, "
             "or there are too few experts",
-            100 * step.target_sparsity,
+            100 * sparsity,
             100 * reached,
         )
-    return {"sparsity": reached, "given": given}
+    return reached
 
 
 @dataclass

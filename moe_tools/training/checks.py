@@ -12,6 +12,7 @@ from moe_tools.data.batching import Batches, Text
 from moe_tools.data.limits import continues_text, says_targets
 from moe_tools.experts.conversion import check_unselected, read_block
 from moe_tools.experts.experts import LEARNING, expert_ffns
+from moe_tools.experts.line import check_thresholds
 from moe_tools.hosts.dequantise import is_quantised
 from moe_tools.hosts.ffn import find_ffns
 from moe_tools.hosts.linears import WAY_OUT
@@ -19,7 +20,6 @@ from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import check_sparsity
 from moe_tools.training.controller import ZEROS
 from moe_tools.training.losses import LOSSES
-from moe_tools.training.trim import check_trimmable
 
 if TYPE_CHECKING:
     from moe_tools.training.teacher import Donor
@@ -64,7 +64,7 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | Do
                 "target_sparsity needs routers: put `attach` before this train step, or drive the "
                 "zeros of a dense ReLU model (drive: l1)"
             )
-        check_trimmable(model)
+        check_thresholds(model)
         check_sparsity(expert_ffns(model), step.target_sparsity)
     if step.parts != "routers":
         _check_plain(model)

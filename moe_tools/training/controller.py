@@ -1,13 +1,13 @@
 """How a train step reaches its target sparsity: a smooth reference, and what follows it. No torch.
 
-Every drive follows the same reference. `shift` moves the line: after every optimizer step all
-routers get one common constant (`trim.py`), so that sparsity is where the reference is however
+Every drive follows the same reference. `shift` moves the line: after every optimizer step all FFNs
+get one common shift (`moe_tools.experts.line`), so that sparsity is where the reference is however
 few the steps are. The others turn the weight of a loss, which the papers leave to the user: `eta`
 that of the efficiency loss (LTE, arXiv 2402.06126, eta in (0, 2]), `l1` and `hoyer` lambda of the
-penalty on the activations of a dense model (ProSparse, arXiv 2402.13516; D2DMoE, arXiv
-2310.04361), whose sparsity is the share of exact zeros. Through Adam a large weight moves a model
-no faster than its learning rate lets it, so these need hundreds of steps; and they only push: a
-model that is sparser than its target comes back as far as the language loss pulls it.
+penalty on the activations of a dense model (ProSparse, arXiv 2402.13516; D2DMoE, arXiv 2310.04361),
+whose sparsity is the share of exact zeros. Through Adam a large weight moves a model no faster than
+its learning rate lets it, so these need hundreds of steps; and they only push: a model that is
+sparser than its target comes back as far as the language loss pulls it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 MISSED = 0.05
 """Distance from the target that is worth a warning."""
 
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+MOST = 0.99
+"""The largest sparsity that a step draws."""
 
 Drive = Literal["shift", "eta", "l1", "hoyer"]
 """What brings the sparsity to its target."""
@@ -52,6 +56,20 @@ class Reference:
     """Optimizer steps of the train step."""
     ramp: float
     """Share of the steps in which the target is reached; then the reference stays."""
+    vary: float = 0.0
+    """Every step draws its own sparsity, at most so far from the reference."""
+
+    def after(self, step: int) -> float:
+        """Returns the sparsity of the step that follows, in (0, 1).
+
+        Drawn without chance: multiples of the golden ratio fill an interval evenly, however many
+        there are of them, and a run that resumes draws the same. The last step is followed by
+        none: the line stays where it was asked for.
+        """
+        if step >= self.steps:
+            return self.at(step)
+        drawn = self.at(step) + self.vary * (2 * ((step * GOLDEN) % 1) - 1)
+        return min(MOST, max(1 - MOST, drawn))
 
     def at(self, step: int) -> float:
         """Returns the sparsity asked for after an optimizer step, in (0, 1)."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from moe_tools import processes
 from moe_tools.data import Text, fingerprint, token_count
 from moe_tools.experts.conversion import set_mode
+from moe_tools.experts.line import check_movable
 from moe_tools.hosts.moe_host import unfuse_experts
 from moe_tools.measure.activations import Activations, logits_bytes
 from moe_tools.measure.flops import forward_flops
@@ -71,6 +72,9 @@ class Train(Step):
     """What brings the sparsity there; see `moe_tools.training.controller`."""
     ramp: float = 0.6
     """Share of the steps in which the target is reached; 0: at once."""
+    vary: float = 0.0
+    """Every optimizer step draws its own sparsity, at most so far from the target: one folder then
+    serves the whole range (`evaluate --sweep`)."""
     parts: Literal["all", "ffn", "routers"] = "all"
     """What is trained; `all` and `ffn` include routers, except in hard mode."""
     lora: Lora | None = None
@@ -147,6 +151,9 @@ class Train(Step):
             )
 
     def _check_drive(self) -> None:
+        require(0 <= self.vary < 0.5, self, "vary", self.vary, "in [0, 0.5)")
+        if self.vary and (self.target_sparsity is None or self.drive != "shift"):
+            raise ValueError("train: vary needs a target_sparsity to vary, and drive shift")
         if self.drive == "shift":
             return
         if self.target_sparsity is None:
@@ -245,7 +252,7 @@ class Train(Step):
         )
 
 
-OF_ROUTERS = ("mode", "losses", "target_sparsity", "drive", "ramp", "router_lr")
+OF_ROUTERS = ("mode", "losses", "target_sparsity", "drive", "ramp", "vary", "router_lr")
 """Fields that concern routers and sparsity alone: the dense control has their defaults."""
 OF_TEACHERS = ("teacher", "teacher_top_k")
 """Fields that concern a teacher alone: the dense control has none."""
@@ -303,6 +310,8 @@ def train(
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
     check_compiles(model, launch)
+    if step.target_sparsity is not None and step.drive not in ZEROS:
+        check_movable(model)
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))

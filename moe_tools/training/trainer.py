@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from moe_tools import processes
 from moe_tools.data import Batch, Batches
 from moe_tools.experts.experts import Routing, every_expert_on, expert_ffns
+from moe_tools.experts.line import add_, move_line, sample_distances
 from moe_tools.experts.routing import record_routing
+from moe_tools.experts.selectors import build_selector, describe_selector
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.isolation import prove_isolation
 from moe_tools.names import IGNORE
@@ -41,7 +43,6 @@ from moe_tools.training.teacher import Teaching
 from moe_tools.training.throughput import Throughput, peak_of
 from moe_tools.training.token_shares import token_shares
 from moe_tools.training.top_k_losses import top_k_losses
-from moe_tools.training.trim import add_, sample_logits, shift_routers
 from moe_tools.training.watch import Kind, watch_ffns
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self.weights = LossWeights(step)
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
-        self.logits: list[Tensor] = []
+        self.distances: list[Tensor] = []
         self.even = _even(batches)
         """Whether every pass learns as many tokens."""
         self.shares: list[Tensor] = []
@@ -250,7 +251,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self.figures.add(values)
         if routings and self._shifts:
             passes = self.step.accumulate * processes.count()
-            self.logits.append(sample_logits(self.model, routings, passes))
+            self.distances.append(sample_distances(self.model, routings, passes))
 
     def end_step(self) -> None:
         """Ends an optimizer step: follows the reference, and keeps what is logged."""
@@ -264,6 +265,7 @@ class RecipeTrainer(CheckpointingTrainer):
             "start": self.start,
             "controller": self.weights.state(),
             "last": self.last,
+            "selectors": [describe_selector(ffn.selector) for ffn in expert_ffns(self.model)],
         }
 
     @property
@@ -294,14 +296,16 @@ class RecipeTrainer(CheckpointingTrainer):
         measured = followed(self.last, self.step.drive)
         if self.start is None:
             self.start = measured
-        self.last["reference"] = reference = self._reference().at(self.state.global_step)
+        at, reference = self.state.global_step, self._reference()
+        self.last["reference"] = reference.at(at)
         if self.weights.controller is not None:
-            self.weights.controller.update(reference, measured)
+            self.weights.controller.update(reference.at(at), measured)
         if self._shifts:
-            logits_S = processes.gather_rows(torch.cat(self.logits))
+            distance_S = processes.gather_rows(torch.cat(self.distances))
             add = zero.add_ if self.is_deepspeed_enabled else add_
-            shift_routers(self.model, logits_S, reference, damping=0.5, add=add)
-        self.logits = []
+            damping = 1.0 if self.step.vary else 0.5  # a target that jumps is met at once
+            move_line(self.model, distance_S, reference.after(at), damping, add)
+        self.distances = []
 
     @property
     def _shifts(self) -> bool:
@@ -326,6 +330,8 @@ class RecipeTrainer(CheckpointingTrainer):
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
             self.weights.resume(saved["controller"])
+            for ffn, spec in zip(expert_ffns(self.model), saved["selectors"], strict=True):
+                ffn.selector = build_selector(spec)
         self.throughput.restart()
 
     def enter_step(self, step: int, steps: int) -> None:
@@ -340,9 +346,10 @@ class RecipeTrainer(CheckpointingTrainer):
             zero.make_plain(self.model, self.deepspeed, self.dtypes, everywhere=self.everywhere)
 
     def _reference(self) -> Reference:
-        assert self.start is not None and self.step.target_sparsity is not None
-        ramp = 0.0 if self.step.mode == "hard" else self.step.ramp
-        return Reference(self.start, self.step.target_sparsity, self.state.max_steps, ramp)
+        assert self.start is not None
+        step, steps = self.step, self.state.max_steps
+        assert step.target_sparsity is not None
+        return Reference(self.start, step.target_sparsity, steps, step.ramp, step.vary)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds our figures to the Trainer's, and says them."""

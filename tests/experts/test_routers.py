@@ -288,6 +288,7 @@ def test_flops_count_a_multiply_and_an_add_a_weight(kind: str, family: str) -> N
         "representative": rows * width * routed,
         "oracle": rows * width * NEURONS,
         "low_rank": width * 128 + 128 * routed,
+        "bottleneck": width * 64 + 64 * routed,
         "int8_gate": width * NEURONS,
         "sign": 2 * NEURONS,  # the sign bits of a row are one word
         "few_bits": rows * width * NEURONS,
@@ -343,9 +344,9 @@ def test_a_kind_nobody_knows_is_named() -> None:
 # --- what they learn
 
 
-def test_four_kinds_learn() -> None:
+def test_five_kinds_learn() -> None:
     learned = {name for name, kind in ROUTERS.items() if issubclass(kind, LearnedRouter)}
-    assert learned == {"sigmoid", "mlp", "norm", "low_rank"}
+    assert learned == {"sigmoid", "bottleneck", "mlp", "norm", "low_rank"}
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "mlp", "norm"])

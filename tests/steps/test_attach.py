@@ -102,6 +102,37 @@ def test_the_start_is_a_ridge_regression_up_to_one_scale_and_one_shift(size: int
         assert got.std() == pytest.approx(SPREAD, rel=1e-3)
 
 
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_a_bottleneck_starts_as_the_nearest_map_of_its_rank(rank: int) -> None:
+    """Eckart and Young on the ridge's centred predictions, by numpy's SVD of them all."""
+    donor = build("llama")
+    model = attached(donor, Attach("bottleneck", {"rank": rank}, start_sparsity=0.1), text())
+    downs = [ffn.down for ffn in find_ffns(donor)]
+    for (x_TD, h_TF), down, ffn in zip(seen(donor, text()), downs, expert_ffns(model), strict=True):
+        full = ridge(x_TD, log_energies(h_TF, down))
+        mean = full.mean(0)
+        u, s, v = np.linalg.svd(full - mean, full_matrices=False)
+        expected = (u[:, :rank] * s[:rank]) @ v[:rank] + mean
+        got = ffn.router.logits_TR(x_TD).detach().numpy()
+        scale = got.std() / expected.std()
+        shifted = (expected - expected.mean()) * scale + got.mean()
+        assert np.abs(got - shifted).max() < 2e-2 * got.std()
+        assert got.std() == pytest.approx(SPREAD, rel=1e-2)
+        middle_TK = ffn.router.enters_last_TK(x_TD).detach().numpy()
+        spread = np.atleast_2d(np.cov(middle_TK.T, bias=True))
+        assert np.abs(spread - np.eye(rank)).max() < 1e-2
+
+
+def test_a_bottleneck_as_wide_as_its_inputs_is_the_ridge() -> None:
+    donor = build("llama")
+    wide = attached(donor, Attach("bottleneck", {"rank": 99}), text())
+    full = attached(donor, Attach("sigmoid"), text())
+    for one, other, (x_TD, _) in zip(
+        *map(expert_ffns, (wide, full)), seen(donor, text()), strict=True
+    ):
+        torch.testing.assert_close(one.router(x_TD), other.router(x_TD), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @every_size
 def test_a_start_without_a_bias_regresses_what_sets_experts_apart(size: int, kind: str) -> None:
@@ -308,7 +339,7 @@ def test_representatives_by_hand() -> None:
     assert representatives_R(rows_FX, replace(importance, shared=0)).tolist() == [2, 5, 6]
 
 
-STARTED = {"sigmoid", "softmax", "representative", "few_bits"}
+STARTED = {"sigmoid", "bottleneck", "softmax", "representative", "few_bits"}
 
 
 @pytest.mark.parametrize("kind", sorted(set(ROUTERS) - STARTED))

@@ -23,7 +23,7 @@ from moe_tools.checkpoint.saving import save
 from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.routing import record_routing
-from moe_tools.experts.selectors import tune_selector
+from moe_tools.experts.selectors import Threshold, tune_selector
 from moe_tools.recipe import Budget
 from moe_tools.steps.budget import budget
 from moe_tools.steps.calibrate import visit_activations
@@ -335,3 +335,47 @@ def test_what_a_selector_cannot_reach_is_not_spent() -> None:
     curves = {"a": [Point(0.0, 0.0), Point(0.5, 1.0), Point(0.5, 1.0)], "b": curve(0.0, 9.0)}
     assert spend_by_error(curves, {"a": 10.0, "b": 10.0}, 8.0) == {"a": 0.5, "b": 0.3}
     assert spend_by_error(curves, {"a": 10.0, "b": 10.0}, 20.0) == {"a": 0.5, "b": 1.0}
+
+
+# --- one line for all
+
+
+def trained(router: str) -> PreTrainedModel:
+    """A model whose FFNs have shares of their own: the first one keeps more."""
+    model = attached(router=router)
+    first, second = expert_ffns(model)
+    if router == "sigmoid":
+        for ffn, bias in ((first, 1.0), (second, -0.5)):
+            torch.nn.init.normal_(ffn.router.weight, std=0.1)
+            torch.nn.init.constant_(ffn.router.bias, bias)
+    else:
+        first.selector, second.selector = Threshold(0.001), Threshold(0.01)
+    return model
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6])
+@pytest.mark.parametrize("router", ["sigmoid", "oracle"])
+def test_spend_common_moves_one_line(router: str, target: float, tmp_path: Path) -> None:
+    model = trained(router)
+    before = [ffn.selector.tau for ffn in expert_ffns(model)]
+    biases = [ffn.router.logit_bias for ffn in expert_ffns(model)]
+    was = [None if bias is None else bias.clone() for bias in biases]
+    measured = budget(model, Budget(target, "common"), text())
+    assert sparsity(model) == pytest.approx(target, abs=0.02)
+    assert measured["sparsity"] == pytest.approx(sparsity(model), abs=1e-6)
+    first, second = measured["given"].values()
+    assert first < second  # as it was
+    if router == "sigmoid":
+        shifts = torch.cat([bias - old for bias, old in zip(biases, was, strict=True)])
+        assert (shifts - shifts[0]).abs().max() < 1e-5
+    else:
+        taus = [ffn.selector.tau for ffn in expert_ffns(model)]
+        assert taus[1] / taus[0] == pytest.approx(before[1] / before[0])
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model", dtype=torch.float32)
+    assert [one.selector for one in expert_ffns(again)] == [f.selector for f in expert_ffns(model)]
+
+
+def test_spend_common_needs_thresholds() -> None:
+    with pytest.raises(ValueError, match=r"needs a threshold; with top-k, k sets the sparsity"):
+        budget(attached("topk"), Budget(0.5, "common"), text())

@@ -37,6 +37,18 @@ def test_the_reference_is_half_way_in_the_middle_of_the_ramp() -> None:
     assert Reference(0.1, 0.5, 100, 0.5).at(25) == pytest.approx(0.3)
 
 
+@given(SHARES, st.floats(0.0, 0.49), st.integers(20, 500))
+def test_what_steps_draw_fills_the_range_evenly(target: float, vary: float, steps: int) -> None:
+    reference = Reference(target, target, steps, 0.0, vary)
+    drawn = [reference.after(step) for step in range(1, steps)]
+    assert all(abs(one - target) <= vary + 1e-9 and 0 < one < 1 for one in drawn)
+    quarters = [target + vary * (part / 2 - 1) for part in range(5)]
+    inside = [sum(low <= one < high for one in drawn) for low, high in itertools.pairwise(quarters)]
+    if vary > 0.01 and vary < target < 1 - vary:
+        assert all(abs(count - len(drawn) / 4) <= 3 for count in inside)
+    assert reference.after(steps) == pytest.approx(target)
+
+
 @pytest.mark.parametrize("step", [0, 1, 7, 100])
 def test_without_a_ramp_the_target_is_asked_for_at_once(step: int) -> None:
     assert Reference(0.0, 0.5, 10, 0.0).at(step) == 0.5

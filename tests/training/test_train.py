@@ -14,14 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_tools.experts.conversion import Conversion, read_conversion, set_mode
-from moe_tools.experts.experts import expert_ffns
-from moe_tools.experts.routing import record_routing
+from moe_tools.experts.conversion import (
+    Conversion,
+    attach_experts,
+    read_block,
+    read_conversion,
+    set_mode,
+)
+from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.routing import observe_routing, record_routing
 from moe_tools.hosts.ffn import find_ffns, host_state_dict
-from moe_tools.recipe import Attach, Stage, Swap, Train
+from moe_tools.recipe import Attach, Budget, Stage, Swap, Train
 from moe_tools.steps.attach import attach
+from moe_tools.steps.budget import budget
 from moe_tools.steps.swap import swap
 from moe_tools.training.checkpoints import newest_checkpoint
+from moe_tools.training.controller import Reference
 from moe_tools.training.losses import Observed, efficiency, separability
 from moe_tools.training.parts import trainable_parts
 from moe_tools.training.train import train
@@ -351,6 +359,47 @@ def test_shift_reaches_the_target(mode: Any, target: float, tmp_path: Path) -> N
     assert sparsity(model, text(32 * 40)) == pytest.approx(target, abs=0.02)
 
 
+@pytest.mark.parametrize("router", ["cats", "oracle"])
+def test_thresholds_of_the_ffn_s_own_rows_are_led_too(router: str, tmp_path: Path) -> None:
+    """No router to train: the line moves, and the weights learn to live with it."""
+    model = own_rows(router)
+    step = replace(HARD, target_sparsity=0.8, batch_size=32)
+    measured = train(model, step, text(32 * 40), tmp_path)
+    assert measured["sparsity"] == pytest.approx(0.8, abs=0.03)
+    assert sparsity(model, text(320)) == pytest.approx(0.8, abs=0.03)
+    written = read_block(model.config)
+    assert written is not None and len(written.selector_of) == 2
+
+
+def own_rows(router: str) -> PreTrainedModel:
+    """A model whose neurons are chosen by their own rows, half of them on random text."""
+    torch.manual_seed(0)
+    model = build("llama")
+    attach_experts(model, Conversion("donor", 1, router, {"kind": "threshold", "tau": 0.0}))
+    budget(model, Budget(target_sparsity=0.5), text(32))
+    return model
+
+
+def test_a_target_that_varies_is_met_in_every_step(tmp_path: Path) -> None:
+    """As close as one batch tells about the next; the last step leaves the target itself."""
+    step = replace(SOFT, mode="straight", losses={"lm": 1.0}, batch_size=32, lr=0.0, router_lr=0.0)
+    step = replace(step, target_sparsity=0.5, vary=0.3, ramp=0.0)
+    model = converted()
+    drawn, met = [], []
+
+    def see(routing: Routing) -> None:
+        met.append(1 - float(routing.mask_TE.double().mean()))
+
+    reference = Reference(0.0, 0.5, 40, 0.0, 0.3)
+    drawn = [reference.after(at) for at in range(1, 40)]
+    with observe_routing(model, see):
+        train(model, step, text(32 * 40), tmp_path)
+    pairs = [sum(met[at : at + 2]) / 2 for at in range(2, 80, 2)]  # two FFNs; after the first step
+    assert [*pairs] == pytest.approx(drawn, abs=0.06)
+    assert min(drawn) < 0.25 and max(drawn) > 0.75
+    assert sparsity(model, text(320)) == pytest.approx(0.5, abs=0.02)
+
+
 def test_a_sparser_model_comes_back(tmp_path: Path) -> None:
     model = converted()
     with torch.no_grad():
@@ -447,11 +496,12 @@ def test_a_stage_of_weight_zero_trains_as_without_the_loss(tmp_path: Path) -> No
     assert measured["history"][0]["lm"] != without["history"][0]["lm"]
 
 
-def test_hard_mode_asks_for_the_target_at_once(tmp_path: Path) -> None:
-    """Its routers are frozen: there is nothing to lead gently."""
-    step = replace(HARD, target_sparsity=0.6)
+def test_hard_mode_is_led_to_its_target_as_the_others(tmp_path: Path) -> None:
+    step = replace(HARD, target_sparsity=0.6, ramp=1.0)
     first, *_ = train(converted(), step, text(160), tmp_path)["history"]
-    assert (first["step"], first["reference"]) == (10, 0.6)
+    assert first["step"] == 10 and first["reference"] < 0.55
+    at_once, *_ = train(converted(), replace(step, ramp=0.0), text(160), tmp_path / "2")["history"]
+    assert at_once["reference"] == 0.6
 
 
 def test_the_reference_starts_where_the_model_is(tmp_path: Path) -> None:
@@ -752,7 +802,7 @@ def test_what_a_dense_model_cannot_have(step: Train, message: str, tmp_path: Pat
             replace(HARD, target_sparsity=0.5, drive="l1"),
             "drive l1 counts the zeros of a dense mod",
         ),
-        (replace(SOFT, target_sparsity=0.5), "target sparsity needs sigmoid routers under a thr"),
+        (replace(SOFT, target_sparsity=0.5), "target sparsity needs a threshold; with top-k"),
     ],
 )
 def test_what_a_top_k_model_cannot_have(step: Train, message: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers.base import LearnedRouter, Router, RowReader
+from moe_tools.experts.routers.bottleneck import BottleneckRouter
 from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.experts.routers.firing import Int8GateRouter, SignRouter
 from moe_tools.experts.routers.gate import CATSRouter
@@ -22,6 +23,7 @@ from moe_tools.registry import Registry, unknown
 
 __all__ = [
     "ROUTERS",
+    "BottleneckRouter",
     "CATSRouter",
     "FewBitsRouter",
     "Int8GateRouter",
@@ -45,6 +47,7 @@ ROUTERS: Registry[type[Router]] = Registry(
     "router",
     {
         "sigmoid": SigmoidRouter,
+        "bottleneck": BottleneckRouter,
         "softmax": SoftmaxRouter,
         "mlp": MLPRouter,
         "low_rank": LowRankRouter,

@@ -103,7 +103,7 @@ class Router(nn.Module, ABC):
     def logit_bias(self) -> nn.Parameter | None:
         """What is added to the logits of the scores, one number an expert; None: there is none.
 
-        A train step shifts it to reach a sparsity (`moe_tools.training.trim`).
+        A train step shifts it to reach a sparsity (`moe_tools.experts.line`).
         """
         return None
 

@@ -85,30 +85,38 @@ class RidgeStart(Starter):
         have in common decides nothing among them, and half of the logits are below zero.
         """
         assert isinstance(router, RidgeRouter)
-        kept = slice(None if router.bias is not None else -1)
-        inputs_DD, targets_DR = self.inputs_DD[kept, kept], self.targets_DR[kept]
-        if router.bias is None:
-            targets_DR = targets_DR - targets_DR.mean(1, keepdim=True)
-        penalty_D = torch.full_like(
-            inputs_DD[0], float(RIDGE * self.inputs_DD.diagonal()[:-1].mean())
-        )
-        if router.bias is not None:
-            penalty_D[-1] = 0.0
-        solution_DR = torch.linalg.solve(
-            (inputs_DD + penalty_D.diag()).double(), targets_DR.double()
-        )
-        inputs_DD = inputs_DD.double() / self.tokens
-        second_R = (solution_DR * (inputs_DD @ solution_DR)).sum(0)
+        solution_DR, moment_DD = self.solve(constant=router.bias is not None)
+        second_R = (solution_DR * (moment_DD @ solution_DR)).sum(0)
         if router.bias is None:  # the mean over experts is 0 for every token
-            router.weight.copy_(solution_DR.T * _scale(router, second_R.mean()))
+            router.weight.copy_(solution_DR.T * logit_scale(router.spread, second_R.mean()))
             return
-        mean = (inputs_DD[-1] @ solution_DR).mean()
-        scale = _scale(router, second_R.mean() - mean.square())
+        mean = (moment_DD[-1] @ solution_DR).mean()
+        scale = logit_scale(router.spread, second_R.mean() - mean.square())
         below = torch.special.ndtri(torch.tensor(self.sparsity, dtype=torch.double))
         router.weight.copy_(solution_DR[:-1].T * scale)
         router.bias.copy_((solution_DR[-1] - mean) * scale - router.spread * below)
 
+    def solve(self, *, constant: bool) -> tuple[Tensor, Tensor]:
+        """The ridge's solution, (inputs, R), and the inputs' second moments, both in fp64.
 
-def _scale(router: RidgeRouter, variance: Tensor) -> Tensor:
+        With a constant, it is the last of the inputs, and has no penalty. Without one, how far an
+        expert is above the mean of a token's experts is regressed.
+        """
+        kept = slice(None if constant else -1)
+        inputs_DD, targets_DR = self.inputs_DD[kept, kept], self.targets_DR[kept]
+        if not constant:
+            targets_DR = targets_DR - targets_DR.mean(1, keepdim=True)
+        penalty_D = torch.full_like(
+            inputs_DD[0], float(RIDGE * self.inputs_DD.diagonal()[:-1].mean())
+        )
+        if constant:
+            penalty_D[-1] = 0.0
+        solution_DR = torch.linalg.solve(
+            (inputs_DD + penalty_D.diag()).double(), targets_DR.double()
+        )
+        return solution_DR, inputs_DD.double() / self.tokens
+
+
+def logit_scale(spread: float, variance: Tensor) -> Tensor:
     """What gives predictions of a variance the spread of a router."""
-    return router.spread / variance.clamp_min(1e-12).sqrt()
+    return spread / variance.clamp_min(1e-12).sqrt()

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.line import check_movable, move_line, sample_distances
 from moe_tools.experts.routing import record_routing, routing_sparsity
-from moe_tools.training.trim import check_trimmable, sample_logits, shift_routers
+from moe_tools.experts.selectors import Threshold
 from tests.families import (
     EXPERT_SIZE,
     NEURONS,
@@ -31,14 +32,14 @@ ROUNDS = 3
 @torch.no_grad()
 def trim(model: PreTrainedModel, sparsity: float, blocks_BT: Tensor) -> None:
     """Shifts the routers, as a train step does, until `sparsity` of the experts are off."""
-    check_trimmable(model)
+    check_movable(model)
     for _ in range(ROUNDS):
         found = []
         for block_BT in blocks_BT.split(1):
             with record_routing(model) as routings:
                 model(input_ids=block_BT)
-            found.append(sample_logits(model, routings))
-        shift_routers(model, torch.cat(found), sparsity)
+            found.append(sample_distances(model, routings))
+        move_line(model, torch.cat(found), sparsity)
 
 
 def text(rows: int = 12, length: int = 48) -> Tensor:
@@ -126,11 +127,11 @@ def test_a_shift_takes_the_share_of_the_sample_below_zero() -> None:
     model = converted()
     logits_S = torch.linspace(-1.0, 3.0, 401)
     before = expert_ffns(model)[0].router.bias.detach().clone()
-    shift_routers(model, logits_S, 0.25)
+    move_line(model, logits_S, 0.25)
     assert (expert_ffns(model)[0].router.bias - before).tolist() == pytest.approx(
         [0.0] * len(before), abs=0.02
     )
-    shift_routers(model, logits_S, 0.5, damping=0.5)
+    move_line(model, logits_S, 0.5, damping=0.5)
     assert (expert_ffns(model)[0].router.bias - before).tolist() == pytest.approx(
         [-0.5] * len(before), abs=0.02
     )
@@ -156,7 +157,7 @@ def test_equal_scores_are_on_one_side_of_the_line(
     model = converted()
     before = expert_ffns(model)[0].router.bias.detach().clone()
     order = torch.randperm(len(logits))
-    shift_routers(model, torch.tensor(logits)[order], share, damping=damping)
+    move_line(model, torch.tensor(logits)[order], share, damping=damping)
     moved = expert_ffns(model)[0].router.bias - before
     assert moved.tolist() == pytest.approx([damping * shift] * len(before), abs=1e-6)
 
@@ -178,7 +179,7 @@ def test_scores_at_the_ends_stay_finite() -> None:
     model, _ = routed(build("llama"))
     with record_routing(model) as routings, torch.no_grad():
         model(input_ids=text())
-    logits_S = sample_logits(model, routings)
+    logits_S = sample_distances(model, routings)
     assert all(bool((routing.scores_TE == 1).all()) for routing in routings)
     assert torch.isfinite(logits_S).all()
 
@@ -189,14 +190,14 @@ def test_many_passes_share_a_sample(passes: int, rows: int) -> None:
     with record_routing(model) as routings, torch.no_grad():
         model(input_ids=text(32, 64))
     scores = sum(ffn.division.num_experts for ffn in expert_ffns(model))
-    assert len(sample_logits(model, routings, passes)) == rows * scores
+    assert len(sample_distances(model, routings, passes)) == rows * scores
 
 
 def test_top_k_has_no_line_to_move() -> None:
     model = converted({"kind": "topk", "k": 2})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp: a target sparsity needs sigmoid .*top-k"
+        ValueError, match=r"layers\.0\.mlp: a target sparsity needs a threshold; .*top-k"
     ):
         trim(model, 0.5, text())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -231,9 +232,29 @@ def neurons_on(routings: list[Routing], size: int) -> float:
     return torch.cat(on).double().mean().item()
 
 
-@pytest.mark.parametrize("router", ["mlp", "norm"])
-def test_only_a_bias_of_sigmoid_routers_can_move(router: str) -> None:
+@pytest.mark.parametrize("router", ["mlp", "norm", "oracle", "cats", "few_bits"])
+def test_scores_of_a_ratio_scale_move_by_one_ratio_of_all_thresholds(router: str) -> None:
     model = build("llama")
     attach_experts(model, Conversion("donor", EXPERT_SIZE, router, {"kind": "threshold"}))
-    with pytest.raises(ValueError, match="a target sparsity needs sigmoid routers"):
+    first, second = expert_ffns(model)
+    first.selector, second.selector = Threshold(0.02), Threshold(0.01)  # as a budget leaves them
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trim(model, 0.5, text())
+    assert sparsity(model, text()) == pytest.approx(0.5, abs=0.03)
+    assert first.selector.tau / second.selector.tau == pytest.approx(2.0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_scores_without_ratios_cannot_move() -> None:
+    model = build("llama")
+    attach_experts(model, Conversion("donor", EXPERT_SIZE, "similarity", {"kind": "threshold"}))
+    with pytest.raises(ValueError, match="SimilarityRouter has neither"):
+        trim(model, 0.5, text())
+
+
+def test_a_threshold_of_zero_is_not_moved_by_a_ratio() -> None:
+    model = build("llama")
+    spec = {"kind": "threshold", "tau": 0.0}
+    attach_experts(model, Conversion("donor", EXPERT_SIZE, "cats", spec))
+    with pytest.raises(ValueError, match="tau is 0: put `budget` before it"):
         trim(model, 0.5, text())
