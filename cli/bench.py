@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe_tools.cli.options import add_json_option, not_negative, plot_target, positive
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from moe_tools.bench.generate import GenerateTiming, Rival
@@ -69,6 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-tokens", type=positive, default=128, help="of generate")
     parser.add_argument("--tokens", type=positive, default=64, help="decoded; of generate")
+    parser.add_argument(
+        "--sequences", type=positive, default=1, help="that go on together; of generate"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="of generate: held-out text for the prompts, `docs` or a file; default: random "
+        "tokens, whose routing is not that of text",
+    )
     parser.add_argument("--threads", type=positive, help="of generate; default: PyTorch's")
     parser.add_argument("--recipe", default="lte_paper", help="of train: its first routed step")
     parser.add_argument("--block-length", type=positive, default=512, help="tokens; of train")
@@ -193,6 +203,7 @@ def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     if len(packed) > 1:
         raise ValueError(f"bench generate times one --packed-dtype, not {', '.join(packed)}")
     engine = _engine(args)
+    prompt = _prompt(args) if args.data else args.prompt_tokens
     with threads(args.threads) as used:
         if args.folder:
             models = folder_models(args.folder, dtype)
@@ -205,8 +216,9 @@ def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
         with _rivals(args, engine, models["dense"], used) as rivals:
             timings = bench_generate(
                 models,
-                prompt=args.prompt_tokens,
+                prompt=prompt,
                 tokens=args.tokens,
+                sequences=args.sequences,
                 rounds=args.repeats or 5,
                 packed=few,
                 rivals=rivals,
@@ -219,7 +231,27 @@ def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
         for t in timings
     ]
     title = f"{args.folder or args.shape}, {args.dtype}, {used} threads"
+    title += f", {args.sequences} sequences" if args.sequences > 1 else ""
     return [title, *lines, _bar(timings)], timings
+
+
+def _prompt(args: argparse.Namespace) -> Tensor:
+    """Reads the prompts: the first blocks of held-out text."""
+    from torch import Tensor
+
+    from moe_tools.checkpoint.loading import load_tokenizer
+    from moe_tools.report.setup import Setup, held_out
+
+    if not args.folder:
+        raise ValueError("--data needs a model with a tokenizer: give a folder in place of --shape")
+    tokens = args.sequences * args.prompt_tokens
+    setup = Setup(held_out(args.data), tokens, args.prompt_tokens)
+    text = setup.text(load_tokenizer(args.folder), "lm")
+    if not isinstance(text, Tensor) or len(text) < args.sequences:
+        raise ValueError(
+            f"{args.data} has no {args.sequences} blocks of {args.prompt_tokens} held-out tokens"
+        )
+    return text[: args.sequences]
 
 
 def _bar(timings: Sequence[GenerateTiming]) -> str:

@@ -5,7 +5,7 @@ All models continue the same random prompt in one interleaved run, each with an 
 (`Rival`) take their turns in the same rounds. The dense row that decodes fastest, whoever computes
 it, is the bar: what a sparse model has to beat.
 
-Letters: B rows of a batch, T tokens.
+Letters: B sequences that go on together, T tokens.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class GenerateTiming:
     decode_speedup: float
     """Medians of this model over the dense one, round by round."""
     bytes_per_token: float
-    """Weights that a decoded token reads, as they are stored, with the neurons that `sparsity`
-    leaves; not the KV cache."""
+    """Weights that a decoded token of one sequence alone reads, as they are stored, with the
+    neurons that `sparsity` leaves; not the KV cache."""
     gigabytes_per_second: float
-    """Those bytes times `decode`."""
+    """Those bytes times `decode`: of several sequences together no rate, as they share reads."""
     read_rate: float
     """What the memory gives while a large tensor is summed up, in the same unit; of the run."""
     share_of_read_rate: float
@@ -157,8 +157,9 @@ def add_quantized(models: Models, packed: torch.dtype | None, linears: Kind | No
 def bench_generate(
     models: Models,
     *,
-    prompt: int = 128,
+    prompt: int | Tensor = 128,
     tokens: int = 64,
+    sequences: int = 1,
     rounds: int = 5,
     packed: Mapping[str, torch.dtype] | None = None,
     rivals: Sequence[Rival] = (),
@@ -167,8 +168,10 @@ def bench_generate(
 
     Args:
         models: by name, as `folder_models` and `shape_models` make them.
-        prompt: tokens of the prompt.
+        prompt: tokens of a random prompt; or the prompts themselves, ids_BT, whose routing is that
+            of text.
         tokens: that are decoded, one by one, after the first.
+        sequences: B, of random prompts, that go on together; tokens a second are those of all.
         rounds: that count; one before them does not.
         packed: name -> what its FFNs are packed as, where that is not its own dtype.
         rivals: other programs, which take their turns in the same rounds.
@@ -177,13 +180,15 @@ def bench_generate(
         ValueError: more tokens than the context has, or a rival that fails.
     """
     first = next(iter(models.values()))
+    ids_BT = prompt if isinstance(prompt, Tensor) else _random_BT(first, sequences, prompt)
+    sequences, length = ids_BT.shape
     context = context_length(first)
-    if context is not None and prompt + tokens + 1 > context:
+    if context is not None and length + tokens + 1 > context:
         raise ValueError(
-            f"a prompt of {prompt} tokens and {tokens + 1} new ones exceed the context of {context}"
+            f"a prompt of {length} tokens and {tokens + 1} new ones exceed the context of {context}"
         )
-    drawn = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(text_config(first).vocab_size, (1, prompt), generator=drawn)
+    if rivals and sequences > 1:
+        raise ValueError(f"other programs are timed with one sequence, not {sequences}")
     with quiet_transformers():
         rows = _rows(models, ids_BT, tokens, packed or {})
         calls = [partial(_seconds, model, ids_BT, tokens) for model in models.values()]
@@ -193,7 +198,12 @@ def bench_generate(
         rate = read_rate("cpu")
         found = in_turn(calls, rounds, warm_up=1)
         rate = max(rate, read_rate("cpu"))
-    return _timings(rows, found, (prompt, tokens), rate)
+    return _timings(rows, found, (length * sequences, tokens * sequences), rate)
+
+
+def _random_BT(model: PreTrainedModel, sequences: int, length: int) -> Tensor:
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randint(text_config(model).vocab_size, (sequences, length), generator=drawn)
 
 
 @contextmanager
@@ -312,7 +322,7 @@ def _timings(
     Args:
         rows: of which the first is what prefill and decoding are compared with.
         found: of each row, every round.
-        counts: tokens of the prompt, and decoded ones.
+        counts: tokens of all prompts, and decoded ones.
         rate: bytes a second that the memory gives.
     """
     phases = [tuple(zip(*own, strict=True)) for own in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import every_expert_on, expert_ffns
 from moe_tools.inference.packed_linear import PackedLinear
 from tests.families import build, logits, randomize, routed
+
+generate_module = importlib.import_module(bench_generate.__module__)
 
 
 def saved(folder: Path, family: str = "llama") -> PreTrainedModel:
@@ -161,3 +164,25 @@ def test_threads_are_put_back() -> None:
     assert torch.get_num_threads() == before
     with threads(None) as used:
         assert used == before
+
+
+def test_sequences_go_on_together_and_count_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(build("llama"), tmp_path / "dense")
+    models = folder_models(str(tmp_path / "dense"), torch.float32)
+    seen: list[Tensor] = []
+
+    timed = generate_module._seconds
+
+    def seconds(model: PreTrainedModel, ids_BT: Tensor, tokens: int) -> tuple[float, float]:
+        timed(model, ids_BT, tokens)
+        seen.append(ids_BT)
+        return 2.0, 4.0
+
+    monkeypatch.setattr(generate_module, "_seconds", seconds)
+    drawn = bench_generate(models, prompt=5, tokens=3, sequences=4, rounds=1)
+    given = bench_generate(models, prompt=torch.arange(3, 15).view(2, 6), tokens=3, rounds=1)
+    assert {tuple(ids_BT.shape) for ids_BT in seen} == {(4, 5), (2, 6)}
+    assert all((row.prefill, row.decode) == (20 / 2, 12 / 4) for row in drawn)
+    assert all((row.prefill, row.decode) == (12 / 2, 6 / 4) for row in given)

@@ -3,6 +3,7 @@ import json
 from moe_tools.checkpoint.saving import save
 from moe_tools.cli.main import main
 from tests.families import build, routed
+from tests.tiny import build_tokenizer
 
 
 def test_bench_times_dense_and_routed(capsys):
@@ -138,3 +139,20 @@ def test_only_a_routed_train_step_is_timed(tmp_path, capsys):
         "recipe relu has no soft, straight or weighted train step to time"
         in capsys.readouterr().err
     )
+
+
+def test_generate_takes_prompts_of_held_out_text(tmp_path, capsys):
+    save(build("llama"), tmp_path / "out")
+    build_tokenizer().save_pretrained(tmp_path / "out")
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"A line of text, number {i}." for i in range(900))
+    )
+    few = ["bench", "generate", str(tmp_path / "out"), "--dtype", "fp32", "--tokens", "2"]
+    few += ["--repeats", "1", "--prompt-tokens", "8", "--data", str(tmp_path / "text.txt")]
+    assert main([*few, "--sequences", "3"]) == 0
+    assert "3 sequences" in capsys.readouterr().out
+    assert main([*few, "--sequences", "900000"]) == 2
+    assert "held-out tokens" in capsys.readouterr().err
+    shape = ["bench", "generate", "--shape", "64x128", "--data", "docs"]
+    assert main(shape) == 2
+    assert "--data needs a model with a tokenizer" in capsys.readouterr().err
