@@ -59,13 +59,19 @@ class Split(Step):
         at_least(1, self, "expert_size", "tokens")
         at_least(0, self, "shared_experts")
 
+    @property
+    def grouping(self) -> Literal["kmeans", "coactivation", "random", "contiguous"]:
+        """The method, but single neurons, which no method puts together, stay where they are."""
+        return "contiguous" if self.expert_size == 1 else self.method
+
     def takes(self, option: Option) -> bool:
         """Only the expert size."""
         return option == "expert_size"
 
     def needs_text(self) -> bool:
         """Not for splits by weights, by chance or as the neurons stand."""
-        learns = self.method == "coactivation" or (self.method == "kmeans" and self.by != "weights")
+        grouping = self.grouping
+        learns = grouping == "coactivation" or (grouping == "kmeans" and self.by != "weights")
         return learns or self.shared_experts > 0
 
     def rehearse(self, model: PreTrainedModel, donor: str) -> None:
@@ -93,8 +99,8 @@ def split(model: nn.Module, step: Split, blocks_BT: Blocks, seed: int) -> list[P
         ValueError: an expert exceeds an FFN, all experts are shared, an FFN that moe-tools does
             not compute as its host does, or what clusters the neurons is not installed.
     """
-    if step.method in CLUSTERING:  # now, and not after the calibration
-        needed(CLUSTERING[step.method], "cluster", f"a split by {step.method}")
+    if step.grouping in CLUSTERING:  # now, and not after the calibration
+        needed(CLUSTERING[step.grouping], "cluster", f"a split by {step.grouping}")
     settle(model)
     ffns = find_ffns(model)
     divisions = [planned_division(ffn, step) for ffn in ffns]
@@ -139,7 +145,7 @@ def _order_F(profile: _Profile, division: Division, step: Split, seed: int) -> T
 def _partition(
     profile: _Profile, rest_K: Tensor, experts: int, step: Split, seed: int
 ) -> Partition:
-    match step.method:
+    match step.grouping:
         case "contiguous":
             return contiguous_partition(len(rest_K), experts)
         case "random":
@@ -155,7 +161,7 @@ def _profiles(
 ) -> list[_Profile]:
     """What the text shows of the next FFNs: of all of them, unless their graphs are too large."""
     bytes_each = 4 * max(ffn.neurons for ffn in ffns) ** 2
-    fit = max(1, GRAPH_BYTES // bytes_each) if step.method == "coactivation" else len(ffns)
+    fit = max(1, GRAPH_BYTES // bytes_each) if step.grouping == "coactivation" else len(ffns)
     profiles = [_Profile(ffn, step, seed) for ffn in ffns[first : first + fit]]
 
     def visit(index: int, _: Tensor, h_TF: Tensor) -> None:
@@ -176,15 +182,15 @@ class _Profile:
         self.step = step
         self.weights = weights
         self.sketch = Sketch(neurons, device, seed)
-        self.graph_FF = torch.zeros((neurons, neurons) if step.method == "coactivation" else ())
+        self.graph_FF = torch.zeros((neurons, neurons) if step.grouping == "coactivation" else ())
         self.marks_F = torch.zeros(neurons)
 
     def add(self, h_TF: Tensor) -> None:
         """A batch of hidden activations."""
         contributions = contributions_TF(h_TF, self.weights.down_norm_F)
-        if self.step.method == "coactivation":
+        if self.step.grouping == "coactivation":
             self.graph_FF += (contributions.T @ contributions).cpu()
-        if self.step.method == "kmeans" and self.step.by != "weights":
+        if self.step.grouping == "kmeans" and self.step.by != "weights":
             self.sketch.add(contributions if self.step.by == "activations" else marks_TF(h_TF))
         if self.step.shared_experts:
             self.marks_F += marks_TF(h_TF).sum(0).cpu()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moe_tools.checkpoint.loading import is_classifier, regresses
 from moe_tools.data.batching import Batches, Text
 from moe_tools.data.limits import continues_text, says_targets
-from moe_tools.experts.conversion import check_unselected, read_block
+from moe_tools.experts.conversion import check_unselected, divided, read_block
 from moe_tools.experts.experts import LEARNING, expert_ffns
 from moe_tools.experts.line import check_thresholds
 from moe_tools.hosts.dequantise import is_quantised
@@ -48,6 +48,8 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | Do
         loss = LOSSES[name]
         if loss.needs_donor and donor is None:
             raise ValueError(f"loss {name} needs the donor, and none is given")
+        if loss.needs_experts:
+            divided(model)
         if loss.needs_routers and not routed:
             raise ValueError(f"loss {name} needs routers: put `attach` before this train step")
     if (step.mode != "dense") != routed:

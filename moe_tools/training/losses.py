@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_tools.experts.experts import Routing
+from moe_tools.experts.importance import Importance
 from moe_tools.experts.weighted import LEAST
 from moe_tools.registry import Registry
 from moe_tools.training.watch import Kind
@@ -38,6 +39,8 @@ class Observed(NamedTuple):
     """What enters the down projection."""
     pre_TF: Sequence[Tensor] = ()
     """What enters the activation."""
+    experts: Sequence[Importance] = ()
+    """The experts of every FFN in `hidden_TF`, where a loss asks for them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Loss:
     sees: Kind | None = None
     """What it looks at inside the FFNs beside their routings: a field of `FFNTensors`."""
     needs_routers: bool = False
+    needs_experts: bool = False
+    """It looks at the experts that a split made."""
     needs_donor: bool = False
     """It compares with the donor's forward pass on the same batch."""
 
@@ -128,6 +133,19 @@ def hoyer(seen: Observed) -> Tensor:
     return torch.stack([ratio_T.mean() for ratio_T in ratios]).mean()
 
 
+def group_hoyer(seen: Observed) -> Tensor:
+    """(sum_e m_e)^2 / sum_e m_e^2 of each token, averaged over tokens and FFNs; m_e = ||h_e w_e||.
+
+    m_e^2 is the sum over an expert's neurons of (h ||w_down||)^2. From 1 (one expert fires) to E
+    (all alike): neurons of an expert learn to fire together, in a dense model that is split.
+    """
+    ratios = []
+    for h_TF, experts in zip(seen.hidden_TF, seen.experts, strict=True):
+        size_TR = (experts.log_energy_TR(h_TF) / 2).exp()
+        ratios.append(size_TR.sum(-1).square() / size_TR.square().sum(-1))
+    return torch.stack([ratio_T.mean() for ratio_T in ratios]).mean()
+
+
 def clamped(seen: Observed) -> Tensor:
     """sum over neurons of max(pre-activation + 10, 0), averaged over tokens and FFNs.
 
@@ -148,6 +166,7 @@ LOSSES: Registry[Loss] = Registry(
         "distill_ffn": Loss(distill_ffn, sees="outputs", needs_donor=True),
         "l1": Loss(l1, sees="hidden"),
         "hoyer": Loss(hoyer, sees="hidden"),
+        "group_hoyer": Loss(group_hoyer, sees="hidden", needs_experts=True),
         "clamped": Loss(clamped, sees="pre"),
     },
 )
@@ -161,6 +180,11 @@ def needs_donor(names: Iterable[str]) -> bool:
 def seen_kinds(names: Iterable[str]) -> set[Kind]:
     """What these losses look at inside the FFNs."""
     return {kind for name in names if (kind := LOSSES[name].sees) is not None}
+
+
+def needs_experts(names: Iterable[str]) -> bool:
+    """Whether one of these losses looks at the experts of a split."""
+    return any(LOSSES[name].needs_experts for name in names)
 
 
 def compute_losses(names: Iterable[str], seen: Observed) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from moe_tools import processes
 from moe_tools.data import Batch, Batches
+from moe_tools.experts.conversion import divided
 from moe_tools.experts.experts import Routing, every_expert_on, expert_ffns
 from moe_tools.experts.line import add_, move_line, sample_distances
 from moe_tools.experts.routing import record_routing
@@ -36,7 +37,13 @@ from moe_tools.training.figures import Figures, sparsity_of, zeros_of
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
-from moe_tools.training.losses import Observed, compute_losses, needs_donor, seen_kinds
+from moe_tools.training.losses import (
+    Observed,
+    compute_losses,
+    needs_donor,
+    needs_experts,
+    seen_kinds,
+)
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
 from moe_tools.training.teacher import Teaching
@@ -192,7 +199,11 @@ class RecipeTrainer(CheckpointingTrainer):
             total = total * self.shares.pop(0)
         routings = [each.without_padding() for each in routings if each.tokens]  # see HostExperts
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
-        seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre)
+        experts = []
+        if needs_experts(weights):
+            pairs = zip(divided(self.model), ffns.hidden, strict=True)
+            experts = [each for each, h_TF in pairs if len(h_TF)]
+        seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre, experts)
         values = {"lm": parts.lm}
         if donor_logits is not None or said[0] is not None:
             values["distill"] = parts.distill

@@ -247,3 +247,13 @@ def test_graphs_that_do_not_fit_take_more_passes_and_change_nothing(
 def test_what_needs_no_text_reads_none(name: str) -> None:
     """Two tokens that the model does not have would be an IndexError."""
     split(build("llama"), METHODS[name], torch.tensor([[1000, 1000]]), seed=0)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "coactivation", "random", "contiguous"])
+def test_single_neurons_stay_where_they_are_and_need_no_text(method: str) -> None:
+    model, step = build("llama"), Split(expert_size=1, method=method)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not step.needs_text()
+    found = split(model, step, torch.empty(0, 8, dtype=torch.long), seed=1)
+    assert all(torch.equal(one.order_F, torch.arange(NEURONS)) for one in found)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -11,6 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from moe_tools.experts.division import Division
 from moe_tools.experts.experts import Routing, expert_ffns
+from moe_tools.experts.importance import Importance
 from moe_tools.experts.routing import record_routing
 from moe_tools.experts.selectors import Selector, Threshold, TopK
 from moe_tools.hosts.ffn import find_ffns
@@ -22,6 +23,7 @@ from moe_tools.training.losses import (
     compute_losses,
     distill_ffn,
     efficiency,
+    group_hoyer,
     hoyer,
     l1,
     load_balance,
@@ -202,6 +204,27 @@ def test_hoyer_by_hand() -> None:
     seen = Observed(hidden_TF=[torch.tensor([[3.0, -4.0], [0.0, 5.0]]), torch.tensor([[2.0, 2.0]])])
     assert hoyer(seen).item() == pytest.approx(((49 / 25 + 1) / 2 + 2) / 2)
     assert hoyer(Observed(hidden_TF=[torch.ones(2, 7)])).item() == pytest.approx(7)
+
+
+def experts_of_two() -> Importance:
+    """Two experts of two neurons; the second neuron's down row counts twice."""
+    return Importance(Division(4, 2), 0, torch.tensor([[1.0], [2.0], [1.0], [1.0]]))
+
+
+def test_group_hoyer_by_hand() -> None:
+    h_TF = torch.tensor([[3.0, 2.0, 0.0, 0.0], [3.0, -2.0, 5.0, 0.0], [3.0, 2.0, 12.0, 5.0]])
+    sizes = [(5, 0), (5, 5), (5, 13)]
+    expected = sum((a + b) ** 2 / (a * a + b * b) for a, b in sizes) / 3
+    seen = Observed(hidden_TF=[h_TF], experts=[experts_of_two()])
+    assert group_hoyer(seen).item() == pytest.approx(expected, rel=1e-4)
+    scaled = Observed(hidden_TF=[1000 * h_TF], experts=[experts_of_two()])
+    assert group_hoyer(scaled).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_group_hoyer_has_a_finite_gradient_where_nothing_fires() -> None:
+    h_TF = torch.zeros(2, 4, requires_grad=True)
+    group_hoyer(Observed(hidden_TF=[h_TF], experts=[experts_of_two()])).backward()
+    assert torch.isfinite(h_TF.grad).all()
 
 
 def test_hoyer_does_not_see_the_scale_and_is_finite_at_zero() -> None:

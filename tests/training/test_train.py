@@ -20,6 +20,7 @@ from moe_tools.experts.conversion import (
     read_block,
     read_conversion,
     set_mode,
+    write_conversion,
 )
 from moe_tools.experts.experts import Routing, expert_ffns
 from moe_tools.experts.routing import observe_routing, record_routing
@@ -463,6 +464,16 @@ def test_a_target_that_is_missed_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     steps = replace(SOFT, target_sparsity=0.3, batch_size=32)
     train(converted(), steps, text(32 * 40), tmp_path / "many")
     assert "asked for" not in caplog.text
+
+
+def test_neurons_of_an_expert_learn_to_fire_together(tmp_path: Path) -> None:
+    step = replace(DENSE, losses={"lm": 1.0, "group_hoyer": 1.0}, lr=1e-2)
+    with pytest.raises(ValueError, match="no experts: put `split` before"):
+        train(build("llama"), step, text(80), tmp_path / "unsplit")
+    model = build("llama")
+    write_conversion(model, SPLIT)
+    history = train(model, step, text(160), tmp_path / "split")["history"]
+    assert 1 < history[-1]["group_hoyer"] < 0.9 * history[0]["group_hoyer"]
 
 
 def test_lambda_starts_where_the_recipe_says(tmp_path: Path) -> None:
