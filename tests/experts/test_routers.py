@@ -19,6 +19,7 @@ from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routers import (
     ROUTERS,
+    BottleneckRouter,
     LearnedRouter,
     MLPRouter,
     NormRouter,
@@ -288,7 +289,7 @@ def test_flops_count_a_multiply_and_an_add_a_weight(kind: str, family: str) -> N
         "representative": rows * width * routed,
         "oracle": rows * width * NEURONS,
         "low_rank": width * 128 + 128 * routed,
-        "bottleneck": width * 64 + 64 * routed,
+        "bottleneck": width * 16 + 16 * routed,
         "int8_gate": width * NEURONS,
         "sign": 2 * NEURONS,  # the sign bits of a row are one word
         "few_bits": rows * width * NEURONS,
@@ -334,6 +335,18 @@ def test_an_option_nobody_knows_is_named(kind: str) -> None:
 def test_a_norm_router_needs_a_unit() -> None:
     with pytest.raises(ValueError, match=r"^a norm router needs hidden >= 1, not 0$"):
         made("norm", hidden=0)
+
+
+@pytest.mark.parametrize(("width", "rank"), [(16, 16), (576, 48), (640, 48), (4096, 336)])
+def test_a_bottleneck_is_a_twelfth_of_the_width(width: int, rank: int) -> None:
+    assert BottleneckRouter(width, 8).first.weight.shape == (rank, width)
+    assert BottleneckRouter(width, 8, rank=5).second.weight.shape == (8, 5)
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": 2.5}, {"spread": 0.0}])
+def test_what_a_bottleneck_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"a bottleneck router needs (rank >= 1|a spread above 0)"):
+        made("bottleneck", **options)
 
 
 def test_a_kind_nobody_knows_is_named() -> None:

@@ -42,15 +42,18 @@ class BottleneckRouter(LabelRouter):
     Args:
         width: D.
         routed: R.
-        rank: K.
+        rank: K; None: a twelfth of the width, in whole sixteens.
         spread: standard deviation of the logits after a start by regression.
 
     Raises:
         ValueError: a rank below 1, or a spread that is not above 0.
     """
 
-    def __init__(self, width: int, routed: int, rank: int = 64, spread: float = SPREAD) -> None:
+    def __init__(
+        self, width: int, routed: int, rank: int | None = None, spread: float = SPREAD
+    ) -> None:
         super().__init__()
+        rank = max(16, round(width / 192) * 16) if rank is None else rank
         if type(rank) is not int or rank < 1:
             raise ValueError(f"a bottleneck router needs rank >= 1, not {rank!r}")
         if isinstance(spread, bool) or not 0 < spread < float("inf"):
