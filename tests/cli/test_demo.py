@@ -36,7 +36,7 @@ def test_the_demo_shows_tables_speeds_texts_and_what_to_try(run: Run, work: Path
     timed = [line for line in speed.splitlines() if line.endswith(" x dense")]
     assert [line.split("  ")[1] for line in timed] == TIMED
     assert "dense:\n" in texts and "50% of the neurons off:\n" in texts
-    assert "out/lte/control" in lte and "30% of the neurons off:\n" in lte
+    assert "dense int4" in lte and "out/lte" in lte and "half of the FLOPs off:\n" in lte
     assert "The converted models are in out/ (Hugging Face folders). Try next:\n" in lte
     assert err.count(" tokens in ") == 3
     assert err.index("; dense, prompt included") < err.index("; FFN sparsity")
