@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     _title("2. Its speed here, one token at a time")
     _time(donor, prox)
     _title("3. What both say")
-    _say(donor, {"dense": donor, f"{PROX_OFF:.0%} of the neurons off": prox})
+    said = {"dense": donor, f"{PROX_OFF:.0%} of the neurons off": prox}
+    _say(donor, said, fast=[prox])
     if not args.no_train:
         _title("4. With a few minutes of training: LTE's routers, half of the FFNs' FLOPs")
         _convert("lte_thresholds", donor, lte, LTE_OFF, args.eval_tokens, tokens=args.tokens)
@@ -124,15 +126,18 @@ def _time(donor: str, prox: str) -> None:
         print(f"  {timing.model:28} {speed}")
 
 
-def _say(donor: str, models: dict[str, str]) -> None:
-    """Lets models answer one question, greedily, in the donor's chat template if it has one."""
+def _say(donor: str, models: dict[str, str], *, fast: Sequence[str] = ()) -> None:
+    """Lets models answer one question, greedily, in the donor's chat template if it has one.
+
+    Those in `fast` run on the kernels.
+    """
     from moe_tools.checkpoint.loading import load_tokenizer
 
     chat = bool(load_tokenizer(donor).chat_template)
     for title, model in models.items():
         print(f"{title}:", flush=True)
         request = Request(model, PROMPT, chat=chat, max_new_tokens=NEW_TOKENS)
-        generate(replace(request, optimize=model != donor))
+        generate(replace(request, optimize=model in fast))
         print(flush=True)
 
 

@@ -91,6 +91,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VALUE",
         help="one folder at these values of tau, of top-k's share or of p; default: tenths",
     )
+    parser.add_argument(
+        "--operate",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="one folder with these shares off, of its neurons and of its inputs, whichever its "
+        "method leaves out; one line for all FFNs is found on training text",
+    )
     add_baseline_options(parser)
     parser.add_argument(
         "--budgets",
@@ -154,6 +162,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.sweep is not None:
         _only(args.folder, "--sweep")
+    if args.operate:
+        _only(args.folder, "--operate")
+        if args.sweep is not None:
+            raise ValueError("--sweep and --operate both say where one folder works: give one")
     if args.card:
         check_card(_only(args.folder, "--card"))
     beside = partial(
@@ -164,10 +176,13 @@ def run(args: argparse.Namespace) -> int:
         donor=args.donor,
     )
     with quiet_transformers():
-        if args.sweep is None:
+        if args.sweep is None and not args.operate:
             rows = compare(args.folder, setup, donor=args.donor, beside=beside)
         else:
-            rows = sweep(args.folder[0], setup, args.sweep, donor=args.donor, beside=beside)
+            by = bool(args.operate)
+            values = args.operate or args.sweep
+            given = {"by_sparsity": by, "donor": args.donor, "beside": beside}
+            rows = sweep(args.folder[0], setup, values, **given)
     if args.card:
         write_figures(Path(args.folder[0]), rows)
     show_rows(rows, args.json)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from transformers import PreTrainedModel
+
 from moe_tools.experts.conversion import read_conversion, set_selectors
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.hosts.input_threshold import thresholds_in
 from moe_tools.report.compare import Bench
 from moe_tools.report.report import Row
 from moe_tools.report.setup import Setup
+from moe_tools.steps.budget import Budget, budget
 from moe_tools.thresholds.rows import read_rows, set_input_sparsity
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
@@ -22,6 +25,7 @@ def sweep(
     setup: Setup,
     values: Sequence[float] = (),
     *,
+    by_sparsity: bool = False,
     donor: str | None = None,
     beside: Callable[[Bench], None] | None = None,
 ) -> list[Row]:
@@ -32,6 +36,8 @@ def sweep(
         setup: text, dtype and device.
         values: of the knob (tau, share of top-k, p; without a router, the share of the inputs that
             thresholds drop); empty: `KNOBS`.
+        by_sparsity: the values are shares that are off, of neurons by the router and of inputs by
+            thresholds, whichever there are: one line for all FFNs, found on training text.
         donor: stands in for the donor that the folder names.
         beside: measures more on the same text, such as baselines.
 
@@ -44,6 +50,9 @@ def sweep(
     bench = Bench(setup, source)
     model = bench.load(source)
     ffns = expert_ffns(model)
+    if by_sparsity and (ffns or thresholds_in(model)):
+        _sweep_sparsity(bench, source, model, values or TENTHS)
+        return bench.rows(donor)
     if not ffns and thresholds_in(model):
         calibrated = read_rows(read_conversion(model))
         for value in values or TENTHS:
@@ -62,3 +71,19 @@ def sweep(
     if beside is not None:
         beside(bench)
     return bench.rows(donor)
+
+
+def _sweep_sparsity(
+    bench: Bench, source: str, model: PreTrainedModel, values: Sequence[float]
+) -> None:
+    routed, dropping = expert_ffns(model), thresholds_in(model)
+    calibrated = read_rows(read_conversion(model))
+    text = bench.setup.calibration_BT(bench.tokenizer, bench.task) if routed else None
+    for value in values:
+        if dropping:
+            set_input_sparsity(model, value, start=calibrated)
+        if text is not None:
+            step = Budget(value, "common")
+            step.check()
+            budget(model, step, text)
+        bench.measure_at({"sparsity": value}, source, model)

@@ -73,8 +73,9 @@ class Train(Step):
     ramp: float = 0.6
     """Share of the steps in which the target is reached; 0: at once."""
     vary: float = 0.0
-    """Every optimizer step draws its own sparsity, at most so far from the target: one folder then
-    serves the whole range (`evaluate --sweep`)."""
+    """Every optimizer step draws its own sparsity, at most so far from the target, and as much more
+    or less of the inputs that thresholds drop: one folder then serves the range (`evaluate DIR
+    --operate 0.3 0.5 0.7`)."""
     parts: Literal["all", "ffn", "routers"] = "all"
     """What is trained; `all` and `ffn` include routers, except in hard mode."""
     lora: Lora | None = None

@@ -18,16 +18,18 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from moe_tools import processes
 from moe_tools.data import Batch, Batches
-from moe_tools.experts.conversion import divided
+from moe_tools.experts.conversion import divided, read_block
 from moe_tools.experts.experts import Routing, every_expert_on, expert_ffns
 from moe_tools.experts.line import add_, move_line, sample_distances
 from moe_tools.experts.routing import record_routing
 from moe_tools.experts.selectors import build_selector, describe_selector
+from moe_tools.hosts.input_threshold import MOST
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.isolation import prove_isolation
 from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import rate_factor
+from moe_tools.thresholds.rows import input_sparsity, read_rows, set_input_sparsity
 from moe_tools.training import checkpointing, zero
 from moe_tools.training.arguments import BatchItems, batch_of, only, training_arguments
 from moe_tools.training.cached_teacher import as_logp
@@ -97,6 +99,8 @@ class RecipeTrainer(CheckpointingTrainer):
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
         self.distances: list[Tensor] = []
+        self.inputs = read_rows(read_block(model.config))
+        """Thresholds on inputs as they are at the start of the step, which `vary` moves too."""
         self.even = _even(batches)
         """Whether every pass learns as many tokens."""
         self.shares: list[Tensor] = []
@@ -316,7 +320,17 @@ class RecipeTrainer(CheckpointingTrainer):
             add = zero.add_ if self.is_deepspeed_enabled else add_
             damping = 1.0 if self.step.vary else 0.5  # a target that jumps is met at once
             move_line(self.model, distance_S, reference.after(at), damping, add)
+            self._drop_inputs()
         self.distances = []
+
+    def _drop_inputs(self) -> None:
+        """Moves the thresholds on inputs, if any, as far as the step that follows has drawn."""
+        if not self.inputs or not self.step.vary:
+            return
+        at, reference = self.state.global_step, self._reference()
+        drawn = reference.after(at) - reference.at(at)
+        dropped = min(MOST, max(0.0, input_sparsity(self.inputs) + drawn))
+        set_input_sparsity(self.model, dropped, start=self.inputs)
 
     @property
     def _shifts(self) -> bool:
@@ -343,6 +357,8 @@ class RecipeTrainer(CheckpointingTrainer):
             self.weights.resume(saved["controller"])
             for ffn, spec in zip(expert_ffns(self.model), saved["selectors"], strict=True):
                 ffn.selector = build_selector(spec)
+            if self.start is not None:
+                self._drop_inputs()
         self.throughput.restart()
 
     def enter_step(self, step: int, steps: int) -> None:

@@ -162,6 +162,21 @@ def test_a_folder_with_thresholds_is_swept_without_its_text(run: Run, work: Path
     assert points[2]["perplexity"] != points[0]["perplexity"]
 
 
+def test_one_folder_works_at_the_sparsities_that_are_asked(run: Run, work: Path) -> None:
+    convert = ("convert", "--method", "lte_thresholds", "--model", "donor", "--data", "text.txt")
+    sizes = ("--block-length", "16", "--eval-tokens", "0", "--tokens", "256")
+    assert run(*convert, *sizes, "--output", "one")[0] == 0
+    _, low, high = rows_of(run, "one", "--operate", "0.2", "0.6")
+    assert [point["setting"] for point in (low, high)] == [{"sparsity": 0.2}, {"sparsity": 0.6}]
+    for point, asked in ((low, 0.2), (high, 0.6)):
+        assert point["ffn_sparsity"] == pytest.approx(asked, abs=0.06)
+    assert low["ffn_share"] > 1.5 * high["ffn_share"]
+    teal = ("convert", "--method", "teal", "--model", "donor", "--data", "text.txt", *sizes[:4])
+    assert run(*teal, "--target-sparsity", "0.3", "--output", "dropped")[0] == 0
+    by_inputs = rows_of(run, "dropped", "--sweep", "0.5")[1]
+    assert rows_of(run, "dropped", "--operate", "0.5")[1]["perplexity"] == by_inputs["perplexity"]
+
+
 def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:
     code, out, _ = run("evaluate", "out", *EVALUATE, "--sweep", "--plot", "curve.png")
     assert code == 0 and "tau 0.1" in out and "tau 0.9" in out
@@ -172,6 +187,10 @@ def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:
     ("words", "message"),
     [
         (["out", "donor", "--sweep"], "--sweep takes one folder, not 2"),
+        (["out", "donor", "--operate", "0.5"], "--operate takes one folder, not 2"),
+        (["out", "--operate", "1.5"], "target_sparsity is 1.5, but must be strictly between"),
+        (["out", "--operate", "0.5", "--sweep"], "--sweep and --operate both say"),
+        (["donor", "--operate", "0.5"], "donor has no router and no threshold"),
         (["donor", "--sweep"], "donor has no router and no threshold: there is nothing to sweep"),
         (["out", "--plot", "curve.txt"], "'curve.txt' is no picture: use .png, .svg, .pdf"),
     ],

@@ -30,7 +30,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_demo_shows_tables_speeds_texts_and_what_to_try(run: Run, work: Path) -> None:
     words = ("--output", "out", "--tokens", "4096", "--eval-tokens", "512")
     code, out, err = run("demo", *words)
-    assert code == 0
+    assert code == 0, err
     prox, speed, texts, lte = out.split("\n## ")[1:]
     assert "dense int8" in prox and "dense int4" in prox and "out/prox" in prox
     timed = [line for line in speed.splitlines() if line.endswith(" x dense")]

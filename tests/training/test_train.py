@@ -25,10 +25,13 @@ from moe_tools.experts.conversion import (
 from moe_tools.experts.experts import Routing, expert_ffns
 from moe_tools.experts.routing import observe_routing, record_routing
 from moe_tools.hosts.ffn import find_ffns, host_state_dict
+from moe_tools.hosts.input_threshold import thresholds_in
 from moe_tools.recipe import Attach, Budget, Stage, Swap, Train
 from moe_tools.steps.attach import attach
 from moe_tools.steps.budget import budget
 from moe_tools.steps.swap import swap
+from moe_tools.thresholds.calibration import Plan, calibrate_thresholds
+from moe_tools.thresholds.rows import write_rows
 from moe_tools.training.checkpoints import newest_checkpoint
 from moe_tools.training.controller import Reference
 from moe_tools.training.losses import Observed, efficiency, separability
@@ -401,6 +404,27 @@ def test_a_target_that_varies_is_met_in_every_step(tmp_path: Path) -> None:
     assert sparsity(model, text(320)) == pytest.approx(0.5, abs=0.02)
 
 
+def test_what_inputs_drop_varies_with_it_and_ends_where_it_was(tmp_path: Path) -> None:
+    step = replace(SOFT, mode="straight", losses={"lm": 1.0}, target_sparsity=0.5, vary=0.3)
+    model = converted()
+    drop_inputs(model, 0.4)
+    before = {path: one.at for path, one in thresholds_in(model).items()}
+    seen: list[float] = []
+    first = next(iter(thresholds_in(model).values()))
+    first.observers.append(lambda _: seen.append(first.at))
+    train(model, step, text(80), tmp_path)
+    assert len(set(seen)) > 15 and min(seen) < before[next(iter(before))] < max(seen)
+    assert {path: one.at for path, one in thresholds_in(model).items()} == pytest.approx(before)
+
+
+def drop_inputs(model: PreTrainedModel, share: float) -> None:
+    """Gives what enters the linears of its FFNs thresholds that drop such a share."""
+    rows = calibrate_thresholds(model, Plan(share), text(16)).rows
+    conversion = read_conversion(model)
+    assert conversion is not None
+    write_rows(model, conversion, rows)
+
+
 def test_a_sparser_model_comes_back(tmp_path: Path) -> None:
     model = converted()
     with torch.no_grad():
@@ -594,6 +618,7 @@ RESUMED = {
     "soft, accumulated": replace(SOFT, target_sparsity=0.4, batch_size=2, accumulate=2),
     "straight": replace(SOFT, mode="straight", target_sparsity=0.4),
     "hard": replace(HARD, target_sparsity=0.4),
+    "varied": replace(SOFT, mode="straight", target_sparsity=0.4, vary=0.3),
 }
 
 
@@ -621,6 +646,32 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
     assert measured["steps"] == expected["steps"] == 12
     for name in set(expected) - {"history"}:
         assert measured[name] == pytest.approx(expected[name]), name
+
+
+@pytest.mark.parametrize("vary", [0.0, 0.2])
+def test_a_killed_run_goes_on_with_its_thresholds(vary: float, tmp_path: Path) -> None:
+    """Those that choose neurons by their own rows, and those that drop inputs."""
+
+    def start() -> PreTrainedModel:
+        model = own_rows("cats")
+        drop_inputs(model, 0.3)
+        return model
+
+    step = replace(HARD, target_sparsity=0.6, vary=vary, checkpoint_every=3, lr=1e-2)
+    through, resumed, killed = start(), start(), start()
+    train(through, step, text(50), tmp_path / "through")
+    kill_at(killed, 5)
+    with pytest.raises(Killed):
+        train(killed, step, text(50), tmp_path / "work")
+    train(resumed, step, text(50), tmp_path / "work")
+    assert equal(resumed, through)
+    for one, other in zip(expert_ffns(resumed), expert_ffns(through), strict=True):
+        assert one.selector == other.selector
+    assert [*thresholds_at(resumed)] == [*thresholds_at(through)]
+
+
+def thresholds_at(model: PreTrainedModel) -> list[float]:
+    return [one.at for one in thresholds_in(model).values()]
 
 
 @pytest.mark.parametrize(
