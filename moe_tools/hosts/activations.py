@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import activations as stock
 
@@ -84,6 +85,21 @@ class FATReLU(Activation):
         return x_TF.masked_fill(x_TF < self.theta, 0.0)
 
 
+class Swish(Activation):
+    """x sigmoid(beta (x - theta)): SiLU at beta 1 and theta 0 (Swish, arXiv 1710.05941).
+
+    As beta grows it becomes max(x, 0), or with a theta FATReLU: a train step raises it
+    (`Train.beta`), and a last `swap` puts the sharp one in its place. Nothing is exactly 0 before.
+    """
+
+    def __init__(self, beta: float = 1.0, theta: float = 0.0) -> None:
+        super().__init__()
+        self.beta, self.theta = _checked("beta", beta), _checked("theta", theta)
+
+    def forward(self, x_TF: Tensor) -> Tensor:
+        return x_TF * torch.sigmoid(self.beta * (x_TF - self.theta))
+
+
 class DReLU(JointActivation):
     """max(gate x, 0) * max(up x, 0): a neuron is off when either is (TurboSparse, 2406.05955)."""
 
@@ -125,6 +141,7 @@ ACTIVATIONS: Registry[type[Activation]] = Registry(
         "relu2": SquaredReLU,
         "shifted_relu": ShiftedReLU,
         "fatrelu": FATReLU,
+        "swish_beta": Swish,
         "drelu": DReLU,
     },
 )

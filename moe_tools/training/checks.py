@@ -20,6 +20,7 @@ from moe_tools.hosts.zeros import gives_zeros
 from moe_tools.steps.calibrate import check_sparsity
 from moe_tools.training.controller import ZEROS
 from moe_tools.training.losses import LOSSES
+from moe_tools.training.sharpen import check_sharpens
 
 if TYPE_CHECKING:
     from moe_tools.training.teacher import Donor
@@ -68,6 +69,8 @@ def check_train(model: PreTrainedModel, step: Train, donor: PreTrainedModel | Do
             )
         check_thresholds(model)
         check_sparsity(expert_ffns(model), step.target_sparsity)
+    if step.beta is not None:
+        check_sharpens(model)
     if step.parts != "routers":
         _check_plain(model)
     if step.parts == "routers" and step.mode not in LEARNING:

@@ -36,6 +36,7 @@ from moe_tools.training.lora import Lora, low_rank, planned_adapters
 from moe_tools.training.losses import needs_donor, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
 from moe_tools.training.reshape import reshaped
+from moe_tools.training.sharpen import write_betas
 from moe_tools.training.teacher import Donor, taught
 from moe_tools.training.throughput import peak_of, step_flops
 from moe_tools.training.trainer import RecipeTrainer
@@ -76,6 +77,9 @@ class Train(Step):
     """Every optimizer step draws its own sparsity, at most so far from the target, and as much more
     or less of the inputs that thresholds drop: one folder then serves the range (`evaluate DIR
     --operate 0.3 0.5 0.7`)."""
+    beta: float | None = None
+    """To where the beta of `swish_beta` rises, in the share `ramp` of the steps: SiLU on its way to
+    ReLU; see `moe_tools.training.sharpen`."""
     parts: Literal["all", "ffn", "routers"] = "all"
     """What is trained; `all` and `ffn` include routers, except in hard mode."""
     lora: Lora | None = None
@@ -152,6 +156,7 @@ class Train(Step):
             )
 
     def _check_drive(self) -> None:
+        require(self.beta is None or self.beta > 0, self, "beta", self.beta, "above 0")
         require(0 <= self.vary < 0.5, self, "vary", self.vary, "in [0, 0.5)")
         if self.vary and (self.target_sparsity is None or self.drive != "shift"):
             raise ValueError("train: vary needs a target_sparsity to vary, and drive shift")
@@ -253,7 +258,7 @@ class Train(Step):
         )
 
 
-OF_ROUTERS = ("mode", "losses", "target_sparsity", "drive", "ramp", "vary", "router_lr")
+OF_ROUTERS = ("mode", "losses", "target_sparsity", "drive", "ramp", "vary", "beta", "router_lr")
 """Fields that concern routers and sparsity alone: the dense control has their defaults."""
 OF_TEACHERS = ("teacher", "teacher_top_k")
 """Fields that concern a teacher alone: the dense control has none."""
@@ -354,6 +359,8 @@ def train(
         trainer.finish()
     if step.mode in ("soft", "straight"):
         set_mode(model, "hard")
+    if step.beta is not None:
+        write_betas(model, step.beta)
     model.eval()
     measured = trainer.summary()
     if step.target_sparsity is not None:

@@ -48,6 +48,7 @@ from moe_tools.training.losses import (
 )
 from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.progress import Progress, in_words
+from moe_tools.training.sharpen import sharpening
 from moe_tools.training.teacher import Teaching
 from moe_tools.training.throughput import Throughput, peak_of
 from moe_tools.training.token_shares import token_shares
@@ -96,6 +97,7 @@ class RecipeTrainer(CheckpointingTrainer):
         self.step, self.steps, self.groups, self.launch = step, steps, groups, launch
         self.donor = None if teaching.model is None else teaching.model.eval()
         self.weights = LossWeights(step)
+        self.sharpening = sharpening(model, step.beta, step.ramp)
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
         self.distances: list[Tensor] = []
@@ -362,8 +364,10 @@ class RecipeTrainer(CheckpointingTrainer):
         self.throughput.restart()
 
     def enter_step(self, step: int, steps: int) -> None:
-        """Sets the weights of the losses for an optimizer step, counted from 1."""
+        """Sets what changes from one optimizer step to the next, counted from 1."""
         self.weights.enter(step, steps)
+        if self.sharpening is not None:
+            self.sharpening.enter(step, steps)
 
     def finish(self) -> None:
         """Makes the model plain again, whatever trained it."""

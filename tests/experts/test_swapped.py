@@ -80,6 +80,8 @@ class Formula(nn.Module):
                 return torch.where(x > 0, x * x, 0)
             case "shifted_relu":
                 return torch.where(x > 0.5, x - 0.5, 0)
+            case "swish_beta":
+                return x / 2
             case _:
                 return torch.where(x >= 0.5, x, 0)
 

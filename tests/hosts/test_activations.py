@@ -21,6 +21,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "shifted_relu": {"kind": "shifted_relu", "shift": 0.5},
     "fatrelu": {"kind": "fatrelu", "theta": 0.5},
     "drelu": {"kind": "drelu"},
+    "swish_beta": {"kind": "swish_beta", "beta": 0.0},
 }
 every_kind = pytest.mark.parametrize("kind", SPECS)
 numbers = st.floats(-4, 4, width=32)
@@ -32,6 +33,7 @@ BY_HAND = {
     "shifted_relu": [0.0, 0.0, 0.0, 0.0, 0.0, 1.5],
     "fatrelu": [0.0, 0.0, 0.0, 0.0, 0.5, 2.0],
     "drelu": [0.0, 0.0, 0.0, 0.25, 0.5, 2.0],
+    "swish_beta": [-1.0, -0.25, 0.0, 0.125, 0.25, 1.0],
 }
 SLOPES = {
     "relu": [0, 0, 0, 1, 1, 1],
@@ -39,6 +41,7 @@ SLOPES = {
     "shifted_relu": [0, 0, 0, 0, 0, 1],
     "fatrelu": [0, 0, 0, 0, 1, 1],
     "drelu": [0, 0, 0, 1, 1, 1],
+    "swish_beta": [0.5] * 6,
 }
 
 
@@ -91,6 +94,23 @@ def test_transformers_knows_the_stock_ones_and_no_other(kind: str) -> None:
     if stock:
         x_T = torch.randn(1000)
         assert torch.equal(build_activation(SPECS[kind])(x_T), ACT2FN[kind](x_T))
+
+
+def test_swish_goes_from_silu_to_relu() -> None:
+    x_T = torch.randn(1000)
+    silu = build_activation({"kind": "swish_beta"})
+    torch.testing.assert_close(silu(x_T), nn.functional.silu(x_T))
+    sharp = build_activation({"kind": "swish_beta", "beta": 1e6})
+    torch.testing.assert_close(sharp(x_T), x_T.relu(), atol=1e-6, rtol=1e-6)
+    cut = build_activation({"kind": "swish_beta", "beta": 1e6, "theta": 0.5})
+    clear = (x_T - 0.5).abs() > 1e-3
+    fatrelu = build_activation({"kind": "fatrelu", "theta": 0.5})
+    torch.testing.assert_close(cut(x_T)[clear], fatrelu(x_T)[clear])
+    distances = [
+        (build_activation({"kind": "swish_beta", "beta": beta})(x_T) - x_T.relu()).abs().max()
+        for beta in (1.0, 2.0, 4.0, 8.0)
+    ]
+    assert distances == sorted(distances, reverse=True)
 
 
 def test_fatrelu_at_zero_is_relu() -> None:
