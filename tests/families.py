@@ -64,6 +64,7 @@ from transformers import (
 from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
+from moe_tools.experts.routers import BottleneckRouter
 from moe_tools.hosts.ffn import host_state_dict
 
 NEURONS = 48
@@ -329,8 +330,11 @@ def force_on(model: nn.Module) -> None:
 def randomize(model: nn.Module) -> None:
     """Routers that turn about half of the experts off, another half for every token."""
     for ffn in expert_ffns(model):
-        ffn.router.weight.normal_()
-        ffn.router.bias.normal_(std=0.1)
+        if isinstance(ffn.router, BottleneckRouter):
+            nn.init.orthogonal_(ffn.router.first.weight)
+        last = getattr(ffn.router, "second", ffn.router)
+        last.weight.normal_()
+        last.bias.normal_(std=0.1)
 
 
 def host_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""`CpuRouter`: which experts a token wants, said by the sigmoid of a linear.
+"""`CpuRouter`: which experts a token wants, said by the sigmoid of one linear, or of two.
 
 Letters: T tokens (any leading dimensions), D model width, E experts.
 """
@@ -14,19 +14,32 @@ from moe_tools.kernels.cpu.rows import DTYPES, check_x
 
 
 class CpuRouter:
-    """sigmoid(W x + b) above a threshold, or the highest of them, in one native call, in fp32.
+    """sigmoid(W x + b) or sigmoid(W V x + b), above a threshold or the highest, in one call.
+
+    Computes in fp32.
 
     Args:
         weight: W, without a bias.
         bias_E: b, fp32; read where it lies.
         by_rank: the highest scores; of equal ones the lower experts, and NaN counts as the highest.
+        first: V, without a bias; None: x goes into W itself.
     """
 
-    def __init__(self, weight: CpuLinear, bias_E: Tensor | None, *, by_rank: bool) -> None:
-        self.weight, self.bias_E, self.by_rank = weight, bias_E, by_rank
+    def __init__(
+        self,
+        weight: CpuLinear,
+        bias_E: Tensor | None,
+        *,
+        by_rank: bool,
+        first: CpuLinear | None = None,
+    ) -> None:
+        self.weight, self.bias_E, self.by_rank, self.first = weight, bias_E, by_rank, first
         self._native = extension()
         self.handle = self._native.prepare_router(
-            weight=weight.handle, bias_E=address(bias_E), by_rank=int(by_rank)
+            weight=weight.handle,
+            bias_E=address(bias_E),
+            by_rank=int(by_rank),
+            first=None if first is None else first.handle,
         )
 
     def __call__(self, x_TD: Tensor, knob: float) -> Tensor:
@@ -39,7 +52,7 @@ class CpuRouter:
         Raises:
             ValueError: another width, dtype or device, or fewer than one of the highest.
         """
-        width = self.weight.width
+        width = (self.first or self.weight).width
         check_x(x_TD, width, "router")
         if self.by_rank and knob < 1:
             raise ValueError(f"the highest {knob} experts: give a number of 1 or more")

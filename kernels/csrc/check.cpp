@@ -297,7 +297,7 @@ void check_router(const Problem& p, const Isa& isa) {
     const std::int64_t count = 1 + experts / 3;
     for (const bool by_rank : {false, true}) {
         std::vector<std::uint8_t> mask(std::size_t(p.c.tokens * experts), 2);
-        const Router router{&weight, nullptr, by_rank};
+        const Router router{&weight, nullptr, by_rank, nullptr};
         choose(router, p.x.data(), DType::f32, p.c.tokens, by_rank ? float(count) : 0.5f, mask.data(),
                isa, p.c.threads);
         for (std::int64_t t = 0; t < p.c.tokens; ++t) {

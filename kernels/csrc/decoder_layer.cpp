@@ -418,7 +418,7 @@ void new_heads(const DecoderLayer& layer, const NewHeads& call, const Isa& isa, 
 void new_token(const DecoderLayer& layer, const NewToken& call, const Isa& isa, int threads) {
     std::int64_t bytes = bytes_of({layer.o, layer.gate, layer.up, layer.down});
     if (layer.proposal) bytes += bytes_of({layer.proposal->up});
-    if (layer.router) bytes += bytes_of({layer.router->weight});
+    if (layer.router) bytes += bytes_of({layer.router->weight, layer.router->first});
     const std::int64_t heads = layer.key_heads * layer.head * (kLine / per_line(layer.dtype));
     bytes += 2 * call.sequences * call.positions * heads;
     Token(layer, call, isa, useful_threads(std::max(threads, 1), bytes)).run();

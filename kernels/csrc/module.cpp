@@ -283,6 +283,7 @@ Prepared<ffn::Router> read_router(Arguments from) {
     made.what.weight = &weight.what, made.isa = weight.isa;
     made.what.bias_E = from.tensor<const float>("bias_E");
     made.what.by_rank = from.code<int>("by_rank", 2);
+    made.what.first = from.what<ffn::Linear>("first");
     from.finish();
     return made;
 }

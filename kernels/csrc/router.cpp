@@ -35,12 +35,19 @@ void highest(const float* scores, std::int64_t experts, std::int64_t count, std:
 void choose(const Router& router, const void* x_TD, DType dtype, std::int64_t tokens, float knob,
             std::uint8_t* mask_TE, const Isa& isa, int threads) {
     const Linear& weight = *router.weight;
-    const std::int64_t experts = weight.rows, width = weight.width;
-    thread_local std::vector<float> x, scores;
+    const std::int64_t experts = weight.rows;
+    const std::int64_t width = router.first ? router.first->width : weight.width;
+    thread_local std::vector<float> x, middle, scores;
     x.resize(std::size_t(tokens * width));
     scores.resize(std::size_t(tokens * experts));
     to_floats(x_TD, dtype, tokens * width, x.data());
-    linear(weight, {x.data(), scores.data(), DType::f32, tokens}, isa, threads);
+    const float* in = x.data();
+    if (router.first) {
+        middle.resize(std::size_t(tokens * router.first->rows));
+        linear(*router.first, {in, middle.data(), DType::f32, tokens}, isa, threads);
+        in = middle.data();
+    }
+    linear(weight, {in, scores.data(), DType::f32, tokens}, isa, threads);
     for (std::int64_t t = 0; t < tokens; ++t) {
         float* z = scores.data() + t * experts;
         for (std::int64_t e = 0; e < experts; ++e)

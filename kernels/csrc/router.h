@@ -1,5 +1,5 @@
-// Which experts a token wants, said by the sigmoid of a linear: those above a threshold, or the
-// highest. Letters: T tokens, E experts.
+// Which experts a token wants, said by the sigmoid of a linear, or of two with a narrow middle: those
+// above a threshold, or the highest. Letters: T tokens, E experts.
 #pragma once
 
 #include "linear.h"
@@ -10,6 +10,7 @@ struct Router {
     const Linear* weight;  // E rows
     const float* bias_E;   // null: 0
     bool by_rank;          // the highest scores, in place of those above a threshold
+    const Linear* first;   // what comes before `weight`; null: nothing does
 };
 
 // Writes mask_TE: 1 where a token wants an expert, else 0. `knob` is the threshold, or how many; of

@@ -21,6 +21,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from moe_tools.experts.experts import ExpertFFN
 from moe_tools.experts.hooks import all_are_heard
+from moe_tools.experts.routers.base import ProductFP32
+from moe_tools.experts.routers.bottleneck import BottleneckRouter
 from moe_tools.experts.routers.few_bits import FewBitsRouter
 from moe_tools.experts.routers.sigmoid import SigmoidRouter
 from moe_tools.experts.selectors import Threshold, TopK
@@ -150,12 +152,24 @@ class _Chosen:
 
 def _chooses(router: nn.Module, chooser: CpuRouter) -> bool:
     """Whether a router is what was prepared of it."""
-    if type(router) is not SigmoidRouter or router.packed is not chooser.weight:
+    first, last = _products(router)
+    if last is None or last.packed is not chooser.weight or not last.is_packed():
         return False
-    if router.bias is None or not router.is_packed():
+    if first is not None and (first.packed is not chooser.first or not first.is_packed()):
         return False
-    prepared = cast("Tensor", chooser.bias_E)
-    return router.bias.dtype == torch.float32 and router.bias.data_ptr() == prepared.data_ptr()
+    prepared, bias = cast("Tensor", chooser.bias_E), last.bias
+    if bias is None or (first is None) != (chooser.first is None):
+        return False
+    return bias.dtype == torch.float32 and bias.data_ptr() == prepared.data_ptr()
+
+
+def _products(router: nn.Module) -> tuple[ProductFP32 | None, ProductFP32 | None]:
+    """The products of a router whose scores are their sigmoid: the first, if any, and the last."""
+    if type(router) is SigmoidRouter:
+        return None, router
+    if type(router) is BottleneckRouter:
+        return router.first, router.second
+    return None, None
 
 
 @dataclass(frozen=True)
@@ -312,13 +326,16 @@ def _chooser(ffn: ExpertFFN) -> CpuProposal | CpuRouter | None:
     router = ffn.router
     if isinstance(router, FewBitsRouter):
         return router.proposal
-    if not isinstance(router, SigmoidRouter) or type(ffn.selector) not in (Threshold, TopK):
+    first, last = _products(router)
+    if last is None or ffn.shared or type(ffn.selector) not in (Threshold, TopK):
         return None
-    if ffn.shared or router.packed is None or router.bias is None:
+    if last.packed is None or last.bias is None or last.bias.dtype != torch.float32:
         return None
-    if router.bias.dtype != torch.float32:
+    if first is not None and first.packed is None:
         return None
-    return CpuRouter(router.packed, router.bias.detach(), by_rank=type(ffn.selector) is TopK)
+    by_rank = type(ffn.selector) is TopK
+    before = None if first is None else first.packed
+    return CpuRouter(last.packed, last.bias.detach(), by_rank=by_rank, first=before)
 
 
 def _dense_ffn(layer: nn.Module, layout: Layout) -> DenseFFN | None:

@@ -273,6 +273,7 @@ def test_a_layer_that_computes_something_else_is_not_fused(
 CONVERSIONS = {
     "threshold": THRESHOLD,
     "top-k": Conversion("donor", 8, "sigmoid", {"kind": "topk", "k": 3}),
+    "bottleneck": Conversion("donor", 1, "bottleneck", {"kind": "threshold", "tau": 0.5}),
     "few bits": Conversion(
         "donor", 1, "few_bits", {"kind": "threshold", "tau": 0.0}, router_options={"bits": 4}
     ),

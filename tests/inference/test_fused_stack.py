@@ -183,8 +183,12 @@ def test_another_default_dtype_changes_nothing(calls: Calls) -> None:
 
 @pytest.mark.parametrize(
     "conversion",
-    [THRESHOLD, Conversion("donor", 8, "sigmoid", {"kind": "topk", "k": 3})],
-    ids=["threshold", "top-k"],
+    [
+        THRESHOLD,
+        Conversion("donor", 8, "sigmoid", {"kind": "topk", "k": 3}),
+        Conversion("donor", 1, "bottleneck", {"kind": "topk", "k": 20}),
+    ],
+    ids=["threshold", "top-k", "bottleneck"],
 )
 def test_experts_that_a_sigmoid_chooses_are_stacked(conversion: Conversion, calls: Calls) -> None:
     model = make("llama")

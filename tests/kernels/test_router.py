@@ -44,6 +44,29 @@ def test_it_chooses_as_pytorch_does(
     assert ((expected_TE - limit_T1)[wrong_TE]).abs().lt(1e-4).all()
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("experts", "middle", "width"), [(9, 5, 64), (300, 48, 576), (70, 33, 65)])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_two_linears_choose_as_pytorch_does(
+    tokens: int, experts: int, middle: int, width: int, dtype: torch.dtype, isa: str
+) -> None:
+    first_KD = (numbers(middle, width, seed=3) / width**0.5).to(dtype)
+    second_EK, bias_E = numbers(experts, middle, seed=1).to(dtype), numbers(experts, seed=2)
+    x_TD = numbers(tokens, width).to(dtype)
+    first, second = (CpuLinear(one, None, dtype, isa=isa) for one in (first_KD, second_EK))
+    z_TK = torch.nn.functional.linear(x_TD.float(), first_KD.float())
+    expected_TE = scores_TE(z_TK, second_EK, bias_E)
+    above = CpuRouter(second, bias_E, by_rank=False, first=first)
+    wrong_TE = above(x_TD, 0.5) != Threshold(0.5)(expected_TE)
+    assert (expected_TE[wrong_TE] - 0.5).abs().lt(1e-3).all()
+    count = max(1, experts // 3)
+    highest = CpuRouter(second, bias_E, by_rank=True, first=first)(x_TD, count)
+    assert highest.sum(-1).eq(count).all()
+    with pytest.raises(ValueError, match=f"takes {width} columns"):
+        above(torch.zeros(1, middle), 0.5)
+
+
 def test_of_equal_scores_the_lower_experts_come_first() -> None:
     linear = CpuLinear(torch.zeros(9, 64), None, torch.float32)
     bias_E = torch.tensor([0.0, 40.0, 50.0, 1.0, 60.0, 1.0, 1.0, 0.0, 0.0])  # three are 1 as scores
