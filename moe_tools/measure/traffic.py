@@ -67,8 +67,8 @@ def traffic(
         counts: of the FFNs.
         others: of everything else.
         weight_bits: 8 or 4: those of the FFNs' matrices; None: bf16.
-        inputs: what thresholds dropped, whose columns then go unread. A group reads the columns
-            that one of its tokens keeps.
+        inputs: what thresholds dropped, whose columns then go unread, but those across rows that
+            a router chose. A group reads the columns that one of its tokens keeps.
 
     Returns:
         An entry for each of `SIZES`, but for those above the tokens of every pass; and for 1 alone
@@ -101,7 +101,8 @@ def _unread(
     if not inputs:
         return 0.0, 0.0
     if size == 1:
-        return spared(inputs, counts[0].unions[1].groups)
+        saving = [one for one in inputs if one.saves_bytes]
+        return spared(saving, counts[0].unions[1].groups)
     if any(count.routed or count.elsewhere for count in counts):
         return None
     parts = [
