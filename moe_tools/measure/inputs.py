@@ -34,7 +34,7 @@ class InputCount:
     reads_per_input: int
     """Matrix weights that one number reads."""
     neurons: int = 0
-    """Of the FFN, where a router chooses among them; 0: none does, or the site is in an attention."""
+    """Of the FFN, where a router chooses among them; 0: none does, or it is an attention."""
     hidden: bool = False
     """The numbers are the neurons."""
     tokens: int = 0
