@@ -111,6 +111,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"bench {args.what} has no picture: leave --plot out, or bench kernels")
     if args.against and args.what != "generate":
         raise ValueError(f"bench {args.what} runs no whole model: --against is of bench generate")
+    if args.what != "generate" and (args.sequences > 1 or args.data):
+        raise ValueError(
+            f"bench {args.what} writes no text: --sequences and --data are of generate"
+        )
+    if args.against and args.sequences > 1:
+        raise ValueError("--against times other programs with one sequence: leave --sequences out")
     if args.llama_bench and not args.against:
         raise ValueError("--llama-bench is for --against llama.cpp: give both")
     lines, timings = _KINDS[args.what](args)
@@ -226,8 +232,7 @@ def _generate(args: argparse.Namespace) -> tuple[list[str], Sequence[Any]]:
     lines = [
         f"{t.model:<24}{t.sparsity:>5.0%} off   prefill {t.prefill:9.1f} tokens/s "
         f"{t.prefill_speedup:5.2f}x   decode {t.decode:8.1f} tokens/s {t.decode_speedup:5.2f}x "
-        f"{t.over_bar:5.2f} x bar   {t.bytes_per_token / 1e6:8.1f} MB a token "
-        f"{t.gigabytes_per_second:6.1f} GB/s, {t.share_of_read_rate:4.0%} of the read rate"
+        f"{t.over_bar:5.2f} x bar" + ("" if args.sequences > 1 else _bytes(t))
         for t in timings
     ]
     title = f"{args.folder or args.shape}, {args.dtype}, {used} threads"
@@ -252,6 +257,12 @@ def _prompt(args: argparse.Namespace) -> Tensor:
             f"{args.data} has no {args.sequences} blocks of {args.prompt_tokens} held-out tokens"
         )
     return text[: args.sequences]
+
+
+def _bytes(timing: GenerateTiming) -> str:
+    """Says what one sequence reads; several share reads."""
+    rate = f"{timing.gigabytes_per_second:6.1f} GB/s, {timing.share_of_read_rate:4.0%}"
+    return f"   {timing.bytes_per_token / 1e6:8.1f} MB a token {rate} of the read rate"
 
 
 def _bar(timings: Sequence[GenerateTiming]) -> str:

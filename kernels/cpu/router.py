@@ -23,6 +23,9 @@ class CpuRouter:
         bias_E: b, fp32; read where it lies.
         by_rank: the highest scores; of equal ones the lower experts, and NaN counts as the highest.
         first: V, without a bias; None: x goes into W itself.
+
+    Raises:
+        ValueError: V and W do not fit.
     """
 
     def __init__(
@@ -34,6 +37,11 @@ class CpuRouter:
         first: CpuLinear | None = None,
     ) -> None:
         self.weight, self.bias_E, self.by_rank, self.first = weight, bias_E, by_rank, first
+        if first is not None and len(first.rows_NB) != weight.width:
+            raise ValueError(
+                f"the second linear takes {weight.width} numbers, and the first gives "
+                f"{len(first.rows_NB)}"
+            )
         self._native = extension()
         self.handle = self._native.prepare_router(
             weight=weight.handle,

@@ -275,21 +275,22 @@ def _layouts(model: nn.Module) -> dict[str, Any]:
     return write_rows(model, rows_of(model))
 
 
-def divided(model: nn.Module) -> list[Importance]:
-    """The experts of every FFN that was split, routed or not yet, in the host's order.
+def divided(model: nn.Module) -> dict[str, Importance]:
+    """Name of every FFN that was split, routed or not yet -> its experts.
 
     Raises:
         ValueError: no split was made.
     """
     if routed := expert_ffns(model):
-        return [ffn.importance() for ffn in routed]
+        return {ffn.name: ffn.importance() for ffn in routed}
     block = read_block(model.config)
     if block is None or block.expert_size is None:
         raise ValueError("no experts: put `split` before this step")
-    return [
-        Importance(block.divide(f.neurons, f.name), block.shared_experts, f.weights().down_FD)
-        for f in unfused_ffns(model)
-    ]
+    shared = block.shared_experts
+    return {
+        ffn.name: Importance(block.divide(ffn.neurons, ffn.name), shared, ffn.weights().down_FD)
+        for ffn in unfused_ffns(model)
+    }
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:

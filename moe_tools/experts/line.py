@@ -10,7 +10,7 @@ Letters: T tokens, E experts, R experts that are routed, S sampled distances.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,8 @@ LEAST = 8
 take, 256 of each would be 12 GB of scores."""
 BEYOND = 1.0
 """Distance of the line from the scores, on their scale, where all are on one side of it."""
+LEAST_TAU = 1e-6
+"""A threshold of scores between 0 and 1 has a logit from here to as far below 1."""
 SMALLEST = 1e-30
 """A score of 0 has no logarithm: it counts as this one."""
 
@@ -54,15 +56,22 @@ def check_movable(model: nn.Module) -> None:
     """Checks that one shift moves the line of every FFN from where it is.
 
     Raises:
-        ValueError: as `check_thresholds`, or a threshold of 0, which a ratio leaves at 0.
+        ValueError: as `check_thresholds`; a threshold of 0, which a ratio leaves at 0; or one that
+            no score of a sigmoid is on one side of, and that has no logit.
     """
     check_thresholds(model)
     for ffn in expert_ffns(model):
         assert isinstance(ffn.selector, Threshold)
-        if ffn.router.logit_bias is None and ffn.selector.tau <= 0:
+        tau, biased = ffn.selector.tau, ffn.router.logit_bias is not None
+        if biased and not LEAST_TAU <= tau <= 1 - LEAST_TAU:
             raise ValueError(
-                f"{ffn.name}: a target sparsity moves a threshold by ratios, and tau is "
-                f"{ffn.selector.tau:g}: put `budget` before it"
+                f"{ffn.name}: a target sparsity moves scores between 0 and 1 across their "
+                f"threshold, and tau is {tau:g}: set it between, e.g. at 0.5"
+            )
+        if not biased and tau <= 0:
+            raise ValueError(
+                f"{ffn.name}: a target sparsity moves a threshold by ratios, and tau is {tau:g}: "
+                "a `budget` by itself (spend: uniform) sets one above 0"
             )
 
 
@@ -75,18 +84,37 @@ def sample_distances(model: nn.Module, routings: Iterable[Routing], passes: int 
         routings: of one pass.
         passes: that share the sample.
     """
-    ffns = {ffn.name: ffn for ffn in expert_ffns(model)}
-    scores = sum(ffn.importance().routed for ffn in ffns.values())
-    tokens = max(LEAST, min(SAMPLE, SCORES // scores) // passes)
-    return torch.cat([distances_S(ffns[r.ffn], r.scores_TE, tokens) for r in routings])
+    ffns = expert_ffns(model)
+    seen = {routing.ffn: routing.scores_TE.flatten(0, -2) for routing in routings}
+    tokens = max(LEAST, enough_tokens(ffns, SAMPLE) // passes)
+    return distances_of(ffns, seen, tokens)
 
 
 @torch.no_grad()
-def distances_S(ffn: ExpertFFN, scores_TE: Tensor, tokens: int) -> Tensor:
-    """How far the scores of about so many tokens are above the line of their FFN."""
+def distances_of(ffns: Sequence[ExpertFFN], seen: Mapping[str, Tensor], tokens: int) -> Tensor:
+    """Distances of scores_TE, by FFN: of every n-th token, the same n for all of them.
+
+    So an expert of an MoE host counts as often as the host chose it. What an FFN that saw as many
+    tokens as any other gives is at most `tokens` of them.
+    """
+    most = max((len(scores_TE) for scores_TE in seen.values()), default=0)
+    stride = max(1, -(-most // tokens))
+    found = [_distances(ffn, seen[ffn.name][::stride]) for ffn in ffns if ffn.name in seen]
+    return torch.cat(found)
+
+
+def enough_tokens(ffns: Sequence[ExpertFFN], tokens: int) -> int:
+    """So many tokens, or fewer where their scores would be more than `SCORES`."""
+    return max(LEAST, min(tokens, SCORES // _routed(ffns)))
+
+
+def _routed(ffns: Sequence[ExpertFFN]) -> int:
+    return sum(ffn.division.num_experts - ffn.shared for ffn in ffns)
+
+
+def _distances(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
     assert isinstance(ffn.selector, Threshold)  # check_movable
-    scores_TR = scores_TE.flatten(0, -2)[:, ffn.shared :]
-    scores_TR = scores_TR[:: max(1, len(scores_TR) // tokens)]
+    scores_TR = scores_TE[:, ffn.shared :]
     tau = torch.full((), ffn.selector.tau, device=scores_TR.device)  # no copy to wait for
     if ffn.router.logit_bias is not None:
         return (scores_TR.logit(eps=1e-6) - tau.logit()).flatten()
@@ -106,11 +134,12 @@ def move_line(
     sparsity: float,
     damping: float = 1.0,
     add: Callable[[nn.Parameter, Tensor], None] = add_,
-) -> None:
+) -> Tensor:
     """Moves the line by `damping` times what turns the share `sparsity` of all neurons off.
 
     Shared experts stay on, so of the others a larger share is turned off. `add` moves a bias, where
     a weight is more than its tensor. What is set on FFNs is in the config when the model is saved.
+    Returns the shift: how much further above the line all scores are now.
     """
     ffns = expert_ffns(model)
     shift = -damping * _line(distance_S, sparsity / _routed_share(ffns))
@@ -121,6 +150,7 @@ def move_line(
             assert isinstance(ffn.selector, Threshold)  # check_movable
             tau = ffn.selector.tau * float((-shift).exp())
             ffn.selector = replace(ffn.selector, tau=tau)
+    return shift
 
 
 def _line(distance_S: Tensor, share: float) -> Tensor:

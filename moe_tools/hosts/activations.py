@@ -92,6 +92,8 @@ class Swish(Activation):
     (`Train.beta`), and a last `swap` puts the sharp one in its place. Nothing is exactly 0 before.
     """
 
+    threshold = -math.inf
+
     def __init__(self, beta: float = 1.0, theta: float = 0.0) -> None:
         super().__init__()
         self.beta, self.theta = _checked("beta", beta), _checked("theta", theta)

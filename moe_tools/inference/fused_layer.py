@@ -157,6 +157,8 @@ def _chooses(router: nn.Module, chooser: CpuRouter) -> bool:
         return False
     if first is not None and (first.packed is not chooser.first or not first.is_packed()):
         return False
+    if first is not None and (first._forward_hooks or first._forward_pre_hooks):
+        return False
     prepared, bias = cast("Tensor", chooser.bias_E), last.bias
     if bias is None or (first is None) != (chooser.first is None):
         return False

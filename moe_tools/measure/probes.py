@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_tools.data.generate import evaluating
+from moe_tools.data.limits import continues_text
 
 WORDS = (
     *("river", "stone", "window", "garden", "silver", "letter", "winter", "market", "bridge"),
@@ -100,6 +101,16 @@ PROBES: dict[str, Probe] = {
 CHANCE = 1 / CHOICES
 
 
+def check_asked(model: PreTrainedModel) -> None:
+    """Whether a model, maybe without its weights, can be asked.
+
+    Raises:
+        ValueError: it continues no text.
+    """
+    if not continues_text(model):
+        raise ValueError(f"{type(model).__name__} continues no text: --probes cannot ask it")
+
+
 @torch.no_grad()
 def run_probes(
     model: PreTrainedModel,
@@ -124,8 +135,7 @@ def run_probes(
     Raises:
         ValueError: no question, or a model that continues no text.
     """
-    if not model.can_generate():
-        raise ValueError(f"{type(model).__name__} continues no text: --probes cannot ask it")
+    check_asked(model)
     if questions < 1:
         raise ValueError(f"--probes is {questions}, but must be at least 1")
     found = {}

@@ -28,7 +28,7 @@ from moe_tools.experts.conversion import read_conversion
 from moe_tools.inference.prompt import select_by_prompt
 from moe_tools.measure.by_task import evaluate_task
 from moe_tools.measure.evaluate import Evaluation, check_evaluable, evaluate
-from moe_tools.measure.probes import run_probes
+from moe_tools.measure.probes import check_asked, run_probes
 from moe_tools.measure.rows import check_rows, evaluate_rows
 from moe_tools.measure.seq2seq import GENERATED
 from moe_tools.measure.tasks import run_tasks
@@ -112,9 +112,13 @@ class Bench:
     def check_protocol(self, source: str) -> None:
         """Whether a model, whose weights are not read, has the perplexity of a protocol.
 
+        And whether it can be asked, where there are probes.
+
         Raises:
             ValueError: it continues no text, or none as long as a window.
         """
+        if self.setup.probes:
+            check_asked(skeleton(source, task=self.task))
         if self.setup.protocol is None:
             return
         if self.classify:

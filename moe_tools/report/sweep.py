@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import read_conversion, set_selectors
 from moe_tools.experts.experts import expert_ffns
+from moe_tools.experts.line import check_movable
 from moe_tools.hosts.input_threshold import thresholds_in
 from moe_tools.report.compare import Bench
 from moe_tools.report.report import Row
@@ -50,17 +51,21 @@ def sweep(
     bench = Bench(setup, source)
     model = bench.load(source)
     ffns = expert_ffns(model)
-    if by_sparsity and (ffns or thresholds_in(model)):
-        _sweep_sparsity(bench, source, model, values or TENTHS)
-        return bench.rows(donor)
-    if not ffns and thresholds_in(model):
-        calibrated = read_rows(read_conversion(model))
-        for value in values or TENTHS:
-            set_input_sparsity(model, value, start=calibrated)
-            bench.measure_at({"inputs": value}, source, model)
-        return bench.rows(donor)
-    if not ffns:
+    if not ffns and not thresholds_in(model):
         raise ValueError(f"{source} has no router and no threshold: there is nothing to sweep")
+    if by_sparsity:
+        _sweep_sparsity(bench, source, model, values or TENTHS)
+    elif ffns:
+        _sweep_knob(bench, source, model, values)
+    else:
+        _sweep_inputs(bench, source, model, values or TENTHS)
+    if beside is not None:
+        beside(bench)
+    return bench.rows(donor)
+
+
+def _sweep_knob(bench: Bench, source: str, model: PreTrainedModel, values: Sequence[float]) -> None:
+    ffns = expert_ffns(model)
     knob = ffns[0].selector.knob
     points = [
         (value, [ffn.selector.with_knob(value) for ffn in ffns]) for value in values or KNOBS[knob]
@@ -68,9 +73,15 @@ def sweep(
     for value, selectors in points:
         set_selectors(model, selectors)
         bench.measure_at({knob: value}, source, model)
-    if beside is not None:
-        beside(bench)
-    return bench.rows(donor)
+
+
+def _sweep_inputs(
+    bench: Bench, source: str, model: PreTrainedModel, values: Sequence[float]
+) -> None:
+    calibrated = read_rows(read_conversion(model))
+    for value in values:
+        set_input_sparsity(model, value, start=calibrated)
+        bench.measure_at({"inputs": value}, source, model)
 
 
 def _sweep_sparsity(
@@ -78,12 +89,15 @@ def _sweep_sparsity(
 ) -> None:
     routed, dropping = expert_ffns(model), thresholds_in(model)
     calibrated = read_rows(read_conversion(model))
+    steps = [Budget(value, "common") for value in values]
+    for step in steps:  # before the first measurement
+        step.check()
+    if routed:
+        check_movable(model)
     text = bench.setup.calibration_BT(bench.tokenizer, bench.task) if routed else None
-    for value in values:
+    for value, step in zip(values, steps, strict=True):
         if dropping:
             set_input_sparsity(model, value, start=calibrated)
         if text is not None:
-            step = Budget(value, "common")
-            step.check()
             budget(model, step, text)
         bench.measure_at({"sparsity": value}, source, model)

@@ -38,7 +38,8 @@ class Attach(Step):
     """What the kind of router takes, e.g. `hidden` of a norm router."""
     selector: dict[str, Any] = field(default_factory=lambda: {"kind": "threshold", "tau": 0.5})
     start: Start = "regression"
-    """How sigmoid routers begin: by ridge regression on the donor's activations, or all on."""
+    """How sigmoid and bottleneck routers begin: by ridge regression on the donor's activations, or
+    all on."""
     start_sparsity: float = 0.02
     """Share of experts off after the regression, in every layer."""
     when_off: Literal["zero", "mean"] = "zero"

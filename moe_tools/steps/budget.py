@@ -18,7 +18,13 @@ from moe_tools.data import Blocks
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.conversion import set_selectors, update_config
 from moe_tools.experts.experts import ExpertFFN, Routing, every_expert_on, expert_ffns
-from moe_tools.experts.line import check_movable, check_thresholds, distances_S, move_line
+from moe_tools.experts.line import (
+    check_movable,
+    check_thresholds,
+    distances_of,
+    enough_tokens,
+    move_line,
+)
 from moe_tools.experts.routing import observe_routing
 from moe_tools.experts.selectors import (
     Selector,
@@ -123,8 +129,8 @@ def _budget_common(
     check_movable(model)
     seen = _watch(model, blocks_BT)
     for _ in range(ROUNDS):
-        found = [distances_S(f, torch.cat(seen[f.name].scores), SAMPLE) for f in ffns]
-        move_line(model, torch.cat(found), sparsity)
+        scores = {name: torch.cat(one.scores) for name, one in seen.items()}
+        move_line(model, distances_of(ffns, scores, enough_tokens(ffns, SAMPLE)), sparsity)
         seen = _watch(model, blocks_BT)
     update_config(model)
     given = {f.name: 1 - seen[f.name].on / (seen[f.name].tokens * f.division.neurons) for f in ffns}

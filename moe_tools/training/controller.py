@@ -63,10 +63,10 @@ class Reference:
         """Returns the sparsity of the step that follows, in (0, 1).
 
         Drawn without chance: multiples of the golden ratio fill an interval evenly, however many
-        there are of them, and a run that resumes draws the same. The last step is followed by
-        none: the line stays where it was asked for.
+        there are of them, and a run that resumes draws the same. The last step draws nothing, so
+        that its figures are those of the target.
         """
-        if step >= self.steps:
+        if step >= self.steps - 1:
             return self.at(step)
         drawn = self.at(step) + self.vary * (2 * ((step * GOLDEN) % 1) - 1)
         return min(MOST, max(1 - MOST, drawn))

@@ -134,10 +134,11 @@ def hoyer(seen: Observed) -> Tensor:
 
 
 def group_hoyer(seen: Observed) -> Tensor:
-    """(sum_e m_e)^2 / sum_e m_e^2 of each token, averaged over tokens and FFNs; m_e = ||h_e w_e||.
+    """(sum_e m_e)^2 / sum_e m_e^2 of each token, averaged over tokens and FFNs.
 
-    m_e^2 is the sum over an expert's neurons of (h ||w_down||)^2. From 1 (one expert fires) to E
-    (all alike): neurons of an expert learn to fire together, in a dense model that is split.
+    m_e^2 is the sum over the neurons of a routed expert of (h ||w_down||)^2. From 1 (one expert
+    fires) to R (all alike): neurons of an expert learn to fire together, in a dense model that is
+    split. Down rows have a gradient, too.
     """
     ratios = []
     for h_TF, experts in zip(seen.hidden_TF, seen.experts, strict=True):

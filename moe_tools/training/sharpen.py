@@ -30,8 +30,10 @@ def check_sharpens(model: nn.Module) -> None:
     """Checks that there is a beta to raise.
 
     Raises:
-        ValueError: no FFN has a Swish.
+        ValueError: no FFN has a Swish, or one starts at 0, which no ratio raises.
     """
+    if any(module.beta == 0 for module in swishes(model)):
+        raise ValueError("beta rises by ratios, and starts at 0: let `swap` give it one above 0")
     if not swishes(model):
         raise ValueError(
             "beta rises in Swish alone: put `swap: {activation: {kind: swish_beta}}` before this "

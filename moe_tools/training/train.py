@@ -33,7 +33,7 @@ from moe_tools.training.compiled import check_compiles, compiled
 from moe_tools.training.controller import DRIVEN, ZEROS, Drive, followed, warn_if_missed
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.lora import Lora, low_rank, planned_adapters
-from moe_tools.training.losses import needs_donor, seen_kinds
+from moe_tools.training.losses import needs_donor, needs_experts, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
 from moe_tools.training.reshape import reshaped
 from moe_tools.training.sharpen import write_betas
@@ -72,7 +72,7 @@ class Train(Step):
     drive: Drive = "shift"
     """What brings the sparsity there; see `moe_tools.training.controller`."""
     ramp: float = 0.6
-    """Share of the steps in which the target is reached; 0: at once."""
+    """Share of the steps in which the target is reached, in every mode; 0: at once."""
     vary: float = 0.0
     """Every optimizer step draws its own sparsity, at most so far from the target, and as much more
     or less of the inputs that thresholds drop: one folder then serves the range (`evaluate DIR
@@ -318,6 +318,10 @@ def train(
     check_compiles(model, launch)
     if step.target_sparsity is not None and step.drive not in ZEROS:
         check_movable(model)
+    if launch.zero_stage == 3 and needs_experts(step.losses):
+        raise ValueError(
+            "group_hoyer needs whole down projections, and ZeRO-3 has them in shards: use zero2"
+        )
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))

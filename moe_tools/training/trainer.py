@@ -101,6 +101,8 @@ class RecipeTrainer(CheckpointingTrainer):
         self.options = {"use_cache": False} if model.can_generate() else {}
         self.start: float | None = None
         self.distances: list[Tensor] = []
+        self.distance_S = torch.empty(0)
+        """Those of the optimizer step that ended last, of all processes."""
         self.inputs = read_rows(read_block(model.config))
         """Thresholds on inputs as they are at the start of the step, which `vary` moves too."""
         self.even = _even(batches)
@@ -207,8 +209,8 @@ class RecipeTrainer(CheckpointingTrainer):
         hidden, pre = ([h_TF for h_TF in found if len(h_TF)] for found in (ffns.hidden, ffns.pre))
         experts = []
         if needs_experts(weights):
-            pairs = zip(divided(self.model), ffns.hidden, strict=True)
-            experts = [each for each, h_TF in pairs if len(h_TF)]
+            of, pairs = divided(self.model), zip(ffns.hidden_of, ffns.hidden, strict=True)
+            experts = [of[name] for name, h_TF in pairs if len(h_TF)]
         seen = Observed(routings, ffns.outputs, donor_outputs, hidden, pre, experts)
         values = {"lm": parts.lm}
         if donor_logits is not None or said[0] is not None:
@@ -278,6 +280,8 @@ class RecipeTrainer(CheckpointingTrainer):
             self._follow()
         if self._evaluates:
             self.last |= self._measure()
+        if self._shifts and self.step.vary:
+            self._vary()
         self.state.stateful_callbacks[DRIVE] = {
             "start": self.start,
             "controller": self.weights.state(),
@@ -318,19 +322,30 @@ class RecipeTrainer(CheckpointingTrainer):
         if self.weights.controller is not None:
             self.weights.controller.update(reference.at(at), measured)
         if self._shifts:
-            distance_S = processes.gather_rows(torch.cat(self.distances))
-            add = zero.add_ if self.is_deepspeed_enabled else add_
-            damping = 1.0 if self.step.vary else 0.5  # a target that jumps is met at once
-            move_line(self.model, distance_S, reference.after(at), damping, add)
-            self._drop_inputs()
+            self.distance_S = processes.gather_rows(torch.cat(self.distances))
+            damping = 1.0 if self.step.vary else 0.5  # what was drawn is left behind at once
+            self._move(reference.at(at), damping)
+            self._drop_inputs(0.0)
         self.distances = []
 
-    def _drop_inputs(self) -> None:
-        """Moves the thresholds on inputs, if any, as far as the step that follows has drawn."""
+    def _move(self, sparsity: float, damping: float = 1.0) -> None:
+        add = zero.add_ if self.is_deepspeed_enabled else add_
+        self.distance_S += move_line(self.model, self.distance_S, sparsity, damping, add)
+
+    def _drawn(self) -> float:
+        """How far the sparsity of the step that follows is from the reference."""
+        at, reference = self.state.global_step, self._reference()
+        return reference.after(at) - reference.at(at)
+
+    def _vary(self) -> None:
+        """Moves everything to where the next step has drawn it; the reference was for the looks."""
+        self._move(self._reference().after(self.state.global_step))
+        self._drop_inputs(self._drawn())
+
+    def _drop_inputs(self, drawn: float) -> None:
+        """Lets thresholds on inputs, if any, drop so much more than they did at first."""
         if not self.inputs or not self.step.vary:
             return
-        at, reference = self.state.global_step, self._reference()
-        drawn = reference.after(at) - reference.at(at)
         dropped = min(MOST, max(0.0, input_sparsity(self.inputs) + drawn))
         set_input_sparsity(self.model, dropped, start=self.inputs)
 
@@ -357,10 +372,11 @@ class RecipeTrainer(CheckpointingTrainer):
         if saved is not None:
             self.start, self.last = saved["start"], saved["last"]
             self.weights.resume(saved["controller"])
-            for ffn, spec in zip(expert_ffns(self.model), saved["selectors"], strict=True):
-                ffn.selector = build_selector(spec)
+            if "selectors" in saved:  # older ones have moved no thresholds
+                for ffn, spec in zip(expert_ffns(self.model), saved["selectors"], strict=True):
+                    ffn.selector = build_selector(spec)
             if self.start is not None:
-                self._drop_inputs()
+                self._drop_inputs(self._drawn())
         self.throughput.restart()
 
     def enter_step(self, step: int, steps: int) -> None:
@@ -415,9 +431,3 @@ def _tokens(batch: Batch) -> Tensor:
     if batch.mask_BT is not None:
         seen = batch.mask_BT.sum()
     return seen if batch.targets_BS is None else seen + (batch.targets_BS != IGNORE).sum()
-
-
-def _finer(model: nn.Module) -> dict[str, Tensor]:
-    """Copies the fp32 weights, by name: DeepSpeed rounds them to bf16 before it copies them."""
-    finer = {name: p for name, p in model.named_parameters() if p.dtype == torch.float32}
-    return {name: param.detach().clone() for name, param in finer.items()}

@@ -33,6 +33,8 @@ class FFNTensors:
     different tokens to an expert, or none."""
     hidden: list[Tensor] = field(default_factory=list)
     """h_TF: what enters them."""
+    hidden_of: list[str] = field(default_factory=list)
+    """The names of the FFNs in `hidden`: a host may call its experts in another order."""
     pre: list[Tensor] = field(default_factory=list)
     """pre_TF: what enters the activations, where the FFN itself calls them."""
 
@@ -63,7 +65,8 @@ def _hooks(
     for ffn in ffns:
         parts, valid = ffn.projections, _valid(ffn, tokens)
         if "hidden" in kinds:
-            yield parts.down.register_forward_pre_hook(_input(seen.hidden, valid))
+            keep = _input(seen.hidden, seen.hidden_of, ffn.name, valid)
+            yield parts.down.register_forward_pre_hook(keep)
         if "pre" in kinds:  # not at the activation: experts share one, and routers call it
             source = parts.up if parts.gate is None else parts.gate
             yield source.register_forward_hook(_gate_rows(seen.pre, parts, valid))
@@ -101,9 +104,12 @@ def _named(tensors: dict[str, Tensor], name: str, tokens: ValidTokens) -> Callab
     return keep
 
 
-def _input(tensors: list[Tensor], valid: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+def _input(
+    tensors: list[Tensor], names: list[str], name: str, valid: Callable[[Tensor], Tensor]
+) -> Callable[..., None]:
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         tensors.append(valid(args[0]))
+        names.append(name)
 
     return keep
 

@@ -156,3 +156,7 @@ def test_generate_takes_prompts_of_held_out_text(tmp_path, capsys):
     shape = ["bench", "generate", "--shape", "64x128", "--data", "docs"]
     assert main(shape) == 2
     assert "--data needs a model with a tokenizer" in capsys.readouterr().err
+    assert main(["bench", "kernels", "--sequences", "2"]) == 2
+    assert "bench kernels writes no text" in capsys.readouterr().err
+    assert main([*shape[:4], "--sequences", "2", "--against", "llama.cpp"]) == 2
+    assert "leave --sequences out" in capsys.readouterr().err

@@ -171,6 +171,8 @@ def test_one_folder_works_at_the_sparsities_that_are_asked(run: Run, work: Path)
     for point, asked in ((low, 0.2), (high, 0.6)):
         assert point["ffn_sparsity"] == pytest.approx(asked, abs=0.06)
     assert low["ffn_share"] > 1.5 * high["ffn_share"]
+    *_, bar = rows_of(run, "one", "--operate", "0.2", "--baselines", "int8")
+    assert "int8" in bar["model"]
     teal = ("convert", "--method", "teal", "--model", "donor", "--data", "text.txt", *sizes[:4])
     assert run(*teal, "--target-sparsity", "0.3", "--output", "dropped")[0] == 0
     by_inputs = rows_of(run, "dropped", "--sweep", "0.5")[1]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.experts.conversion import Conversion, attach_experts
 from moe_tools.experts.experts import Routing, expert_ffns
-from moe_tools.experts.line import check_movable, move_line, sample_distances
+from moe_tools.experts.line import check_movable, distances_of, move_line, sample_distances
 from moe_tools.experts.routing import record_routing, routing_sparsity
 from moe_tools.experts.selectors import Threshold
 from tests.families import (
@@ -245,6 +245,33 @@ def test_scores_of_a_ratio_scale_move_by_one_ratio_of_all_thresholds(router: str
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("tau", [0.0, 1.0, -0.2, 1.5])
+@pytest.mark.parametrize("router", ["sigmoid", "bottleneck"])
+def test_a_threshold_without_a_logit_is_refused_and_no_bias_is_spoilt(
+    router: str, tau: float
+) -> None:
+    model = build("llama")
+    spec = {"kind": "threshold", "tau": tau}
+    attach_experts(model, Conversion("donor", EXPERT_SIZE, router, spec))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"and tau is {tau:g}: set it between, e.g. at 0.5"):
+        trim(model, 0.5, text())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_ffn_counts_by_the_tokens_that_it_saw() -> None:
+    """Experts of an MoE host see as many as the host gives them: one stride for all."""
+    model = converted()
+    first, second = expert_ffns(model)
+    experts = first.division.num_experts
+    seen = {
+        first.name: torch.full((4000, experts), 0.9),
+        second.name: torch.full((40, experts), 0.1),
+    }
+    distance_S = distances_of([first, second], seen, tokens=400)
+    assert (distance_S > 0).sum() == 400 * experts and (distance_S < 0).sum() == 4 * experts
+
+
 def test_scores_without_ratios_cannot_move() -> None:
     model = build("llama")
     attach_experts(model, Conversion("donor", EXPERT_SIZE, "similarity", {"kind": "threshold"}))
@@ -256,5 +283,5 @@ def test_a_threshold_of_zero_is_not_moved_by_a_ratio() -> None:
     model = build("llama")
     spec = {"kind": "threshold", "tau": 0.0}
     attach_experts(model, Conversion("donor", EXPERT_SIZE, "cats", spec))
-    with pytest.raises(ValueError, match="tau is 0: put `budget` before it"):
+    with pytest.raises(ValueError, match="tau is 0: a `budget` by itself"):
         trim(model, 0.5, text())

@@ -98,6 +98,12 @@ def test_a_bias_that_is_changed_is_followed_and_none_is_zero() -> None:
     assert router(x_TD, 0.6).tolist() == [[False, True, False]] * 2
 
 
+def test_two_linears_fit_each_other() -> None:
+    first, second = (CpuLinear(torch.zeros(3, 64), None, torch.float32) for _ in range(2))
+    with pytest.raises(ValueError, match="takes 64 numbers, and the first gives 3"):
+        CpuRouter(second, None, by_rank=False, first=first)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     linear = CpuLinear(torch.zeros(3, 64), None, torch.float32)
     router = CpuRouter(linear, None, by_rank=True)

@@ -32,6 +32,7 @@ class Knowing(nn.Module):
     def __init__(self, lines: list[str]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(is_encoder_decoder=False)
         self.lines = lines
 
     def can_generate(self) -> bool:
@@ -112,3 +113,5 @@ def test_what_cannot_be_asked() -> None:
         run_probes(build("llama"), build_tokenizer(), 0)
     with pytest.raises(ValueError, match="continues no text: --probes cannot ask it"):
         run_probes(build("bert"), build_tokenizer(), 4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration continues no text"):
+        run_probes(build("t5-relu"), build_tokenizer(), 4)

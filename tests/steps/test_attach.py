@@ -123,6 +123,15 @@ def test_a_bottleneck_starts_as_the_nearest_map_of_its_rank(rank: int) -> None:
         assert np.abs(spread - np.eye(rank)).max() < 1e-2
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_a_bottleneck_starts_on_fewer_tokens_than_its_inputs(tokens: int) -> None:
+    """As an expert of an MoE host may see: what they do not span is left alone."""
+    model = attached(build("llama"), Attach("bottleneck", {"rank": 3}), text()[:1, :tokens])
+    assert torch.isfinite(logits(model)).all()
+    for ffn in expert_ffns(model):
+        assert all(torch.isfinite(number).all() for number in ffn.router.parameters())
+
+
 def test_a_bottleneck_as_wide_as_its_inputs_is_the_ridge() -> None:
     donor = build("llama")
     wide = attached(donor, Attach("bottleneck", {"rank": 99}), text())

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from moe_tools.experts.conversion import Conversion, divided, write_conversion
 from moe_tools.experts.division import Division
 from moe_tools.experts.experts import Routing, expert_ffns
 from moe_tools.experts.importance import Importance
 from moe_tools.experts.routing import record_routing
 from moe_tools.experts.selectors import Selector, Threshold, TopK
-from moe_tools.hosts.ffn import find_ffns
+from moe_tools.hosts.ffn import find_ffns, unfused_ffns
+from moe_tools.hosts.moe_host import unfuse_experts
 from moe_tools.training.losses import (
     LOSSES,
     SEPARABILITY_MARGIN,
@@ -219,6 +221,21 @@ def test_group_hoyer_by_hand() -> None:
     assert group_hoyer(seen).item() == pytest.approx(expected, rel=1e-4)
     scaled = Observed(hidden_TF=[1000 * h_TF], experts=[experts_of_two()])
     assert group_hoyer(scaled).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_group_hoyer_pairs_h_with_the_experts_of_its_own_ffn(family: str) -> None:
+    """A host may call its shared expert before those that it lists first."""
+    model = build(family)
+    unfuse_experts(model)
+    write_conversion(model, Conversion("donor", 4))
+    downs = {ffn.name: ffn.weights().down_FD for ffn in unfused_ffns(model)}
+    with watch_ffns(model, {"hidden"}) as seen, torch.no_grad():
+        model(input_ids=torch.arange(3, 40)[None])
+    assert sorted(seen.hidden_of) == sorted(downs)
+    found = divided(model)
+    for name in seen.hidden_of:
+        assert torch.equal(found[name].down_FD, downs[name])
 
 
 def test_group_hoyer_has_a_finite_gradient_where_nothing_fires() -> None:

@@ -88,5 +88,9 @@ def test_a_run_that_resumes_goes_on_with_the_beta_of_its_step(tmp_path: Path) ->
 def test_what_has_no_beta_to_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"beta rises in Swish alone: put `swap: .*swish_beta"):
         train(build("llama"), STEP, text(16), tmp_path)
+    flat = build("llama")
+    swap(flat, Swap({"kind": "swish_beta", "beta": 0.0}), Conversion("donor"), NO_TEXT)
+    with pytest.raises(ValueError, match="beta rises by ratios, and starts at 0"):
+        train(flat, STEP, text(16), tmp_path)
     with pytest.raises(ValueError, match=r"beta is 0\.0, but must be above 0"):
         replace(STEP, beta=0.0).check()

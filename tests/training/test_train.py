@@ -384,7 +384,9 @@ def own_rows(router: str) -> PreTrainedModel:
     return model
 
 
-def test_a_target_that_varies_is_met_in_every_step(tmp_path: Path) -> None:
+def test_a_target_that_varies_is_met_in_every_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As close as one batch tells about the next; the last step leaves the target itself."""
     step = replace(SOFT, mode="straight", losses={"lm": 1.0}, batch_size=32, lr=0.0, router_lr=0.0)
     step = replace(step, target_sparsity=0.5, vary=0.3, ramp=0.0)
@@ -397,10 +399,12 @@ def test_a_target_that_varies_is_met_in_every_step(tmp_path: Path) -> None:
     reference = Reference(0.0, 0.5, 40, 0.0, 0.3)
     drawn = [reference.after(at) for at in range(1, 40)]
     with observe_routing(model, see):
-        train(model, step, text(32 * 40), tmp_path)
+        measured = train(model, step, text(32 * 40), tmp_path)
     pairs = [sum(met[at : at + 2]) / 2 for at in range(2, 80, 2)]  # two FFNs; after the first step
     assert [*pairs] == pytest.approx(drawn, abs=0.06)
     assert min(drawn) < 0.25 and max(drawn) > 0.75
+    assert measured["sparsity"] == pytest.approx(0.5, abs=0.04)
+    assert "asked for" not in caplog.text
     assert sparsity(model, text(320)) == pytest.approx(0.5, abs=0.02)
 
 
@@ -415,6 +419,26 @@ def test_what_inputs_drop_varies_with_it_and_ends_where_it_was(tmp_path: Path) -
     train(model, step, text(80), tmp_path)
     assert len(set(seen)) > 15 and min(seen) < before[next(iter(before))] < max(seen)
     assert {path: one.at for path, one in thresholds_in(model).items()} == pytest.approx(before)
+
+
+def test_a_varied_step_is_looked_at_where_it_was_asked_for(tmp_path: Path) -> None:
+    """Not where the next step has drawn it: the looks of a curve compare."""
+    step = replace(SOFT, mode="straight", losses={"lm": 1.0}, batch_size=32, lr=0.0, router_lr=0.0)
+    step = replace(step, target_sparsity=0.5, ramp=0.0, evaluate_every=1)
+    looks = [
+        [
+            one["heldout_lm"]
+            for one in train(
+                converted(),
+                replace(step, vary=vary),
+                text(32 * 8),
+                tmp_path / f"{vary}",
+                held_out=text(96),
+            )["history"]
+        ]
+        for vary in (0.0, 0.4)
+    ]
+    assert looks[1][2:] == pytest.approx(looks[0][2:], abs=2e-3)
 
 
 def drop_inputs(model: PreTrainedModel, share: float) -> None:

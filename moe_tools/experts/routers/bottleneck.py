@@ -32,8 +32,8 @@ from moe_tools.hosts.ffn import FFN
 
 SPREAD = 2.0
 """Standard deviation of the started logits, as that of sigmoid routers."""
-LEAST_MOMENT = 1e-6
-"""Added to the inputs' second moments, as a share of their mean, so that they can be factored."""
+LEAST_VARIANCE = 1e-6
+"""Of the largest: directions of the inputs that vary less were not seen, or are rounding."""
 
 
 class BottleneckRouter(LabelRouter):
@@ -107,11 +107,12 @@ class BottleneckStart(RidgeStart):
         weight_DR, mean_D = solution_DR[:-1], moment_DD[-1, :-1]
         rank = min(len(router.first.weight), *weight_DR.shape)
         covariance_DD = moment_DD[:-1, :-1] - mean_D.outer(mean_D)
-        covariance_DD.diagonal().add_(LEAST_MOMENT * covariance_DD.diagonal().mean())
-        root_DD = torch.linalg.cholesky(covariance_DD)
-        whitened_DR = root_DD.T @ weight_DR
+        variance_D, axes_DD = torch.linalg.eigh(covariance_DD)
+        seen_D = variance_D > LEAST_VARIANCE * variance_D[-1]  # few tokens span no more
+        root_D = torch.where(seen_D, variance_D.clamp_min(0).sqrt(), 0.0)
+        whitened_DR = root_D[:, None] * (axes_DD.T @ weight_DR)
         lead_DK = torch.linalg.eigh(whitened_DR @ whitened_DR.T).eigenvectors[:, -rank:]
-        first_DK = torch.linalg.solve_triangular(root_DD.T, lead_DK, upper=True)
+        first_DK = axes_DD @ (torch.where(seen_D, 1 / root_D, 0.0)[:, None] * lead_DK)
         second_KR = lead_DK.T @ whitened_DR
         mean_R = solution_DR[-1] + mean_D @ weight_DR
         mean = mean_R.mean()
