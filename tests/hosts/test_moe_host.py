@@ -34,6 +34,7 @@ from tests.families import (
 every_moe = pytest.mark.parametrize("family", [*MOE, *FUSED])
 ROUTERS = (
     "sigmoid",
+    "bottleneck",
     "softmax",
     "mlp",
     "low_rank",

@@ -107,12 +107,13 @@ def test_a_token_of_a_routed_ffn_is_three_launches(monkeypatch: pytest.MonkeyPat
         ("sigmoid", "list_routed"),
         ("mlp", "list_routed"),
         ("low_rank", "list_routed"),
+        ("bottleneck", "list_routed"),
         ("few_bits", "list_proposed"),
         ("norm", "list_experts"),
     ],
 )
 def test_every_kind_of_router(router: str, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    of_neurons = router in ("low_rank", "few_bits")
+    of_neurons = router in ("low_rank", "bottleneck", "few_bits")
     selector = LOW if router == "few_bits" else {"kind": "threshold", "tau": 0.4}
     model = make(router=router, expert_size=1 if of_neurons else 4, selector=selector)
     with launches(monkeypatch) as seen:
@@ -216,7 +217,7 @@ def test_generate_with_a_static_cache_is_one_graph_a_token(router: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("router", ["sigmoid", "low_rank", "few_bits", "norm"])
+@pytest.mark.parametrize("router", ["sigmoid", "bottleneck", "low_rank", "few_bits", "norm"])
 def test_the_host_reads_nothing(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Around the operators; inside them, launches are made of shapes."""
     model = make(router=router, expert_size=1 if router == "few_bits" else 4, selector=LOW)

@@ -74,6 +74,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "constants": lambda: routed(wider("llama"), constants=True),
     "mlp": lambda: routed(wider("llama"), "mlp"),
     "low_rank": lambda: routed(wider("llama"), "low_rank", HALF, size=1),
+    "bottleneck": lambda: routed(wider("llama"), "bottleneck", HALF, size=1),
     "norm": lambda: routed(wider("llama"), "norm", {"kind": "topk", "k": 2}),
     "similarity": lambda: routed(wider("llama"), "similarity"),
     "mean_gate": lambda: routed(wider("qwen2"), "mean_gate"),

@@ -162,12 +162,12 @@ def test_odd_widths_stay_as_they_are(dtype: torch.dtype, width: int) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", ["sigmoid", "low_rank", "mlp"])
+@pytest.mark.parametrize("kind", ["sigmoid", "bottleneck", "low_rank", "mlp"])
 def test_routers_of_an_optimised_model_are_packed(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = build("llama", hidden_size=64)
     selector = {"kind": "threshold", "tau": 0.5}
-    options = {"rank": 32} if kind == "low_rank" else {}
+    options = {"rank": 32} if kind in ("low_rank", "bottleneck") else {}
     attach_experts(model, Conversion("donor", 8, kind, selector, router_options=options))
     for module in model.modules():
         if isinstance(module, ProductFP32):
