@@ -134,8 +134,8 @@ def run(args: argparse.Namespace) -> int:
     from moe_tools.report.compare import compare
     from moe_tools.report.plot import plot
     from moe_tools.report.setup import Setup
-    from moe_tools.report.sweep import sweep
     from moe_tools.runs.baselines import default_after, measure_beside
+    from moe_tools.runs.sweep import sweep
 
     check_protocol_options(args)
     if args.plot:

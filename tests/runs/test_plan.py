@@ -49,7 +49,8 @@ def test_a_shipped_recipe_can_be_run_on_its_model(name: str, models: Path) -> No
     trained = max((step.trained for step in found.steps), default=0)
     (source,) = found.data
     assert source.name == recipe.data and source.tokens >= (recipe.epoch_tokens or found.tokens)
-    if any(isinstance(step, Train) and step.parts == "all" for step in recipe.steps):
+    steps = [step for step in recipe.steps if isinstance(step, Train) and step.amount]
+    if any(step.parts == "all" for step in steps):
         assert trained >= found.parameters
         assert found.memory["1"]["0"] >= ADAM * found.parameters
         assert found.memory["64"]["3"] < found.memory["64"]["0"]

@@ -681,7 +681,7 @@ MISTAKES: dict[str, tuple[Callable[[Recipe], Recipe], str]] = {
     "attach twice": (with_steps(Split(), Attach(), Attach()), "is routed already"),
     "target of top-k": (
         with_steps(Split(), Attach(selector={"kind": "topk", "k": 2}), SOFT),
-        "a target sparsity needs sigmoid routers under a threshold",
+        "a target sparsity needs a threshold; with top-k, k sets the sparsity",
     ),
     "more than all experts": (
         with_steps(Split(), Attach(selector={"kind": "topk", "k": 7})),
