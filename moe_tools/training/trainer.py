@@ -18,24 +18,21 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from moe_tools import processes
 from moe_tools.data import Batch, Batches
-from moe_tools.experts.conversion import divided, read_block
+from moe_tools.experts.conversion import divided
 from moe_tools.experts.experts import Routing, every_expert_on, expert_ffns
-from moe_tools.experts.line import add_, move_line, sample_distances
+from moe_tools.experts.line import add_
 from moe_tools.experts.routing import record_routing
-from moe_tools.experts.selectors import build_selector, describe_selector
-from moe_tools.hosts.input_threshold import MOST
 from moe_tools.hosts.inputs import model_inputs
 from moe_tools.hosts.isolation import prove_isolation
 from moe_tools.names import IGNORE
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import rate_factor
-from moe_tools.thresholds.rows import input_sparsity, read_rows, set_input_sparsity
 from moe_tools.training import checkpointing, zero
 from moe_tools.training.arguments import BatchItems, batch_of, only, training_arguments
 from moe_tools.training.cached_teacher import as_logp
 from moe_tools.training.checkpoints import CheckpointingTrainer
-from moe_tools.training.controller import Reference, followed
 from moe_tools.training.figures import Figures, sparsity_of, zeros_of
+from moe_tools.training.following import Following
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.loss_weights import LossWeights
@@ -97,14 +94,10 @@ class RecipeTrainer(CheckpointingTrainer):
         self.step, self.steps, self.groups, self.launch = step, steps, groups, launch
         self.donor = None if teaching.model is None else teaching.model.eval()
         self.weights = LossWeights(step)
+        add = zero.add_ if launch.deepspeed is not None else add_
+        self.following = Following(model, step, steps, self.weights, add)
         self.sharpening = sharpening(model, step.beta, step.ramp)
         self.options = {"use_cache": False} if model.can_generate() else {}
-        self.start: float | None = None
-        self.distances: list[Tensor] = []
-        self.distance_S = torch.empty(0)
-        """Those of the optimizer step that ended last, of all processes."""
-        self.inputs = read_rows(read_block(model.config))
-        """Thresholds on inputs as they are at the start of the step, which `vary` moves too."""
         self.even = _even(batches)
         """Whether every pass learns as many tokens."""
         self.shares: list[Tensor] = []
@@ -268,26 +261,18 @@ class RecipeTrainer(CheckpointingTrainer):
         if hidden_TF:
             values["zeros"] = zeros_of(hidden_TF)
         self.figures.add(values)
-        if routings and self._shifts:
-            passes = self.step.accumulate * processes.count()
-            self.distances.append(sample_distances(self.model, routings, passes))
+        self.following.note(routings)
 
     def end_step(self) -> None:
         """Ends an optimizer step: follows the reference, and keeps what is logged."""
         self.last = self.read | self.weights.moving()
         self.figures = Figures()
-        if self.step.target_sparsity is not None:
-            self._follow()
+        at = self.state.global_step
+        self.last |= self.following.follow(self.last, at)
         if self._evaluates:
             self.last |= self._measure()
-        if self._shifts and self.step.vary:
-            self._vary()
-        self.state.stateful_callbacks[DRIVE] = {
-            "start": self.start,
-            "controller": self.weights.state(),
-            "last": self.last,
-            "selectors": [describe_selector(ffn.selector) for ffn in expert_ffns(self.model)],
-        }
+        self.following.vary(at)
+        self.state.stateful_callbacks[DRIVE] = {**self.following.state(), "last": self.last}
 
     @property
     def _evaluates(self) -> bool:
@@ -313,47 +298,6 @@ class RecipeTrainer(CheckpointingTrainer):
         if limit is not None and not last and limit.is_up():
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def _follow(self) -> None:
-        measured = followed(self.last, self.step.drive)
-        if self.start is None:
-            self.start = measured
-        at, reference = self.state.global_step, self._reference()
-        self.last["reference"] = reference.at(at)
-        if self.weights.controller is not None:
-            self.weights.controller.update(reference.at(at), measured)
-        if self._shifts:
-            self.distance_S = processes.gather_rows(torch.cat(self.distances))
-            damping = 1.0 if self.step.vary else 0.5  # what was drawn is left behind at once
-            self._move(reference.at(at), damping)
-            self._drop_inputs(0.0)
-        self.distances = []
-
-    def _move(self, sparsity: float, damping: float = 1.0) -> None:
-        add = zero.add_ if self.is_deepspeed_enabled else add_
-        self.distance_S += move_line(self.model, self.distance_S, sparsity, damping, add)
-
-    def _drawn(self) -> float:
-        """How far the sparsity of the step that follows is from the reference."""
-        at, reference = self.state.global_step, self._reference()
-        return reference.after(at) - reference.at(at)
-
-    def _vary(self) -> None:
-        """Moves everything to where the next step has drawn it; the reference was for the looks."""
-        self._move(self._reference().after(self.state.global_step))
-        self._drop_inputs(self._drawn())
-
-    def _drop_inputs(self, drawn: float) -> None:
-        """Lets thresholds on inputs, if any, drop so much more than they did at first."""
-        if not self.inputs or not self.step.vary:
-            return
-        dropped = min(MOST, max(0.0, input_sparsity(self.inputs) + drawn))
-        set_input_sparsity(self.model, dropped, start=self.inputs)
-
-    @property
-    def _shifts(self) -> bool:
-        """Whether the threshold of the routers is shifted, and no weight of a loss is turned."""
-        return self.step.target_sparsity is not None and self.weights.controller is None
-
     def begin(self) -> None:
         """Goes on where a checkpoint stopped, or begins; called before the first step of a run."""
         batches = self.train_dataset.batches
@@ -370,13 +314,8 @@ class RecipeTrainer(CheckpointingTrainer):
             zero.complete_resume(engine.basic_optimizer, self.lr_scheduler)
         saved = self.state.stateful_callbacks.get(DRIVE)
         if saved is not None:
-            self.start, self.last = saved["start"], saved["last"]
-            self.weights.resume(saved["controller"])
-            if "selectors" in saved:  # older ones have moved no thresholds
-                for ffn, spec in zip(expert_ffns(self.model), saved["selectors"], strict=True):
-                    ffn.selector = build_selector(spec)
-            if self.start is not None:
-                self._drop_inputs(self._drawn())
+            self.last = saved["last"]
+            self.following.resume(saved, self.state.global_step)
         self.throughput.restart()
 
     def enter_step(self, step: int, steps: int) -> None:
@@ -391,12 +330,6 @@ class RecipeTrainer(CheckpointingTrainer):
             getattr(self.model, f"{checkpointing.NAME}_disable")()
         if self.is_deepspeed_enabled:
             zero.make_plain(self.model, self.deepspeed, self.dtypes, everywhere=self.everywhere)
-
-    def _reference(self) -> Reference:
-        assert self.start is not None
-        step, steps = self.step, self.state.max_steps
-        assert step.target_sparsity is not None
-        return Reference(self.start, step.target_sparsity, steps, step.ramp, step.vary)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds our figures to the Trainer's, and says them."""
