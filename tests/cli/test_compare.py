@@ -165,7 +165,7 @@ def test_a_folder_with_thresholds_is_swept_without_its_text(run: Run, work: Path
 def test_one_folder_works_at_the_sparsities_that_are_asked(run: Run, work: Path) -> None:
     convert = ("convert", "--method", "lte_thresholds", "--model", "donor", "--data", "text.txt")
     sizes = ("--block-length", "16", "--eval-tokens", "0", "--tokens", "256")
-    assert run(*convert, *sizes, "--output", "one")[0] == 0
+    assert run(*convert, *sizes, "--expert-size", "2", "--output", "one")[0] == 0
     _, low, high = rows_of(run, "one", "--operate", "0.2", "0.6")
     assert [point["setting"] for point in (low, high)] == [{"sparsity": 0.2}, {"sparsity": 0.6}]
     for point, asked in ((low, 0.2), (high, 0.6)):
