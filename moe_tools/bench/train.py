@@ -24,6 +24,7 @@ from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
 from moe_tools.experts.experts import LEARNING
 from moe_tools.recipe import Attach, Recipe, Split, Train
 from moe_tools.steps.launch import Launch
+from moe_tools.steps.schedules import Weight
 from moe_tools.training.losses import needs_donor
 from moe_tools.training.parts import trainable_parts
 from moe_tools.training.teacher import Teaching
@@ -58,14 +59,15 @@ def bench_train(
 
     Args:
         source: a dense model.
-        recipe: its split, attach and first routed train step are timed.
+        recipe: its split, attach and first routed train step are timed, without a teacher: its
+            pass is one of the dense model, where `teacher` says, and stands in for no other.
         dtype: of the host's weights.
         device: where.
         length: tokens of a block.
         rounds: that count; one before them does not.
 
     Raises:
-        ValueError: no routed train step, or one that needs a donor.
+        ValueError: no routed train step.
     """
     step = _routed_step(recipe)
     plain = Train(tokens=1, batch_size=step.batch_size, accumulate=step.accumulate, lr=step.lr)
@@ -90,9 +92,10 @@ def _routed_step(recipe: Recipe) -> Train:
         raise ValueError(
             f"recipe {recipe.name} has no soft, straight or weighted train step to time"
         )
-    if needs_donor(routed[0].losses):
-        raise ValueError(f"recipe {recipe.name} distils from a donor: what it costs is a choice")
-    return routed[0]
+    step = routed[0]
+    losses: dict[str, Weight] = {"lm": 1.0}
+    losses |= {name: weight for name, weight in step.losses.items() if not needs_donor([name])}
+    return replace(step, losses=losses, teacher="whole")
 
 
 def _route(model: PreTrainedModel, recipe: Recipe, step: Train) -> None:

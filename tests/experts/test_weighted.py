@@ -465,12 +465,15 @@ def test_an_optimised_model_does_not_become_weighted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid without a bias"])
-def test_a_target_needs_a_bias(kind: str) -> None:
+def test_a_target_needs_a_threshold_and_no_bias(kind: str) -> None:
+    step = Train(tokens=1, mode="weighted", target_sparsity=0.3)
     model = build("llama")
     attach_experts(model, replace(TOP, **of_kind(kind), selector={"kind": "threshold", "tau": 0.1}))
-    step = Train(tokens=1, mode="weighted", target_sparsity=0.3)
-    with pytest.raises(ValueError, match="needs sigmoid routers under a threshold, with a bias"):
-        check_train(model, step, donor=None)
+    check_train(model, step, donor=None)
+    top = build("llama")
+    attach_experts(top, replace(TOP, **of_kind(kind)))
+    with pytest.raises(ValueError, match="a target sparsity needs a threshold; with top-k, k sets"):
+        check_train(top, step, donor=None)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
