@@ -30,7 +30,7 @@ PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 48, 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this verb's options."""
     parser.add_argument("--output", default="demo", help="folder of the converted models")
-    parser.add_argument("--tokens", type=positive, default=49_152, help="training tokens of LTE")
+    parser.add_argument("--tokens", type=positive, default=32_768, help="training tokens of LTE")
     parser.add_argument("--eval-tokens", type=zero_or_more, default=8_192, help="held-out tokens")
     parser.add_argument(
         "--no-train", action="store_true", help="only the conversion without training"
