@@ -129,7 +129,8 @@ class Following:
 
     def _move(self, sparsity: float, damping: float = 1.0) -> None:
         shift = move_line(self.model, self.distance_S, sparsity, damping, self.add)
-        self.distance_S += shift
+        if self.step.vary:  # then they are moved once more
+            self.distance_S += shift
 
     def _drawn(self, at: int) -> float:
         """How far the sparsity of the step behind `at` is from the reference."""

@@ -1,4 +1,4 @@
-"""Trim moves one line for all routers: the stated share is met, the order of scores stays."""
+"""One line for all routers moves: the stated share is met, the order of scores stays."""
 
 from __future__ import annotations
 

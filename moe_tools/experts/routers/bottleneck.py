@@ -118,10 +118,9 @@ class BottleneckStart(RidgeStart):
         mean = mean_R.mean()
         variance = (second_KR.square().sum(0) + mean_R.square()).mean() - mean.square()
         scale = logit_scale(router.spread, variance)
-        below = torch.special.ndtri(torch.tensor(self.sparsity, dtype=torch.double))
         constant_R = mean_R - (mean_D @ first_DK) @ second_KR
         router.first.weight.zero_()[:rank] = first_DK.T
         router.second.weight.zero_()[:, :rank] = second_KR.T * scale
         cast("nn.Parameter", router.second.bias).copy_(
-            (constant_R - mean) * scale - router.spread * below
+            (constant_R - mean) * scale + self.line(router.spread)
         )

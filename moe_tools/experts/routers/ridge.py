@@ -92,9 +92,12 @@ class RidgeStart(Starter):
             return
         mean = (moment_DD[-1] @ solution_DR).mean()
         scale = logit_scale(router.spread, second_R.mean() - mean.square())
-        below = torch.special.ndtri(torch.tensor(self.sparsity, dtype=torch.double))
         router.weight.copy_(solution_DR[:-1].T * scale)
-        router.bias.copy_((solution_DR[-1] - mean) * scale - router.spread * below)
+        router.bias.copy_((solution_DR[-1] - mean) * scale + self.line(router.spread))
+
+    def line(self, spread: float) -> Tensor:
+        """What is added to normal logits of mean 0, that `sparsity` of them are below zero."""
+        return -spread * torch.special.ndtri(torch.tensor(self.sparsity, dtype=torch.double))
 
     def solve(self, *, constant: bool) -> tuple[Tensor, Tensor]:
         """The ridge's solution, (inputs, R), and the inputs' second moments, both in fp64.
