@@ -65,6 +65,7 @@ from moe_tools.checkpoint.auto import transformers_patched
 from moe_tools.experts.conversion import Conversion, attach_experts, read_conversion
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.routers import BottleneckRouter
+from moe_tools.experts.routing import record_routing
 from moe_tools.hosts.ffn import host_state_dict
 
 NEURONS = 48
@@ -335,6 +336,15 @@ def randomize(model: nn.Module) -> None:
         last = getattr(ffn.router, "second", ffn.router)
         last.weight.normal_()
         last.bias.normal_(std=0.1)
+
+
+@torch.no_grad()
+def sparsity(model: PreTrainedModel, blocks_BT: Tensor) -> float:
+    """Share of the experts off, over tokens and FFNs."""
+    with record_routing(model) as routings:
+        model(input_ids=blocks_BT)
+    off = sum(int((~routing.mask_TE).sum()) for routing in routings)
+    return off / sum(routing.mask_TE.numel() for routing in routings)
 
 
 def host_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

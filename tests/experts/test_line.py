@@ -23,6 +23,7 @@ from tests.families import (
     per_neuron,
     randomize,
     routed,
+    sparsity,
 )
 
 ROUNDS = 3
@@ -51,14 +52,6 @@ def converted(selector: dict[str, float | str] | None = None) -> PreTrainedModel
     model, _ = routed(build("llama"), Conversion("donor", EXPERT_SIZE, "sigmoid", spec))
     randomize(model)
     return model
-
-
-@torch.no_grad()
-def sparsity(model: PreTrainedModel, blocks_BT: Tensor) -> float:
-    with record_routing(model) as routings:
-        model(input_ids=blocks_BT)
-    off = sum(int((~routing.mask_TE).sum()) for routing in routings)
-    return off / sum(routing.mask_TE.numel() for routing in routings)
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.2])

@@ -37,7 +37,17 @@ from moe_tools.training.controller import Reference
 from moe_tools.training.losses import Observed, efficiency, separability
 from moe_tools.training.parts import trainable_parts
 from moe_tools.training.train import train
-from tests.families import EXPERT_SIZE, EXPERTS, SPLIT, build, is_router, logits, randomize, routed
+from tests.families import (
+    EXPERT_SIZE,
+    EXPERTS,
+    SPLIT,
+    build,
+    is_router,
+    logits,
+    randomize,
+    routed,
+    sparsity,
+)
 
 LENGTH = 16
 LTE = {"lm": 1.0, "efficiency": 0.1, "separability": 0.1}
@@ -77,14 +87,6 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 def equal(one: nn.Module, other: nn.Module) -> bool:
     return not changed(one, state(other))
-
-
-@torch.no_grad()
-def sparsity(model: PreTrainedModel, blocks_BT: Tensor) -> float:
-    with record_routing(model) as routings:
-        model(input_ids=blocks_BT)
-    off = sum(int((~routing.mask_TE).sum()) for routing in routings)
-    return off / sum(routing.mask_TE.numel() for routing in routings)
 
 
 def language_loss(model: PreTrainedModel, blocks_BT: Tensor) -> Tensor:
