@@ -17,6 +17,7 @@ from moe_tools.steps.swap import swap
 from moe_tools.training.sharpen import Sharpening, swishes
 from moe_tools.training.train import train
 from tests.families import build, logits
+from tests.training.test_train import Killed, kill_at
 
 STEP = Train(tokens=1, batch_size=4, lr=1e-3, beta=16.0, ramp=0.5)
 NO_TEXT = torch.empty(0, 8, dtype=torch.long)
@@ -68,16 +69,8 @@ def test_a_run_that_resumes_goes_on_with_the_beta_of_its_step(tmp_path: Path) ->
     step = replace(STEP, checkpoint_every=3)
     through, killed = swished(), swished()
     train(through, step, text(48), tmp_path / "through")
-    calls = 0
-
-    def kill(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-
-    killed.register_forward_pre_hook(kill)
-    with pytest.raises(KeyboardInterrupt):
+    kill_at(killed, 6)
+    with pytest.raises(Killed):
         train(killed, step, text(48), tmp_path / "work")
     resumed = swished()
     train(resumed, step, text(48), tmp_path / "work")
