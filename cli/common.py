@@ -13,6 +13,7 @@ from moe_tools import processes
 from moe_tools.checkpoint.quiet import quiet_transformers
 from moe_tools.disk import writing
 from moe_tools.inference.optimized import PACKED
+from moe_tools.report.repeats import print_repeats
 from moe_tools.report.report import Row, print_table, to_json
 
 __all__ = [
@@ -87,8 +88,13 @@ def table_file(json: str | None) -> TextIO:
 
 
 def show_rows(rows: Sequence[Row], json: str | None) -> None:
-    """Prints rows as a table, and writes them to the target of `--json`, if there is one."""
-    print_table(rows, table_file(json))
+    """Prints rows as a table, and writes them to the target of `--json`, if there is one.
+
+    Rows that differ in their seed alone have a second table, of their means.
+    """
+    file = table_file(json)
+    print_table(rows, file)
+    print_repeats(rows, file)
     if json:
         write_text(to_json(rows), json)
 

@@ -28,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", help="docs, a file or folder (FILE:COLUMN), a hub dataset, or self"
     )
-    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="one run of each, and a table of their mean and range; default: the recipe's",
+    )
     add_baseline_options(parser)
     parser.add_argument(
         "--eval-tokens", type=positive, help="default: 32768; with --protocol, the whole text"
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         after=args.after,
         tokens=args.tokens,
         data=args.data,
-        seed=args.seed,
+        seeds=tuple(args.seed or (None,)),
         eval_tokens=args.eval_tokens or (32768 if args.protocol is None else None),
         protocol=args.protocol,
         copy=args.eval_data,

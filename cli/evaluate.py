@@ -89,14 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=float,
         metavar="VALUE",
-        help="one folder at these values of tau, of top-k's share or of p; default: tenths",
+        help="each folder at these values of tau, of top-k's share or of p; default: tenths",
     )
     parser.add_argument(
         "--operate",
         nargs="+",
         type=float,
         metavar="S",
-        help="one folder with these shares off, of its neurons and of its inputs, whichever its "
+        help="each folder with these shares off, of its neurons and of its inputs, whichever its "
         "method leaves out; one line for all FFNs is found on training text",
     )
     add_baseline_options(parser)
@@ -160,14 +160,12 @@ def run(args: argparse.Namespace) -> int:
         tasks=Tasks(tuple(args.tasks), args.task_folder, args.limit, args.bos),
         probes=args.probes,
     )
-    if args.sweep is not None:
-        _only(args.folder, "--sweep")
-    if args.operate:
-        _only(args.folder, "--operate")
-        if args.sweep is not None:
-            raise ValueError("--sweep and --operate both say where one folder works: give one")
+    if args.operate and args.sweep is not None:
+        raise ValueError("--sweep and --operate both say where a folder works: give one")
     if args.card:
-        check_card(_only(args.folder, "--card"))
+        if len(args.folder) > 1:
+            raise ValueError(f"--card takes one folder, not {len(args.folder)}")
+        check_card(Path(args.folder[0]))
     beside = partial(
         measure_beside,
         names=args.baselines,
@@ -182,19 +180,13 @@ def run(args: argparse.Namespace) -> int:
             by = bool(args.operate)
             values = args.operate or args.sweep
             given = {"by_sparsity": by, "donor": args.donor, "beside": beside}
-            rows = sweep(args.folder[0], setup, values, **given)
+            rows = sweep(args.folder, setup, values, **given)
     if args.card:
         write_figures(Path(args.folder[0]), rows)
     show_rows(rows, args.json)
     if args.plot:
         plot(rows, args.plot)
     return 0
-
-
-def _only(folders: list[str], option: str) -> Path:
-    if len(folders) > 1:
-        raise ValueError(f"{option} takes one folder, not {len(folders)}")
-    return Path(folders[0])
 
 
 def _recipe_data(folder: str) -> str:

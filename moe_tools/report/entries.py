@@ -12,6 +12,7 @@ from moe_tools.experts.prediction import merge_predictions
 from moe_tools.measure.evaluate import Evaluation
 from moe_tools.measure.traffic import Traffic
 from moe_tools.names import CONFIG, CONTROL, METRICS
+from moe_tools.report.repeats import made_by
 from moe_tools.report.report import Role, Row
 from moe_tools.report.setup import Setup
 
@@ -81,6 +82,7 @@ def row(
         tokens=seen.tokens,
         text=text,
         run_text=run.get("text", ""),
+        **(made_by(entry.folder) if role == "model" else {}),
         seconds=seen.seconds,
         data=setup.measured,
         protocol=setup.called,

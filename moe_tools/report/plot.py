@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_tools.extras import needed
+from moe_tools.report.repeats import repeats
 from moe_tools.report.report import Row, check_one_text
 
 
@@ -15,10 +16,11 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
     """Writes a picture, in the format of the file's suffix: a line for every series of points.
 
     Two panels have one quality over two prices: the bytes that a token reads of the FFNs, over
-    those in bf16, and their FLOPs. Rows of the same recipe or folder are one series; donors and
-    controls are points, and lines to compare with. The better points lie below and to the left,
-    those of an accuracy above. Perplexities are divided by the donor's, where all have one, and
-    shown up to `MOST` times it.
+    those in bf16, and their FLOPs. Rows of the same recipe or folder are one series, and rows that
+    differ in their seed alone one point, their mean, with a bar from the least to the most; donors
+    and controls are points, and lines to compare with. The better points lie below and to the
+    left, those of an accuracy above. Perplexities are divided by the donor's, where all have one,
+    and shown up to `MOST` times it.
 
     Raises:
         ValueError: no row to draw, or rows of two texts.
@@ -86,25 +88,58 @@ def _quality(rows: Sequence[Row]) -> Quality:
     return Quality("perplexity", "log", lambda row: row.perplexity)
 
 
+class Point(NamedTuple):
+    """One model, or several that differ in their seed alone."""
+
+    share: float
+    value: float
+    below: float = 0.0
+    """From the least of several to their mean."""
+    above: float = 0.0
+
+
 def _draw(axes: Any, rows: Sequence[Row], panel: Panel, quality: Quality) -> None:
-    series: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        dense = row.role != "model"
-        series[f"{row.role}, dense" if dense else row.series or row.model].append(row)
-    for name, points in series.items():
-        ordered = sorted(points, key=lambda row: panel.share(row) or 0.0)
-        shares, values = map(panel.share, ordered), map(quality.of, ordered)
-        style = {"donor": ("dotted", "D"), "control": ("dashed", "s"), "model": ("solid", "o")}
-        line, marker = style[ordered[0].role]
-        colour = None if ordered[0].role == "model" else "gray"
-        label = _plain(name)
-        axes.plot(list(shares), list(values), marker=marker, ls=line, color=colour, label=label)
-        if colour:
-            for row in ordered:
-                axes.axhline(quality.of(row), linestyle=line, color=colour)
+    for role in ("donor", "control"):
+        dense = [row for row in rows if row.role == role]
+        if dense:
+            _draw_dense(axes, dense, panel, quality)
+    for name, points in _series(rows, panel, quality).items():
+        shares, values, below, above = zip(*sorted(points), strict=True)
+        bars = (below, above) if any(above) else None
+        axes.errorbar(shares, values, bars, marker="o", capsize=3, label=_plain(name))
     axes.set_xlabel(panel.title)
     axes.set_yscale(quality.scale)
     axes.grid(visible=True, which="both", alpha=0.3)
+
+
+def _draw_dense(axes: Any, rows: Sequence[Row], panel: Panel, quality: Quality) -> None:
+    """Points, and a line across the picture from each."""
+    line, marker = {"donor": ("dotted", "D"), "control": ("dashed", "s")}[rows[0].role]
+    style = {"linestyle": line, "color": "gray"}
+    ordered = sorted(rows, key=lambda row: panel.share(row) or 0.0)
+    shares, values = map(panel.share, ordered), list(map(quality.of, ordered))
+    axes.plot(list(shares), values, marker=marker, label=f"{rows[0].role}, dense", **style)
+    for value in values:
+        axes.axhline(value, **style)
+
+
+def _series(rows: Sequence[Row], panel: Panel, quality: Quality) -> dict[str, list[Point]]:
+    """Name of each line of converted models -> its points."""
+    found: dict[str, list[Point]] = defaultdict(list)
+    groups = repeats(rows)
+    for group in groups:
+        share, value = group.spread(panel.share), group.spread(quality.of)
+        if share is not None and value is not None:
+            mean, least, most = value
+            point = Point(share[0], mean, mean - least, most - mean)
+            found[group.rows[0].series or group.rows[0].method].append(point)
+    grouped = {id(row) for group in groups for row in group.rows}
+    for row in rows:
+        share_of_one, value_of_one = panel.share(row), quality.of(row)
+        if row.role == "model" and id(row) not in grouped:
+            assert share_of_one is not None and value_of_one is not None
+            found[row.series or row.model].append(Point(share_of_one, value_of_one))
+    return found
 
 
 def _plain(name: str) -> str:

@@ -71,6 +71,12 @@ class Row:
     """Fingerprint of the tokens of this evaluation: rows of two do not compare. "": not known."""
     run_text: str = ""
     """Fingerprint of the training text of the run that made the model; "": of none, or unknown."""
+    method: str = ""
+    """Name of the recipe behind the model; "": unknown."""
+    recipe: str = ""
+    """Fingerprint of that recipe and its donor, without the seed."""
+    seed: int | None = None
+    """Of that run: which training text it read, in which order, and how its parts began."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)
@@ -263,6 +269,11 @@ def _columns(first: Row) -> dict[str, Callable[[Row], str]]:
 def _name(row: Row) -> str:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
     return name + "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
+
+
+def quality_of(row: Row) -> float | None:
+    """A classifier's accuracy, else the perplexity; None: a regression has neither."""
+    return row.perplexity if row.accuracy is None else row.accuracy
 
 
 def _quality(row: Row) -> str:

@@ -31,7 +31,7 @@ class Study:
     model: str
     """The donor."""
     output: Path
-    """A folder for the runs: OUTPUT/RECIPE-SPARSITY."""
+    """A folder for the runs: OUTPUT/RECIPE-SPARSITY, with -SEED behind it if there are several."""
     sparsities: tuple[float, ...]
     baselines: tuple[str, ...] = ()
     """Of `BASELINES`, at these sparsities; on the dense control where there is one, else on the
@@ -42,7 +42,8 @@ class Study:
     tokens: int | None = None
     """Training tokens of each recipe that trains; None: as the recipe says."""
     data: str | None = None
-    seed: int | None = None
+    seeds: tuple[int | None, ...] = (None,)
+    """A run of each; None: as the recipe says."""
     eval_tokens: int | None = 32768
     """None: all."""
     protocol: str | None = None
@@ -59,10 +60,10 @@ class Study:
 
 
 def compare_recipes(study: Study) -> list[Row]:
-    """Runs every recipe at every sparsity and evaluates all of them beside the donor.
+    """Runs every recipe at every sparsity, with every seed, and evaluates all beside the donor.
 
-    A recipe that trains gets a dense control on the same tokens, once. Steps that do not depend on
-    the sparsity are done once. The same call resumes.
+    A recipe that trains gets a dense control on the same tokens, once for every seed, whose text is
+    its own. Steps that do not depend on the sparsity are done once. The same call resumes.
 
     Raises:
         ValueError: a user's mistake; every recipe is read before the first one runs. Or another
@@ -74,12 +75,13 @@ def compare_recipes(study: Study) -> list[Row]:
 
 def _compare(study: Study) -> list[Row]:
     plan = [
-        (name, sparsity, _recipe(study, name, sparsity))
+        (name, seed, sparsity, _recipe(study, name, sparsity, seed))
         for name in study.recipes
+        for seed in study.seeds
         for sparsity in study.sparsities
     ]
     setup = held_out_setup(
-        plan[0][2], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
+        plan[0][-1], tokens=study.eval_tokens, dtype=study.dtype, device=study.device
     )
     if study.protocol is not None:
         length = chosen_length(study.model, study.window, WINDOW)
@@ -95,35 +97,36 @@ def _compare(study: Study) -> list[Row]:
     setup = replace(setup, after=after)
     bench = Bench(setup, study.model)
     bench.check(study.model)
-    first: dict[str, Path] = {}
-    for name, sparsity, recipe in plan:
-        folder = study.output / f"{recipe.name}-{sparsity:g}"
+    first: dict[tuple[str, int | None], Path] = {}
+    for name, seed, sparsity, recipe in plan:
+        several = f"-{recipe.seed}" if len(study.seeds) > 1 else ""
+        folder = study.output / f"{recipe.name}-{sparsity:g}{several}"
         run(
             recipe,
             study.model,
             folder,
             dtype=study.dtype,
             device=study.device,
-            control=has_control(recipe) and name not in first,
+            control=has_control(recipe) and (name, seed) not in first,
             keep_steps=True,
-            like=first.get(name),
+            like=first.get((name, seed)),
         )
-        first.setdefault(name, folder)
-        bench.measure(str(folder), series=recipe.name, control=find_control(str(first[name])))
+        kept = first.setdefault((name, seed), folder)
+        bench.measure(str(folder), series=recipe.name, control=find_control(str(kept)))
     control = next(filter(None, (find_control(str(folder)) for folder in first.values())), None)
     measure_baselines(bench, study.baselines, study.sparsities, study.model, control)
     # a body without a head has no row
     return bench.rows(None if setup.task in HEADS else study.model)
 
 
-def _recipe(study: Study, name: str, sparsity: float) -> Recipe:
+def _recipe(study: Study, name: str, sparsity: float, seed: int | None) -> Recipe:
     recipe = read_recipe(name if Path(name).is_file() else recipe_path(name))
     recipe = with_options(
         recipe,
         target_sparsity=sparsity,
         tokens=study.tokens if recipe.train_amount() else None,
         data=study.data,
-        seed=study.seed,
+        seed=seed,
     )
     return prepare(recipe, study.model)
 

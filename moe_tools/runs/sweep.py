@@ -22,7 +22,7 @@ KNOBS = {"tau": TENTHS, "share": (*TENTHS, 1.0), "p": (*TENTHS, 0.95, 1.0)}
 
 
 def sweep(
-    source: str,
+    sources: Sequence[str],
     setup: Setup,
     values: Sequence[float] = (),
     *,
@@ -30,25 +30,33 @@ def sweep(
     donor: str | None = None,
     beside: Callable[[Bench], None] | None = None,
 ) -> list[Row]:
-    """Evaluates a converted model at every value of its selector's knob, one value for all FFNs.
+    """Evaluates converted models at every value of their selectors' knob, one value for all FFNs.
 
     Args:
-        source: a converted folder; it is read, and stays as it is.
+        sources: converted folders; they are read, and stay as they are.
         setup: text, dtype and device.
         values: of the knob (tau, share of top-k, p; without a router, the share of the inputs that
             thresholds drop); empty: `KNOBS`.
         by_sparsity: the values are shares that are off, of neurons by the router and of inputs by
             thresholds, whichever there are: one line for all FFNs, found on training text.
-        donor: stands in for the donor that the folder names.
+        donor: stands in for the donor that each folder names.
         beside: measures more on the same text, such as baselines.
 
     Returns:
-        The donor and the control, where there are any, and a row for every value.
+        Donors and controls, where there are any, and a row for every folder and value.
 
     Raises:
-        ValueError: the model is dense, or a value that the selector does not take.
+        ValueError: a model is dense, or a value that its selector does not take.
     """
-    bench = Bench(setup, source)
+    bench = Bench(setup, sources[0])
+    for source in sources:
+        _sweep(bench, source, values, by_sparsity)
+    if beside is not None:
+        beside(bench)
+    return bench.rows(donor)
+
+
+def _sweep(bench: Bench, source: str, values: Sequence[float], by_sparsity: bool) -> None:
     model = bench.load(source)
     ffns = expert_ffns(model)
     if not ffns and not thresholds_in(model):
@@ -59,9 +67,6 @@ def sweep(
         _sweep_knob(bench, source, model, values)
     else:
         _sweep_inputs(bench, source, model, values or TENTHS)
-    if beside is not None:
-        beside(bench)
-    return bench.rows(donor)
 
 
 def _sweep_knob(bench: Bench, source: str, model: PreTrainedModel, values: Sequence[float]) -> None:

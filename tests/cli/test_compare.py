@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,36 @@ def test_one_folder_works_at_the_sparsities_that_are_asked(run: Run, work: Path)
     assert rows_of(run, "dropped", "--operate", "0.5")[1]["perplexity"] == by_inputs["perplexity"]
 
 
+def test_several_folders_are_swept_beside_one_donor(run: Run, work: Path) -> None:
+    shutil.copytree(work / "out", work / "copy")
+    donor, *rest = rows_of(run, "out", "copy", "--sweep", "0.2", "0.5")
+    points = [row for row in rest if row["role"] == "model"]
+    assert donor["role"] == "donor"
+    assert [point["setting"]["tau"] for point in points] == [0.2, 0.5, 0.2, 0.5]
+    assert [point["model"] for point in points] == ["out", "out", "copy", "copy"]
+    assert points[1]["perplexity"] == points[3]["perplexity"]
+
+
+def test_seeds_are_compared_by_their_mean_and_range(
+    run: Run, recipes: list[str], work: Path
+) -> None:
+    words = ("--output", "repeated", *COMPARE, "--target-sparsity", "0.4", "--seed", "3", "5")
+    code, out, err = run("compare", "trained.yaml", *words)
+    assert code == 0, err
+    rows = json.loads((work / "repeated" / "table.json").read_text())
+    runs = [row for row in rows if row["role"] == "model"]
+    assert [row["model"] for row in runs] == ["repeated/trained-0.4-3", "repeated/trained-0.4-5"]
+    assert [row["seed"] for row in runs] == [3, 5]
+    assert runs[0]["recipe"] == runs[1]["recipe"] != ""
+    assert runs[0]["run_text"] != runs[1]["run_text"]  # the seed orders the training text
+    controls = [row["model"] for row in rows if row["role"] == "control"]
+    assert controls == [f"{row['model']}/control" for row in runs]
+    mean = sum(row["perplexity"] for row in runs) / 2
+    summary = out[out.index("trained ", out.index("trained-0.4-5")) :]
+    assert "3, 5" in summary and f"{mean:.2f} (" in summary
+    assert "mean (least to most) over seeds" in out
+
+
 def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:
     code, out, _ = run("evaluate", "out", *EVALUATE, "--sweep", "--plot", "curve.png")
     assert code == 0 and "tau 0.1" in out and "tau 0.9" in out
@@ -188,8 +219,8 @@ def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["out", "donor", "--sweep"], "--sweep takes one folder, not 2"),
-        (["out", "donor", "--operate", "0.5"], "--operate takes one folder, not 2"),
+        (["out", "donor", "--sweep"], "donor has no router and no threshold"),
+        (["out", "donor", "--card"], "--card takes one folder, not 2"),
         (["out", "--operate", "1.5"], "target_sparsity is 1.5, but must be strictly between"),
         (["out", "--operate", "0.5", "--sweep"], "--sweep and --operate both say"),
         (["donor", "--operate", "0.5"], "donor has no router and no threshold"),
