@@ -315,13 +315,7 @@ def train(
         checkpoint, launch = reshaped(checkpoint, launch)
     if seen_kinds(step.losses) or step.drive in ZEROS:
         unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
-    check_compiles(model, launch)
-    if step.target_sparsity is not None and step.drive not in ZEROS:
-        check_movable(model)
-    if launch.zero_stage == 3 and needs_experts(step.losses):
-        raise ValueError(
-            "group_hoyer needs whole down projections, and ZeRO-3 has them in shards: use zero2"
-        )
+    _check_launch(model, step, launch)
     if step.mode != "dense":
         set_mode(model, step.mode)
     steps = max(1, len(batches) // (step.accumulate * processes.count()))
@@ -361,16 +355,32 @@ def train(
             at = trainer.state.global_step
             raise launch.limit.stopped(f"after optimizer step {at:,} of {steps:,}")
         trainer.finish()
-    if step.mode in ("soft", "straight"):
-        set_mode(model, "hard")
-    if step.beta is not None:
-        write_betas(model, step.beta)
-    model.eval()
+    _leave(model, step)
     measured = trainer.summary()
     if step.target_sparsity is not None:
         looks = 1 if step.vary else LOOKS  # those before the last were of what they drew
         warn_if_missed(measured["history"][-looks:], step.target_sparsity, step.drive)
     return {**measured, "trained_tokens": token_count(batches)}
+
+
+def _check_launch(model: PreTrainedModel, step: Train, launch: Launch) -> None:
+    """Whether the step can be taken from where the model is now, as the launch says."""
+    check_compiles(model, launch)
+    if step.target_sparsity is not None and step.drive not in ZEROS:
+        check_movable(model)
+    if launch.zero_stage == 3 and needs_experts(step.losses):
+        raise ValueError(
+            "group_hoyer needs whole down projections, and ZeRO-3 has them in shards: use zero2"
+        )
+
+
+def _leave(model: PreTrainedModel, step: Train) -> None:
+    """Leaves the model as it is used: experts on or off, beta where it rose to."""
+    if step.mode in ("soft", "straight"):
+        set_mode(model, "hard")
+    if step.beta is not None:
+        write_betas(model, step.beta)
+    model.eval()
 
 
 def _warn_of_warmup(step: Train, steps: int) -> None:
