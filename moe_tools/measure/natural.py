@@ -31,7 +31,7 @@ from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, unfused_ffns
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import run_layers
 from moe_tools.hosts.zeros import zero_share
 
 CETT = 0.2
@@ -118,7 +118,7 @@ def observe(model: PreTrainedModel, blocks_BT: Tensor, *, batch_size: int = 4) -
     )
     with hooked(handles), evaluating(model), every_expert_on(model):
         for block_BT in blocks_BT.split(batch_size):
-            model(**model_inputs(model, block_BT.to(model.device)))
+            run_layers(model, block_BT)
     return [
         Activations(ffn.name, torch.cat(seen), ffn.weights().down_FD.detach())
         for ffn, seen in zip(ffns, kept, strict=True)

@@ -32,7 +32,7 @@ from moe_tools.experts.selectors import (
     sample_stride,
     tune_selector,
 )
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import run_layers
 from moe_tools.steps.calibrate import check_routed, check_sparsity
 from moe_tools.steps.rules import at_least, strictly_between_0_and_1
 from moe_tools.steps.spending import error_curves, spend_by_error
@@ -171,14 +171,13 @@ class _Seen:
 def _watch(model: nn.Module, blocks_BT: Blocks) -> dict[str, _Seen]:
     """Every decision on the text, by FFN."""
     found = {ffn.name: _Seen() for ffn in expert_ffns(model)}
-    device = next(model.parameters()).device
 
     def see(routing: Routing) -> None:
         found[routing.ffn].add(routing, blocks_BT.numel())
 
     with evaluating(model), observe_routing(model, see):
         for batch_BT in blocks_BT.split(BATCH):
-            model(**model_inputs(model, batch_BT.to(device)))
+            run_layers(model, batch_BT)
     for name, seen in found.items():
         if not seen.tokens:
             raise ValueError(f"{name} saw no calibration token: give more calibration tokens")

@@ -16,7 +16,7 @@ from moe_tools.data import Blocks
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.hosts.ffn import FFN, unfused_ffns
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import run_layers
 
 BATCH = 4
 """Blocks of one forward pass."""
@@ -43,10 +43,9 @@ def visit_activations(
         unseen.pop(index, None)
         visit(index, x_TD, h_TF)
 
-    device = next(model.parameters()).device
     with _hooks(ffns, note), evaluating(model), every_expert_on(model):
         for batch in tqdm(blocks_BT.split(batch_size), desc=title, disable=None, leave=None):
-            model(**model_inputs(model, batch.to(device)))
+            run_layers(model, batch)
     for ffn in unseen.values():
         raise ValueError(f"{ffn.name} saw no calibration token: give more calibration tokens")
 

@@ -19,7 +19,7 @@ from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, Mode, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.experts.selectors import Selector
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import run_layers
 
 Run = Callable[[], Tensor]
 """Runs a layer; returns y_TD."""
@@ -71,10 +71,9 @@ def visit_layers(
         model.get_submodule(path).register_forward_hook(stop(path), with_kwargs=True)
         for path in layers
     )
-    device = next(model.parameters()).device
     with hooked(handles), evaluating(model), every_expert_on(model):
         for batch_BT in tqdm(list(batches), desc=title, disable=None, leave=None):
-            model(**model_inputs(model, batch_BT.to(device)))
+            run_layers(model, batch_BT)
 
 
 def by_key(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:

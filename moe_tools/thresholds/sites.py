@@ -21,7 +21,7 @@ from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
 from moe_tools.hosts.ffn import FFN, unfused_ffns
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import run_layers
 from moe_tools.hosts.layouts import holder_of, layer_of
 from moe_tools.hosts.linears import device_of, numbers_of, widths
 from moe_tools.hosts.moe_host import HostExperts
@@ -168,9 +168,8 @@ def attention_sites(
         return see
 
     handles = (linear.register_forward_pre_hook(note(path)) for path, linear in linears.items())
-    device = next(model.parameters()).device
     with evaluating(model), every_expert_on(model), hooked(handles):
-        model(**model_inputs(model, blocks_BT[:1].to(device)))
+        run_layers(model, blocks_BT[:1])
     return list(_named(linears, [paths for paths in calls.values() if paths], roles))
 
 
