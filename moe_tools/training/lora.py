@@ -122,5 +122,5 @@ def adapted(model: PreTrainedModel, parts: str) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
         and id(module) not in left_out
-        and (parts == "all" or id(module) in of_ffns)
+        and (parts in ("all", "layers") or id(module) in of_ffns)
     ]

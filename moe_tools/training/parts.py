@@ -22,11 +22,12 @@ def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
     routers = [p for ffn in routed for p in ffn.router.parameters()]
     if step.lora is not None:
         host = adapters(model)
-    elif step.parts == "all":
-        known = {id(p) for p in routers}
+    elif step.parts in ("all", "layers"):
+        left_out = routers if step.parts == "all" else routers + _of_tokens(model)
+        known = {id(p) for p in left_out}
         host = [p for p in model.parameters() if id(p) not in known]
     elif step.parts == "ffn":
-        host = _ffn_parameters(model)
+        host = ffn_parameters(model)
     else:
         host = []
     groups = [{"params": host, "lr": step.lr}] if host else []
@@ -35,7 +36,14 @@ def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
     return groups
 
 
-def _ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
+def _of_tokens(model: Any) -> list[nn.Parameter]:
+    """The embeddings of the tokens, and the head that scores them."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [param for end in ends if end is not None for param in end.parameters()]
+
+
+def ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What the FFNs compute with, each tensor once; no router."""
     routed = expert_ffns(model)
     if not routed:
         parts = [ffn.part(path) for ffn in unfused_ffns(model) for path in ffn.layout.parts()]

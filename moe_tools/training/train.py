@@ -35,6 +35,7 @@ from moe_tools.training.held_out import HeldOut
 from moe_tools.training.lora import Lora, low_rank, planned_adapters
 from moe_tools.training.losses import needs_donor, needs_experts, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
+from moe_tools.training.relative_lr import settled
 from moe_tools.training.reshape import reshaped
 from moe_tools.training.sharpen import write_betas
 from moe_tools.training.teacher import Donor, taught
@@ -80,13 +81,18 @@ class Train(Step):
     beta: float | None = None
     """To where the beta of `swish_beta` rises, in the share `ramp` of the steps: SiLU on its way to
     ReLU; see `moe_tools.training.sharpen`."""
-    parts: Literal["all", "ffn", "routers"] = "all"
-    """What is trained; `all` and `ffn` include routers, except in hard mode."""
+    parts: Literal["all", "layers", "ffn", "routers"] = "all"
+    """What is trained: all; all but token embeddings and head, which have nothing to learn where a
+    student says what its donor said; the FFNs; routers alone. The routers are in each of these,
+    except in hard mode."""
     lora: Lora | None = None
     """Trains adapters of the linears among `parts` in place of their weights, and routers as ever;
     at the end they are merged: the folder stays a plain one."""
     lr: float = 1e-4
     """Peak learning rate of the host's weights, or of their adapters."""
+    relative_lr: float = 0.0
+    """The same as a share of the size of the FFNs' weights, in place of `lr`: what suits one model
+    then suits another; see `moe_tools.training.relative_lr`. 0: `lr` says it."""
     router_lr: float = 1e-3
     """Peak learning rate of the routers. In mode weighted a hundredth of it fits logits of spread
     0.02, with which softmax routers start."""
@@ -120,7 +126,7 @@ class Train(Step):
         """Ranges of every number; a drive has its target and its loss for itself."""
         at_least(1, self, "batch_size", "accumulate", "checkpoint_every", "evaluate_tokens")
         at_least(1, self, "teacher_top_k")
-        at_least(0, self, "tokens", "epochs", "lr", "router_lr", "evaluate_every")
+        at_least(0, self, "tokens", "epochs", "lr", "relative_lr", "router_lr", "evaluate_every")
         require(self.epochs <= MOST_EPOCHS, self, "epochs", self.epochs, f"at most {MOST_EPOCHS:,}")
         if self.tokens and self.epochs:
             raise ValueError(
@@ -134,7 +140,11 @@ class Train(Step):
         if self.lora is not None:
             for key, value in asdict(self.lora).items():
                 require(value >= 1, self, f"lora.{key}", value, "at least 1")
-            require(self.parts != "routers", self, "lora with parts", self.parts, "all or ffn")
+            require(
+                self.parts != "routers", self, "lora with parts", self.parts, "all, layers or ffn"
+            )
+            relative = self.relative_lr
+            require(not relative, self, "relative_lr with lora", relative, "0: adapters take `lr`")
         for name, weight in self.losses.items():
             if isinstance(weight, tuple):
                 check_stages(self, f"losses.{name}", weight)
@@ -294,7 +304,8 @@ def train(
             model. None: the model has them, in every process, and so it has at the end.
 
     Returns:
-        Last logged losses, the sparsity where routed, optimizer steps and trained tokens.
+        Last logged losses, the sparsity where routed, optimizer steps, the peak learning rate of
+        the host's weights, and trained tokens.
 
     Raises:
         TimeIsUp: the time of the launch is up; a checkpoint of this optimizer step is written.
@@ -328,6 +339,7 @@ def train(
         teaching = lasting.enter_context(taught(step, donor, batches, pinned, work, launch))
         if weights is not None:
             lasting.enter_context(born_sharded.filled(model, weights, launch))
+        step = settled(model, step)
         lasting.enter_context(low_rank(model, step, seed))
         trained = trainable_parts(model, step)
         for each in (only_trainable(model, trained), tensorboard_in(launch.logs), zero.released()):
@@ -360,7 +372,7 @@ def train(
     if step.target_sparsity is not None:
         looks = 1 if step.vary else LOOKS  # those before the last were of what they drew
         warn_if_missed(measured["history"][-looks:], step.target_sparsity, step.drive)
-    return {**measured, "trained_tokens": token_count(batches)}
+    return {**measured, "lr": step.lr, "trained_tokens": token_count(batches)}
 
 
 def _check_launch(model: PreTrainedModel, step: Train, launch: Launch) -> None:

@@ -83,6 +83,11 @@ def is_share(param: nn.Parameter) -> bool:
     return getattr(param, "ds_id", None) is not None
 
 
+def whole(param: nn.Parameter) -> Tensor:
+    """A parameter's numbers, joined where they are in shards; in all processes at once."""
+    return from_shares(_copy(param), param) if is_share(param) else param.detach()
+
+
 def _copy(param: nn.Parameter) -> Tensor | Share:
     if is_share(param):
         return Share(param.ds_tensor.detach().clone())  # type: ignore[attr-defined]

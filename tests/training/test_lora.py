@@ -139,7 +139,7 @@ def test_gradients_of_adapters_are_summed_in_fp32(
         ({"lora": {"rnak": 4}}, "unknown key 'rnak'; did you mean 'rank'?"),
         (
             {"lora": {}, "parts": "routers", "mode": "soft"},
-            "lora with parts is routers, but must be all or ffn",
+            "lora with parts is routers, but must be all, layers or ffn",
         ),
     ],
 )

@@ -118,18 +118,21 @@ def parts_of(model: PreTrainedModel, kind: str) -> set[str]:
     ffns = {name for name in model.state_dict() if ".mlp." in name and not is_router(name)}
     routers = {name for name in model.state_dict() if is_router(name)}
     host = set(model.state_dict()) - routers
-    return {"host": host, "ffn": ffns, "routers": routers}[kind]
+    ends = {name for name in host if "embed_tokens" in name or "lm_head" in name}
+    return {"host": host, "layers": host - ends, "ffn": ffns, "routers": routers}[kind]
 
 
 @pytest.mark.parametrize(
     ("mode", "parts", "expected"),
     [
         ("dense", "all", ["host"]),
+        ("dense", "layers", ["layers"]),
         ("dense", "ffn", ["ffn"]),
         ("soft", "all", ["host", "routers"]),
         ("soft", "ffn", ["ffn", "routers"]),
         ("soft", "routers", ["routers"]),
         ("straight", "all", ["host", "routers"]),
+        ("straight", "layers", ["layers", "routers"]),
         ("straight", "ffn", ["ffn", "routers"]),
         ("straight", "routers", ["routers"]),
         ("weighted", "all", ["host", "routers"]),
