@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with quiet_transformers():
         rows = compare_recipes(study)
-    plot(rows, study.output / "pareto.svg")
     write_text(to_json(rows), str(study.output / "table.json"))
     show_rows(rows, args.json)
+    plot(rows, study.output / "pareto.svg")
     return 0

@@ -12,7 +12,6 @@ from moe_tools.experts.prediction import merge_predictions
 from moe_tools.measure.evaluate import Evaluation
 from moe_tools.measure.traffic import Traffic
 from moe_tools.names import CONFIG, CONTROL, METRICS
-from moe_tools.report.repeats import made_by
 from moe_tools.report.report import Role, Row
 from moe_tools.report.setup import Setup
 
@@ -41,6 +40,11 @@ class Entry:
     def title(self) -> str:
         """What the table calls it; a setting has a place of its own in a row."""
         return self.name if self.series else self.folder
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is what the folder holds, maybe at another setting, and no baseline on it."""
+        return self.name == self.folder or bool(self.setting)
 
     def ratio(self, other: Entry | None) -> float | None:
         """Divides its perplexity by another's; None without another, and where there is none."""
@@ -82,7 +86,7 @@ def row(
         tokens=seen.tokens,
         text=text,
         run_text=run.get("text", ""),
-        **(made_by(entry.folder) if role == "model" else {}),
+        **(_made_by(run) if entry.stands else {}),
         seconds=seen.seconds,
         data=setup.measured,
         protocol=setup.called,
@@ -141,12 +145,21 @@ def _prediction(seen: Evaluation) -> dict[str, Any]:
     return {"recall": overall.recall, "precision": overall.precision, "layer_prediction": each}
 
 
+def _made_by(run: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a row that tell repeats of a run by their seeds."""
+    return {
+        "method": run.get("recipe", ""),
+        "seed": run.get("seed"),
+        "but_seed": run.get("but_seed", ""),
+    }
+
+
 def _run(folder: str) -> dict[str, Any]:
     """Returns what the run that wrote a folder says of its training; nothing if none did."""
     try:
         metrics = json.loads((Path(folder) / METRICS).read_text())
     except (OSError, ValueError):
         return {}
-    kinds = {"train_tokens": int, "text": str}
+    kinds = {"train_tokens": int, "text": str, "recipe": str, "seed": int, "but_seed": str}
     known = metrics if isinstance(metrics, dict) else {}
     return {key: known[key] for key, kind in kinds.items() if isinstance(known.get(key), kind)}

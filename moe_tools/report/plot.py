@@ -124,7 +124,7 @@ def _draw_dense(axes: Any, rows: Sequence[Row], panel: Panel, quality: Quality) 
 
 
 def _series(rows: Sequence[Row], panel: Panel, quality: Quality) -> dict[str, list[Point]]:
-    """Name of each line of converted models -> its points."""
+    """Name of each line of converted models -> its points; what has no quality has none."""
     found: dict[str, list[Point]] = defaultdict(list)
     groups = repeats(rows)
     for group in groups:
@@ -132,12 +132,13 @@ def _series(rows: Sequence[Row], panel: Panel, quality: Quality) -> dict[str, li
         if share is not None and value is not None:
             mean, least, most = value
             point = Point(share[0], mean, mean - least, most - mean)
-            found[group.rows[0].series or group.rows[0].method].append(point)
+            found[group.rows[0].series or group.common].append(point)
     grouped = {id(row) for group in groups for row in group.rows}
     for row in rows:
         share_of_one, value_of_one = panel.share(row), quality.of(row)
-        if row.role == "model" and id(row) not in grouped:
-            assert share_of_one is not None and value_of_one is not None
+        if row.role != "model" or id(row) in grouped:
+            continue
+        if share_of_one is not None and value_of_one is not None:
             found[row.series or row.model].append(Point(share_of_one, value_of_one))
     return found
 

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any
+from typing import IO
 
-import yaml
 from rich import box
 from rich.table import Table
 
-from moe_tools.names import RECIPE
 from moe_tools.report.report import Row, console, quality_of
-
-WEIGHTS = "# weights: "
-"""How the line of a run's recipe begins that names the donor by its weights."""
-
-
-def made_by(folder: str) -> dict[str, Any]:
-    """The fields of a row that say which run made a folder; none where it does not say so."""
-    try:
-        text = (Path(folder) / RECIPE).read_text(encoding="utf-8")
-        words = yaml.safe_load(text)
-        seed = words.pop("seed", 0)
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return {}
-    donor = [line for line in text.splitlines() if line.startswith(WEIGHTS)]
-    same = json.dumps([words, donor], sort_keys=True, default=str)
-    same = hashlib.sha256(same.encode()).hexdigest()[:16]
-    return {"method": str(words.get("name", "")), "recipe": same, "seed": seed}
 
 
 @dataclass(frozen=True)
@@ -41,6 +22,21 @@ class Repeats:
     """Rows of one recipe on one donor at one setting, each of another seed."""
 
     rows: tuple[Row, ...]
+
+    @property
+    def common(self) -> str:
+        """What the names of the models have in common; else their method."""
+        names = [row.model for row in self.rows]
+        least, most = min(names), max(names)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(least, most, strict=False))
+        common = "".join(one for one, _ in same).rstrip("-_./")
+        return Path(common).name or self.rows[0].method
+
+    @property
+    def name(self) -> str:
+        """The same, and their setting."""
+        setting = self.rows[0].setting
+        return self.common + "".join(f", {knob} {value:g}" for knob, value in setting.items())
 
     @property
     def seeds(self) -> list[int]:
@@ -53,15 +49,16 @@ class Repeats:
         values = [value for value in found if value is not None]
         if len(values) < len(found):
             return None
-        return fmean(values), min(values), max(values)
+        least, most = min(values), max(values)
+        return min(max(fmean(values), least), most), least, most  # a mean of equals may be off
 
 
 def repeats(rows: Sequence[Row]) -> list[Repeats]:
     """Groups models that differ in their seed alone; one that nobody repeated is in none."""
     groups: dict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
     for row in rows:
-        if row.role == "model" and row.recipe and row.seed is not None:
-            groups[row.recipe, json.dumps(row.setting, sort_keys=True)].setdefault(row.seed, row)
+        if row.role == "model" and row.but_seed and row.seed is not None:
+            groups[row.but_seed, json.dumps(row.setting, sort_keys=True)].setdefault(row.seed, row)
     return [Repeats(tuple(group.values())) for group in groups.values() if len(group) > 1]
 
 
@@ -94,10 +91,8 @@ def print_repeats(rows: Sequence[Row], file: IO[str]) -> None:
     for heading in shown:
         made.add_column(heading, justify="right")
     for group in groups:
-        first = group.rows[0]
-        at = "".join(f", {knob} {value:g}" for knob, value in first.setting.items())
         cells = (_cell(group.spread(figure), written) for figure, written in shown.values())
-        made.add_row(first.method + at, ", ".join(map(str, group.seeds)), *cells)
+        made.add_row(group.name, ", ".join(map(str, group.seeds)), *cells)
     console(file).print(made)
 
 

@@ -73,10 +73,10 @@ class Row:
     """Fingerprint of the training text of the run that made the model; "": of none, or unknown."""
     method: str = ""
     """Name of the recipe behind the model; "": unknown."""
-    recipe: str = ""
-    """Fingerprint of that recipe and its donor, without the seed."""
     seed: int | None = None
     """Of that run: which training text it read, in which order, and how its parts began."""
+    but_seed: str = ""
+    """Fingerprint of that recipe, its donor and the dtype, without the seed; "": unknown."""
     series: str = ""
     """Rows of one series are one line of a plot."""
     setting: dict[str, float] = field(default_factory=dict)

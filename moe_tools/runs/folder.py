@@ -15,6 +15,7 @@ Every file has its whole content when it gets its name, and is on the disk by th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -227,11 +228,14 @@ class RunFolder:
         steps = [json.loads((folder / METRICS).read_text()) for folder in folders]
         tokens = sum(step.get("trained_tokens", 0) for step in steps)
         write_card(self.output, tokens)
+        pins, _ = self.read_marker()
         metrics = {
             "recipe": self.recipe.name,
             "donor": self.source,
             "train_tokens": tokens,
-            "text": self.read_marker()[0].text,
+            "text": pins.text,
+            "seed": self.recipe.seed,
+            "but_seed": self._but_seed(pins.donor),
             "versions": {name: version(name) for name in ("torch", "transformers")},
             "steps": steps,
         }
@@ -239,6 +243,11 @@ class RunFolder:
             partial.write_text(json.dumps(metrics, indent=1))
         if not keep_steps:
             remove_folder(self.steps)
+
+    def _but_seed(self, donor: str) -> str:
+        """What two runs share that differ in their seed alone; their texts differ by it, too."""
+        words = replace(self.recipe, seed=0).to_yaml()
+        return hashlib.sha256(f"{donor}\n{self.dtype}\n{words}".encode()).hexdigest()[:16]
 
 
 def _same_text(one: RunFolder, other: RunFolder) -> bool:

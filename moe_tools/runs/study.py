@@ -31,7 +31,7 @@ class Study:
     model: str
     """The donor."""
     output: Path
-    """A folder for the runs: OUTPUT/RECIPE-SPARSITY, with -SEED behind it if there are several."""
+    """A folder for the runs: OUTPUT/RECIPE-SPARSITY, with -SEED behind it where seeds are given."""
     sparsities: tuple[float, ...]
     baselines: tuple[str, ...] = ()
     """Of `BASELINES`, at these sparsities; on the dense control where there is one, else on the
@@ -99,8 +99,8 @@ def _compare(study: Study) -> list[Row]:
     bench.check(study.model)
     first: dict[tuple[str, int | None], Path] = {}
     for name, seed, sparsity, recipe in plan:
-        several = f"-{recipe.seed}" if len(study.seeds) > 1 else ""
-        folder = study.output / f"{recipe.name}-{sparsity:g}{several}"
+        named = "" if seed is None else f"-{seed}"
+        folder = study.output / f"{recipe.name}-{sparsity:g}{named}"
         run(
             recipe,
             study.model,
@@ -124,7 +124,7 @@ def _recipe(study: Study, name: str, sparsity: float, seed: int | None) -> Recip
     recipe = with_options(
         recipe,
         target_sparsity=sparsity,
-        tokens=study.tokens if recipe.train_amount() else None,
+        tokens=study.tokens if recipe.train_steps else None,
         data=study.data,
         seed=seed,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel
 
+from moe_tools.checkpoint.skeleton import skeleton
 from moe_tools.experts.conversion import read_conversion, set_selectors
 from moe_tools.experts.experts import expert_ffns
 from moe_tools.experts.line import check_movable
@@ -50,20 +51,24 @@ def sweep(
     """
     bench = Bench(setup, sources[0])
     for source in sources:
+        _check_sweeps(source, skeleton(source, task=bench.task))
+    for source in sources:
         _sweep(bench, source, values, by_sparsity)
     if beside is not None:
         beside(bench)
     return bench.rows(donor)
 
 
+def _check_sweeps(source: str, model: PreTrainedModel) -> None:
+    if not expert_ffns(model) and not thresholds_in(model):
+        raise ValueError(f"{source} has no router and no threshold: there is nothing to sweep")
+
+
 def _sweep(bench: Bench, source: str, values: Sequence[float], by_sparsity: bool) -> None:
     model = bench.load(source)
-    ffns = expert_ffns(model)
-    if not ffns and not thresholds_in(model):
-        raise ValueError(f"{source} has no router and no threshold: there is nothing to sweep")
     if by_sparsity:
         _sweep_sparsity(bench, source, model, values or TENTHS)
-    elif ffns:
+    elif expert_ffns(model):
         _sweep_knob(bench, source, model, values)
     else:
         _sweep_inputs(bench, source, model, values or TENTHS)
@@ -99,7 +104,7 @@ def _sweep_sparsity(
         step.check()
     if routed:
         check_movable(model)
-    text = bench.setup.calibration_BT(bench.tokenizer, bench.task) if routed else None
+    text = bench.calibration_BT if routed else None
     for value, step in zip(values, steps, strict=True):
         if dropping:
             set_input_sparsity(model, value, start=calibrated)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from moe_tools.experts.experts import LEARNING, expert_ffns
 from moe_tools.hosts.ffn import unfused_ffns
@@ -16,16 +17,17 @@ if TYPE_CHECKING:
     from moe_tools.training.train import Train
 
 
-def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
+def trainable_parts(model: PreTrainedModel, step: Train) -> list[dict[str, Any]]:
     """Optimizer groups: the host's weights and the routers, each with its learning rate."""
     routed = expert_ffns(model)
     routers = [p for ffn in routed for p in ffn.router.parameters()]
     if step.lora is not None:
         host = adapters(model)
-    elif step.parts in ("all", "layers"):
-        left_out = routers if step.parts == "all" else routers + _of_tokens(model)
-        known = {id(p) for p in left_out}
+    elif step.parts == "all":
+        known = {id(p) for p in routers}
         host = [p for p in model.parameters() if id(p) not in known]
+    elif step.parts == "layers":
+        host = layer_parameters(model)
     elif step.parts == "ffn":
         host = ffn_parameters(model)
     else:
@@ -36,10 +38,12 @@ def trainable_parts(model: nn.Module, step: Train) -> list[dict[str, Any]]:
     return groups
 
 
-def _of_tokens(model: Any) -> list[nn.Parameter]:
-    """The embeddings of the tokens, and the head that scores them."""
+def layer_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """All but the embeddings of the tokens, the head that scores them, and routers."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [param for end in ends if end is not None for param in end.parameters()]
+    others = [*ends, *(ffn.router for ffn in expert_ffns(model))]
+    left_out = {id(p) for other in others if other is not None for p in other.parameters()}
+    return [p for p in model.parameters() if id(p) not in left_out]
 
 
 def ffn_parameters(model: nn.Module) -> list[nn.Parameter]:

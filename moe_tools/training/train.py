@@ -32,10 +32,10 @@ from moe_tools.training.checks import check_learnable, check_train
 from moe_tools.training.compiled import check_compiles, compiled
 from moe_tools.training.controller import DRIVEN, LOOKS, ZEROS, Drive, warn_if_missed
 from moe_tools.training.held_out import HeldOut
+from moe_tools.training.learning_rate import in_numbers
 from moe_tools.training.lora import Lora, low_rank, planned_adapters
 from moe_tools.training.losses import needs_donor, needs_experts, seen_kinds
 from moe_tools.training.parts import only_trainable, trainable_parts
-from moe_tools.training.relative_lr import settled
 from moe_tools.training.reshape import reshaped
 from moe_tools.training.sharpen import write_betas
 from moe_tools.training.teacher import Donor, taught
@@ -90,9 +90,9 @@ class Train(Step):
     at the end they are merged: the folder stays a plain one."""
     lr: float = 1e-4
     """Peak learning rate of the host's weights, or of their adapters."""
-    relative_lr: float = 0.0
-    """The same as a share of the size of the FFNs' weights, in place of `lr`: what suits one model
-    then suits another; see `moe_tools.training.relative_lr`. 0: `lr` says it."""
+    lr_unit: Literal["absolute", "weights"] = "absolute"
+    """weights: `lr` is a share of the size of the weights, and what suits one model suits another;
+    see `moe_tools.training.learning_rate`. `router_lr` is absolute."""
     router_lr: float = 1e-3
     """Peak learning rate of the routers. In mode weighted a hundredth of it fits logits of spread
     0.02, with which softmax routers start."""
@@ -126,7 +126,7 @@ class Train(Step):
         """Ranges of every number; a drive has its target and its loss for itself."""
         at_least(1, self, "batch_size", "accumulate", "checkpoint_every", "evaluate_tokens")
         at_least(1, self, "teacher_top_k")
-        at_least(0, self, "tokens", "epochs", "lr", "relative_lr", "router_lr", "evaluate_every")
+        at_least(0, self, "tokens", "epochs", "lr", "router_lr", "evaluate_every")
         require(self.epochs <= MOST_EPOCHS, self, "epochs", self.epochs, f"at most {MOST_EPOCHS:,}")
         if self.tokens and self.epochs:
             raise ValueError(
@@ -143,8 +143,8 @@ class Train(Step):
             require(
                 self.parts != "routers", self, "lora with parts", self.parts, "all, layers or ffn"
             )
-            relative = self.relative_lr
-            require(not relative, self, "relative_lr with lora", relative, "0: adapters take `lr`")
+            rule = "absolute: adapters begin at 0"
+            require(self.lr_unit == "absolute", self, "lr_unit with lora", self.lr_unit, rule)
         for name, weight in self.losses.items():
             if isinstance(weight, tuple):
                 check_stages(self, f"losses.{name}", weight)
@@ -324,8 +324,8 @@ def train(
     check_text(checkpoint, pinned)
     if checkpoint is not None and moved and launch.zero_stage:  # 0 has all of it everywhere
         checkpoint, launch = reshaped(checkpoint, launch)
-    if seen_kinds(step.losses) or step.drive in ZEROS:
-        unfuse_experts(model)  # before the optimizer holds what is taken apart to be watched
+    if seen_kinds(step.losses) or step.drive in ZEROS or step.parts == "ffn":
+        unfuse_experts(model)  # while it is whole, and before the optimizer holds it
     _check_launch(model, step, launch)
     if step.mode != "dense":
         set_mode(model, step.mode)
@@ -339,7 +339,7 @@ def train(
         teaching = lasting.enter_context(taught(step, donor, batches, pinned, work, launch))
         if weights is not None:
             lasting.enter_context(born_sharded.filled(model, weights, launch))
-        step = settled(model, step)
+        step = in_numbers(model, step)
         lasting.enter_context(low_rank(model, step, seed))
         trained = trainable_parts(model, step)
         for each in (only_trainable(model, trained), tensorboard_in(launch.logs), zero.released()):

@@ -83,8 +83,8 @@ def is_share(param: nn.Parameter) -> bool:
     return getattr(param, "ds_id", None) is not None
 
 
-def whole(param: nn.Parameter) -> Tensor:
-    """A parameter's numbers, joined where they are in shards; in all processes at once."""
+def joined(param: nn.Parameter) -> Tensor:
+    """A parameter's numbers, of all shards where it is in shards; in all processes at once."""
     return from_shares(_copy(param), param) if is_share(param) else param.detach()
 
 

@@ -98,12 +98,16 @@ def test_two_comparisons_do_not_write_one_folder(run: Run, work: Path, recipes: 
     assert not (work / "both").exists()
 
 
-def test_another_text_adopts_nothing(run: Run, work: Path, recipes: list[str]) -> None:
-    compared(run, recipes[1], "--output", "seeds", "--target-sparsity", "0.2", "--seed", "1")
-    code, _, err = run(
-        *("compare", recipes[1], "--output", "seeds", "--target-sparsity", "0.2", *COMPARE),
-    )
-    assert code == 2 and "holds another run" in err
+def test_a_seed_has_folders_of_its_own(run: Run, work: Path, recipes: list[str]) -> None:
+    words = (recipes[1], "--output", "seeds", "--target-sparsity", "0.2")
+    *_, first = compared(run, *words, "--seed", "1")
+    made = work / "seeds" / "fitted-0.2-1" / "metrics.json"
+    stamp = made.stat().st_mtime_ns
+    *_, one, two = compared(run, *words, "--seed", "1", "2")
+    assert made.stat().st_mtime_ns == stamp and first["perplexity"] == one["perplexity"]
+    assert (one["seed"], two["seed"]) == (1, 2) and one["run_text"] != two["run_text"]
+    compared(run, *words)  # as the recipe says: another folder, which adopts nothing
+    assert (work / "seeds" / "fitted-0.2").is_dir()
 
 
 def test_runs_of_a_text_that_moved_are_not_mixed_in(
@@ -194,20 +198,22 @@ def test_seeds_are_compared_by_their_mean_and_range(
     run: Run, recipes: list[str], work: Path
 ) -> None:
     words = ("--output", "repeated", *COMPARE, "--target-sparsity", "0.4", "--seed", "3", "5")
+    words += ("--baselines", "cats")  # of one budget on one control, which is no repeat
     code, out, err = run("compare", "trained.yaml", *words)
     assert code == 0, err
     rows = json.loads((work / "repeated" / "table.json").read_text())
-    runs = [row for row in rows if row["role"] == "model"]
+    *runs, bar = [row for row in rows if row["role"] == "model"]
+    assert bar["series"] == "CATS" and bar["seed"] is None
     assert [row["model"] for row in runs] == ["repeated/trained-0.4-3", "repeated/trained-0.4-5"]
     assert [row["seed"] for row in runs] == [3, 5]
-    assert runs[0]["recipe"] == runs[1]["recipe"] != ""
+    assert runs[0]["but_seed"] == runs[1]["but_seed"] != ""
     assert runs[0]["run_text"] != runs[1]["run_text"]  # the seed orders the training text
     controls = [row["model"] for row in rows if row["role"] == "control"]
     assert controls == [f"{row['model']}/control" for row in runs]
     mean = sum(row["perplexity"] for row in runs) / 2
-    summary = out[out.index("trained ", out.index("trained-0.4-5")) :]
+    summary = out[out.rindex("trained-0.4 ") :]
     assert "3, 5" in summary and f"{mean:.2f} (" in summary
-    assert "mean (least to most) over seeds" in out
+    assert "mean (least to most) over seeds" in summary
 
 
 def test_a_sweep_without_values_and_a_picture(run: Run, work: Path) -> None:

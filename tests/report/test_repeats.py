@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_tools.report.plot import plot
-from moe_tools.report.repeats import made_by, print_repeats, repeats
+from moe_tools.report.repeats import print_repeats, repeats
 from moe_tools.report.report import Row
 from tests.report.test_report import DENSE, ROW
 
-RUN = replace(ROW, method="lte", recipe="a1", seed=0)
+RUN = replace(ROW, method="lte", but_seed="a1", seed=0)
 
 
 def of_seeds(perplexities: list[float]) -> list[Row]:
@@ -40,12 +40,12 @@ def test_the_mean_lies_between_the_least_and_the_most(perplexities: list[float])
 @pytest.mark.parametrize(
     "other",
     [
-        replace(RUN, seed=1, recipe="b2"),  # another recipe, or donor
+        replace(RUN, seed=1, but_seed="b2"),  # another recipe, or donor
         replace(RUN, seed=1, setting={"tau": 0.5}),
         replace(RUN, seed=1, role="control"),
         RUN,  # the same run twice
         replace(RUN, seed=None),
-        replace(RUN, seed=1, recipe=""),
+        replace(RUN, seed=1, but_seed=""),
     ],
 )
 def test_what_differs_in_more_than_its_seed_is_no_repeat(other: Row) -> None:
@@ -63,24 +63,32 @@ def test_the_table_has_means_and_ranges() -> None:
     assert nothing.getvalue() == ""
 
 
-def test_a_run_is_told_by_its_recipe_without_the_seed(tmp_path: Path) -> None:
-    head = "# text: {text}\n# weights: {weights}\n# donor: {donor}\nname: lte\nseed: {seed}\n"
-    plain = {"text": "t0", "weights": "w0", "donor": "/a", "seed": 0}
-    made = []
-    for change in ({}, {"seed": 1, "text": "t1"}, {"donor": "/b"}, {"weights": "w1"}):
-        (tmp_path / "recipe.yaml").write_text(head.format(**plain | change))
-        made.append(made_by(str(tmp_path)))
-    first, seeded, moved, another = made
-    assert (first["method"], first["seed"], seeded["seed"]) == ("lte", 0, 1)
-    assert first["recipe"] == seeded["recipe"] == moved["recipe"] != another["recipe"]
-    (tmp_path / "recipe.yaml").write_text("[no, recipe")
-    assert made_by(str(tmp_path)) == {} == made_by(str(tmp_path / "nowhere"))
+def test_equal_runs_have_a_point_without_a_bar(tmp_path: Path) -> None:
+    """The mean of equal numbers may lie beside them: 0.003, three times."""
+    rows = [replace(row, ratio_to_donor=0.003) for row in of_seeds([0.003] * 3)]
+    plot([DENSE, *rows], tmp_path / "same.svg")
+    (group,) = repeats(rows)
+    assert group.spread(lambda row: row.perplexity) == (0.003, 0.003, 0.003)
+
+
+def test_groups_of_one_method_have_names_of_their_own() -> None:
+    half = [replace(row, model=f"runs/lte-0.5-{row.seed}") for row in of_seeds([20.0, 21.0])]
+    most = [
+        replace(row, model=f"runs/lte-0.7-{row.seed}", but_seed="b2")
+        for row in of_seeds([30.0, 31.0])
+    ]
+    assert [group.name for group in repeats(half + most)] == ["lte-0.5", "lte-0.7"]
+    assert [
+        group.name for group in repeats([replace(row, setting={"tau": 0.5}) for row in half])
+    ] == ["lte-0.5, tau 0.5"]
+    (unlike,) = repeats([replace(half[0], model="a"), replace(half[1], model="b")])
+    assert unlike.name == "lte"
 
 
 def test_a_picture_has_one_point_of_all_seeds(tmp_path: Path) -> None:
     rows = [replace(row, ratio_to_donor=row.perplexity) for row in of_seeds([1.1, 1.2])]
     plot([DENSE, *rows], tmp_path / "seeds.svg")
     text = (tmp_path / "seeds.svg").read_text()
-    assert "<!-- lte -->" in text and "out/0" not in text
+    assert "<!-- out -->" in text and "out/0" not in text
     plot([DENSE, rows[0]], tmp_path / "one.svg")
     assert "<!-- out/0 -->" in (tmp_path / "one.svg").read_text()

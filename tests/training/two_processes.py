@@ -179,7 +179,7 @@ def born(out: Path) -> None:
         "lora": (STEPS["lora"], "routed", bf16),
         "experts": (EXPERT_STEPS["soft"], "experts", fp32),
         "fused": (l1, "fused", fp32),
-        "taught": (replace(TAUGHT, relative_lr=0.01), "routed", bf16),
+        "taught": (replace(TAUGHT, lr=0.01, lr_unit="weights"), "routed", bf16),
     }
     for name, (step, source, launch) in runs.items():
         dtype = torch.bfloat16 if launch is bf16 else torch.float32
