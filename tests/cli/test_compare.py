@@ -90,6 +90,14 @@ def test_what_does_not_depend_on_the_sparsity_is_done_once(
     assert [row["perplexity"] for row in again] == [row["perplexity"] for row in first]
 
 
+def test_tokens_are_given_to_recipes_that_train_none_by_default(run: Run, work: Path) -> None:
+    (work / "none.yaml").write_text(TRAINED.replace("tokens: 256, target", "tokens: 0, target"))
+    *_, row = compared(
+        run, "none.yaml", "--output", "given", "--target-sparsity", "0.4", "--tokens", "256"
+    )
+    assert row["train_tokens"] == 256
+
+
 def test_two_comparisons_do_not_write_one_folder(run: Run, work: Path, recipes: list[str]) -> None:
     words = ("--output", "both", "--target-sparsity", "0.2")
     with held(work / "both"):
