@@ -36,20 +36,27 @@ def plot(rows: Sequence[Row], file: str | Path) -> None:
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, panel in zip(every, panels, strict=True):
         _draw(axes, rows, panel, quality)
-    if quality.most is not None:
-        least = min(filter(None, map(quality.of, rows)))
-        every[0].set_ylim(0.97 * least, quality.most)
-        every[0].set_yticks(TICKS, [f"{ratio:g}x" for ratio in TICKS])
-        every[0].minorticks_off()
+    if quality.is_ratio:
+        _mark_ratios(every[0], rows, quality)
     text = rows[0].protocol or f"held-out {Path(rows[0].data).name}"
     every[0].set_ylabel(f"{quality.name}, {_plain(text)}")
     every[0].legend()
     figure.savefig(file)
 
 
+def _mark_ratios(axes: Any, rows: Sequence[Row], quality: Quality) -> None:
+    """Writes ratios as 1.2x, and ends where `MOST` says."""
+    limits = axes.get_ylim()
+    if quality.most is not None:
+        limits = 0.97 * min(filter(None, map(quality.of, rows))), quality.most
+    axes.set_yticks(TICKS, [f"{ratio:g}x" for ratio in TICKS])
+    axes.minorticks_off()
+    axes.set_ylim(limits)  # ticks would widen them
+
+
 MOST = 3.0
 """Perplexities above so many times the dense one leave the picture at the top."""
-TICKS = (1.0, 1.05, 1.1, 1.2, 1.5, 2.0, 3.0)
+TICKS = (0.9, 1.0, 1.02, 1.05, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 class Panel(NamedTuple):
@@ -71,6 +78,8 @@ class Quality(NamedTuple):
     name: str
     scale: str
     of: Callable[[Row], float | None]
+    is_ratio: bool = False
+    """Over the donor's."""
     most: float | None = None
     """Where the picture ends; None: behind the last point."""
 
@@ -84,7 +93,9 @@ def _quality(rows: Sequence[Row]) -> Quality:
         ratios = [row.ratio_to_donor or 1.0 for row in rows]
         # What is so much worse is of no use, and would press all others into one line.
         most = MOST if max(ratios) > MOST > min(ratios) else None
-        return Quality("perplexity / dense", "log", lambda row: row.ratio_to_donor or 1.0, most)
+        return Quality(
+            "perplexity / dense", "log", lambda row: row.ratio_to_donor or 1.0, True, most
+        )
     return Quality("perplexity", "log", lambda row: row.perplexity)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_tools.report.plot import plot
+from moe_tools.report.plot import TICKS, plot
 from moe_tools.report.report import Row, print_cells, print_table, read_json, to_json
 
 ROW = Row(
@@ -262,15 +262,15 @@ def test_a_plot_has_both_prices(tmp_path: Path) -> None:
     assert "perplexity / dense" in drawn
 
 
-@pytest.mark.parametrize(("worst", "ends"), [(2.9, False), (60.0, True)])
+@pytest.mark.parametrize(("worst", "highest"), [(2.5, 2), (60.0, 3)])
 def test_what_is_of_no_use_leaves_a_plot_at_its_top(
-    worst: float, ends: bool, tmp_path: Path
+    worst: float, highest: int, tmp_path: Path
 ) -> None:
     rows = [replace(DENSE), *(replace(ROW, ratio_to_donor=r, series="lte") for r in (1.2, worst))]
     plot(rows, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
-    assert ("<!-- 1.05x -->" in drawn) is ends
-    assert ("<!-- 3x -->" in drawn) is ends
+    marked = [ratio for ratio in TICKS if f"<!-- {ratio:g}x -->" in drawn]
+    assert marked[0] == 1 and marked[-1] == highest
 
 
 def test_a_plot_needs_a_model(tmp_path: Path) -> None:
