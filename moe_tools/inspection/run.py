@@ -16,7 +16,7 @@ from moe_tools.data.limits import context_length
 from moe_tools.data.progress import progress
 from moe_tools.experts.experts import ExpertFFN, expert_ffns
 from moe_tools.experts.intervene import FFNName, ffn_name, routed_by_name
-from moe_tools.hosts.inputs import model_inputs
+from moe_tools.hosts.inputs import run_layers
 from moe_tools.inspection.inspection import Inspection
 from moe_tools.inspection.watch import watch
 
@@ -68,9 +68,8 @@ def inspect(
         torch.no_grad(),
         progress("inspect", sum(batch.numel() for batch in batches), "token") as bar,
     ):
-        options = {"use_cache": False} if model.can_generate() else {}
         for batch_BT in batches:
-            model(**model_inputs(model, batch_BT.to(model.device)), **options)
+            run_layers(model, batch_BT)
             bar.update(batch_BT.numel())
     return inspection
 

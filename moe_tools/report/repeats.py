@@ -14,7 +14,7 @@ from typing import IO
 from rich import box
 from rich.table import Table
 
-from moe_tools.report.report import Row, console, quality_of
+from moe_tools.report.report import Row, console, quality_of, setting_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Repeats:
     @property
     def name(self) -> str:
         """The same, and their setting."""
-        setting = self.rows[0].setting
-        return self.common + "".join(f", {knob} {value:g}" for knob, value in setting.items())
+        return self.common + setting_of(self.rows[0])
 
     @property
     def seeds(self) -> list[int]:

@@ -268,7 +268,12 @@ def _columns(first: Row) -> dict[str, Callable[[Row], str]]:
 
 def _name(row: Row) -> str:
     name = f"{Path(row.model).name} (donor)" if row.role == "donor" else row.model
-    return name + "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
+    return name + setting_of(row)
+
+
+def setting_of(row: Row) -> str:
+    """What follows a name where the knob of the selectors is not the saved one: ", tau 0.5"."""
+    return "".join(f", {knob} {value:g}" for knob, value in row.setting.items())
 
 
 def quality_of(row: Row) -> float | None:

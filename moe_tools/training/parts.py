@@ -29,7 +29,7 @@ def trainable_parts(model: PreTrainedModel, step: Train) -> list[dict[str, Any]]
     elif step.parts == "layers":
         host = layer_parameters(model)
     elif step.parts == "ffn":
-        host = ffn_parameters(model)
+        host = _ffn_parameters(model)
     else:
         host = []
     groups = [{"params": host, "lr": step.lr}] if host else []
@@ -46,7 +46,7 @@ def layer_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in left_out]
 
 
-def ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
+def _ffn_parameters(model: nn.Module) -> list[nn.Parameter]:
     """What the FFNs compute with, each tensor once; no router."""
     routed = expert_ffns(model)
     if not routed:

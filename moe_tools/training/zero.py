@@ -85,7 +85,7 @@ def is_share(param: nn.Parameter) -> bool:
 
 def joined(param: nn.Parameter) -> Tensor:
     """A parameter's numbers, of all shards where it is in shards; in all processes at once."""
-    return from_shares(_copy(param), param) if is_share(param) else param.detach()
+    return from_shares(_copy(param), param)
 
 
 def _copy(param: nn.Parameter) -> Tensor | Share:
