@@ -14,8 +14,9 @@ from moe_tools.recipe import Train
 from moe_tools.steps.launch import Launch
 from moe_tools.training.train import train
 from tests.gpu.one_process import DTYPES, STAGES, two_steps
+from tests.killed import Killed, kill_at
 from tests.training.test_distributed import ROOT, figures, weights
-from tests.training.test_train import HARD, SOFT, Killed, converted, equal, kill_at, text
+from tests.training.test_train import HARD, SOFT, converted, equal, text
 
 SCRIPT = Path(__file__).with_name("one_process.py")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

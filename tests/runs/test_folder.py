@@ -19,13 +19,13 @@ from moe_tools.recipe import Recipe, Split
 from moe_tools.runs import run as pipeline
 from moe_tools.runs.folder import Pins, RunFolder
 from moe_tools.runs.run import run
+from tests.killed import Killed
 from tests.runs.test_run import (
     EXPERT_SIZE,
     FP32,
     LENGTH,
     PROGRAM,
     ROOT,
-    Killed,
     die_in,
     metrics,
     recipe,

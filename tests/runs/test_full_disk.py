@@ -14,12 +14,12 @@ import pytest
 from moe_tools.disk import CannotWrite
 from moe_tools.recipe import Attach, Fit, Recipe, Split
 from moe_tools.runs.run import run
+from tests.killed import Killed
 from tests.runs.test_run import (
     EXPERT_SIZE,
     FP32,
     HARD,
     LENGTH,
-    Killed,
     die_in,
     history,
     recipe,

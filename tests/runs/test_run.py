@@ -59,6 +59,7 @@ from tests.families import (
     load_stock,
     logits,
 )
+from tests.killed import Killed
 
 ROOT = Path(__file__).parents[2]
 WORDS = [f"w{index}" for index in range(60)]
@@ -726,10 +727,6 @@ def test_an_encoder_can_be_split_and_attached_but_not_trained(
 
 
 # --- killed
-
-
-class Killed(BaseException):
-    """As a signal: nothing catches it."""
 
 
 def always(*_: Any, **__: Any) -> bool:

@@ -21,6 +21,7 @@ from moe_tools.recipe import Fit
 from moe_tools.steps.activation_cache import ActivationCache
 from moe_tools.steps.fit import DENSITIES, fit, judge
 from tests.families import UNEVEN, build, logits
+from tests.killed import Killed
 
 fit_module = importlib.import_module(fit.__module__)
 cache_module = importlib.import_module(ActivationCache.__module__)
@@ -178,10 +179,6 @@ def test_a_host_expert_without_a_token_is_named(tmp_path: Path) -> None:
 
 
 # --- killed
-
-
-class Killed(BaseException):
-    """As a signal: nothing catches it."""
 
 
 def die_at(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> list[int]:

@@ -21,7 +21,8 @@ from moe_tools.training import checkpoints
 from moe_tools.training.checkpoints import newest_checkpoint
 from moe_tools.training.train import train
 from tests.families import is_router
-from tests.training.test_train import SOFT, Killed, converted, equal, kill_at, text
+from tests.killed import Killed, kill_at
+from tests.training.test_train import SOFT, converted, equal, text
 
 STEP = replace(SOFT, checkpoint_every=2)
 

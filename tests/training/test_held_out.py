@@ -23,15 +23,14 @@ from moe_tools.steps.launch import Launch
 from moe_tools.training.held_out import HeldOut
 from moe_tools.training.train import train
 from tests.families import build
+from tests.killed import Killed, kill_at
 from tests.training.test_train import (
     DENSE,
     HARD,
     SOFT,
     WEIGHTED,
-    Killed,
     converted,
     equal,
-    kill_at,
     language_loss,
     text,
 )

@@ -21,17 +21,8 @@ from moe_tools.training.optimizer import MasterAdamW
 from moe_tools.training.parts import trainable_parts
 from moe_tools.training.train import train
 from tests.families import build, is_router, logits
-from tests.training.test_train import (
-    DENSE,
-    SOFT,
-    Killed,
-    changed,
-    converted,
-    equal,
-    kill_at,
-    state,
-    text,
-)
+from tests.killed import Killed, kill_at
+from tests.training.test_train import DENSE, SOFT, changed, converted, equal, state, text
 
 LORA = replace(SOFT, lora=Lora(rank=2), lr=1e-2)
 

@@ -33,9 +33,9 @@ from moe_tools.training.checkpoints import newest_checkpoint
 from moe_tools.training.parts import trainable_parts
 from moe_tools.training.teacher import Teaching
 from moe_tools.training.trainer import RecipeTrainer
+from tests.killed import Killed, kill_at
 from tests.tiny import WORDS, build_tokenizer
 from tests.training.test_distributed import start
-from tests.training.test_train import Killed, kill_at
 
 PROCESSES = 64
 LENGTH = 8

@@ -17,7 +17,7 @@ from moe_tools.steps.swap import swap
 from moe_tools.training.sharpen import Sharpening, swishes
 from moe_tools.training.train import train
 from tests.families import build, logits
-from tests.training.test_train import Killed, kill_at
+from tests.killed import Killed, kill_at
 
 STEP = Train(tokens=1, batch_size=4, lr=1e-3, beta=16.0, ramp=0.5)
 NO_TEXT = torch.empty(0, 8, dtype=torch.long)

@@ -26,6 +26,7 @@ from moe_tools.recipe import Train
 from moe_tools.training.logit_losses import logit_losses
 from moe_tools.training.train import train
 from tests.families import build, is_router, randomize
+from tests.killed import Killed, kill_at
 
 SIGMOID = Conversion("donor", 8, "sigmoid", {"kind": "threshold", "tau": 0.5})
 EVERYTHING = {
@@ -148,25 +149,13 @@ def test_the_loss_is_the_models_own(tmp_path: Path) -> None:
     assert measured["lm"] == pytest.approx(float(expected), rel=1e-5)
 
 
-class Killed(BaseException):
-    """As a signal: nothing catches it."""
-
-
 def test_a_killed_step_goes_on_exactly(tmp_path: Path) -> None:
     through, killed, resumed = (t5(dropout=0.1) for _ in range(3))
     donor = t5(routed=False).eval()
     losses = {"lm": 1.0, "distill": 0.5, "distill_ffn": 0.1}
     step = replace(DENSE, mode="straight", losses=losses, target_sparsity=0.4, checkpoint_every=2)
     expected = train(through, step, batches(), tmp_path / "whole", donor=donor)
-    calls = 0
-
-    def die(*_: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 8:
-            raise Killed
-
-    killed.get_encoder().register_forward_pre_hook(die)
+    kill_at(killed, 8)
     with pytest.raises(Killed):
         train(killed, step, batches(), tmp_path / "work", donor=donor)
     measured = train(resumed, step, batches(), tmp_path / "work", donor=donor)

@@ -22,7 +22,8 @@ from moe_tools.training.teacher import Donor, check_teacher, lent_by_cpu
 from moe_tools.training.train import train
 from moe_tools.training.watch import watch_ffns
 from tests.families import FAMILIES, build, randomize
-from tests.training.test_train import DENSE, SOFT, Killed, converted, equal, kill_at, state, text
+from tests.killed import Killed, kill_at
+from tests.training.test_train import DENSE, SOFT, converted, equal, state, text
 
 TAUGHT = replace(SOFT, losses={"lm": 1.0, "distill": 1.0})
 CACHED = replace(TAUGHT, teacher="cached")

@@ -48,6 +48,7 @@ from tests.families import (
     routed,
     sparsity,
 )
+from tests.killed import Killed, kill_at
 
 LENGTH = 16
 LTE = {"lm": 1.0, "efficiency": 0.1, "separability": 0.1}
@@ -92,23 +93,6 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 def language_loss(model: PreTrainedModel, blocks_BT: Tensor) -> Tensor:
     scores = model(input_ids=blocks_BT).logits[:, :-1]
     return nn.functional.cross_entropy(scores.flatten(0, 1), blocks_BT[:, 1:].flatten())
-
-
-class Killed(BaseException):
-    """As a signal: nothing catches it."""
-
-
-def kill_at(model: PreTrainedModel, forward_pass: int) -> None:
-    """Dies at the start of a forward pass, counted from 1."""
-    count = 0
-
-    def die(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == forward_pass:
-            raise Killed
-
-    model.base_model.register_forward_pre_hook(die)
 
 
 # --- what is trained

@@ -50,14 +50,13 @@ from tests.families import (
     routed,
 )
 from tests.hosts.test_moe_host import ROUTERS
+from tests.killed import Killed, kill_at
 from tests.training.test_train import (
     DENSE,
     HARD,
     SOFT,
-    Killed,
     changed,
     converted,
-    kill_at,
     language_loss,
     state,
     text,

@@ -38,7 +38,8 @@ from moe_tools.training.arguments import training_arguments
 from moe_tools.training.teacher import Donor
 from moe_tools.training.train import train
 from tests.families import THRESHOLD, build, randomize, routed
-from tests.training.test_train import DENSE, HARD, SOFT, Killed, converted, kill_at, text
+from tests.killed import Killed, kill_at
+from tests.training.test_train import DENSE, HARD, SOFT, converted, text
 
 LTE = replace(SOFT, target_sparsity=0.4, checkpoint_every=3)
 STEPS = {
