@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ARROWS = (
-    "registry names processes waiting disk lock cached extras versions typed kernels < atomic "
-    "< data < hosts < experts < thresholds inference measure < checkpoint < steps report "
+    "registry names processes waiting freed_memory disk lock cached extras versions typed kernels "
+    "< atomic < data < hosts < experts < thresholds inference measure < checkpoint < steps report "
     "< training inspection < recipe < runs export serving < bench < cli patched"
 )
 """A folder imports from those left of its `<`, and not from its neighbours."""

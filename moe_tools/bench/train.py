@@ -22,6 +22,7 @@ from moe_tools.checkpoint.loading import load
 from moe_tools.data import Batch
 from moe_tools.experts.conversion import Conversion, attach_experts, set_mode
 from moe_tools.experts.experts import LEARNING
+from moe_tools.freed_memory import keep_freed_memory
 from moe_tools.recipe import Attach, Recipe, Split, Train
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.schedules import Weight
@@ -71,7 +72,7 @@ def bench_train(
     """
     step = _routed_step(recipe)
     plain = Train(tokens=1, batch_size=step.batch_size, accumulate=step.accumulate, lr=step.lr)
-    with tempfile.TemporaryDirectory() as work:
+    with keep_freed_memory(device), tempfile.TemporaryDirectory() as work:
         calls = {}
         for name, kind in (("dense", plain), (step.mode, step)):
             model = load(source, dtype=dtype, device=device)

@@ -15,6 +15,7 @@ from moe_tools.data.holdout import digest
 from moe_tools.data.limits import check_length, continues_text, text_config
 from moe_tools.data.packing import blocks_for, check_size
 from moe_tools.data.progress import progress
+from moe_tools.freed_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -100,11 +101,16 @@ def _first_token(model: "PreTrainedModel") -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turns dropout off while it lasts; afterwards every module is as it was."""
+    """Turns dropout off while it lasts; afterwards every module is as it was.
+
+    On a CPU the memory of one pass is kept for the next.
+    """
     before = [(module, module.training) for module in model.modules()]
     model.eval()
+    first = next(model.parameters(), None)
     try:
-        yield
+        with keep_freed_memory("cpu" if first is None else first.device.type):
+            yield
     finally:
         for module, training in before:
             module.training = training

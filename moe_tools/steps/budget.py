@@ -40,8 +40,11 @@ from moe_tools.steps.step import Option, Step, Work
 
 logger = logging.getLogger(__name__)
 
-ROUNDS = 2
-"""A mask moves the inputs of the FFNs above it, so what is set on dense activations misses."""
+ROUNDS = (2, 5)
+"""The fewest and the most: a mask moves the inputs of the FFNs above it, so that what is set on
+the activations before it misses."""
+SETTLED = 0.002
+"""Distance from the sparsity asked for at which no further round is worth a pass over the text."""
 SAMPLE = 1024
 """Tokens of each FFN whose scores say together where one line falls."""
 BATCH = 4
@@ -112,7 +115,9 @@ def budget(model: nn.Module, step: Budget, blocks_BT: Blocks) -> dict[str, Any]:
         saved = sum(given[name] * work[name] for name in given)
         given = spend_by_error(error_curves(model, ffns, blocks_BT), work, saved)
     before: list[dict[str, Any]] = []
-    for _ in range(ROUNDS):
+    for done in range(ROUNDS[1]):
+        if _settled(ffns, seen, step.target_sparsity, done):
+            break
         selectors = [_tuned(f, seen[f.name], given[f.name]) for f in ffns]
         if [describe_selector(one) for one in selectors] == before:
             break  # top-k has no scale that could move
@@ -128,7 +133,9 @@ def _budget_common(
     """Moves the line of all FFNs by one shift, on the activations of the routed model itself."""
     check_movable(model)
     seen = _watch(model, blocks_BT)
-    for _ in range(ROUNDS):
+    for done in range(ROUNDS[1]):
+        if _settled(ffns, seen, sparsity, done):
+            break
         scores = {name: torch.cat(one.scores) for name, one in seen.items()}
         move_line(model, distances_of(ffns, scores, enough_tokens(ffns, SAMPLE)), sparsity)
         seen = _watch(model, blocks_BT)
@@ -136,6 +143,11 @@ def _budget_common(
     given = {f.name: 1 - seen[f.name].on / (seen[f.name].tokens * f.division.neurons) for f in ffns}
     given = {f.name: _off_of_routed(f, given[f.name]) for f in ffns}
     return {"sparsity": _reached(ffns, seen, sparsity), "given": given}
+
+
+def _settled(ffns: list[ExpertFFN], seen: Mapping[str, _Seen], sparsity: float, done: int) -> bool:
+    """Whether the text is as sparse as it should be, after so many rounds."""
+    return done >= ROUNDS[0] and abs(_sparsity(ffns, seen) - sparsity) <= SETTLED
 
 
 def _reached(ffns: list[ExpertFFN], seen: Mapping[str, _Seen], sparsity: float) -> float:

@@ -14,6 +14,7 @@ from moe_tools import processes
 from moe_tools.data import Text, fingerprint, token_count
 from moe_tools.experts.conversion import set_mode
 from moe_tools.experts.line import check_movable
+from moe_tools.freed_memory import keep_freed_memory
 from moe_tools.hosts.moe_host import unfuse_experts
 from moe_tools.measure.activations import Activations, logits_bytes
 from moe_tools.measure.flops import forward_flops
@@ -336,6 +337,7 @@ def train(
         looked_at = HeldOut(in_batches(held_out, step.batch_size))
     flops = 0.0 if peak_of(launch) is None else step_flops(model, step, batches)
     with ExitStack() as lasting:
+        lasting.enter_context(keep_freed_memory(model.device.type))
         teaching = lasting.enter_context(taught(step, donor, batches, pinned, work, launch))
         if weights is not None:
             lasting.enter_context(born_sharded.filled(model, weights, launch))
