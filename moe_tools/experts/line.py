@@ -5,11 +5,12 @@ the line falls. All FFNs get the same shift, on the scale on which scores are co
 sigmoid routers, whose bias moves; logarithms of scores that have a ratio scale, whose tau moves. So
 the shares that FFNs have of the whole, by training or by a budget, stay what they are.
 
-Letters: T tokens, E experts, R experts that are routed, S sampled distances.
+Letters: T tokens, E experts, N scores of an FFN, S scores of a sample or their distances.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -17,15 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
+from moe_tools.experts.sampling import sample_rows
 from moe_tools.experts.selectors import Threshold
 
-SAMPLE = 256
-"""Tokens whose scores are looked at: 1.5 million scores at 192 experts and 30 FFNs."""
-SCORES = 2**23
-"""The most scores of a sample, which single neurons reach: 32 MB."""
-LEAST = 8
-"""Tokens of each pass, however many passes share the sample: with 2,048 of them, which papers
-take, 256 of each would be 12 GB of scores."""
+SAMPLE = 2**21
+"""Scores that are looked at after an optimizer step, of all its tokens: 8 MB."""
 BEYOND = 1.0
 """Distance of the line from the scores, on their scale, where all are on one side of it."""
 LEAST_TAU = 1e-6
@@ -84,41 +81,31 @@ def sample_distances(model: nn.Module, routings: Iterable[Routing], passes: int 
         routings: of one pass.
         passes: that share the sample.
     """
-    ffns = expert_ffns(model)
     seen = {routing.ffn: routing.scores_TE.flatten(0, -2) for routing in routings}
-    tokens = max(LEAST, enough_tokens(ffns, SAMPLE) // passes)
-    return distances_of(ffns, seen, tokens)
+    return distances_of(expert_ffns(model), seen, max(1, SAMPLE // passes))
 
 
 @torch.no_grad()
-def distances_of(ffns: Sequence[ExpertFFN], seen: Mapping[str, Tensor], tokens: int) -> Tensor:
-    """Distances of scores_TE, by FFN: of every n-th token, the same n for all of them.
+def distances_of(ffns: Sequence[ExpertFFN], seen: Mapping[str, Tensor], most: int) -> Tensor:
+    """Distances of about `most` scores in all, or of fewer where there are fewer.
 
-    So an expert of an MoE host counts as often as the host chose it. What an FFN that saw as many
-    tokens as any other gives is at most `tokens` of them.
+    The same share of each FFN's scores_TE: so an expert of an MoE host counts as often as the host
+    chose it. Of many scores some of every token, as tokens differ more than experts do.
     """
-    most = max((len(scores_TE) for scores_TE in seen.values()), default=0)
-    stride = max(1, -(-most // tokens))
-    found = [_distances(ffn, seen[ffn.name][::stride]) for ffn in ffns if ffn.name in seen]
+    scores = {ffn: seen[ffn.name][:, ffn.shared :].flatten() for ffn in ffns if ffn.name in seen}
+    share = min(1.0, most / max(1, sum(map(len, scores.values()))))
+    found = []
+    for ffn, score_N in scores.items():
+        found.append(_distances(ffn, sample_rows(score_N, math.ceil(share * len(score_N)))))
     return torch.cat(found)
 
 
-def enough_tokens(ffns: Sequence[ExpertFFN], tokens: int) -> int:
-    """So many tokens, or fewer where their scores would be more than `SCORES`."""
-    return max(LEAST, min(tokens, SCORES // _routed(ffns)))
-
-
-def _routed(ffns: Sequence[ExpertFFN]) -> int:
-    return sum(ffn.division.num_experts - ffn.shared for ffn in ffns)
-
-
-def _distances(ffn: ExpertFFN, scores_TE: Tensor) -> Tensor:
+def _distances(ffn: ExpertFFN, score_S: Tensor) -> Tensor:
     assert isinstance(ffn.selector, Threshold)  # check_movable
-    scores_TR = scores_TE[:, ffn.shared :]
-    tau = torch.full((), ffn.selector.tau, device=scores_TR.device)  # no copy to wait for
+    tau = torch.full((), ffn.selector.tau, device=score_S.device)  # no copy to wait for
     if ffn.router.logit_bias is not None:
-        return (scores_TR.logit(eps=1e-6) - tau.logit()).flatten()
-    return (scores_TR.clamp_min(SMALLEST).log() - tau.log()).flatten()
+        return score_S.logit(eps=1e-6) - tau.logit()
+    return score_S.clamp_min(SMALLEST).log() - tau.log()
 
 
 @torch.no_grad()

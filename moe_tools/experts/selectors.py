@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from moe_tools.experts.sampling import sample_rows
 from moe_tools.registry import Registry
 
 SAMPLE = 2**23
@@ -228,22 +229,23 @@ def _check_number(kind: str, name: str, value: Any) -> None:
         raise ValueError(f"{kind} needs {name} that is a number, not {value!r}")
 
 
-def sample_stride(scores: int) -> int:
-    """Every how many-th token leaves at most about `SAMPLE` of that many scores."""
-    return max(1, -(-scores // SAMPLE))
+def enough_rows(columns: int) -> int:
+    """Tokens of so many experts that are enough to tune a selector on."""
+    return max(1, SAMPLE // columns)
 
 
 def tune_selector(selector: Selector, scores_TR: Tensor, density: float) -> Selector:
     """The knob at which the share of the experts that run on these scores is nearest to `density`.
 
-    Experts of one limit run together. Of more than `SAMPLE` scores, every n-th token is looked at.
+    Experts of one limit run together. Of more than `SAMPLE` scores, some tokens are looked at.
 
     Raises:
         ValueError: a density outside [0, 1].
     """
     if not 0 <= density <= 1:
         raise ValueError(f"density is {density}, but must be in [0, 1]")
-    flat_TR = scores_TR.reshape(-1, scores_TR.shape[-1])[:: sample_stride(scores_TR.numel())]
+    experts = scores_TR.shape[-1]
+    flat_TR = sample_rows(scores_TR.reshape(-1, experts), enough_rows(experts))
     limits = selector.limits_TR(flat_TR).double().flatten()
     wanted = density * len(limits)
     last = _ranked(limits, max(1, round(wanted)))

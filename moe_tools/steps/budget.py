@@ -6,6 +6,7 @@ Letters: T tokens, D model width, F neurons, R experts that are routed.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,14 +23,14 @@ from moe_tools.experts.line import (
     check_movable,
     check_thresholds,
     distances_of,
-    enough_tokens,
     move_line,
 )
 from moe_tools.experts.routing import observe_routing
+from moe_tools.experts.sampling import sample_rows
 from moe_tools.experts.selectors import (
     Selector,
     describe_selector,
-    sample_stride,
+    enough_rows,
     tune_selector,
 )
 from moe_tools.hosts.inputs import run_layers
@@ -45,8 +46,8 @@ ROUNDS = (2, 5)
 the activations before it misses."""
 SETTLED = 0.002
 """Distance from the sparsity asked for at which no further round is worth a pass over the text."""
-SAMPLE = 1024
-"""Tokens of each FFN whose scores say together where one line falls."""
+SAMPLE = 2**23
+"""Scores of all FFNs that say together where one line falls: 32 MB."""
 BATCH = 4
 """Blocks of one forward pass."""
 CLOSE = 0.02
@@ -137,7 +138,7 @@ def _budget_common(
         if _settled(ffns, seen, sparsity, done):
             break
         scores = {name: torch.cat(one.scores) for name, one in seen.items()}
-        move_line(model, distances_of(ffns, scores, enough_tokens(ffns, SAMPLE)), sparsity)
+        move_line(model, distances_of(ffns, scores, SAMPLE), sparsity)
         seen = _watch(model, blocks_BT)
     update_config(model)
     given = {f.name: 1 - seen[f.name].on / (seen[f.name].tokens * f.division.neurons) for f in ffns}
@@ -175,7 +176,8 @@ class _Seen:
     def add(self, routing: Routing, tokens: int) -> None:
         """One batch of a text of so many tokens."""
         scores_TE = routing.scores_TE.flatten(0, -2)
-        self.scores.append(scores_TE[:: sample_stride(tokens * scores_TE.shape[-1])].clone())
+        share = min(1.0, enough_rows(scores_TE.shape[-1]) / tokens)
+        self.scores.append(sample_rows(scores_TE, math.ceil(share * len(scores_TE))).clone())
         self.tokens += routing.tokens
         self.on += routing.neurons_on
 

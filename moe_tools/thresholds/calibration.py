@@ -10,7 +10,6 @@ Letters: B blocks, T tokens, D numbers of a token that enter a site.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.data import Blocks
+from moe_tools.experts.sampling import sample_rows
 from moe_tools.hosts.input_threshold import (
     POINTS,
     InputThreshold,
@@ -170,10 +170,7 @@ class _Seen:
         self.rows += x_TD[..., 0].numel()
         if self.site.routed:
             values = values[values != 0]
-        stride = max(1, len(values) // SAMPLE)
-        while math.gcd(stride, x_TD.shape[-1]) > 1:  # or it would meet the same places again
-            stride += 1
-        self.magnitudes.append(values[::stride].abs().float().cpu())
+        self.magnitudes.append(sample_rows(values, SAMPLE).abs().float().cpu())
 
     def quantiles(self) -> Tensor:
         """`POINTS` of them.

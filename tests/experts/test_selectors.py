@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_tools.experts.sampling import sample_rows
 from moe_tools.experts.selectors import (
     SELECTORS,
     DynamicK,
@@ -221,12 +222,14 @@ def test_tuning_is_exact_on_many_tokens(kind: str) -> None:
 def test_tuning_looks_at_a_sample_of_very_many_scores(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every third token: the others may score whatever they like."""
+    """Every token beside the sample may score whatever it likes."""
     monkeypatch.setattr("moe_tools.experts.selectors.SAMPLE", 1500)
     scores_TR = torch.rand(4, 100, 10) + 0.01
-    sample_TR = scores_TR.flatten(0, 1)[::3]
-    expected = tune_selector(KINDS[kind], sample_TR.clone(), 0.3)
-    scores_TR.flatten(0, 1)[1::3] = 99
+    taken_T = sample_rows(torch.arange(400), 150)
+    expected = tune_selector(KINDS[kind], scores_TR.flatten(0, 1)[taken_T], 0.3)
+    others_T = torch.ones(400, dtype=torch.bool)
+    others_T[taken_T] = False
+    scores_TR.flatten(0, 1)[others_T] = 99
     assert tune_selector(KINDS[kind], scores_TR, 0.3) == expected
 
 

@@ -98,7 +98,7 @@ def test_every_selector_comes_near(kind: str, spend: Any, router: str) -> None:
 
 
 def test_many_scores_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2 x 4 x 32 tokens every third one, in every batch, at every round."""
+    """Of 2 x 4 x 32 tokens a third, of every batch, at every round."""
     seen = []
 
     def tune(selector: Any, scores_TR: Tensor, density: float) -> Any:
