@@ -41,6 +41,7 @@ def every_core() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.timeout(1800)  # six minutes alone on a slow machine, and others run beside it
 def test_smollm2_converts_with_lte_to_the_target_sparsity(tmp_path, capsys):
     out = tmp_path / "out"
     convert = ["convert", "--method", "lte", "--model", str(donor_file()), "--output", str(out)]
