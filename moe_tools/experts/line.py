@@ -10,7 +10,6 @@ Letters: T tokens, E experts, N scores of an FFN, S scores of a sample or their 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_tools.experts.experts import ExpertFFN, Routing, expert_ffns
-from moe_tools.experts.sampling import sample_rows
+from moe_tools.experts.sampling import sample_share
 from moe_tools.experts.selectors import Threshold
 
 SAMPLE = 2**21
@@ -93,11 +92,8 @@ def distances_of(ffns: Sequence[ExpertFFN], seen: Mapping[str, Tensor], most: in
     chose it. Of many scores some of every token, as tokens differ more than experts do.
     """
     scores = {ffn: seen[ffn.name][:, ffn.shared :].flatten() for ffn in ffns if ffn.name in seen}
-    share = min(1.0, most / max(1, sum(map(len, scores.values()))))
-    found = []
-    for ffn, score_N in scores.items():
-        found.append(_distances(ffn, sample_rows(score_N, math.ceil(share * len(score_N)))))
-    return torch.cat(found)
+    share = most / max(1, sum(map(len, scores.values())))
+    return torch.cat([_distances(ffn, sample_share(one, share)) for ffn, one in scores.items()])
 
 
 def _distances(ffn: ExpertFFN, score_S: Tensor) -> Tensor:

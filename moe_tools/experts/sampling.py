@@ -27,3 +27,8 @@ def sample_rows(values_NX: Tensor, most: int) -> Tensor:
         return values_NX
     at_S = torch.arange(most, dtype=torch.float64, device=values_NX.device)
     return values_NX[((at_S + at_S * GOLDEN % 1) * (rows / most)).long()]
+
+
+def sample_share(values_NX: Tensor, share: float) -> Tensor:
+    """The same of a share of the rows, rounded up; of 1 and more, all of them."""
+    return sample_rows(values_NX, math.ceil(share * len(values_NX)))

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from moe_tools.data.generate import evaluating
 from moe_tools.experts.experts import ExpertFFN, every_expert_on, expert_ffns
 from moe_tools.experts.hooks import hooked
+from moe_tools.experts.sampling import sample_rows
 from moe_tools.hosts.ffn import FFN, unfused_ffns
 from moe_tools.hosts.inputs import run_layers
 from moe_tools.hosts.zeros import zero_share
@@ -82,7 +83,7 @@ class Activations:
         From 0, which leaves out what is 0 anyway, to infinity; the error is taken to rise with it.
         """
         norms = self._norms_TF().flatten()
-        norms = norms[:: -(-len(norms) // SAMPLE)].sort().values
+        norms = sample_rows(norms, SAMPLE).sort().values
         places = torch.linspace(0, len(norms) - 1, CUTS).round().long()
         cuts = [0.0, *norms[places.unique()].tolist(), math.inf]
         return cuts[bisect.bisect_right(cuts, cett, key=self.cett) - 1]

@@ -6,7 +6,6 @@ Letters: T tokens, D model width, F neurons, R experts that are routed.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from moe_tools.experts.line import (
     move_line,
 )
 from moe_tools.experts.routing import observe_routing
-from moe_tools.experts.sampling import sample_rows
+from moe_tools.experts.sampling import sample_share
 from moe_tools.experts.selectors import (
     Selector,
     describe_selector,
@@ -176,8 +175,8 @@ class _Seen:
     def add(self, routing: Routing, tokens: int) -> None:
         """One batch of a text of so many tokens."""
         scores_TE = routing.scores_TE.flatten(0, -2)
-        share = min(1.0, enough_rows(scores_TE.shape[-1]) / tokens)
-        self.scores.append(sample_rows(scores_TE, math.ceil(share * len(scores_TE))).clone())
+        share = enough_rows(scores_TE.shape[-1]) / tokens
+        self.scores.append(sample_share(scores_TE, share).clone())
         self.tokens += routing.tokens
         self.on += routing.neurons_on
 
