@@ -89,22 +89,27 @@ def _own(step: Step, recipe: Recipe, option: Option, value: Any) -> Any:
 
 
 def has_control(recipe: Recipe) -> bool:
-    """Whether a recipe trains anything of the donor: routers alone need no dense control."""
+    """Whether a recipe teaches the donor anything: its own words and routers alone do not."""
     return any(step.control() is not None for step in recipe.steps)
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
     """The dense control: the same training on the same text without routers, language loss alone.
 
-    A step that trains nothing but routers falls away; those after it see the text from where the
-    step before it stopped.
+    A step that trains nothing but routers falls away, and so does one without a language loss;
+    those after it see the text from where the step before it stopped.
 
     Raises:
-        ValueError: the recipe trains nothing of the donor.
+        ValueError: the recipe teaches the donor nothing.
     """
     controls = [step.control() for step in recipe.steps]
     steps = tuple(step for step in controls if step is not None)
     if not steps:
-        nothing = "nothing but routers" if recipe.train_steps else "nothing"
-        raise ValueError(f"recipe {recipe.name} trains {nothing}: its dense control is the donor")
+        trained = [step for step in recipe.train_steps if step.amount]
+        nothing = "trains nothing"
+        if trained and all(step.parts == "routers" for step in trained):
+            nothing = "trains nothing but routers"
+        elif trained:
+            nothing = "has no language loss (lm), and learns what the donor says"
+        raise ValueError(f"recipe {recipe.name} {nothing}: its dense control is the donor")
     return replace(recipe, name=f"{recipe.name}-control", steps=steps)

@@ -201,8 +201,12 @@ class Train(Step):
         )
 
     def control(self) -> Self | None:
-        """The language loss alone, on the same parts of a dense model; never routers alone."""
-        if self.parts == "routers" or not self.amount:
+        """The language loss alone, on the same parts of a dense model; never routers alone.
+
+        A step without a language loss has none: of what the donor says the donor has nothing to
+        learn.
+        """
+        if self.parts == "routers" or not self.amount or not self.losses.get("lm"):
             return None
         dense = Train()
         kept = {name: getattr(dense, name) for name in OF_ROUTERS + OF_TEACHERS}

@@ -509,6 +509,19 @@ def test_a_step_that_trains_routers_alone_falls_away_in_the_control() -> None:
         control_recipe(replace(recipe, steps=(Split(), Attach(), routers)))
 
 
+def test_the_donor_is_the_control_of_what_it_says() -> None:
+    """A dense model that learns its own logits stays what it is."""
+    learned = Train(tokens=9)
+    taught = Train(tokens=5, mode="soft", losses={"distill": 1.0, "efficiency": 0.1})
+    alone = Recipe("x", (Split(), Attach(), taught))
+    assert control_recipe(replace(alone, steps=(learned, *alone.steps))).steps == (learned,)
+    assert not has_control(alone)
+    with pytest.raises(ValueError, match=r"x has no language loss .* its dense control is the don"):
+        control_recipe(alone)
+    none = replace(taught, losses={"lm": 0.0, "distill": 1.0})
+    assert not has_control(replace(alone, steps=(none,)))
+
+
 def test_a_recipe_that_trains_nothing_has_no_control() -> None:
     with pytest.raises(ValueError, match="two-steps trains nothing: its dense control is the"):
         control_recipe(Recipe("two-steps", (Split(), Attach())))
@@ -557,6 +570,7 @@ def test_what_a_value_is_instead_is_said_in_short(tmp_path: Path) -> None:
 
 def test_a_train_step_without_tokens_waits_for_them() -> None:
     recipe = read_recipe(recipe_path("prox"))
-    assert recipe.train_tokens() == 0 and not has_control(recipe)
+    assert recipe.train_tokens() == 0
     assert with_options(recipe, tokens=4096).steps[-1].tokens == 4096
-    assert has_control(with_options(recipe, tokens=4096))
+    waiting = Recipe("x", (Train(tokens=0),))
+    assert not has_control(waiting) and has_control(with_options(waiting, tokens=4096))
