@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -246,19 +247,17 @@ def tune_selector(selector: Selector, scores_TR: Tensor, density: float) -> Sele
         raise ValueError(f"density is {density}, but must be in [0, 1]")
     experts = scores_TR.shape[-1]
     flat_TR = sample_rows(scores_TR.reshape(-1, experts), enough_rows(experts))
-    limits = selector.limits_TR(flat_TR).double().flatten()
-    wanted = density * len(limits)
-    last = _ranked(limits, max(1, round(wanted)))
-    fewer, more = int((limits < last).sum()), int((limits <= last).sum())
-    on = fewer if wanted - fewer < more - wanted else more
-    below = _ranked(limits, on) if on else float(limits.min()) - 1
-    above = _ranked(limits, on + 1) if on < len(limits) else float(limits.max()) + 1
-    return selector.at((below + above) / 2)
-
-
-def _ranked(limits: Tensor, rank: int) -> float:
-    """The limit of a rank, the lowest being 1: without sorting the others."""
-    return float(limits.kthvalue(rank).values)
+    limits_S = selector.limits_TR(flat_TR).double().flatten().cpu().numpy()
+    wanted = density * len(limits_S)
+    place = max(1, round(wanted)) - 1
+    last = np.partition(limits_S, place)[place]  # a tenth of the time that torch's kthvalue takes
+    is_below_S, is_above_S = limits_S < last, limits_S > last
+    fewer, more = is_below_S.sum(), len(limits_S) - is_above_S.sum()
+    if wanted - fewer < more - wanted:
+        below = limits_S.max(where=is_below_S, initial=-math.inf) if fewer else last - 1
+        return selector.at(float(below + last) / 2)
+    above = limits_S.min(where=is_above_S, initial=math.inf) if more < len(limits_S) else last + 1
+    return selector.at(float(last + above) / 2)
 
 
 SELECTORS: Registry[type[Selector]] = Registry(
