@@ -105,11 +105,9 @@ def control_recipe(recipe: Recipe) -> Recipe:
     controls = [step.control() for step in recipe.steps]
     steps = tuple(step for step in controls if step is not None)
     if not steps:
-        trained = [step for step in recipe.train_steps if step.amount]
-        nothing = "trains nothing"
-        if trained and all(step.parts == "routers" for step in trained):
-            nothing = "trains nothing but routers"
-        elif trained:
-            nothing = "has no language loss (lm), and learns what the donor says"
+        trained = {step.parts == "routers" for step in recipe.train_steps if step.amount}
+        nothing = "trains nothing but routers" if trained else "trains nothing"
+        if False in trained:
+            nothing = "trains the donor without a language loss (lm)"
         raise ValueError(f"recipe {recipe.name} {nothing}: its dense control is the donor")
     return replace(recipe, name=f"{recipe.name}-control", steps=steps)

@@ -38,6 +38,11 @@ def check_stages(step: Any, key: str, stages: Sequence[Stage]) -> None:
         require(valid, step, f"{key}[{i}].weight", stage.weight, "0 or more, and finite")
 
 
+def is_ever_on(weight: Weight) -> bool:
+    """Whether a loss counts in any optimizer step."""
+    return any(stage.weight for stage in weight) if isinstance(weight, tuple) else weight != 0
+
+
 Warmup = float | int
 """A share of the optimizer steps, below 1, or, where it is an int, optimizer steps."""
 Fall = Literal["cosine", "linear", "constant"]

@@ -21,7 +21,14 @@ from moe_tools.measure.flops import forward_flops
 from moe_tools.measure.memory import ModelStates, Teacher, largest_layer
 from moe_tools.steps.launch import Launch
 from moe_tools.steps.rules import at_least, from_0_to_1, require, strictly_between_0_and_1
-from moe_tools.steps.schedules import Fall, Warmup, Weight, check_stages, check_warmup
+from moe_tools.steps.schedules import (
+    Fall,
+    Warmup,
+    Weight,
+    check_stages,
+    check_warmup,
+    is_ever_on,
+)
 from moe_tools.steps.step import Cost, Option, Setting, Step, Work
 from moe_tools.training import born_sharded, zero
 from moe_tools.training.arguments import tensorboard_in
@@ -206,7 +213,8 @@ class Train(Step):
         A step without a language loss has none: of what the donor says the donor has nothing to
         learn.
         """
-        if self.parts == "routers" or not self.amount or not self.losses.get("lm"):
+        learns_text = is_ever_on(self.losses.get("lm", 0.0))
+        if self.parts == "routers" or not self.amount or not learns_text:
             return None
         dense = Train()
         kept = {name: getattr(dense, name) for name in OF_ROUTERS + OF_TEACHERS}

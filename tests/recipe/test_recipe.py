@@ -509,6 +509,10 @@ def test_a_step_that_trains_routers_alone_falls_away_in_the_control() -> None:
         control_recipe(replace(recipe, steps=(Split(), Attach(), routers)))
 
 
+def _ramp(weight: float) -> tuple[Stage, ...]:
+    return Stage(1, 0.0), Stage(2, weight)
+
+
 def test_the_donor_is_the_control_of_what_it_says() -> None:
     """A dense model that learns its own logits stays what it is."""
     learned = Train(tokens=9)
@@ -516,10 +520,13 @@ def test_the_donor_is_the_control_of_what_it_says() -> None:
     alone = Recipe("x", (Split(), Attach(), taught))
     assert control_recipe(replace(alone, steps=(learned, *alone.steps))).steps == (learned,)
     assert not has_control(alone)
-    with pytest.raises(ValueError, match=r"x has no language loss .* its dense control is the don"):
+    with pytest.raises(
+        ValueError, match=r"x trains the donor without a language loss .*: its"
+    ):
         control_recipe(alone)
-    none = replace(taught, losses={"lm": 0.0, "distill": 1.0})
-    assert not has_control(replace(alone, steps=(none,)))
+    for lm, learns in ((0.0, False), (_ramp(0.0), False), (0.5, True), (_ramp(0.5), True)):
+        step = replace(taught, losses={"lm": lm, "distill": 1.0})
+        assert has_control(replace(alone, steps=(step,))) is learns
 
 
 def test_a_recipe_that_trains_nothing_has_no_control() -> None:
