@@ -63,7 +63,8 @@ def compare_recipes(study: Study) -> list[Row]:
     """Runs every recipe at every sparsity, with every seed, and evaluates all beside the donor.
 
     A recipe with a language loss gets a dense control on the same tokens, once for every seed,
-    whose text is its own. Steps that do not depend on the sparsity are done once. The same call resumes.
+    whose text is its own. Steps that do not depend on the sparsity are done once. The same call
+    resumes.
 
     Raises:
         ValueError: a user's mistake; every recipe is read before the first one runs. Or another

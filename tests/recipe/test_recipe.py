@@ -520,9 +520,7 @@ def test_the_donor_is_the_control_of_what_it_says() -> None:
     alone = Recipe("x", (Split(), Attach(), taught))
     assert control_recipe(replace(alone, steps=(learned, *alone.steps))).steps == (learned,)
     assert not has_control(alone)
-    with pytest.raises(
-        ValueError, match=r"x trains the donor without a language loss .*: its"
-    ):
+    with pytest.raises(ValueError, match=r"x trains the donor without a language loss .*: its"):
         control_recipe(alone)
     for lm, learns in ((0.0, False), (_ramp(0.0), False), (0.5, True), (_ramp(0.5), True)):
         step = replace(taught, losses={"lm": lm, "distill": 1.0})
