@@ -250,7 +250,7 @@ def tune_selector(selector: Selector, scores_TR: Tensor, density: float) -> Sele
     limits_S = selector.limits_TR(flat_TR).double().flatten().cpu().numpy()
     wanted = density * len(limits_S)
     place = max(1, round(wanted)) - 1
-    last = np.partition(limits_S, place)[place]  # a tenth of the time that torch's kthvalue takes
+    last = np.partition(limits_S, place)[place]  # a quarter of kthvalue's time
     is_below_S, is_above_S = limits_S < last, limits_S > last
     fewer, more = is_below_S.sum(), len(limits_S) - is_above_S.sum()
     if wanted - fewer < more - wanted:

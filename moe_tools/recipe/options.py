@@ -105,9 +105,12 @@ def control_recipe(recipe: Recipe) -> Recipe:
     controls = [step.control() for step in recipe.steps]
     steps = tuple(step for step in controls if step is not None)
     if not steps:
-        trained = {step.parts == "routers" for step in recipe.train_steps if step.amount}
-        nothing = "trains nothing but routers" if trained else "trains nothing"
-        if False in trained:
-            nothing = "trains the donor without a language loss (lm)"
-        raise ValueError(f"recipe {recipe.name} {nothing}: its dense control is the donor")
+        parts = {step.parts for step in recipe.train_steps if step.amount}
+        if not parts:
+            does = "trains nothing"
+        elif parts == {"routers"}:
+            does = "trains nothing but routers"
+        else:
+            does = "trains the donor without a language loss (lm)"
+        raise ValueError(f"recipe {recipe.name} {does}: its dense control is the donor")
     return replace(recipe, name=f"{recipe.name}-control", steps=steps)

@@ -575,7 +575,7 @@ def test_what_a_value_is_instead_is_said_in_short(tmp_path: Path) -> None:
 
 def test_a_train_step_without_tokens_waits_for_them() -> None:
     recipe = read_recipe(recipe_path("prox"))
-    assert recipe.train_tokens() == 0
+    assert recipe.train_tokens() == 0 and not has_control(recipe)
     assert with_options(recipe, tokens=4096).steps[-1].tokens == 4096
     waiting = Recipe("x", (Train(tokens=0),))
     assert not has_control(waiting) and has_control(with_options(waiting, tokens=4096))
