@@ -418,7 +418,8 @@ def trained_text(
 
 def sparse(*tokens: int) -> tuple[Step, ...]:
     """Train steps none of which the control can share."""
-    trains = (Train(tokens=count, losses={"l1": 1.0}) for count in tokens)
+    losses = {"lm": 1.0, "l1": 0.1}
+    trains = (Train(tokens=count, losses=losses) for count in tokens)
     return tuple(trains)
 
 
