@@ -74,7 +74,7 @@ def batches(count: int = 12) -> list[Batch]:
 
 
 def last_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Filled while the model trains: what the last step is made from, before Adam hides its size."""
+    """Filled while the model trains: what the last step is made from; Adam hides its size."""
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(
