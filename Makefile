@@ -49,7 +49,7 @@ format: $(STAMP) ## let ruff write what `check` asks for
 	$(BIN)/ruff format
 
 test: $(STAMP) ## the whole suite
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) --durations=40 --durations-min=5
 
 coverage: $(STAMP) ## the suite, and which lines of the core it runs
 	$(BIN)/python -m pytest $(PARALLEL) --cov=moe_tools --cov-report=term-missing:skip-covered
