@@ -9,8 +9,8 @@ CROSS ?= aarch64-linux-gnu-g++
 # The transformers whose families docs/families.md lists.
 NEWEST ?= 5.24.0
 
-# A worker a core; a worker of the whole suite takes 3 GB.
-PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
+# A worker a core, long files first (tests/conftest.py); a worker of the whole suite takes 3 GB.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # PowerInfer is in no registry: where you built it, or the folder of its source.
 POWERINFER ?= $(if $(POWERINFER_SOURCE),build/powerinfer)

@@ -48,12 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What runs on either is for the card, where one is asked for."""
+    """What runs on either is for the card, where one is asked for; workers get long files first."""
     if asks_for_card(config):
         for item in items:
             if item.get_closest_marker("either"):
                 item.add_marker("gpu")
     leave_out(config, items)
+    if hasattr(config, "workerinput"):  # else one worker is alone with a long file at the end
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)
