@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from moe_tools.checkpoint.auto import admit, lacks
 from moe_tools.checkpoint.broken import BrokenFolder
+from moe_tools.checkpoint.sizes import apart
 from moe_tools.checkpoint.stored import some, tensor_files
 from moe_tools.experts.conversion import (
     Conversion,
@@ -97,7 +98,8 @@ def add_modules(model: PreTrainedModel, conversion: Conversion) -> None:
     """
     replace_stand_ins(model, conversion.stock_activation)
     if conversion.stock_activation is not None:
-        swap_activations(model, conversion)
+        with apart():
+            swap_activations(model, conversion)
     if conversion.router is not None:
         attach_experts(model, conversion, empty=True)
     put_rows(model, read_rows(conversion), empty=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import get_ident
+from threading import get_ident, local
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ def sized(source: str, most: int | None = None) -> Iterator[None]:
 
     def count_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         nonlocal numbers
-        if tensor is None or most is None or get_ident() != thread:
+        if tensor is None or most is None or get_ident() != thread or _apart.is_on:
             return
         key = id(module), name  # the same place again, once it is filled
         numbers += tensor.numel() - counted.get(key, 0)
@@ -97,3 +97,27 @@ def sized(source: str, most: int | None = None) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Apart(local):
+    """Whether this thread builds models that are no part of what is loaded."""
+
+    is_on = False
+
+
+_apart = _Apart()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """While it lasts, `sized` counts no numbers in this thread.
+
+    For models of a config that was counted once and are looked at only, on the meta device: a swap
+    is said by what another activation's name changes (`hosts.activation_keys`), and two more of a
+    Mixtral would be more than its files hold.
+    """
+    before, _apart.is_on = _apart.is_on, True
+    try:
+        yield
+    finally:
+        _apart.is_on = before
